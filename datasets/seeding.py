@@ -1,0 +1,16 @@
+"""Every random number of a sample is a pure function of (seed, epoch, index, view)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+SHARED = 0  # the "view" for draws that all views of a sample share; views count from 1
+FILLING = 2**20  # the "epoch" of the pass that fills a memory bank before the first epoch
+
+
+def stream(seed: int, epoch: int, index: int, view: int) -> np.random.Generator:
+    """Random numbers of one view of one sample, whatever the workers, ranks and interruptions.
+
+    All four are non-negative integers; `index` is the global sample index over all data sets.
+    """
+    return np.random.default_rng((seed, epoch, index, view))

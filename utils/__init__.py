@@ -1,0 +1,1 @@
+"""Plumbing that the science does not see: configuration, processes, precision, optimiser, checkpoints, loop."""

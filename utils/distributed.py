@@ -1,0 +1,142 @@
+"""Processes: start them, and the few collectives that the rest of the project needs.
+
+Every function works in a plain `python script.py` (one process, no launcher) as well as under torchrun.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from models.norm import convert_sync_batchnorm
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where this process stands among the others."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(device: str = "auto") -> Run:
+    """Join the process group that torchrun describes in the environment, if any, and choose a device.
+
+    device: `auto` (a GPU where there is one), `cpu` or `cuda`. NCCL on GPUs, gloo on CPUs.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device: {device!r} is not one of auto, cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda was asked for, but torch sees no GPU; use --device cpu or auto")
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if on_gpu and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"torchrun started process {local_rank} on a machine with {torch.cuda.device_count()} GPU(s); "
+            "lower --nproc_per_node or use --device cpu"
+        )
+    chosen = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(chosen)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=30))
+    return Run(rank(), world_size(), chosen)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """Sum of x over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def all_max(x: Tensor) -> Tensor:
+    """Elementwise maximum of x over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """x [n, ...] of every process, the same n on each, joined in rank order: [n * world_size, ...]. No gradient."""
+    if world_size() == 1:
+        return x
+    out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.contiguous())
+    return out
+
+
+def gather_objects(x: Any) -> list[Any]:
+    """A small picklable object of every process, in rank order, on every process."""
+    if world_size() == 1:
+        return [x]
+    out: list[Any] = [None] * world_size()
+    dist.all_gather_object(out, x)
+    return out
+
+
+def broadcast(x: Tensor) -> Tensor:
+    """Rank 0's x on every process, in place."""
+    if world_size() > 1:
+        dist.broadcast(x, src=0)
+    return x
+
+
+def raise_everywhere(error: UserError | None) -> None:
+    """Raise the first error that any process brings, on all processes: none is left waiting for the others."""
+    errors = [e for e in gather_objects(str(error) if error else None) if e]
+    if errors:
+        raise UserError(errors[0])
+
+
+def wrap(module: nn.Module, run: Run) -> nn.Module:
+    """Move a learner to the device and, with several processes, synchronise its BatchNorm and gradients.
+
+    Buffers are not broadcast: BatchNorm statistics, queues and assignments are computed from global quantities and
+    so are equal on every process already (tests/test_distributed.py), and the memory bank differs on purpose.
+    """
+    module = module.to(run.device)
+    if run.world_size == 1:
+        return module
+    module = convert_sync_batchnorm(module)
+    devices = [run.device] if run.device.type == "cuda" else None
+    return DistributedDataParallel(
+        module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The learner inside `wrap`."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
