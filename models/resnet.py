@@ -1,0 +1,69 @@
+"""The slice encoder's backbone: any torchvision ResNet, folded to one grey input channel."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+GREY_MEAN, GREY_STD = 0.449, 0.226  # ImageNet's means and deviations, averaged over the three channels
+ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
+
+
+def fold_grey(conv1: Tensor) -> Tensor:
+    """[C, 3, k, k] weights of a colour stem -> [C, 1, k, k], the same function of a grey image repeated three times."""
+    return conv1.sum(dim=1, keepdim=True)
+
+
+def unfold_grey(conv1: Tensor) -> Tensor:
+    """[C, 1, k, k] -> [C, 3, k, k] with a third of the weight per channel: `fold_grey` undoes it."""
+    return (conv1 / 3).repeat(1, 3, 1, 1)
+
+
+class GreyResNet(nn.Module):
+    """A torchvision ResNet without its classifier, on grey images.
+
+    forward: [N, 1, H, W] intensities in 0..1 -> stages, a list of four [N, C_i, H / 2^(i+2), W / 2^(i+2)] maps.
+    The stem normalises with ImageNet's statistics averaged over the channels, as pretrained weights expect.
+    Parameter names are torchvision's; `conv1.weight` has one input channel (see `fold_grey`).
+    Raises ValueError when `arch` is not one of `ARCHITECTURES`.
+    """
+
+    def __init__(self, arch: str = "resnet50") -> None:
+        super().__init__()
+        if arch not in ARCHITECTURES:
+            raise ValueError(f"arch: {arch!r} is not one of {', '.join(ARCHITECTURES)}")
+        net = torchvision.models.get_model(arch, weights=None, zero_init_residual=True)
+        net.conv1.weight = nn.Parameter(fold_grey(net.conv1.weight.detach()))
+        net.conv1.in_channels = 1
+        self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
+        self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
+        self.num_features = net.fc.in_features  # channels of the last stage, 2048 for ResNet-50
+        expansion = self.num_features // 512
+        self.stage_features = tuple(width * expansion for width in (64, 128, 256, 512))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x = (images - GREY_MEAN) / GREY_STD
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        stages = []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+            stages.append(x)
+        return stages
+
+    def torchvision_state(self) -> dict[str, Tensor]:
+        """Flat state dict in torchvision's layout with a three-channel stem and without `fc`."""
+        state = {name: value.detach().cpu().clone() for name, value in self.state_dict().items()}
+        state["conv1.weight"] = unfold_grey(state["conv1.weight"])
+        return state
+
+
+def pooled(stages: list[Tensor]) -> Tensor:
+    """Global average of the last stage: [N, C4]."""
+    return stages[-1].mean(dim=(2, 3))
+
+
+def multi_scale(stages: list[Tensor]) -> Tensor:
+    """Global averages of all stages, each scaled to unit length, joined: [N, C1 + C2 + C3 + C4] (3840 for ResNet-50)."""
+    return torch.cat([F.normalize(stage.float().mean(dim=(2, 3)), dim=1) for stage in stages], dim=1)
