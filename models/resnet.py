@@ -8,7 +8,15 @@ import torchvision
 from torch import Tensor, nn
 
 GREY_MEAN, GREY_STD = 0.449, 0.226  # ImageNet's means and deviations, averaged over the three channels
-ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
+ARCHITECTURES = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+)
 
 
 def fold_grey(conv1: Tensor) -> Tensor:
@@ -34,7 +42,7 @@ class GreyResNet(nn.Module):
         super().__init__()
         if arch not in ARCHITECTURES:
             raise ValueError(f"arch: {arch!r} is not one of {', '.join(ARCHITECTURES)}")
-        net = torchvision.models.get_model(arch, weights=None, zero_init_residual=True)
+        net = torchvision.models.get_model(arch, weights=None)
         net.conv1.weight = nn.Parameter(fold_grey(net.conv1.weight.detach()))
         net.conv1.in_channels = 1
         self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
@@ -65,5 +73,5 @@ def pooled(stages: list[Tensor]) -> Tensor:
 
 
 def multi_scale(stages: list[Tensor]) -> Tensor:
-    """Global averages of all stages, each scaled to unit length, joined: [N, C1 + C2 + C3 + C4] (3840 for ResNet-50)."""
+    """Global averages of all stages, each of unit length, joined: [N, C1 + C2 + C3 + C4] (3840 for ResNet-50)."""
     return torch.cat([F.normalize(stage.float().mean(dim=(2, 3)), dim=1) for stage in stages], dim=1)

@@ -46,7 +46,9 @@ class DeformableAttention1D(nn.Module):
     ) -> None:
         super().__init__()
         if d_model % heads or heads % groups:
-            raise ValueError(f"d_model ({d_model}) must be a multiple of heads ({heads}), and heads of groups ({groups})")
+            raise ValueError(
+                f"d_model ({d_model}) must be a multiple of heads ({heads}), and heads of groups ({groups})"
+            )
         if kernel < stride or (kernel - stride) % 2:
             raise ValueError(f"kernel ({kernel}) must be stride ({stride}) plus an even number")
         self.heads, self.groups, self.stride, self.offset_scale = heads, groups, stride, offset_scale
@@ -85,7 +87,9 @@ class DeformableAttention1D(nn.Module):
         sampled = (hats @ grouped).transpose(1, 2).reshape(B, -1, d)  # [B, n, d]
 
         k, v = self.to_kv(sampled).chunk(2, dim=-1)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, heads, D or n, d / heads]
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v)
+        )  # [B, heads, D or n, d / heads]
         distance = slices.view(-1, 1) - positions.unsqueeze(2)  # [B, G, D, n]
         signed_log = distance.sign() * torch.log1p(distance.abs())
         bias = self.bias(signed_log.unsqueeze(-1))  # [B, G, D, n, heads / G]
@@ -104,9 +108,7 @@ class Layer(nn.Module):
         super().__init__()
         self.attention = DeformableAttention1D(d_model, heads=heads, groups=heads)
         self.norm1 = nn.LayerNorm(d_model)
-        self.mlp = nn.Sequential(
-            nn.Linear(d_model, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, d_model)
-        )
+        self.mlp = nn.Sequential(nn.Linear(d_model, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, d_model))
         self.norm2 = nn.LayerNorm(d_model)
         self.dropout = nn.Dropout(dropout)
 

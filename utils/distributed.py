@@ -132,9 +132,7 @@ def wrap(module: nn.Module, run: Run) -> nn.Module:
         return module
     module = convert_sync_batchnorm(module)
     devices = [run.device] if run.device.type == "cuda" else None
-    return DistributedDataParallel(
-        module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def unwrap(module: nn.Module) -> nn.Module:

@@ -1,0 +1,86 @@
+"""f_intra and f_inter together: from a volume's slices to slice embeddings and one volume embedding."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.resnet import GreyResNet, multi_scale, pooled
+from models.transformer import SliceTransformer
+
+
+class JointEncoder(nn.Module):
+    """ResNet over slices (`encoder`), linear slice projection (`projection`), transformer over them (`transformer`).
+
+    The names of the three parts are the prefixes of the exported weights.
+    """
+
+    def __init__(self, arch: str = "resnet50", d_model: int = 640, layers: int = 4, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.encoder = GreyResNet(arch)
+        self.projection = nn.Linear(sum(self.encoder.stage_features), d_model)
+        self.transformer = SliceTransformer(d_model, layers, dropout=dropout)
+        init_orthogonal(self.projection)
+
+    def slices(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, 1, H, W] -> last-stage features [N, C4] and slice embeddings [N, d]."""
+        stages = self.encoder(images)
+        return pooled(stages), self.projection(multi_scale(stages))
+
+    def tokens(self, volumes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, D, H, W] and mask [B, D] -> features of the real slices [n, C4] and slice embeddings [B, D, d].
+
+        Padded slices never enter the ResNet, so they cost nothing and do not touch BatchNorm; their embedding is 0.
+        """
+        features, embedded = self.slices(volumes[mask].unsqueeze(1))
+        tokens = embedded.new_zeros(*mask.shape, embedded.shape[1])
+        tokens[mask] = embedded
+        return features, tokens
+
+    def holistic(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Slice embeddings [B, D, d] -> the volume's embedding [B, d], unit length."""
+        context = self.transformer(tokens, mask).float()
+        mean = context.sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        return F.normalize(mean, dim=1)
+
+
+@torch.no_grad()
+def init_orthogonal(projection: nn.Linear) -> None:
+    """Semi-orthogonal weights up to one factor, no bias.
+
+    Inputs are four joined unit vectors (squared length 4); the factor brings the outputs' mean square near 1.
+    """
+    nn.init.orthogonal_(projection.weight)
+    projection.weight.mul_((projection.in_features / 4) ** 0.5)
+    nn.init.zeros_(projection.bias)
+
+
+@torch.no_grad()
+def init_pca(projection: nn.Linear, features: Tensor) -> float:
+    """Principal components of slice features [n, in_features]; returns the share of variance that they keep.
+
+    Centred on the mean feature, components by falling variance, one common factor so that the outputs' mean square
+    is 1. Where n - 1 < out_features, the remaining rows are an orthogonal complement: they see nothing of these
+    slices but keep the projection semi-orthogonal.
+    """
+    features = features.double()
+    mean = features.mean(dim=0)
+    centred = features - mean
+    _, singular, components = torch.linalg.svd(centred, full_matrices=False)
+    d = projection.out_features
+    rank = int((singular > singular[0] * 1e-7).sum()) if singular[0] > 0 else 0
+    basis = components[: min(rank, d)]
+    if basis.shape[0] < d:
+        # Gaussian rows made orthogonal to the basis, from a fixed seed: equal on every process.
+        generator = torch.Generator().manual_seed(0)
+        extra = torch.randn(d - basis.shape[0], projection.in_features, generator=generator, dtype=torch.double)
+        extra = extra.to(basis.device)
+        basis = torch.linalg.qr(torch.cat([basis, extra]).T).Q.T
+        basis[: min(rank, d)] = components[: min(rank, d)]
+    variance = singular.square().sum()
+    kept = singular[:d].square().sum()
+    factor = (features.shape[0] * d / kept.clamp(min=1e-12)).sqrt()
+    projection.weight.copy_(basis * factor)
+    projection.bias.copy_(-(basis * factor) @ mean)
+    return float(kept / variance.clamp(min=1e-12))

@@ -1,0 +1,121 @@
+"""DeepCluster-v2: k-means over a memory bank, then predict the cluster (Caron et al., NeurIPS 2020, appendix D)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from datasets.seeding import KMEANS, stream
+from models.heads import Prototypes
+from objectives.bank import MemoryBank
+from objectives.kmeans import assign, choose_backend, gather_rows, kmeans_faiss, kmeans_torch
+from utils.distributed import all_gather, all_sum, world_size
+from utils.errors import UserError
+
+UNASSIGNED = -100  # ignored by cross-entropy: the sample was never embedded before this epoch's clustering
+
+
+class DeepClusterV2(nn.Module):
+    """Cluster assignments as targets, one head per entry of `sizes`.
+
+    forward: z [V, B, d] unit length, index [B] global sample index -> scalar loss of this process's share; its mean
+    over the processes is the loss of the joint batch: mean over heads of
+    CE(z . C^T / temperature, assignment of the sample), over the views of assigned samples.
+
+    `begin_epoch` clusters the bank: head h uses the embeddings of crop h mod assign_crops, the centroids become the
+    prototypes (which no gradient changes), and every sample that has an embedding gets an assignment.
+    samples: N, the number of global indices at this level.  kmeans_backend: `auto`, `faiss` or `torch`.
+    """
+
+    fills_memory = True  # the bank needs a pass over the data before the first epoch
+
+    def __init__(
+        self,
+        dim: int,
+        sizes: list[int],
+        samples: int,
+        temperature: float = 0.1,
+        kmeans_iterations: int = 10,
+        kmeans_backend: str = "auto",
+        seed: int = 0,
+        assign_crops: int = 2,
+    ) -> None:
+        super().__init__()
+        self.prototypes = Prototypes(dim, sizes, trainable=False)
+        self.bank = MemoryBank(samples, assign_crops, dim)
+        self.register_buffer("assignments", torch.full((len(sizes), samples), UNASSIGNED, dtype=torch.int32))
+        self.temperature, self.kmeans_iterations, self.seed = temperature, kmeans_iterations, seed
+        self.backend = choose_backend(kmeans_backend, samples * dim * 4)
+        self.assign_crops = assign_crops
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.bank.to(self.assignments.device)
+        return self
+
+    def remember(self, z: Tensor, index: Tensor) -> None:
+        """z [V, B, d] unit length, index [B]: keep the assigning crops' embeddings."""
+        self.bank.write(z[: self.assign_crops], index)
+
+    @torch.no_grad()
+    def begin_epoch(self, epoch: int, resumed: bool = False) -> None:
+        if resumed:  # in the middle of an epoch: its assignments came with the checkpoint
+            return
+        seen = self.bank.seen_everywhere()
+        rows = seen.nonzero().squeeze(1)  # global indices, equal on every process
+        own = self.bank.seen
+        device = self.bank.embeddings.device
+        self.assignments.fill_(UNASSIGNED)
+        for h, head in enumerate(self.prototypes.heads):
+            K = head.out_features
+            if len(rows) < K:
+                raise UserError(
+                    f"nmb_prototypes: {K} prototypes but only {len(rows)} samples have an embedding; "
+                    "use fewer prototypes, more data or a smaller batch"
+                )
+            points = self.bank.embeddings[h % self.assign_crops]
+            rng = stream(self.seed, epoch, h, 0, KMEANS)
+            start = rows[torch.from_numpy(np.sort(rng.choice(len(rows), K, replace=False)))].to(device)
+            start = gather_rows(points, start)
+            if self.backend == "faiss":
+                centroids = kmeans_faiss(points[own], start, self.kmeans_iterations, int(rng.integers(2**31)))
+            else:
+                centroids = kmeans_torch(points[own], start, self.kmeans_iterations)
+            head.weight.copy_(centroids)
+            found = torch.full((len(points),), UNASSIGNED, dtype=torch.long, device=device)
+            found[own] = assign(points[own], centroids)[0]
+            self.assignments[h] = self._all_rows(found).to(self.assignments)
+
+    def _all_rows(self, own: Tensor) -> Tensor:
+        """[own rows] of every process -> [N] in index order."""
+        rows = -(-self.bank.samples // world_size())
+        padded = F.pad(own, (0, rows - len(own)))
+        return all_gather(padded).view(world_size(), rows).T.reshape(-1)[: self.bank.samples]
+
+    def cancel_gradients(self, step: int) -> None:
+        """Nothing to do: the prototypes are no trainable parameters."""
+
+    def forward(self, z: Tensor, index: Tensor) -> Tensor:
+        V = len(z)
+        targets = self.assignments[:, index].long()  # [heads, B]
+        loss = z.new_zeros((), dtype=torch.float32)
+        for scores, target in zip(self.prototypes(z.flatten(0, 1)), targets, strict=True):
+            repeated = target.repeat(V)
+            assigned = all_sum((repeated != UNASSIGNED).sum().float()).clamp(min=1)
+            summed = F.cross_entropy(
+                scores.float() / self.temperature, repeated, ignore_index=UNASSIGNED, reduction="sum"
+            )
+            # Processes may hold different numbers of assigned samples; their mean must be the joint batch's mean.
+            loss = loss + summed * world_size() / assigned
+        if self.training:
+            self.remember(z, index)
+        return loss / len(targets)
+
+    def memory_state(self) -> dict[str, Tensor]:
+        """The bank of all processes; all call it together."""
+        return self.bank.state()
+
+    def load_memory_state(self, state: dict[str, Tensor]) -> None:
+        self.bank.load(state)

@@ -1,0 +1,257 @@
+"""What each stage learns: one module per stage that turns a batch into its loss.
+
+`forward(**batch)` returns a dict of scalars, `loss` first. Its mean over the processes is that of the joint batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.encoder import JointEncoder
+from models.resnet import GreyResNet, pooled
+from objectives.deepcluster import DeepClusterV2
+from objectives.masked import interpolate_masked
+from objectives.swav import SwAV
+from utils.distributed import all_sum, world_size
+
+Objective = SwAV | DeepClusterV2
+
+
+class Learner(nn.Module):
+    """What the training loop asks of a learner, answered for all objectives it holds."""
+
+    def objectives(self) -> Iterator[tuple[str, Objective]]:
+        for name, module in self.named_children():
+            if isinstance(module, SwAV | DeepClusterV2):
+                yield name, module
+
+    @property
+    def fills_memory(self) -> bool:
+        return any(objective.fills_memory for _, objective in self.objectives())
+
+    def embed(self, **batch: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Objective name -> (unit embeddings [V, n, d], index [n])."""
+        raise NotImplementedError
+
+    def remember(self, **batch: Tensor) -> None:
+        """Fill the memory banks from a batch, learning nothing."""
+        for name, (z, index) in self.embed(**batch).items():
+            getattr(self, name).remember(z, index)
+
+    def begin_epoch(self, epoch: int, resumed: bool = False) -> None:
+        """resumed: the epoch began before the run was interrupted."""
+        for _, objective in self.objectives():
+            objective.begin_epoch(epoch, resumed)
+
+    def cancel_gradients(self, step: int) -> None:
+        for _, objective in self.objectives():
+            objective.cancel_gradients(step)
+
+    def memory_state(self) -> dict[str, dict[str, Tensor]]:
+        return {name: objective.memory_state() for name, objective in self.objectives()}
+
+    def load_memory_state(self, state: dict[str, dict[str, Tensor]]) -> None:
+        for name, objective in self.objectives():
+            objective.load_memory_state(state[name])
+
+
+class ImageClustering(Learner):
+    """Stage 1: L_intra alone, on multi-crop images.
+
+    crops: one tensor [count, B, H, W] per crop size, large crops first; index [B].
+    """
+
+    def __init__(self, encoder: GreyResNet, head: nn.Module, intra: Objective) -> None:
+        super().__init__()
+        self.encoder, self.head, self.intra = encoder, head, intra
+
+    def embed(self, crops: list[Tensor], index: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        features = [pooled(self.encoder(size.flatten(0, 1).unsqueeze(1))) for size in crops]
+        z = F.normalize(self.head(torch.cat(features)).float(), dim=1)
+        return {"intra": (z.unflatten(0, (-1, len(index))), index)}
+
+    def forward(self, crops: list[Tensor], index: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.intra(*self.embed(crops, index)["intra"])}
+
+
+class MaskedSlices(Learner):
+    """Stage 2: predict the frozen slice embeddings of hidden slices from the visible ones.
+
+    views [V, B, D, H, W], mask [B, D] real slices, hidden [V, B, D] slices to predict.
+    Loss: mean squared error over hidden slices and features. `interpolation`: what linear interpolation between the
+    nearest visible slices scores on the same slices: a model that is not below it has learnt nothing.
+    """
+
+    def __init__(self, encoder: JointEncoder) -> None:
+        super().__init__()
+        d_model = encoder.projection.out_features
+        self.encoder = encoder
+        self.mask_token = nn.Parameter(torch.randn(d_model) * 0.02)
+        self.decoder = nn.Linear(d_model, d_model)
+        self.encoder.encoder.requires_grad_(False)
+        self.encoder.projection.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> MaskedSlices:
+        super().train(mode)
+        self.encoder.encoder.eval()  # frozen: its BatchNorm statistics must not move either
+        return self
+
+    def targets(self, views: Tensor, mask: Tensor) -> Tensor:
+        """[V, B, D, H, W] -> frozen slice embeddings [V * B, D, d], no gradient."""
+        with torch.no_grad():
+            return self.encoder.tokens(views.flatten(0, 1), mask.repeat(len(views), 1))[1].float()
+
+    def forward(self, views: Tensor, mask: Tensor, hidden: Tensor, index: Tensor | None = None) -> dict[str, Tensor]:
+        targets = self.targets(views, mask)
+        mask, hidden = mask.repeat(len(views), 1), hidden.flatten(0, 1)
+        return masked_loss(self.encoder.transformer, self.mask_token, self.decoder, targets, mask, hidden)
+
+
+def masked_loss(
+    transformer: nn.Module,
+    mask_token: Tensor,
+    decoder: nn.Module,
+    targets: Tensor,
+    mask: Tensor,
+    hidden: Tensor,
+) -> dict[str, Tensor]:
+    """targets [B, D, d], mask and hidden [B, D] -> loss and interpolation over the joint batch's hidden slices."""
+    tokens = torch.where(hidden.unsqueeze(-1), mask_token.to(targets.dtype), targets)
+    predicted = decoder(transformer(tokens, mask)).float()
+    guessed = interpolate_masked(targets, mask & ~hidden)
+    # Volumes of different length hide different numbers of slices; every hidden slice of all processes counts once.
+    share = world_size() / (all_sum(hidden.sum().float()) * targets.shape[-1])
+    loss = (predicted - targets)[hidden].square().sum() * share
+    interpolation = (guessed - targets)[hidden].square().sum() * share
+    return {"loss": loss, "interpolation": interpolation}
+
+
+class JointClustering(Learner):
+    """Stage 3: L = lambda_inter * L_inter(volumes) + lambda_intra * L_intra(slices, images) + lambda_mask * L_mask.
+
+    views [V, B, D, H, W], mask [B, D] real slices, index [B] of the volumes; picked [B, S] slices that enter L_intra
+    and slice_index [B * S] their global indices; optionally images [V, M, H, W] with image_index [M], and hidden
+    [V, B, D] for L_mask. A slice at the same position of two views is a positive pair.
+    A branch whose lambda is 0 costs nothing: without L_inter and L_mask only the picked slices are encoded.
+    """
+
+    def __init__(
+        self,
+        encoder: JointEncoder,
+        head: nn.Module,
+        intra: Objective,
+        inter: Objective,
+        lambda_intra: float = 1.0,
+        lambda_inter: float = 1.0,
+        lambda_mask: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if lambda_intra + lambda_inter + lambda_mask <= 0:
+            raise ValueError("lambda_intra, lambda_inter, lambda_mask: at least one must be above 0")
+        self.encoder = encoder
+        self.lambda_intra, self.lambda_inter, self.lambda_mask = lambda_intra, lambda_inter, lambda_mask
+        self.head, self.intra = (head, intra) if lambda_intra else (None, None)
+        self.inter = inter if lambda_inter else None
+        d_model = encoder.projection.out_features
+        self.mask_token = nn.Parameter(torch.randn(d_model) * 0.02) if lambda_mask else None
+        self.decoder = nn.Linear(d_model, d_model) if lambda_mask else None
+        if not (lambda_inter or lambda_mask):  # DistributedDataParallel must not wait for gradients that never come
+            encoder.projection.requires_grad_(False)
+            encoder.transformer.requires_grad_(False)
+
+    def _encode(
+        self, views: Tensor, mask: Tensor, picked: Tensor, images: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """-> slice embeddings [V, B, D, d] and intra features [V, B * S + M, C4], None where no branch needs them."""
+        V, B, D = views.shape[:3]
+        need_tokens = bool(self.lambda_inter or self.lambda_mask)
+        need_intra = bool(self.lambda_intra)
+        wanted = mask.clone() if need_tokens else torch.zeros_like(mask)
+        if need_intra:
+            wanted.scatter_(1, picked, True)
+        both = wanted.expand(V, B, D)
+        batch = [views[both]]  # [n, H, W], ordered by view, volume, slice
+        if need_intra and images is not None:
+            batch.append(images.flatten(0, 1))
+        features, embedded = self.encoder.slices(torch.cat(batch).unsqueeze(1))
+        slices = int(both.sum())
+        tokens = intra = None
+        if need_tokens:
+            tokens = embedded.new_zeros(V, B, D, embedded.shape[1])
+            tokens[both] = embedded[:slices]
+        if need_intra:
+            where = torch.full((V, B, D), -1, device=mask.device)
+            where[both] = torch.arange(slices, device=mask.device)
+            rows = where.gather(2, picked.expand(V, -1, -1)).flatten(1)  # [V, B * S]
+            intra = features[rows]
+            if images is not None:
+                intra = torch.cat([intra, features[slices:].unflatten(0, (V, -1))], dim=1)
+        return tokens, intra
+
+    def embed(
+        self,
+        views: Tensor,
+        mask: Tensor,
+        index: Tensor,
+        picked: Tensor,
+        slice_index: Tensor,
+        images: Tensor | None = None,
+        image_index: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        return self._embed(*self._encode(views, mask, picked, images), mask, index, slice_index, image_index)
+
+    def _embed(
+        self,
+        tokens: Tensor | None,
+        intra: Tensor | None,
+        mask: Tensor,
+        index: Tensor,
+        slice_index: Tensor,
+        image_index: Tensor | None,
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        found = {}
+        if self.inter is not None:
+            V = len(tokens)
+            z = self.encoder.holistic(tokens.flatten(0, 1), mask.repeat(V, 1))
+            found["inter"] = (z.unflatten(0, (V, -1)), index)
+        if self.intra is not None:
+            z = F.normalize(self.head(intra.flatten(0, 1)).float(), dim=1).unflatten(0, (len(intra), -1))
+            both = slice_index if image_index is None else torch.cat([slice_index, image_index])
+            found["intra"] = (z, both)
+        return found
+
+    def forward(
+        self,
+        views: Tensor,
+        mask: Tensor,
+        index: Tensor,
+        picked: Tensor,
+        slice_index: Tensor,
+        images: Tensor | None = None,
+        image_index: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        tokens, intra = self._encode(views, mask, picked, images)
+        losses = {}
+        for name, (z, which) in self._embed(tokens, intra, mask, index, slice_index, image_index).items():
+            losses[name] = getattr(self, name)(z, which)
+        total = sum(getattr(self, f"lambda_{name}") * value for name, value in losses.items())
+        if self.lambda_mask:
+            V = len(tokens)
+            targets = tokens.detach().flatten(0, 1).float()
+            masked = masked_loss(
+                self.encoder.transformer,
+                self.mask_token,
+                self.decoder,
+                targets,
+                mask.repeat(V, 1),
+                hidden.flatten(0, 1),
+            )
+            losses["mask"] = masked["loss"]
+            total = total + self.lambda_mask * masked["loss"]
+        return {"loss": total, **losses}

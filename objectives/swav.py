@@ -1,0 +1,95 @@
+"""SwAV: predict the assignment of one view from another (Caron et al., NeurIPS 2020)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.heads import Prototypes
+from objectives.sinkhorn import sinkhorn
+from utils.distributed import all_gather, rank, world_size
+
+
+class SwAV(nn.Module):
+    """Swapped prediction with an optional queue of recent embeddings.
+
+    forward: z [V, B, d] unit length, index [B] (unused) -> scalar loss of this process's share; its mean over the
+    processes is the loss of the joint batch. The first `assign_crops` views get assignments, all views predict them:
+    loss = mean over assigning crops i of mean over v != i of CE(q_i, softmax(scores_v / temperature)).
+
+    dim: d.  sizes: prototypes of each head; the loss is the mean over heads.
+    queue_length: embeddings per assigning crop over all processes, 0 for none. The queue is a buffer that is equal on
+    all processes; it is filled from epoch `epoch_queue_starts` on and used once it is full.
+    freeze_prototypes_niters: first optimiser steps in which the prototypes stay as they are.
+    """
+
+    fills_memory = False
+
+    def __init__(
+        self,
+        dim: int,
+        sizes: list[int],
+        temperature: float = 0.1,
+        epsilon: float = 0.05,
+        sinkhorn_iterations: int = 3,
+        queue_length: int = 0,
+        epoch_queue_starts: int = 0,
+        freeze_prototypes_niters: int = 0,
+        assign_crops: int = 2,
+    ) -> None:
+        super().__init__()
+        self.prototypes = Prototypes(dim, sizes)
+        self.temperature, self.epsilon, self.sinkhorn_iterations = temperature, epsilon, sinkhorn_iterations
+        self.epoch_queue_starts = epoch_queue_starts
+        self.freeze_prototypes_niters = freeze_prototypes_niters
+        self.assign_crops = assign_crops
+        self.queue_on = False
+        self.register_buffer("queue", torch.zeros(assign_crops, queue_length, dim))
+
+    def begin_epoch(self, epoch: int, resumed: bool = False) -> None:
+        self.queue_on = self.queue.shape[1] > 0 and epoch >= self.epoch_queue_starts
+
+    def cancel_gradients(self, step: int) -> None:
+        """Called between backward and the optimiser's step."""
+        if step < self.freeze_prototypes_niters:
+            for parameter in self.prototypes.parameters():
+                parameter.grad = None
+
+    def forward(self, z: Tensor, index: Tensor | None = None) -> Tensor:
+        if self.training:
+            self.prototypes.normalize_()
+        V, B = z.shape[:2]
+        wide = torch.promote_types(z.dtype, torch.float32)  # softmax and codes never in half precision
+        scores = [head.view(V, B, -1).to(wide) for head in self.prototypes(z.flatten(0, 1))]  # per head [V, B, K]
+        loss = z.new_zeros((), dtype=wide)
+        for crop in range(self.assign_crops):
+            assignments = self._assign(crop, z[crop].detach(), [s[crop].detach() for s in scores])
+            for q, head in zip(assignments, scores, strict=True):
+                for view in range(V):
+                    if view != crop:
+                        log_p = (head[view] / self.temperature).log_softmax(dim=1)
+                        loss = loss - (q * log_p).sum(dim=1).mean()
+        return loss / (self.assign_crops * (V - 1) * len(scores))
+
+    @torch.no_grad()
+    def _assign(self, crop: int, z: Tensor, scores: list[Tensor]) -> list[Tensor]:
+        """Codes [B, K] per head for one assigning crop: z [B, d], scores per head [B, K]. Updates the queue."""
+        queue = self.queue[crop]
+        use_queue = self.queue_on and bool(queue[-1].any())  # the last row is zero until the queue is full
+        # Sinkhorn does not care which process scores which row of the queue.
+        share = queue[rank() :: world_size()] if use_queue else queue[:0]
+        codes = []
+        for head, own in zip(self.prototypes.heads, scores, strict=True):
+            joint = torch.cat([share @ head.weight.T.to(share.dtype), own])
+            codes.append(sinkhorn(joint, self.epsilon, self.sinkhorn_iterations)[len(share) :])
+        if self.queue_on and self.training:
+            newest = all_gather(z.to(queue.dtype))
+            queue.copy_(torch.cat([newest, queue])[: len(queue)])
+        return codes
+
+    def memory_state(self) -> dict[str, Tensor]:
+        """Nothing beyond the buffers: the queue is in the state dict."""
+        return {}
+
+    def load_memory_state(self, state: dict[str, Tensor]) -> None:
+        pass

@@ -1,0 +1,112 @@
+"""SGD with layer-wise adaptive rates, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+
+class LARC(Optimizer):
+    """SGD with momentum whose step per tensor is proportional to the tensor's own length.
+
+    With w the tensor and g its gradient, when both norms are above 0:
+        r = trust * |w| / (|g| + weight_decay * |w| + eps),  with clip: r = min(r / lr, 1),  g <- r * (g + weight_decay * w)
+    otherwise g is used as it is, without weight decay. Then m <- momentum * m + g and w <- w - lr * m.
+    Groups with `adapt=False` do plain SGD with momentum and their own weight decay.
+    Source: You, Gitman and Ginsburg 2017, "Large Batch Training of Convolutional Networks", as SwAV uses it.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-6,
+        trust: float = 0.001,
+        clip: bool = False,
+        eps: float = 1e-8,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust": trust,
+            "clip": clip,
+            "eps": eps,
+            "adapt": True,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        if closure is not None:
+            raise ValueError("LARC does not use a closure")
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            if not weights:
+                continue
+            gradients = [p.grad.clone() for p in weights]
+            if group["adapt"]:
+                self._adapt(weights, gradients, group)
+            elif group["weight_decay"]:
+                torch._foreach_add_(gradients, weights, alpha=group["weight_decay"])
+            for weight, gradient in zip(weights, gradients, strict=True):
+                state = self.state[weight]
+                if "momentum" not in state:
+                    state["momentum"] = gradient  # the first step is the gradient itself
+                else:
+                    state["momentum"].mul_(group["momentum"]).add_(gradient)
+            torch._foreach_add_(weights, [self.state[w]["momentum"] for w in weights], alpha=-group["lr"])
+
+    @staticmethod
+    def _adapt(weights: list[torch.Tensor], gradients: list[torch.Tensor], group: dict[str, Any]) -> None:
+        w_norm = torch.stack(torch._foreach_norm(weights))
+        g_norm = torch.stack(torch._foreach_norm(gradients))
+        decay = group["weight_decay"]
+        ratio = group["trust"] * w_norm / (g_norm + decay * w_norm + group["eps"])
+        if group["clip"] and group["lr"] > 0:
+            ratio = (ratio / group["lr"]).clamp(max=1)
+        moves = (w_norm > 0) & (g_norm > 0)
+        ratio = torch.where(moves, ratio, torch.ones_like(ratio))
+        decays = list(torch.where(moves, torch.full_like(ratio, decay), torch.zeros_like(ratio)).unbind())
+        torch._foreach_add_(gradients, torch._foreach_mul(weights, decays))
+        torch._foreach_mul_(gradients, list(ratio.unbind()))
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices and kernels adapt and decay; biases and norm gains do neither.
+
+    A bias starts at 0, where the adaptive rate is undefined, and a bias near 0 would be held there for good by a step
+    proportional to its own length (SimCLR and BYOL exclude these tensors for the same reason).
+    """
+    named = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in named if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in named if p.dim() <= 1], "weight_decay": 0.0, "adapt": False},
+    ]
+
+
+class WarmupCosine:
+    """Learning rate of a step: linear from start_warmup to base_lr (both included), then a cosine towards final_lr.
+
+    With T steps after the warm-up, step t of them has final + (base - final) / 2 * (1 + cos(pi t / T)).
+    Plain floats: a checkpoint with numpy scalars in it could not be loaded with weights_only=True.
+    """
+
+    def __init__(
+        self, base_lr: float, final_lr: float, start_warmup: float, warmup_steps: int, total_steps: int
+    ) -> None:
+        self.base_lr, self.final_lr, self.start_warmup = base_lr, final_lr, start_warmup
+        self.warmup_steps, self.total_steps = warmup_steps, total_steps
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup_steps:
+            share = step / (self.warmup_steps - 1) if self.warmup_steps > 1 else 1.0
+            return self.start_warmup + (self.base_lr - self.start_warmup) * share
+        t = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        return self.final_lr + (self.base_lr - self.final_lr) / 2 * (1 + math.cos(math.pi * min(t, 1.0)))

@@ -1,0 +1,36 @@
+"""Which number format a step computes in: one object, decided once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from utils.errors import UserError
+
+
+class Precision:
+    """autocast and loss scaling for `auto`, `bf16`, `fp16` or `fp32`.
+
+    auto: bf16 where the GPU computes in it, fp16 with a loss scaler on older GPUs, fp32 on a CPU (where half
+    precision is many times slower). Weights, optimiser, losses and Sinkhorn stay in float32 or above.
+    """
+
+    def __init__(self, wanted: str, device: torch.device) -> None:
+        if wanted == "auto":
+            wanted = ("bf16" if torch.cuda.is_bf16_supported(False) else "fp16") if device.type == "cuda" else "fp32"
+        formats = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+        if wanted not in formats:
+            raise UserError(f"precision: {wanted!r} is not one of auto, {', '.join(formats)}")
+        self.name, self.dtype, self.device = wanted, formats[wanted], device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=wanted == "fp16")
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def step(self, optimizer: Optimizer) -> None:
+        self.scaler.step(optimizer)  # unscales first; skipped when the scaled gradients overflowed
+        self.scaler.update()
