@@ -17,18 +17,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from datasets.augment import MultiCrop, VolumeViews
 from datasets.index import Sample, images, volumes
+from datasets.masks import draw_masks
 from datasets.seeding import INTRA_SLICES, SHARED, SHUFFLE, WINDOW, stream
 from datasets.store import SliceStore
-from objectives.masked import draw_masks
 from utils.distributed import Run
 from utils.errors import UserError
 
 Key = tuple[int, int]  # (epoch, index): all that a data set needs to know to return a sample
 
 
-def canvas_size(height: int, width: int) -> int:
+def canvas_size(*sides: int) -> int:
     """Side of the square that the store keeps per slice: a quarter more than a view, so that crops can move."""
-    return int(round(1.25 * max(height, width)))
+    return round(1.25 * max(sides))
 
 
 class EpochBatches:
@@ -42,8 +42,8 @@ class EpochBatches:
         joint = batch_size * run.world_size
         if samples < joint:
             raise UserError(
-                f"batch_size: {batch_size} per process x {run.world_size} process(es) need {joint} {what}, but the data "
-                f"hold {samples}; lower --batch_size, start fewer processes or add data"
+                f"batch_size: {batch_size} per process x {run.world_size} process(es) need {joint} {what}, but the "
+                f"data hold {samples}; lower --batch_size, start fewer processes or add data"
             )
         self.samples, self.batch_size, self.seed, self.run = samples, batch_size, seed, run
         self.steps = samples // joint
@@ -150,9 +150,7 @@ def _torch_loader(dataset: Dataset, batches: EpochBatches, workers: int, device:
 class ImageLoader:
     """Stage 1: multi-crop views of images and slices -> crops (list of [count, B, H, W]) and index [B]."""
 
-    def __init__(
-        self, dataset: Slices, crops: MultiCrop, batch_size: int, workers: int, seed: int, run: Run
-    ) -> None:
+    def __init__(self, dataset: Slices, crops: MultiCrop, batch_size: int, workers: int, seed: int, run: Run) -> None:
         self.dataset, self.crops, self.run = dataset, crops, run
         self.batches = EpochBatches(len(dataset), batch_size, seed, run, "images and slices")
         self.loader = _torch_loader(dataset, self.batches, workers, run.device)
@@ -189,7 +187,7 @@ class VolumeLoader:
         mask_style: str = "random",
         intra_slices: int = 0,
         images_per_step: int = 0,
-        image_crops: MultiCrop | None = None,
+        image_views: MultiCrop | None = None,
     ) -> None:
         self.dataset, self.views, self.run, self.seed = dataset, views, run, seed
         self.mask_ratio, self.mask_style, self.intra_slices = mask_ratio, mask_style, intra_slices
@@ -206,8 +204,11 @@ class VolumeLoader:
             self.image_dataset = ImagesOnly(dataset.samples, dataset.store)
             self.image_batches = CyclingBatches(len(pictures), images_per_step, seed, run, self.steps)
             self.image_loader = _torch_loader(self.image_dataset, self.image_batches, workers, run.device)
-            self.image_crops = image_crops
+            self.image_views = image_views
         self.intra_samples = self.total_slices + (len(pictures) if self.image_dataset else 0)
+        images_now = images_per_step if self.image_dataset else 0
+        self.joint_batch_inter = batch_size * run.world_size
+        self.joint_batch_intra = (batch_size * intra_slices + images_now) * run.world_size
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[dict[str, Any]]:
         self.batches.epoch, self.batches.first_step = epoch, first_step
@@ -234,7 +235,7 @@ class VolumeLoader:
                 batch |= _to({"picked": picked, "slice_index": where.flatten()}, device)
             if pictures is not None:
                 more = _to(next(pictures), device)
-                batch["images"] = self.image_crops(more["image"], more["extent"], more["index"], epoch)[0]
+                batch["images"] = self.image_views(more["image"], more["extent"], more["index"], epoch)[0]
                 batch["image_index"] = self.total_slices + more["index"]
             yield batch
 

@@ -1,4 +1,4 @@
-"""Masked slice-embedding prediction: which slices are hidden, and what interpolation would have scored."""
+"""Masked slice-embedding prediction: the fixed projection that makes targets, and the guess to beat."""
 
 from __future__ import annotations
 
@@ -6,28 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.seeding import MASKED_SLICES, stream
-
-
-def draw_masks(
-    lengths: Tensor, index: Tensor, ratio: float, style: str, seed: int, epoch: int, view: int, slices: int
-) -> Tensor:
-    """[B, slices] bool, True where a slice is hidden: ceil(ratio * length) real slices of every volume.
-
-    lengths [B] real slices, index [B] global sample index. style: `random` (anywhere) or `span` (one contiguous run).
-    At least one slice stays visible. A pure function of (seed, epoch, index, view).
-    """
-    hidden = torch.zeros(len(lengths), slices, dtype=torch.bool)
-    for b, (length, i) in enumerate(zip(lengths.tolist(), index.tolist(), strict=True)):
-        rng = stream(seed, epoch, i, view, MASKED_SLICES)
-        # The small step down keeps 0.1 * 30 = 3.0000000000000004 from being rounded up to 4.
-        count = min(max(1, int(np.ceil(ratio * length - 1e-9))), length - 1)
-        if style == "span":
-            start = int(rng.integers(length - count + 1))
-            hidden[b, start : start + count] = True
-        else:
-            hidden[b, torch.from_numpy(rng.permutation(length)[:count])] = True
-    return hidden
+from datasets.loaders import VolumeWindows
+from models.encoder import JointEncoder, init_pca
+from models.resnet import multi_scale
+from utils.distributed import Run, gather_objects
 
 
 def interpolate_masked(tokens: Tensor, visible: Tensor) -> Tensor:
@@ -46,3 +28,33 @@ def interpolate_masked(tokens: Tensor, visible: Tensor) -> Tensor:
     before = tokens.gather(1, nearest_left.unsqueeze(-1).expand_as(tokens))
     after = tokens.gather(1, nearest_right.unsqueeze(-1).expand_as(tokens))
     return before * (1 - weight) + after * weight
+
+
+@torch.no_grad()
+def fit_projection(
+    encoder: JointEncoder, volumes: VolumeWindows, size: tuple[int, int], run: Run, slices: int = 4096
+) -> float:
+    """Set the slice projection to the principal components of the frozen ResNet's features of the data's own slices.
+
+    Up to `slices` slices, evenly spaced over all volumes and resized to `size` without augmentation; the processes
+    share them. Returns the share of variance that d_model components keep, and prints it.
+    """
+    counts = [volumes.samples[i].slices for i in volumes.items]
+    every = [(i, s) for i, count in zip(volumes.items, counts, strict=True) for s in range(count)]
+    chosen = [every[int(k)] for k in np.linspace(0, len(every) - 1, min(slices, len(every)))]
+    encoder.eval().to(run.device)
+    features = []
+    for start in range(run.rank * 32, len(chosen), run.world_size * 32):
+        part = [volumes.store.read(i, s, s + 1) for i, s in chosen[start : start + 32]]
+        images = torch.from_numpy(np.stack(part)).to(run.device)
+        images = torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
+        features.append((start, multi_scale(encoder.encoder(images)).cpu()))
+    joint = sorted((part for parts in gather_objects(features) for part in parts), key=lambda part: part[0])
+    kept = init_pca(encoder.projection, torch.cat([part for _, part in joint]).to(run.device))
+    if run.is_main:
+        print(
+            f"slice projection: {encoder.projection.out_features} principal components of {len(chosen)} slices "
+            f"keep {kept:.1%} of the variance of their features",
+            flush=True,
+        )
+    return kept

@@ -1,11 +1,15 @@
-"""How many prototypes and how long a queue: checked against the data, or derived from them where left to the project."""
+"""How many prototypes and how long a queue: checked against the data, or derived from their size."""
 
 from __future__ import annotations
 
 import math
 import warnings
 
+from jsonargparse.typing import restricted_number_type
+
 from utils.errors import UserError
+
+QueueLength = restricted_number_type("QueueLength", int, (">=", -1))
 
 
 def prototype_counts(wanted: int | list[int], samples: int, option: str) -> list[int]:

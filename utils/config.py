@@ -36,12 +36,36 @@ def main(script: Callable[[Any], None], config_class: type, doc: str | None, arg
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     config = parse(config_class, doc, args)
     try:
+        check(config)
         script(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     finally:
         distributed.stop()
+
+
+def check(config: Any) -> None:
+    """Rules between options, for those that a script has. Raises UserError naming the options."""
+    has = set(to_dict(config))
+    if "warmup_epochs" in has and config.warmup_epochs >= config.epochs:
+        raise UserError(
+            f"warmup_epochs: a warm-up of {config.warmup_epochs} epochs leaves nothing of epochs: {config.epochs}; "
+            f"add --warmup_epochs {config.epochs // 10}"
+        )
+    if "size_crops" in has:
+        kinds = ("size_crops", "nmb_crops", "min_scale_crops", "max_scale_crops")
+        if len({len(getattr(config, name)) for name in kinds}) > 1 or not config.size_crops:
+            raise UserError(f"{', '.join(kinds)}: must all have one value per kind of crop")
+        if config.nmb_crops[0] < 2:
+            raise UserError("nmb_crops: the first kind needs at least 2 crops, between which assignments are swapped")
+        for low, high in zip(config.min_scale_crops, config.max_scale_crops, strict=True):
+            if not low <= high <= 1:
+                raise UserError(f"min_scale_crops, max_scale_crops: need min <= max <= 1, got {low} and {high}")
+    if "lambda_inter" in has and not (config.lambda_intra or config.lambda_inter or config.lambda_mask):
+        raise UserError("lambda_intra, lambda_inter, lambda_mask: at least one must be above 0")
+    if "target_shape" in has and "mask_ratio" in has and config.target_shape[0] < 2:
+        raise UserError("target_shape: masking needs views of at least 2 slices")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

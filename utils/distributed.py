@@ -32,11 +32,13 @@ class Run:
         return self.rank == 0
 
 
-def start(device: str = "auto") -> Run:
-    """Join the process group that torchrun describes in the environment, if any, and choose a device.
+def start(device: str = "auto", seed: int = 0) -> Run:
+    """Join the process group that torchrun describes in the environment, if any, choose a device, seed torch.
 
     device: `auto` (a GPU where there is one), `cpu` or `cuda`. NCCL on GPUs, gloo on CPUs.
+    seed: the same on all processes, so that they build the same model.
     """
+    torch.manual_seed(seed)
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device: {device!r} is not one of auto, cpu, cuda")
     if device == "cuda" and not torch.cuda.is_available():

@@ -15,7 +15,8 @@ class LARC(Optimizer):
     """SGD with momentum whose step per tensor is proportional to the tensor's own length.
 
     With w the tensor and g its gradient, when both norms are above 0:
-        r = trust * |w| / (|g| + weight_decay * |w| + eps),  with clip: r = min(r / lr, 1),  g <- r * (g + weight_decay * w)
+        r = trust * |w| / (|g| + weight_decay * |w| + eps),  with clip: r = min(r / lr, 1),
+        g <- r * (g + weight_decay * w)
     otherwise g is used as it is, without weight decay. Then m <- momentum * m + g and w <- w - lr * m.
     Groups with `adapt=False` do plain SGD with momentum and their own weight decay.
     Source: You, Gitman and Ginsburg 2017, "Large Batch Training of Convolutional Networks", as SwAV uses it.

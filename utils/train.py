@@ -32,11 +32,6 @@ FREE = {"workers", "checkpoint_freq", "checkpoint_minutes", "device", "cache_pat
 
 def schedule(config: Any, steps: int) -> WarmupCosine:
     """The learning-rate schedule of a script's options; `steps` per epoch."""
-    if config.warmup_epochs >= config.epochs:
-        raise UserError(
-            f"warmup_epochs: a warm-up of {config.warmup_epochs} epochs leaves nothing of epochs: {config.epochs}; "
-            f"add --warmup_epochs {config.epochs // 10}"
-        )
     return WarmupCosine(
         config.base_lr, config.final_lr, config.start_warmup, config.warmup_epochs * steps, config.epochs * steps
     )
@@ -72,8 +67,8 @@ def fit(
         first_epoch, first_step, sums = state["epoch"], state["step"], state["sums"]
     log = Log(folder, config, run, first_epoch)
     log.say(
-        f"{'continuing' if state else 'starting'} at epoch {first_epoch} of {config.epochs}, {loader.steps} steps each, "
-        f"{run.world_size} process(es) on {run.device.type}, {precision.name}; log and checkpoints in {folder}"
+        f"{'continuing' if state else 'starting'} at epoch {first_epoch} of {config.epochs}, {loader.steps} steps "
+        f"each, {run.world_size} process(es) on {run.device.type}, {precision.name}; log and checkpoints in {folder}"
     )
     if not state and core.fills_memory:
         fill_memory(core, loader, precision)
@@ -159,7 +154,7 @@ def fill_memory(core: Learner, loader: Any, precision: Precision) -> None:
     norms = [m for m in core.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     frozen = {id(p) for p in core.parameters() if not p.requires_grad}
     norms = [m for m in norms if id(m.weight) not in frozen]
-    momenta = [m.momentum for m in norms]
+    before = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
     for m in norms:
         m.train()
         m.momentum = 0.0
@@ -168,9 +163,9 @@ def fill_memory(core: Learner, loader: Any, precision: Precision) -> None:
             with precision.autocast():
                 core.remember(**batch)
     finally:
-        for m, momentum in zip(norms, momenta, strict=True):
+        for m, (momentum, batches) in zip(norms, before, strict=True):
             m.momentum = momentum
-            m.num_batches_tracked.zero_()
+            m.num_batches_tracked.copy_(batches)
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
@@ -265,9 +260,7 @@ class Log:
             leave=False,
         )
 
-    def row(
-        self, epoch: int, means: dict[str, float], lr: float, seconds: float, waited: float, samples: int
-    ) -> None:
+    def row(self, epoch: int, means: dict[str, float], lr: float, seconds: float, waited: float, samples: int) -> None:
         if not self.run.is_main:
             return
         row = {

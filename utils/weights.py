@@ -5,28 +5,39 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from datasets.index import Sample, describe, fingerprint
 from models.encoder import JointEncoder
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, fold_grey
 from utils import checkpoint
 from utils.config import to_dict
+from utils.distributed import rank
 from utils.errors import UserError
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "classy_state_dict", "base_model", "trunk")
 
 
-def load_backbone(resnet: GreyResNet, path: Path, how_to_get: str) -> None:
+def load_backbone(resnet: GreyResNet, folder: str, name: str, made_by: str) -> None:
     """Load a ResNet from any known layout: torchvision, official SwAV / DeepCluster-v2, VISSL trunk, or this project's.
 
-    Heads and prototypes in the file are left out and counted. Raises UserError when the file is missing (with
-    `how_to_get`), unreadable, or any backbone tensor is absent or has another shape.
+    Heads and prototypes in the file are left out and counted. name `none` loads nothing and says so. Raises UserError
+    when the file is missing, unreadable, or any backbone tensor is absent or has another shape.
     """
-    state = _strip(_unwrap(_read(path, how_to_get)))
+    if name == "none":
+        _say_random("slice encoder (ResNet)", f"resnet_pretrained is none; {made_by} makes pre-trained ones")
+        return
+    path = Path(folder) / name
+    remedy = (
+        f"run {made_by} first, or copy a ResNet there (torchvision, SwAV / DeepCluster-v2 and VISSL layouts load), "
+        "or pass --resnet_pretrained none to go on with random weights"
+    )
+    state = _strip(_unwrap(_read(path, remedy)))
     own = resnet.state_dict()
     stem = state.get("conv1.weight")
     if stem is not None and stem.dim() == 4 and stem.shape[1] == 3:
@@ -34,21 +45,39 @@ def load_backbone(resnet: GreyResNet, path: Path, how_to_get: str) -> None:
     _load(resnet, state, path, ignore={k for k in own if k.endswith("num_batches_tracked")})
 
 
-def load_part(module: nn.Module, path: Path, prefix: str, how_to_get: str) -> None:
-    """Load the tensors below `prefix` of a stage 2 or stage 3 file into a module; all of them must be there."""
-    state = _read(path, how_to_get)
-    part = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-    _load(module, part, path, label=prefix)
+def load_transformer(encoder: JointEncoder, folder: str, name: str, made_by: str) -> None:
+    """Load stage 2's slice projection and transformer; name `none` loads nothing and says so.
+
+    Warns when stage 2 was trained on another ResNet than the one in `encoder`: its embeddings would mean nothing to
+    this transformer. Raises UserError as `load_backbone` does.
+    """
+    if name == "none":
+        _say_random("projection and transformer", f"trans_pretrained is none; {made_by} makes pre-trained ones")
+        return
+    path = Path(folder) / name
+    state = _read(path, f"run {made_by} first, or pass --trans_pretrained none to go on with random weights")
+    for part in ("projection", "transformer"):
+        _load(getattr(encoder, part), _below(state, f"{part}."), path, label=f" {part}.")
+    theirs = _below(state, "encoder.").get("conv1.weight")
+    ours = encoder.encoder.conv1.weight.detach().cpu()
+    if theirs is None or not torch.allclose(fold_grey(theirs), ours, atol=1e-5):
+        warnings.warn(f"{path} was trained on another ResNet than the one loaded here", stacklevel=2)
 
 
-def read_flat(path: Path, how_to_get: str) -> dict[str, Tensor]:
-    """A flat state dict as this project writes it."""
-    return _read(path, how_to_get)
+def load_mask_head(learner: nn.Module, folder: str, name: str) -> None:
+    """Load stage 2's mask token and decoder into a learner that goes on predicting masked slices."""
+    if name == "none":
+        return
+    path = Path(folder) / name
+    state = _read(path, "run stage 2 first")
+    _load(learner.decoder, _below(state, "decoder."), path, label=" decoder.")
+    with torch.no_grad():
+        learner.mask_token.copy_(state["mask_token"])
 
 
-def save_resnet(resnet: GreyResNet, path: Path, about: dict[str, Any]) -> None:
+def save_resnet(resnet: GreyResNet, path: Path, record: dict[str, Any]) -> None:
     """Flat torchvision state dict without `fc`, and what made it beside it."""
-    _save(resnet.torchvision_state(), path, about)
+    _save(resnet.torchvision_state(), path, record)
 
 
 def joint_state(encoder: JointEncoder) -> dict[str, Tensor]:
@@ -60,35 +89,62 @@ def joint_state(encoder: JointEncoder) -> dict[str, Tensor]:
     return state
 
 
-def save_masked(learner: nn.Module, path: Path, about: dict[str, Any]) -> None:
+def save_masked(learner: nn.Module, path: Path, record: dict[str, Any]) -> None:
     """Stage 2: the joint encoder with `mask_token` and `decoder.`."""
     state = joint_state(learner.encoder)
     state["mask_token"] = learner.mask_token.detach().cpu().clone()
     state |= {f"decoder.{key}": value.detach().cpu().clone() for key, value in learner.decoder.state_dict().items()}
-    _save(state, path, about)
+    _save(state, path, record)
 
 
-def save_joint(encoder: JointEncoder, path: Path, about: dict[str, Any]) -> None:
+def save_joint(encoder: JointEncoder, path: Path, record: dict[str, Any]) -> None:
     """Stage 3: the joint encoder, and beside it `*_encoder.pth`, the flat torchvision ResNet to copy downstream."""
-    _save(joint_state(encoder), path, about)
-    _save(encoder.encoder.torchvision_state(), path.with_name(f"{path.stem}_encoder.pth"), about)
+    _save(joint_state(encoder), path, record)
+    save_resnet(encoder.encoder, path.with_name(f"{path.stem}_encoder.pth"), record)
 
 
-def describe_run(config: Any, data: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-    """What stands in the `.json` beside a weights file."""
+def load_joint(path: Path, dropout: float = 0.1) -> JointEncoder:
+    """The encoder of a stage 2 or stage 3 file; architecture and width come from the `.json` beside it."""
+    about = path.with_suffix(".json")
+    if not about.is_file():
+        raise UserError(f"{about}: missing; it stands beside the weights and says their arch and d_model")
+    made_by = json.loads(about.read_text())["config"]
+    encoder = JointEncoder(made_by["arch"], made_by["d_model"], made_by["layers"], dropout)
+    state = _read(path, "run mask_*.py or ssl_*3D.py first")
+    own = encoder.encoder.state_dict()
+    resnet = _below(state, "encoder.")
+    if "conv1.weight" in resnet:
+        resnet["conv1.weight"] = fold_grey(resnet["conv1.weight"])
+    _load(encoder.encoder, resnet, path, ignore={k for k in own if k.endswith("tracked")}, label=" encoder.")
+    for part in ("projection", "transformer"):
+        _load(getattr(encoder, part), _below(state, f"{part}."), path, label=f" {part}.")
+    return encoder
+
+
+def record(config: Any, samples: list[Sample], result: dict[str, float]) -> dict[str, Any]:
+    """What stands in the `.json` beside a weights file: what made it, from which data, and what input it expects."""
     return {
         "config": to_dict(config),
-        "data": data,
-        "result": result,
+        "data": {"summary": describe(samples).splitlines(), "fingerprint": fingerprint(samples)},
+        "last_epoch": result,
         "input": {"range": [0, 1], "grey_mean": GREY_MEAN, "grey_std": GREY_STD},
         "commit": _commit(),
         "torch": torch.__version__,
     }
 
 
-def _read(path: Path, how_to_get: str) -> dict[str, Any]:
+def _say_random(what: str, why: str) -> None:
+    if rank() == 0:
+        print(f"{'!' * 20}\nWARNING: {what} start from RANDOM weights ({why})\n{'!' * 20}", flush=True)
+
+
+def _below(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _read(path: Path, remedy: str) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"{path}: no such weights file; {how_to_get}")
+        raise UserError(f"{path}: no such weights file; {remedy}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -129,23 +185,27 @@ def _load(
     wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
     matched = sum(key in state for key in own) - len(wrong)
     named = f" ({_some(unexpected)})" if unexpected else ""
-    line = f"{path} {label}: matched {matched}, missing {len(missing)}, unexpected {len(unexpected)}{named}"
+    line = f"{path}{label}: matched {matched}, missing {len(missing)}, unexpected {len(unexpected)}{named}"
     if missing or wrong:
         found = [f"{k} is {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in wrong]
         detail = "; ".join([f"missing {_some(missing)}"] * bool(missing) + [_some(found)] * bool(found))
         raise UserError(f"{line}, wrong shape {len(wrong)}: {detail}. Were arch and d_model the same when it was made?")
     module.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
-    print(line, flush=True)
+    if rank() == 0:
+        print(line, flush=True)
 
 
 def _some(names: list[str], count: int = 3) -> str:
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
-def _save(state: dict[str, Tensor], path: Path, about: dict[str, Any]) -> None:
+def _save(state: dict[str, Tensor], path: Path, record: dict[str, Any]) -> None:
+    if rank() != 0:
+        return
     checkpoint.write({key: value.contiguous() for key, value in state.items()}, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    path.with_suffix(".json").write_text(json.dumps({**about, "sha256": digest}, indent=2) + "\n")
+    path.with_suffix(".json").write_text(json.dumps({**record, "sha256": digest}, indent=2) + "\n")
+    print(f"wrote {path}", flush=True)
 
 
 def _commit() -> str:

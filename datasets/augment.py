@@ -1,0 +1,340 @@
+"""Augmented views of volumes and crops of images, made on the training device on whole batches.
+
+Parameters are drawn on the CPU, per sample and view, from `seeding.stream(seed, epoch, index, view)`; the pixels are
+then worked on where the batch is (`transforms`). What comes out for a sample hence does not depend on the batch it is
+in. Only the per-voxel noise also depends on the kind of device, whose generator is seeded from that stream.
+
+Intensities are 0 to 1 with 0 as background, before and after.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasets import transforms
+from datasets.seeding import stream
+
+Policy = Literal["paper", "strong"]
+PAPER_TRANSFORMS = ("flip", "affine", "anisotropy", "blur", "noise", "bias_field", "gamma")
+PAPER_WINDOW = 0.8  # side of the window of policy `paper` over that of the canvas
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Limits (low, high) of uniform draws, TorchIO's where it has the transform, and probabilities (`*_p`)."""
+
+    scale: tuple[float, float] = (0.9, 1.1)  # magnification, drawn per in-plane axis
+    degrees: tuple[float, float] = (-10.0, 10.0)  # in-plane rotation
+    downsampling: tuple[float, float] = (1.5, 5.0)  # anisotropy: voxels per kept voxel along one axis of three
+    blur_std: tuple[float, float] = (0.0, 2.0)  # voxels, drawn per axis
+    noise_std: tuple[float, float] = (0.0, 0.25)  # intensities, of which 1 is the whole range
+    bias: tuple[float, float] = (-0.5, 0.5)  # each of the 20 coefficients of the log field
+    log_gamma: tuple[float, float] = (-0.3, 0.3)  # natural logarithm of the exponent
+    crop_area: tuple[float, float] = (0.4, 1.0)  # of the content's bounding box; MultiCrop takes its own scales
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)  # window's width over height, relative to the output's
+    jitter: tuple[float, float] = (-0.4, 0.4)  # MultiCrop: relative change of brightness, and of contrast
+    crop_blur_std: tuple[float, float] = (0.1, 2.0)  # MultiCrop: pixels of a 224-pixel crop, scaled with the crop
+    flip_p: float = 0.5  # each axis that the policy flips
+    anisotropy_p: float = 0.25
+    blur_p: float = 0.5
+    bias_p: float = 0.5  # volumes
+    crop_bias_p: float = 0.3  # MultiCrop
+    gamma_p: float = 0.8
+    noise_p: float = 0.5
+    jitter_p: float = 0.8
+
+
+RANGES: dict[str, Ranges] = {
+    "paper": Ranges(),
+    # Noise comes on top of five other transforms here, and std 0.25 would drown what they leave.
+    "strong": Ranges(noise_std=(0.0, 0.1)),
+}
+
+
+class Uniforms:
+    """Uniform random numbers of one view of a batch, each sample's from its own stream.
+
+    All are drawn at once, and whatever is made of them is computed for the whole batch: drawing sample by sample
+    would take longer than the transforms do on a GPU. Every call hands out the next ones.
+    """
+
+    COUNT = 64  # per sample and view
+
+    def __init__(self, seed: int, epoch: int, index: Sequence[int], view: int):
+        self.numbers = np.stack([stream(seed, epoch, i, view).random(self.COUNT) for i in index])
+        self.used = 0
+
+    def __call__(self, low: float | np.ndarray, high: float, size: int | None = None) -> np.ndarray:
+        """[B], or [B, size], numbers from low to high.  Raises IndexError where COUNT is too small."""
+        taken = self.numbers[:, self.used : self.used + (size or 1)]
+        if taken.shape[1] < (size or 1):
+            raise IndexError(f"more than {self.COUNT} random numbers asked for: raise Uniforms.COUNT")
+        self.used += taken.shape[1]
+        numbers = low + (high - low) * taken
+        return numbers if size else numbers[:, 0]
+
+    def chance(self, probability: float) -> np.ndarray:
+        """[B] bool, True with this probability."""
+        return self(0, 1) < probability
+
+
+class VolumeViews:
+    """Random views of volumes, all slices of a view under one in-plane transform.
+
+    TorchIO's affine and flip are 3D. Here geometry stays in-plane, because a slice at the same position of two views
+    is a positive pair: turning or mirroring a volume through its slices would pair different anatomy. Intensity
+    transforms may mix neighbouring slices (blur, anisotropy), as they leave every slice at its place.
+
+    `paper`: the centred window of 0.8 canvas sides, which is a plain crop where that is the size of a view, under
+    exactly one of PAPER_TRANSFORMS.  `strong`: a random resized crop with rotation, scale and flips in one resampling
+    pass, then at random anisotropy, blur, bias field, gamma and noise, in this order.
+
+    height, width: of the views, in pixels.  ranges: instead of those of the policy.
+    Raises ValueError on an unknown policy or a size below 1.
+    """
+
+    def __init__(self, height: int, width: int, policy: Policy, seed: int, ranges: Ranges | None = None):
+        _check_policy(policy)
+        if height < 1 or width < 1:
+            raise ValueError(f"views need at least one pixel, got height {height}, width {width}")
+        self.height, self.width, self.policy, self.seed = height, width, policy, seed
+        self.ranges = ranges or RANGES[policy]
+
+    @torch.no_grad()
+    def __call__(
+        self, volumes: Tensor, mask: Tensor, extents: Tensor, index: Tensor, epoch: int, views: int = 2
+    ) -> Tensor:
+        """Views 1 to `views` of a batch of volumes.
+
+        volumes: [B, D, S, S] floats 0 to 1.  mask: [B, D] bool, True for real slices, which come first.
+        extents: [B, 2] height and width in pixels of the content, centred on the canvas (its first row is
+        (S - height) // 2).  index: [B] global sample indices.
+        Returns [views, B, D, H, W] float32, 0 to 1, padded slices exactly 0.  Raises ValueError on other shapes.
+        """
+        B, D, S = volumes.shape[:3] if volumes.ndim == 4 else (0, 0, 0)
+        shapes = (volumes.shape, mask.shape, extents.shape, index.shape)
+        if shapes != ((B, D, S, S), (B, D), (B, 2), (B,)) or B == 0:
+            raise ValueError(
+                f"need volumes [B, D, S, S], mask [B, D], extents [B, 2], index [B], got {[*map(tuple, shapes)]}"
+            )
+        content = np.array(extents.tolist(), dtype=float)
+        slices = np.array(mask.sum(1).tolist())
+        volumes, mask = volumes.float(), mask.to(volumes.device)
+        result = []
+        with torch.autocast(volumes.device.type, enabled=False):  # half precision would round what is not touched
+            for view in range(1, views + 1):
+                u = Uniforms(self.seed, epoch, index.tolist(), view)
+                draw = self._draw_paper if self.policy == "paper" else self._draw_strong
+                result.append(_transform(volumes, draw(u, S, content, slices), self.height, self.width, mask))
+        return torch.stack(result)
+
+    def _draw_paper(self, u: Uniforms, canvas: int, content: np.ndarray, slices: np.ndarray) -> dict[str, np.ndarray]:
+        r = self.ranges
+        kind = u(0, len(PAPER_TRANSFORMS)).astype(int)
+        chosen = {name: kind == k for k, name in enumerate(PAPER_TRANSFORMS)}
+        which = u(1, 4).astype(int)  # one bit per axis: 1 rows, 2 columns, 3 both
+        flips = np.stack((which & 1, which & 2), axis=1).astype(bool) & chosen["flip"][:, None]
+        scale = np.where(chosen["affine"][:, None], u(*r.scale, size=2), 1.0)
+        degrees = np.where(chosen["affine"], u(*r.degrees), 0.0)
+        side = max(1, round(PAPER_WINDOW * canvas))
+        centre = np.full((len(kind), 2), (canvas - side) // 2 + side / 2)  # whole pixels, also in an odd margin
+        return {
+            "theta": window_theta(canvas, centre, side / scale, degrees, flips),
+            **_draw_intensities(u, r, chosen),
+            "downsampling": _draw_downsampling(u, r, chosen["anisotropy"], slices),
+            "blur_std": np.where(chosen["blur"][:, None], u(*r.blur_std, size=3), 0.0),
+        }
+
+    def _draw_strong(self, u: Uniforms, canvas: int, content: np.ndarray, slices: np.ndarray) -> dict[str, np.ndarray]:
+        r = self.ranges
+        flips = u(0, 1, size=2) < r.flip_p
+        degrees, scale = u(*r.degrees), u(*r.scale, size=2)
+        output = (self.height, self.width)
+        chosen = {"bias_field": u.chance(r.bias_p), "gamma": u.chance(r.gamma_p), "noise": u.chance(r.noise_p)}
+        return {
+            "theta": crop_theta(u, canvas, content, output, r.crop_area, r.crop_aspect, scale, degrees, flips),
+            **_draw_intensities(u, r, chosen),
+            "downsampling": _draw_downsampling(u, r, u.chance(r.anisotropy_p), slices),
+            "blur_std": np.where(u.chance(r.blur_p)[:, None], u(*r.blur_std, size=3), 0.0),
+        }
+
+
+class MultiCrop:
+    """Random resized crops of images, of several kinds (SwAV: two large and several small ones).
+
+    Every crop lies inside the content where its shape allows.  `paper`: crop, horizontal flip, brightness and
+    contrast, blur, as in SwAV for grey images.  `strong`: also rotation, vertical flip, bias field, gamma and noise;
+    a rotated crop may show background at its corners where the content is too small for it.
+
+    sizes: (height, width) in pixels per kind.  counts: crops per kind.  scales: (low, high) per kind, the share of
+    the content's bounding box that a crop covers.  ranges: instead of those of the policy.
+    Raises ValueError on an unknown policy, lists of different length, or values that make no crop.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        counts: Sequence[int],
+        scales: Sequence[tuple[float, float]],
+        policy: Policy,
+        seed: int,
+        ranges: Ranges | None = None,
+    ):
+        _check_policy(policy)
+        if not len(sizes) == len(counts) == len(scales) > 0:
+            raise ValueError(f"need as many sizes as counts and scales, got {sizes}, {counts}, {scales}")
+        if min(min(size) for size in sizes) < 1 or min(counts) < 1:
+            raise ValueError(f"sizes and counts must be at least 1, got {sizes}, {counts}")
+        if not all(0 < low <= high <= 1 for low, high in scales):
+            raise ValueError(f"scales must be 0 < low <= high <= 1, got {scales}")
+        self.sizes, self.counts, self.scales = sizes, counts, scales
+        self.policy, self.seed = policy, seed
+        self.ranges = ranges or RANGES[policy]
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, extents: Tensor, index: Tensor, epoch: int) -> list[Tensor]:
+        """Crops 1 to sum(counts) of a batch of images, kind by kind.
+
+        images: [B, S, S] floats 0 to 1.  extents: [B, 2] height and width of the content, centred on the canvas.
+        index: [B] global sample indices.  Returns one [count, B, H, W] float32, 0 to 1, per kind.
+        Raises ValueError on other shapes.
+        """
+        B, S = images.shape[:2] if images.ndim == 3 else (0, 0)
+        shapes = (images.shape, extents.shape, index.shape)
+        if shapes != ((B, S, S), (B, 2), (B,)) or B == 0:
+            raise ValueError(f"need images [B, S, S], extents [B, 2], index [B], got {[*map(tuple, shapes)]}")
+        content = np.array(extents.tolist(), dtype=float)
+        x = images.float()[:, None]
+        kinds, view = [], 0
+        with torch.autocast(images.device.type, enabled=False):  # as above
+            for size, count, scale in zip(self.sizes, self.counts, self.scales, strict=True):
+                crops = []
+                for _ in range(count):
+                    view += 1
+                    u = Uniforms(self.seed, epoch, index.tolist(), view)
+                    crops.append(_transform(x, self._draw(u, S, content, size, scale), *size)[:, 0])
+                kinds.append(torch.stack(crops))
+        return kinds
+
+    def _draw(
+        self,
+        u: Uniforms,
+        canvas: int,
+        content: np.ndarray,
+        size: tuple[int, int],
+        area: tuple[float, float],
+    ) -> dict[str, np.ndarray]:
+        r, strong = self.ranges, self.policy == "strong"
+        flips = u(0, 1, size=2) < (r.flip_p * strong, r.flip_p)
+        degrees = u(*r.degrees) * strong
+        jittered = u.chance(r.jitter_p)
+        chosen = {
+            "bias_field": u.chance(r.crop_bias_p * strong),
+            "gamma": u.chance(r.gamma_p * strong),
+            "noise": u.chance(r.noise_p * strong),
+        }
+        blur_std = np.where(u.chance(r.blur_p), u(*r.crop_blur_std), 0.0) * math.sqrt(size[0] * size[1]) / 224
+        return {
+            "theta": crop_theta(u, canvas, content, size, area, r.crop_aspect, np.ones_like(content), degrees, flips),
+            **_draw_intensities(u, r, chosen),
+            "blur_std": np.stack((np.zeros_like(blur_std), blur_std, blur_std), axis=1),
+            "brightness": np.where(jittered, u(*r.jitter), 0.0),
+            "contrast": np.where(jittered, u(*r.jitter), 0.0),
+        }
+
+
+def crop_theta(
+    u: Uniforms,
+    canvas: int,
+    content: np.ndarray,
+    output: tuple[int, int],
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+    scale: np.ndarray,
+    degrees: np.ndarray,
+    flips: np.ndarray,
+) -> np.ndarray:
+    """theta [B, 2, 3] of a random window of each sample's content, resized to `output` (height, width).
+
+    The window covers a share `area` of the content [B, 2] (height, width), is shrunk by `scale` [B, 2]
+    (magnification of rows and columns), and then made smaller in both directions alike until it fits into the
+    content. Its place is uniform among those where it, and all that interpolation reads for it, lies in the content;
+    where rotation leaves no such place, it is in the middle.
+    """
+    content = content.clip(1, canvas)
+    sides = np.array(output, dtype=float)
+    ratio = np.exp(u(*np.log(aspect))) * output[1] / output[0]
+    pixels = u(*area) * content.prod(1)
+    window = np.sqrt(np.stack((pixels / ratio, pixels * ratio), axis=1)) / scale
+    # Enlarging reads up to half an input pixel beyond the window: the outermost samples stand window / output / 2
+    # inside it, but the content's outermost pixel centres 1/2 inside the content.
+    largest = np.where(content >= sides, content, (content - 1) * sides / np.maximum(sides - 1, 1))
+    window = window * (largest / window).min(1, keepdims=True).clip(max=1)
+    c, s = np.abs(np.cos(np.radians(degrees))), np.abs(np.sin(np.radians(degrees)))
+    turned = np.stack((c * window[:, 0] + s * window[:, 1], s * window[:, 0] + c * window[:, 1]), axis=1)
+    room = (content - turned - (1 - window / sides).clip(min=0)).clip(min=0)
+    middle = (canvas - content) // 2 + content / 2
+    return window_theta(canvas, middle + room * u(-0.5, 0.5, size=2), window, degrees, flips)
+
+
+def window_theta(
+    canvas: int, centre: np.ndarray, window: np.ndarray, degrees: np.ndarray, flips: np.ndarray
+) -> np.ndarray:
+    """theta [B, 2, 3] for `transforms.resample` that shows a window of a canvas x canvas picture.
+
+    centre, window: [B, 2] (row, column) of the window's centre and its sides, in pixels from the canvas' top left
+    corner.  degrees: [B] rotation.  flips: [B, 2] bool, whether rows and columns are mirrored.
+    """
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    rows, columns = (np.where(flips, -window, window) / canvas).T
+    y, x = (2 * centre / canvas - 1).T
+    return np.stack((c * columns, -s * rows, x, s * columns, c * rows, y), axis=1).reshape(-1, 2, 3)
+
+
+def _draw_intensities(u: Uniforms, r: Ranges, chosen: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Bias field, gamma and noise for the chosen samples, neutral for the others."""
+    bias = u(*r.bias, size=len(transforms.BIAS_EXPONENTS))
+    return {
+        "bias": np.where(chosen["bias_field"][:, None], bias, 0.0),
+        "log_gamma": np.where(chosen["gamma"], u(*r.log_gamma), 0.0),
+        "noise_std": np.where(chosen["noise"], u(*r.noise_std), 0.0),
+        "noise_seed": u(0, 2**53).astype(np.int64),
+    }
+
+
+def _draw_downsampling(u: Uniforms, r: Ranges, chosen: np.ndarray, slices: np.ndarray) -> np.ndarray:
+    """[B, 3] factors, for the chosen samples one of them above 1, but not that of a single slice's axis."""
+    axis = u(np.where(slices > 1, 0, 1)[:, None], 3, size=1).astype(int)  # [B, 1]
+    factor = u(*r.downsampling)
+    return np.where(chosen[:, None] & (axis == np.arange(3)), factor[:, None], 1.0)
+
+
+def _transform(x: Tensor, draws: dict[str, np.ndarray], height: int, width: int, mask: Tensor | None = None) -> Tensor:
+    """[B, D, S, S] -> [B, D, height, width], each sample by its own draws, clamped to 0..1, padded slices 0."""
+    p = {name: torch.from_numpy(values) for name, values in draws.items()}
+    x = transforms.resample(x, p["theta"], height, width)
+    if "downsampling" in p:
+        x = transforms.anisotropy(x, p["downsampling"], mask)
+    x = transforms.blur(x, p["blur_std"], mask)
+    # A field of these coefficients reaches several times 1. TorchIO lets intensities grow with it; clamped to 1, large
+    # areas would be wiped out. With the sample's mean kept, what changes is where it is brighter.
+    mean = x.mean(dim=(1, 2, 3), keepdim=True)
+    x = transforms.bias_field(x, p["bias"], mask)
+    x = x * (mean / x.mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12))
+    if "brightness" in p:
+        x = transforms.jitter(x, p["brightness"], p["contrast"])
+    x = transforms.gamma(x, p["log_gamma"])
+    x = transforms.noise(x, p["noise_std"], p["noise_seed"], mask).clamp(0, 1)
+    return x if mask is None else x * mask[:, :, None, None]
+
+
+def _check_policy(policy: str) -> None:
+    if policy not in get_args(Policy):
+        raise ValueError(f"policy must be one of {get_args(Policy)}, got {policy!r}")

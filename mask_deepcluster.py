@@ -1,0 +1,135 @@
+"""Stage 2, DeepCluster-v2: predict masked slice embeddings to pre-train the transformer over slices.
+
+    torchrun --nproc_per_node=2 mask_deepcluster.py --data_path Training_Data   # every constant is an option
+    python mask_deepcluster.py --arch resnet18 --target_shape [32,48,48]           # one process, CPU
+
+Needs weights/resnet_deepcluster2D.pth from ssl_deepcluster2D.py or elsewhere. Result: weights/mask_deepcluster.pth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OpenUnitInterval,
+    PositiveFloat,
+    PositiveInt,
+)
+
+from datasets.augment import VolumeViews
+from datasets.index import fingerprint
+from datasets.loaders import VolumeLoader, VolumeWindows, canvas_size
+from datasets.store import prepare
+from models.encoder import JointEncoder
+from models.resnet import ARCHITECTURES
+from objectives import MaskedSlices
+from objectives.masked import fit_projection
+from utils import config as options
+from utils import distributed, optim, train, weights
+
+
+@dataclass
+class Config:
+    data_path: str = "Training_Data"
+    """data sets: <data set>/<case>.npy volumes (height, width, slices) and folders of 2D images"""
+    pretrained_path: str = "weights"
+    """folder of weights: holds resnet_pretrained, receives checkpoint_name"""
+    resnet_pretrained: str = "resnet_deepcluster2D.pth"
+    """stage 1's ResNet (torchvision, SwAV, DeepCluster-v2 or VISSL layout), or none for random weights"""
+    checkpoint_name: str = "mask_deepcluster.pth"
+    """the result: slice encoder, slice projection, transformer, mask token, decoder"""
+    dump_path: str = "runs/mask_deepcluster"
+    """log, configuration and checkpoints of this run; a run found here is continued"""
+    arch: Literal[ARCHITECTURES] = "resnet50"
+    """torchvision ResNet that encodes slices; frozen here"""
+    d_model: PositiveInt = 640
+    """size of a slice embedding; a multiple of 8"""
+    layers: PositiveInt = 4
+    """of the transformer"""
+    dropout: ClosedUnitInterval = 0.1
+    """in the transformer"""
+    projection_init: Literal["pca", "orthogonal"] = "pca"
+    """slice projection, fixed in this stage: principal components of the data's slice features, or random"""
+
+    target_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = (64, 128, 128)
+    """slices, height, width of a view in voxels, after cropping or padding"""
+    policy: Literal["paper", "strong"] = "strong"
+    """augmentation of a view: one transform as in the original method, or a random crop and several composed"""
+    mask_ratio: OpenUnitInterval = 0.15
+    """share of a volume's slices that are hidden"""
+    mask_style: Literal["random", "span"] = "random"
+    """hide slices anywhere, or one contiguous run of them"""
+
+    epochs: PositiveInt = 100
+    """passes over the data"""
+    batch_size: PositiveInt = 4
+    """volumes per process"""
+    base_lr: PositiveFloat = 0.3
+    """peak learning rate of SGD with LARC, for the joint batch as it is"""
+    final_lr: NonNegativeFloat = 0.0
+    """learning rate at the end of the cosine schedule"""
+    warmup_epochs: NonNegativeInt = 10
+    """epochs of linear warm-up"""
+    start_warmup: NonNegativeFloat = 0.0
+    """learning rate at the first step of the warm-up"""
+    wd: NonNegativeFloat = 1e-6
+    """weight decay"""
+
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 or fp16 by GPU, fp32 on a CPU"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to train"""
+    workers: NonNegativeInt = 4
+    """data-loading processes per training process"""
+    seed: NonNegativeInt = 31
+    """of all random numbers"""
+    checkpoint_freq: PositiveInt = 25
+    """epochs between checkpoints that are kept for good"""
+    checkpoint_minutes: PositiveFloat = 15
+    """minutes between checkpoints within an epoch"""
+    cache_path: str | None = None
+    """folder for the working copy of the data; null: .cache in data_path"""
+    on_bad: Literal["error", "skip"] = "error"
+    """what to do with unusable volumes and images: stop before training, or name them and go on without"""
+
+
+def main(cfg: Config) -> None:
+    run = distributed.start(cfg.device, cfg.seed)
+    slices, height, width = cfg.target_shape
+    encoder = JointEncoder(cfg.arch, cfg.d_model, cfg.layers, cfg.dropout)
+    weights.load_backbone(encoder.encoder, cfg.pretrained_path, cfg.resnet_pretrained, made_by="ssl_deepcluster2D.py")
+
+    samples, store = prepare(cfg.data_path, canvas_size(height, width), cfg.cache_path, cfg.on_bad)
+    volumes = VolumeWindows(samples, store, slices, cfg.seed)
+    views = VolumeViews(height, width, cfg.policy, cfg.seed)
+    loader = VolumeLoader(
+        volumes,
+        views,
+        cfg.batch_size,
+        cfg.workers,
+        cfg.seed,
+        run,
+        mask_ratio=cfg.mask_ratio,
+        mask_style=cfg.mask_style,
+    )
+
+    if cfg.projection_init == "pca":
+        fit_projection(encoder, volumes, (height, width), run)
+    learner = MaskedSlices(encoder)
+    wrapped = distributed.wrap(learner, run)
+
+    optimizer = optim.LARC(optim.parameter_groups(learner, cfg.wd), cfg.base_lr)
+    rate = train.schedule(cfg, loader.steps)
+    result = train.fit(wrapped, loader, optimizer, rate, cfg, run, fingerprint(samples))
+
+    made_by = weights.record(cfg, samples, result)
+    weights.save_masked(learner, Path(cfg.pretrained_path) / cfg.checkpoint_name, made_by)
+
+
+if __name__ == "__main__":
+    options.main(main, Config, __doc__)

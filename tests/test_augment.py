@@ -1,0 +1,484 @@
+"""datasets/transforms.py against other implementations, and what datasets/augment.py promises about its draws."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter1d, map_coordinates
+from torch import Tensor
+from torch.testing import assert_close
+
+from datasets import augment, transforms
+from datasets.augment import RANGES, MultiCrop, VolumeViews
+from datasets.seeding import stream
+
+POLICIES = ("paper", "strong")
+STILL = {"degrees": (0.0, 0.0), "noise_p": 0.0, "bias_p": 0.0, "gamma_p": 0.0, "blur_p": 0.0, "anisotropy_p": 0.0}
+STILL_CROPS = STILL | {"crop_bias_p": 0.0, "jitter_p": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors here are too small to share out: waiting for threads on a busy machine takes longer than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def batch(B: int = 3, D: int = 6, S: int = 20, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Random volumes that fill the canvas, all slices real, with the global indices 10, 11, ..."""
+    x = torch.from_numpy(np.random.default_rng(seed).random((B, D, S, S), dtype=np.float32))
+    return x, torch.ones(B, D, dtype=torch.bool), torch.full((B, 2), S), torch.arange(10, 10 + B)
+
+
+def smooth(S: int = 40) -> Tensor:
+    """[1, 1, S, S] picture without fine detail, zero near its border."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, S), torch.linspace(-1, 1, S), indexing="ij")
+    bump = torch.exp(-((y - 0.15) ** 2 + (x + 0.1) ** 2) * 8)
+    return (bump * (1 + 0.5 * torch.sin(4 * x + 2 * y)))[None, None]
+
+
+def theta(canvas: int, centre, window, degrees: float = 0.0, flips=(False, False)) -> Tensor:
+    """`window_theta` of a single sample."""
+    centre, window, flips = (np.array([v]) for v in (centre, window, flips))
+    return torch.from_numpy(augment.window_theta(canvas, centre, window, np.array([degrees]), flips))
+
+
+# --- transforms, each against a second way to compute it ---
+
+
+def test_identity_theta_and_whole_pixel_windows_are_copied_exactly():
+    x = batch()[0]
+    assert torch.equal(transforms.resample(x, torch.eye(2, 3).expand(3, 2, 3), 20, 20), x)
+    shifted = theta(20, (4 + 8, 1 + 6), (16, 12)).expand(3, 2, 3)
+    assert torch.equal(transforms.resample(x, shifted, 16, 12), x[:, :, 4:20, 1:13])
+
+
+@pytest.mark.parametrize(("flips", "dims"), [((True, False), (-2,)), ((False, True), (-1,)), ((True, True), (-2, -1))])
+def test_flips_are_exact(flips, dims):
+    x = batch()[0][:1]
+    assert torch.equal(transforms.resample(x, theta(20, (10, 10), (20, 20), flips=flips), 20, 20), x.flip(dims))
+
+
+@pytest.mark.parametrize("degrees", [90.0, -90.0, 180.0])
+def test_quarter_turns_move_pixels(degrees):
+    x = batch()[0][:1]
+    turned = transforms.resample(x, theta(20, (10, 10), (20, 20), degrees), 20, 20)
+    assert_close(turned, x.rot90(round(degrees / 90), (-2, -1)), atol=2e-5, rtol=0)
+
+
+def test_resampling_equals_map_coordinates():
+    x, (top, left, side), degrees = smooth(), (6, 3, 25), 20.0
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    steps = (np.arange(30) + 0.5) * side / 30 - side / 2  # input pixels from the middle of the window
+    v, u = np.meshgrid(steps, steps, indexing="ij")
+    rows = top + side / 2 + s * u + c * v - 0.5
+    columns = left + side / 2 + c * u - s * v - 0.5
+    theirs = map_coordinates(x[0, 0].numpy(), [rows, columns], order=1, mode="grid-constant")
+    ours = transforms.resample(x, theta(40, (top + side / 2, left + side / 2), (side, side), degrees), 30, 30)
+    assert_close(ours[0, 0], torch.from_numpy(theirs).float(), atol=1e-4, rtol=0)
+
+
+def test_samples_are_resampled_each_by_its_own_theta():
+    x = batch()[0]
+    thetas = torch.cat([theta(20, (10, 10), (20, 20)), theta(20, (9, 8), (11, 13), 7.0), theta(20, (8, 8), (9, 9))])
+    together = transforms.resample(x, thetas, 16, 18)
+    for b in range(3):
+        assert torch.equal(together[b], transforms.resample(x[b : b + 1], thetas[b : b + 1], 16, 18)[0])
+
+
+def test_shrinking_takes_the_mean_over_the_area():
+    x = batch(B=2, S=24)[0]
+    shrunk = transforms.resample(x, theta(24, (12, 12), (24, 24)).expand(2, 2, 3), 8, 12)
+    assert_close(shrunk, F.interpolate(x, (8, 12), mode="area"), atol=1e-5, rtol=0)
+    turned = transforms.resample(x, theta(24, (12, 12), (24, 24), 90.0).expand(2, 2, 3), 8, 12)
+    assert_close(turned, F.interpolate(x.rot90(1, (-2, -1)), (8, 12), mode="area"), atol=1e-4, rtol=0)
+
+
+def test_blur_equals_scipy_inside():
+    x = batch(B=2, D=40, S=40)[0]
+    std = torch.tensor([[1.5, 0.7, 2.0], [0.0, 1.2, 0.0]])
+    for b in range(2):
+        theirs = x[b].numpy()
+        for axis, s in enumerate(std[b].tolist()):
+            theirs = gaussian_filter1d(theirs, s, axis=axis, truncate=6.0) if s else theirs
+        inside = (slice(13, -13),) * 3
+        assert_close(transforms.blur(x, std)[b][inside], torch.from_numpy(theirs)[inside], atol=1e-5, rtol=0)
+
+
+def test_blur_keeps_a_constant_volume_with_padded_slices():
+    mask = torch.tensor([[True] * 4 + [False] * 3])
+    x = 0.6 * mask[:, :, None, None].float().expand(1, 7, 8, 8)
+    assert_close(transforms.blur(x, torch.full((1, 3), 2.0), mask), x)
+
+
+def test_anisotropy_keeps_every_fth_voxel_and_interpolates_between():
+    x = batch(B=1, D=10, S=8)[0]
+    out = transforms.anisotropy(x, torch.tensor([[3.0, 1.0, 1.0]]))
+    assert torch.equal(out[:, ::3], x[:, ::3])  # 0, 3, 6 and 9
+    assert_close(out[:, 4], x[:, 3] * 2 / 3 + x[:, 6] / 3)
+    assert_close(out[:, 8], x[:, 6] / 3 + x[:, 9] * 2 / 3)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("f", [1.5, 2.0, 3.7, 5.0])
+def test_anisotropy_equals_numpy_interpolation(axis, f):
+    x = batch(B=1, D=13, S=13)[0]
+    kept = sorted({*[round(k * f) for k in range(13) if round(k * f) < 13], 12})
+    lines = np.moveaxis(x[0].numpy(), axis, -1)
+    theirs = np.apply_along_axis(lambda line: np.interp(np.arange(13), kept, line[kept]), -1, lines)
+    factor = torch.ones(1, 3)
+    factor[0, axis] = f
+    ours = transforms.anisotropy(x, factor)[0].movedim(axis, -1)
+    assert_close(ours, torch.from_numpy(theirs).float(), atol=1e-6, rtol=0)
+
+
+def test_anisotropy_and_noise_end_at_the_last_real_slice():
+    x = batch(B=1, D=9, S=8)[0]
+    x[:, 6:] = 0
+    mask = torch.arange(9)[None] < 6
+    coarse = transforms.anisotropy(x, torch.tensor([[4.0, 1.0, 1.0]]), mask)
+    assert_close(coarse[:, :6], transforms.anisotropy(x[:, :6], torch.tensor([[4.0, 1.0, 1.0]])))
+    assert torch.equal(coarse[:, 5], x[:, 5])
+    noisy = transforms.noise(x, torch.tensor([0.1]), torch.tensor([1]), mask)
+    assert (noisy[:, :6] != x[:, :6]).all()
+    assert (coarse[:, 6:] == 0).all()
+    assert (noisy[:, 6:] == 0).all()
+
+
+def test_bias_field_equals_the_polynomial():
+    x = batch(B=2, D=7, S=6)[0]
+    mask = torch.tensor([[True] * 7, [True] * 5 + [False] * 2])
+    x = x * mask[:, :, None, None]
+    coefficients = np.random.default_rng(1).uniform(-0.5, 0.5, (2, 20))
+    ours = transforms.bias_field(x, torch.from_numpy(coefficients), mask).numpy()
+    for b, D in enumerate((7, 5)):
+        d, h, w = np.meshgrid(*(np.linspace(-1, 1, n) for n in (D, 6, 6)), indexing="ij")
+        terms = zip(coefficients[b], transforms.BIAS_EXPONENTS, strict=True)
+        field = np.exp(sum(c * d**i * h**j * w**k for c, (i, j, k) in terms))
+        np.testing.assert_allclose(ours[b, :D], x[b, :D].numpy() * field, rtol=1e-5)
+        assert (ours[b, D:] == 0).all()
+    assert len(set(transforms.BIAS_EXPONENTS)) == 20
+    assert max(map(sum, transforms.BIAS_EXPONENTS)) == 3
+
+
+def test_gamma_and_jitter_equal_numpy():
+    x = batch()[0]
+    log_gamma = torch.tensor([0.3, -0.2, 0.0])
+    theirs = [x[b].numpy() ** np.exp(log_gamma[b].item()) for b in range(3)]
+    np.testing.assert_allclose(transforms.gamma(x, log_gamma).numpy(), theirs, rtol=1e-5)
+    b, c = np.array([0.4, -0.3, 0.0]), np.array([-0.2, 0.4, 0.0])
+    bright = x.numpy() * (1 + b)[:, None, None, None]
+    mean = bright.mean((1, 2, 3), keepdims=True)
+    theirs = np.clip(mean + (bright - mean) * (1 + c)[:, None, None, None], 0, 1)
+    ours = transforms.jitter(x, torch.from_numpy(b), torch.from_numpy(c))
+    np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-6)
+
+
+def test_noise_has_the_asked_std_and_depends_on_its_seed_only():
+    x = torch.zeros(3, 8, 40, 40)
+    out = transforms.noise(x, torch.tensor([0.1, 0.2, 0.1]), torch.tensor([5, 5, 2**52]))
+    assert out[0].std().item() == pytest.approx(0.1, rel=0.03)
+    assert_close(out[1], 2 * out[0])
+    assert not torch.equal(out[2], out[0])
+    assert (x == 0).all()
+
+
+def test_neutral_parameters_return_the_input_exactly():
+    x, mask, *_ = batch()
+    zero = torch.zeros(3)
+    assert torch.equal(transforms.anisotropy(x, torch.ones(3, 3), mask), x)
+    assert torch.equal(transforms.blur(x, torch.zeros(3, 3), mask), x)
+    assert torch.equal(transforms.bias_field(x, torch.zeros(3, 20), mask), x)
+    assert torch.equal(transforms.gamma(x, zero), x)
+    assert torch.equal(transforms.jitter(x, zero, zero), x)
+    assert torch.equal(transforms.noise(x, zero, zero.long(), mask), x)
+    # ... also beside a sample that is not neutral, and the rest of a batch does not change the result of that one.
+    std = torch.tensor([[0.0] * 3, [1.0] * 3, [0.0] * 3])
+    out = transforms.blur(x, std, mask)
+    assert torch.equal(out[[0, 2]], x[[0, 2]])
+    assert_close(out[1:2], transforms.blur(x[1:2], std[1:2], mask[1:2]))
+
+
+# --- draws ---
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_view_does_not_depend_on_the_batch(policy):
+    x, mask, extents, index = batch(B=8)
+    views = VolumeViews(16, 16, policy, seed=3)
+    together = views(x, mask, extents, index, epoch=2, views=3)
+    order = torch.tensor([5, 1, 7])
+    some = views(x[order], mask[order], extents[order], index[order], epoch=2, views=3)
+    assert_close(some, together[:, order], atol=2e-6, rtol=0)
+    alone = views(x[4:5], mask[4:5], extents[4:5], index[4:5], epoch=2)
+    assert_close(alone[:, 0], together[:2, 4], atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_views_differ_between_views_epochs_indices_and_seeds(policy):
+    x, mask, extents, index = batch(B=1)
+    x, mask, extents = x.expand(8, -1, -1, -1), mask.expand(8, -1), extents.expand(8, -1)  # one volume, 8 times
+    index = torch.arange(8)
+    a, b = VolumeViews(16, 16, policy, 0)(x, mask, extents, index, 0)
+    later = VolumeViews(16, 16, policy, 0)(x, mask, extents, index, 1)[0]
+    other = VolumeViews(16, 16, policy, 1)(x, mask, extents, index, 0)[0]
+    shifted = VolumeViews(16, 16, policy, 0)(x, mask, extents, index + 8, 0)[0]
+    for y in (b, later, other, shifted):
+        same = [torch.equal(a[i], y[i]) for i in range(8)]
+        # Two draws of `paper` may both be the same flip: 1 in 147. Of `strong` none can agree.
+        assert sum(same) <= (1 if policy == "paper" else 0)
+    assert torch.equal(a, VolumeViews(16, 16, policy, 0)(x, mask, extents, index, 0)[0])
+
+
+def test_numbers_come_from_the_stream_of_the_sample():
+    u = augment.Uniforms(seed=7, epoch=3, index=[9, 4], view=2)
+    first, later = u(0, 1), u(-1, 1, size=3)
+    for row, index in enumerate((9, 4)):
+        numbers = stream(7, 3, index, 2).random(4)
+        assert first[row] == numbers[0]
+        np.testing.assert_allclose(later[row], 2 * numbers[1:] - 1)
+    with pytest.raises(IndexError, match="COUNT"):
+        u(0, 1, size=u.COUNT)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_padding_stays_zero_and_does_not_touch_real_slices(policy):
+    x, mask, extents, index = batch(B=16, D=5)
+    index = torch.arange(16)
+    views = VolumeViews(16, 16, policy, 0)
+    out = views(x, mask, extents, index, 0)
+    padded = views(F.pad(x, (0, 0, 0, 0, 0, 4)), F.pad(mask, (0, 4)), extents, index, 0)
+    junk = views(F.pad(x, (0, 0, 0, 0, 0, 4), value=0.5), F.pad(mask, (0, 4)), extents, index, 0)
+    assert (padded[:, :, 5:] == 0).all()
+    assert (junk[:, :, 5:] == 0).all()
+    assert_close(padded[:, :, :5], out, atol=2e-6, rtol=0)
+
+
+def test_single_slices_and_empty_volumes_work():
+    x, _, extents, index = batch(B=8, D=1)
+    out = VolumeViews(16, 16, "paper", 0)(x, torch.ones(8, 1, dtype=torch.bool), extents, index, 0, views=20)
+    assert (out != x[:, :, 2:18, 2:18]).flatten(2).any(2).all()
+    none = torch.zeros(8, 1, dtype=torch.bool)
+    assert (VolumeViews(16, 16, "strong", 0)(x * 0, none, extents, index, 0) == 0).all()
+
+
+# --- policies ---
+
+
+def paper_draws(count: int) -> dict[str, np.ndarray]:
+    """Parameters of `count` samples of a 20 x 20 canvas, 6 slices."""
+    u = augment.Uniforms(0, 0, range(count), 1)
+    return VolumeViews(16, 16, "paper", 0)._draw_paper(u, 20, np.full((count, 2), 20.0), np.full(count, 6))
+
+
+def test_paper_applies_exactly_one_transform_each_as_often():
+    p = paper_draws(1400)
+    plain = theta(20, (10, 10), (16, 16)).numpy()
+    upright = (p["theta"][:, 0, 1] == 0) & (p["theta"][:, 1, 0] == 0)
+    mirrored = ((p["theta"][:, 0, 0] < 0) | (p["theta"][:, 1, 1] < 0)) & (np.abs(p["theta"]) == np.abs(plain)).all(
+        (1, 2)
+    )
+    applied = np.stack(
+        [
+            mirrored,
+            ~upright,
+            (p["downsampling"] > 1).any(1),
+            (p["blur_std"] > 0).any(1),
+            p["noise_std"] > 0,
+            (p["bias"] != 0).any(1),
+            p["log_gamma"] != 0,
+        ]
+    )
+    assert (applied.sum(0) == 1).all()
+    assert (abs(applied.sum(1) - 200) < 55).all()  # binomial, std 13
+    geometry = mirrored | ~upright
+    assert (p["theta"][~geometry] == plain).all()
+    assert ((p["downsampling"] > 1).sum(1) <= 1).all()
+
+
+def test_paper_draws_stay_in_their_ranges():
+    p = paper_draws(1400)
+    factors = p["downsampling"][p["downsampling"] > 1]
+    assert factors.min() >= 1.5
+    assert 4.5 < factors.max() <= 5
+    assert 1.9 < p["blur_std"].max() <= 2
+    assert 0.24 < p["noise_std"].max() <= 0.25
+    assert 0.49 < abs(p["bias"]).max() <= 0.5
+    assert 0.28 < abs(p["log_gamma"]).max() <= 0.3
+    degrees = np.degrees(np.arctan2(p["theta"][:, 1, 0], abs(p["theta"][:, 0, 0])))
+    assert 9 < abs(degrees).max() <= 10 * 1.1 / 0.9
+    sides = np.hypot(p["theta"][:, 0, 0], p["theta"][:, 1, 0]) / 0.8
+    assert 1 / 1.1 - 1e-9 <= sides.min() < 0.93
+    assert 1.08 < sides.max() <= 1 / 0.9 + 1e-9
+
+
+def test_paper_never_returns_the_plain_crop():
+    x, mask, extents, _ = (t[:1].expand(200, *t.shape[1:]) for t in batch())
+    out = VolumeViews(16, 16, "paper", 0)(x, mask, extents, torch.arange(200), 0, views=1)[0]
+    assert (out != x[:, :, 2:18, 2:18]).flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("canvas", [60, 61, 59])
+def test_paper_is_a_plain_crop_but_for_the_transform(canvas):
+    x, mask, extents, _ = batch(B=1, D=2, S=canvas)
+    neutral = replace(
+        RANGES["paper"],
+        scale=(1.0, 1.0),
+        degrees=(0.0, 0.0),
+        downsampling=(1.0, 1.0),
+        blur_std=(0.0, 0.0),
+        noise_std=(0.0, 0.0),
+        bias=(0.0, 0.0),
+        log_gamma=(0.0, 0.0),
+    )
+    side = round(0.8 * canvas)
+    top = (canvas - side) // 2
+    crop = x[0, :, top : top + side, top : top + side]
+    out = VolumeViews(side, side, "paper", 0, neutral)(x, mask, extents, torch.tensor([0]), 0, views=30)[:, 0]
+    mirrored = [crop.flip(dims) for dims in ((), (-2,), (-1,), (-2, -1))]
+    found = [[torch.equal(view, m) for m in mirrored].index(True) for view in out]
+    assert found.count(0) > 15
+    assert set(found) - {0}
+
+
+def marked(extent: tuple[int, int], S: int = 40, B: int = 64) -> tuple[Tensor, Tensor]:
+    """[B, S, S] pictures, 0.25 in the content's box and 1 outside of it, and extents."""
+    x = torch.ones(B, S, S)
+    top, left = ((S - e) // 2 for e in extent)
+    x[:, top : top + extent[0], left : left + extent[1]] = 0.25
+    return x, torch.tensor(extent).expand(B, 2)
+
+
+@pytest.mark.parametrize("extent", [(40, 40), (30, 25), (17, 40), (9, 11), (1, 7)])
+@pytest.mark.parametrize("size", [(32, 32), (8, 24)])
+def test_crops_without_rotation_stay_in_the_content(extent, size):
+    x, extents = marked(extent)
+    index = torch.arange(len(x))
+    mask = torch.ones(len(x), 1, dtype=torch.bool)
+    strong = VolumeViews(*size, "strong", 0, replace(RANGES["strong"], **STILL))
+    assert_close(strong(x[:, None], mask, extents, index, 0), torch.full((2, 64, 1, *size), 0.25), atol=1e-4, rtol=0)
+    still = replace(RANGES["strong"], **STILL_CROPS)
+    for policy in POLICIES:
+        (crops,) = MultiCrop([size], [2], [(0.05, 1.0)], policy, 0, still)(x, extents, index, 0)
+        assert_close(crops, torch.full((2, 64, *size), 0.25), atol=1e-4, rtol=0)
+
+
+def test_crops_reach_all_of_the_content_with_the_asked_area_and_aspect():
+    u = augment.Uniforms(0, 0, range(2000), 1)
+    content, ones, zeros = np.full((2000, 2), 40.0), np.ones((2000, 2)), np.zeros(2000)
+    t = augment.crop_theta(u, 50, content, (24, 24), (0.1, 0.5), (3 / 4, 4 / 3), ones, zeros, ones < 0)
+    columns, rows = t[:, 0, 0] * 50, t[:, 1, 1] * 50
+    area = rows * columns / 1600
+    assert 0.1 <= area.min() < 0.105
+    assert 0.495 < area.max() <= 0.5
+    assert 0.75 - 1e-9 <= (columns / rows).min() < 0.76
+    assert 1.3 < (columns / rows).max() <= 4 / 3 + 1e-9
+    left, top = (t[:, 0, 2] + 1) * 25 - columns / 2, (t[:, 1, 2] + 1) * 25 - rows / 2
+    for start, side in ((left, columns), (top, rows)):
+        assert 5 - 1e-9 <= start.min() < 5.7
+        assert 44.3 < (start + side).max() <= 45 + 1e-9
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_slices_keep_their_order_and_place(policy):
+    D = 12
+    x = (torch.arange(1, D + 1) / (2 * D))[None, :, None, None].expand(32, D, 40, 40)
+    calm = replace(RANGES[policy], noise_std=(0.0, 0.0), bias=(0.0, 0.0), noise_p=0.0, bias_p=0.0)
+    mask, extents = torch.ones(32, D, dtype=torch.bool), torch.full((32, 2), 40)
+    out = VolumeViews(20, 20, policy, 0, calm)(x, mask, extents, torch.arange(32), 0)[..., 10, 10]
+    assert (out.diff(dim=-1) > 0).all()
+    assert (out.argmax(-1) == D - 1).all()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_values_are_finite_and_between_0_and_1(policy):
+    x, mask, extents, index = batch(B=32)
+    x[1] = 0
+    x[2] = 1
+    out = VolumeViews(16, 16, policy, 0)(x, mask, extents, index, 0, views=4)
+    crops = MultiCrop([(16, 16)], [4], [(0.1, 1.0)], policy, 0)(x[:, 0], extents, index, 0)[0]
+    for y in (out, crops):
+        assert torch.isfinite(y).all()
+        assert y.min() >= 0
+        assert y.max() <= 1
+        assert y.dtype == torch.float32
+
+
+def test_strong_bias_field_keeps_the_mean():
+    x, mask, extents, index = batch(B=16)
+    only = replace(RANGES["strong"], **STILL | {"bias_p": 1.0}, scale=(1.0, 1.0))
+    none = replace(only, bias=(0.0, 0.0))
+    x = x / 100  # so that nothing is clamped
+    biased, plain = (VolumeViews(16, 16, "strong", 0, r)(x, mask, extents, index, 0) for r in (only, none))
+    assert_close(biased.mean((2, 3, 4)), plain.mean((2, 3, 4)), rtol=1e-4, atol=0)
+    assert ((biased / plain).amax((2, 3, 4)) > 1.2).all()
+
+
+def test_half_precision_input_and_autocast_do_not_change_the_result():
+    x, mask, extents, index = batch()
+    x = x.half()
+    views, crops = VolumeViews(16, 16, "strong", 0), MultiCrop([(16, 16)], [2], [(0.3, 1.0)], "strong", 0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        a, b = views(x, mask, extents, index, 0), crops(x[:, 0], extents, index, 0)[0]
+    assert torch.equal(a, views(x.float(), mask, extents, index, 0))
+    assert torch.equal(b, crops(x[:, 0].float(), extents, index, 0)[0])
+
+
+# --- multi-crop ---
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_multicrop_shapes_counts_and_independence_of_the_batch(policy):
+    x, _, extents, index = batch(B=6, S=32)
+    make = MultiCrop([(24, 24), (10, 14)], [2, 4], [(0.3, 1.0), (0.05, 0.3)], policy, seed=0)
+    large, small = make(x[:, 0], extents, index, 0)
+    assert large.shape == (2, 6, 24, 24)
+    assert small.shape == (4, 6, 10, 14)
+    order = torch.tensor([4, 2])
+    for all_, some in zip((large, small), make(x[order, 0], extents[order], index[order], 0), strict=True):
+        assert_close(some, all_[:, order], atol=2e-6, rtol=0)
+    crops = [*large.flatten(1), *small.flatten(1)]
+    assert not any(torch.equal(a, b) for i, a in enumerate(crops) for b in crops[:i] if a.shape == b.shape)
+    assert not torch.equal(make(x[:, 0], extents, index, 1)[0], large)
+
+
+def test_paper_crops_are_mirrored_sideways_only_and_strong_both_ways():
+    for policy, vertical in (("paper", 0.0), ("strong", 0.5)):
+        make = MultiCrop([(8, 8)], [1], [(0.3, 1.0)], policy, 0)
+        u = augment.Uniforms(0, 0, range(1000), 1)
+        p = make._draw(u, 20, np.full((1000, 2), 20.0), (8, 8), (0.3, 1.0))
+        assert (p["theta"][:, 0, 0] < 0).mean() == pytest.approx(0.5, abs=0.06)
+        assert (p["theta"][:, 1, 1] < 0).mean() == pytest.approx(vertical, abs=0.06)
+        assert (p["theta"][:, 0, 1] != 0).any() == (policy == "strong")
+        for name, share in (("log_gamma", 0.8), ("noise_std", 0.5)):
+            assert (p[name] != 0).mean() == pytest.approx(share if policy == "strong" else 0, abs=0.06)
+        assert (p["bias"] != 0).any(1).mean() == pytest.approx(0.3 if policy == "strong" else 0, abs=0.06)
+        assert (p["blur_std"][:, 0] == 0).all()
+        assert (p["blur_std"][:, 1] > 0).mean() == pytest.approx(0.5, abs=0.06)
+        assert p["blur_std"].max() <= 2 * 8 / 224
+        assert (p["brightness"] != 0).mean() == pytest.approx(0.8, abs=0.06)
+
+
+# --- wrong use ---
+
+
+def test_wrong_use_is_refused():
+    x, mask, extents, index = batch()
+    with pytest.raises(ValueError, match="policy"):
+        VolumeViews(16, 16, "weak", 0)
+    with pytest.raises(ValueError, match="pixel"):
+        VolumeViews(0, 16, "paper", 0)
+    with pytest.raises(ValueError, match="policy"):
+        MultiCrop([(8, 8)], [1], [(0.1, 1.0)], "weak", 0)
+    with pytest.raises(ValueError, match="as many"):
+        MultiCrop([(8, 8)], [1, 2], [(0.1, 1.0)], "paper", 0)
+    with pytest.raises(ValueError, match="scales"):
+        MultiCrop([(8, 8)], [1], [(0.0, 1.0)], "paper", 0)
+    with pytest.raises(ValueError, match="mask"):
+        VolumeViews(16, 16, "paper", 0)(x, mask[:, 1:], extents, index, 0)
+    with pytest.raises(ValueError, match=r"\[B, S, S\]"):
+        MultiCrop([(8, 8)], [1], [(0.1, 1.0)], "paper", 0)(x, extents, index, 0)
