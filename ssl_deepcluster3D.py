@@ -4,8 +4,9 @@
     python ssl_deepcluster3D.py --arch resnet18 --target_shape [32,48,48]          # one process, CPU
 
 L = lambda_inter * L_inter + lambda_intra * L_intra + lambda_mask * L_mask.
-Needs weights/resnet_deepcluster2D.pth from stage 1 and weights/mask_deepcluster.pth from stage 2. Result: weights/deepcluster3D.pth
-and weights/deepcluster3D_encoder.pth, the ResNet alone in torchvision's layout, to copy into downstream code.
+Needs weights/resnet_deepcluster2D.pth from stage 1 and weights/mask_deepcluster.pth from stage 2. Result:
+weights/deepcluster3D.pth and weights/deepcluster3D_encoder.pth, the ResNet alone in torchvision's layout, to copy into
+downstream code.
 """
 
 from __future__ import annotations
