@@ -71,9 +71,9 @@ class Config:
     """passes over the data"""
     batch_size: PositiveInt = 64
     """images per process"""
-    base_lr: PositiveFloat = 0.6
+    base_lr: PositiveFloat = 1.2
     """peak learning rate of SGD with LARC, for the joint batch as it is"""
-    final_lr: NonNegativeFloat = 0.0006
+    final_lr: NonNegativeFloat = 0.0012
     """learning rate at the end of the cosine schedule"""
     warmup_epochs: NonNegativeInt = 10
     """epochs of linear warm-up"""

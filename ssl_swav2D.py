@@ -62,8 +62,8 @@ class Config:
     """prototypes, or a list for several heads; 0: 2 * sqrt(number of images and slices)"""
     temperature: PositiveFloat = 0.1
     """of the softmax over prototypes"""
-    epsilon: PositiveFloat = 0.05
-    """of Sinkhorn-Knopp; smaller makes assignments harder"""
+    epsilon: PositiveFloat = 0.02
+    """of Sinkhorn-Knopp; smaller makes assignments harder (0.05 in SwAV; on small data the loss then stays at ln K)"""
     sinkhorn_iterations: PositiveInt = 3
     """of Sinkhorn-Knopp"""
     queue_length: QueueLength = -1
@@ -77,9 +77,9 @@ class Config:
     """passes over the data"""
     batch_size: PositiveInt = 64
     """images per process"""
-    base_lr: PositiveFloat = 0.6
+    base_lr: PositiveFloat = 1.2
     """peak learning rate of SGD with LARC, for the joint batch as it is"""
-    final_lr: NonNegativeFloat = 0.0006
+    final_lr: NonNegativeFloat = 0.0012
     """learning rate at the end of the cosine schedule"""
     warmup_epochs: NonNegativeInt = 10
     """epochs of linear warm-up"""

@@ -90,8 +90,8 @@ class Config:
     """intra prototypes, or a list for several heads; 0: 2 * sqrt(number of slices and images)"""
     temperature: PositiveFloat = 0.1
     """of the softmax over prototypes"""
-    epsilon: PositiveFloat = 0.05
-    """of Sinkhorn-Knopp; smaller makes assignments harder"""
+    epsilon: PositiveFloat = 0.02
+    """of Sinkhorn-Knopp; smaller makes assignments harder (0.05 in SwAV; on small data the loss then stays at ln K)"""
     sinkhorn_iterations: PositiveInt = 3
     """of Sinkhorn-Knopp"""
     queue_length: QueueLength = -1

@@ -75,12 +75,16 @@ def init_pca(projection: nn.Linear, features: Tensor) -> float:
         # Gaussian rows made orthogonal to the basis, from a fixed seed: equal on every process.
         generator = torch.Generator().manual_seed(0)
         extra = torch.randn(d - basis.shape[0], projection.in_features, generator=generator, dtype=torch.double)
-        extra = extra.to(basis.device)
-        basis = torch.linalg.qr(torch.cat([basis, extra]).T).Q.T
-        basis[: min(rank, d)] = components[: min(rank, d)]
+        rows = torch.cat([basis, extra.to(basis.device)])[: projection.in_features]
+        rows = torch.linalg.qr(rows.T).Q.T
+        rows[: basis.shape[0]] = basis  # QR may turn signs
+        basis = F.pad(rows, (0, 0, 0, d - rows.shape[0]))
     variance = singular.square().sum()
     kept = singular[:d].square().sum()
-    factor = (features.shape[0] * d / kept.clamp(min=1e-12)).sqrt()
+    spread = kept / (features.shape[0] * d)
+    # Slices without variance give no scale: fall to that of `init_orthogonal`.
+    flat = bool(spread <= 1e-12 * features.square().mean())
+    factor = (features.new_tensor(projection.in_features / 4) if flat else 1 / spread).sqrt()
     projection.weight.copy_(basis * factor)
     projection.bias.copy_(-(basis * factor) @ mean)
     return float(kept / variance.clamp(min=1e-12))

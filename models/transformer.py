@@ -69,7 +69,8 @@ class DeformableAttention1D(nn.Module):
         q = F.pad(q, (0, 0, 0, -D % self.stride)).transpose(1, 2)  # [B, d, n * stride]
         offsets = self.offset_head(F.gelu(self.offset_conv(q)))  # [B, G, n]
         centres = torch.arange(offsets.shape[2], device=q.device) * self.stride
-        positions = centres + (self.stride - 1) / 2 + self.offset_scale * torch.tanh(offsets.float())
+        offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))  # positions never in half precision
+        positions = centres + (self.stride - 1) / 2 + self.offset_scale * torch.tanh(offsets)
         last = (lengths - 1).view(-1, 1, 1).to(positions.dtype)
         positions = torch.minimum(positions.clamp(min=0), last)
         return positions, centres < lengths.view(-1, 1)
@@ -92,9 +93,9 @@ class DeformableAttention1D(nn.Module):
         )  # [B, heads, D or n, d / heads]
         distance = slices.view(-1, 1) - positions.unsqueeze(2)  # [B, G, D, n]
         signed_log = distance.sign() * torch.log1p(distance.abs())
-        bias = self.bias(signed_log.unsqueeze(-1))  # [B, G, D, n, heads / G]
+        bias = self.bias(signed_log.unsqueeze(-1).to(x.dtype))  # [B, G, D, n, heads / G]
         bias = bias.permute(0, 1, 4, 2, 3).flatten(1, 2)  # [B, heads, D, n]
-        scores = (q @ k.transpose(-1, -2)).float() * self.scale + bias.float()
+        scores = (q @ k.transpose(-1, -2)).to(positions.dtype) * self.scale + bias.to(positions.dtype)
         weights = scores.masked_fill(~valid.view(B, 1, 1, -1), float("-inf")).softmax(dim=-1)
         out = self.dropout(weights).to(v.dtype) @ v  # [B, heads, D, d / heads]
         out = self.to_out(out.transpose(1, 2).flatten(2))

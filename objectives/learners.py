@@ -40,7 +40,8 @@ class Learner(nn.Module):
     def remember(self, **batch: Tensor) -> None:
         """Fill the memory banks from a batch, learning nothing."""
         for name, (z, index) in self.embed(**batch).items():
-            getattr(self, name).remember(z, index)
+            if getattr(self, name).fills_memory:
+                getattr(self, name).remember(z, index)
 
     def begin_epoch(self, epoch: int, resumed: bool = False) -> None:
         """resumed: the epoch began before the run was interrupted."""
@@ -124,7 +125,7 @@ def masked_loss(
     predicted = decoder(transformer(tokens, mask)).float()
     guessed = interpolate_masked(targets, mask & ~hidden)
     # Volumes of different length hide different numbers of slices; every hidden slice of all processes counts once.
-    share = world_size() / (all_sum(hidden.sum().float()) * targets.shape[-1])
+    share = world_size() / (all_sum(hidden.sum().float()).clamp(min=1) * targets.shape[-1])
     loss = (predicted - targets)[hidden].square().sum() * share
     interpolation = (guessed - targets)[hidden].square().sum() * share
     return {"loss": loss, "interpolation": interpolation}
@@ -159,8 +160,12 @@ class JointClustering(Learner):
         d_model = encoder.projection.out_features
         self.mask_token = nn.Parameter(torch.randn(d_model) * 0.02) if lambda_mask else None
         self.decoder = nn.Linear(d_model, d_model) if lambda_mask else None
-        if not (lambda_inter or lambda_mask):  # DistributedDataParallel must not wait for gradients that never come
+        # DistributedDataParallel must not wait for gradients that never come (the targets of L_mask are detached).
+        if not (lambda_inter or lambda_intra):
+            encoder.encoder.requires_grad_(False)
+        if not lambda_inter:
             encoder.projection.requires_grad_(False)
+        if not (lambda_inter or lambda_mask):
             encoder.transformer.requires_grad_(False)
 
     def _encode(

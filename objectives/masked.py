@@ -24,7 +24,7 @@ def interpolate_masked(tokens: Tensor, visible: Tensor) -> Tensor:
     nearest_left = torch.where(left < 0, right, left)
     nearest_right = torch.where(right >= D, left, right)
     gap = (nearest_right - nearest_left).clamp(min=1)
-    weight = ((place - nearest_left).clamp(min=0) / gap).clamp(max=1).unsqueeze(-1).to(tokens.dtype)
+    weight = ((place - nearest_left).clamp(min=0).to(tokens.dtype) / gap).clamp(max=1).unsqueeze(-1)
     before = tokens.gather(1, nearest_left.unsqueeze(-1).expand_as(tokens))
     after = tokens.gather(1, nearest_right.unsqueeze(-1).expand_as(tokens))
     return before * (1 - weight) + after * weight

@@ -1,0 +1,553 @@
+"""Two processes with half of the batch each learn what one process with all of it learns.
+
+All comparisons are in float32. Losses agree to 1e-5; gradients to 1e-3 of the largest entry of their tensor (sums in
+another order, amplified by BatchNorm over few values); parameters and statistics after several steps likewise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain, pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from processes import run_processes
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from datasets.loaders import CyclingBatches, EpochBatches
+from datasets.masks import draw_masks
+from models.encoder import JointEncoder
+from models.heads import ProjectionHead
+from models.norm import CPUSyncBatchNorm, convert_sync_batchnorm
+from objectives import DeepClusterV2, ImageClustering, JointClustering, MaskedSlices, SwAV
+from objectives.kmeans import gather_rows, kmeans_faiss, kmeans_torch
+from utils import distributed
+from utils.distributed import Run, all_sum, raise_everywhere, rank, world_size
+from utils.errors import UserError
+from utils.optim import LARC, parameter_groups
+
+STEPS = 3
+Batch = dict[str, Any]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def part(x: Tensor, dim: int = 0) -> Tensor:
+    """This process's share of a joint tensor."""
+    return x.chunk(world_size(), dim)[rank()]
+
+
+# ------------------------------------------------------------------------------------------------ what the tests train
+
+
+class TinySlices(nn.Module):
+    """Four stages as the ResNet has them, with BatchNorm, small enough for many steps."""
+
+    stage_features = (8, 8, 16, 16)
+    num_features = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (1, *self.stage_features)
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+            for a, b in pairwise(widths)
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        found = []
+        for stage in self.stages:
+            x = stage(x)
+            found.append(x)
+        return found
+
+
+def joint_encoder() -> JointEncoder:
+    encoder = JointEncoder("resnet18", 32, layers=2, dropout=0.0)
+    encoder.encoder = TinySlices()
+    encoder.projection = nn.Linear(sum(TinySlices.stage_features), 32)
+    return encoder
+
+
+def image_batches() -> Iterator[Batch]:
+    """Multi-crop views of 8 of 16 images: two large and one small crop."""
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        index = torch.randperm(16, generator=generator)[:8]
+        crops = [torch.rand(n, 8, side, side, generator=generator) for n, side in ((2, 32), (1, 16))]
+        yield {"crops": [part(crop, 1) for crop in crops], "index": part(index)}
+
+
+def volume_batches(images: bool = True) -> Iterator[Batch]:
+    """Four of 8 volumes of different length, two slices of each for L_intra, two of 6 images."""
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        index = torch.randperm(8, generator=generator)[:4]
+        lengths = torch.tensor([6, 5, 2, 3]).roll(step)
+        picked = torch.stack([torch.randperm(int(n), generator=generator)[:2] for n in lengths])
+        hidden = torch.stack([draw_masks(lengths, index, 0.4, "random", 0, step, view, 6) for view in (1, 2)])
+        batch = {
+            "views": part(torch.rand(2, 4, 6, 16, 16, generator=generator), 1),
+            "mask": part(torch.arange(6) < lengths.unsqueeze(1)),
+            "index": part(index),
+            "picked": part(picked),
+            "slice_index": part(index.unsqueeze(1) * 6 + picked).flatten(),
+            "hidden": part(hidden, 1),
+        }
+        pictures = torch.rand(2, 2, 16, 16, generator=generator), 48 + torch.randperm(6, generator=generator)[:2]
+        if images:
+            batch |= {"images": part(pictures[0], 1), "image_index": part(pictures[1])}
+        yield batch
+
+
+def objective(kind: str, dim: int, samples: int, batch: int) -> nn.Module:
+    if kind == "swav":
+        return SwAV(dim, [12, 7], queue_length=2 * batch)  # full after two steps
+    return DeepClusterV2(dim, [4, 3], samples, kmeans_backend="torch", kmeans_iterations=4)
+
+
+def learner_and_batches(kind: str) -> tuple[nn.Module, list[Batch]]:
+    torch.manual_seed(0)
+    what, _, how = kind.partition(" ")
+    if what == "images":
+        encoder = TinySlices()
+        head = ProjectionHead(encoder.num_features, 64, 16)
+        return ImageClustering(encoder, head, objective(how, 16, 16, 8)), list(image_batches())
+    encoder = joint_encoder()
+    if what == "masked":
+        batches = [
+            {name: batch[name] for name in ("views", "mask", "hidden", "index")}
+            for batch in volume_batches(images=False)
+        ]
+        return MaskedSlices(encoder), batches
+    head = ProjectionHead(encoder.encoder.num_features, 32, 16)
+    intra, inter = objective(how, 16, 54, 10), objective(how, 32, 8, 4)
+    return JointClustering(encoder, head, intra, inter, 0.7, 1.3), list(volume_batches())
+
+
+KINDS = ("images swav", "images deepcluster", "joint swav", "joint deepcluster", "masked")
+
+
+def train(kind: str) -> dict[str, Any]:
+    """A few optimiser steps as the training loop makes them; what came out, equal in every process or named."""
+    learner, batches = learner_and_batches(kind)
+    run = Run(rank(), world_size(), torch.device("cpu"))
+    wrapped = distributed.wrap(learner, run).train()
+    core = distributed.unwrap(wrapped)
+    if getattr(core, "fills_memory", False):
+        core.eval()
+        with torch.no_grad():
+            for batch in batches:
+                core.remember(**batch)
+        wrapped.train()
+    optimizer = LARC(parameter_groups(wrapped, 1e-4), lr=0.02)
+    out: dict[str, Any] = {"losses": [], "assignments": []}
+    for step, batch in enumerate(batches):
+        core.begin_epoch(step)
+        out["assignments"] += [getattr(o, "assignments", torch.zeros(0)).clone() for _, o in core.objectives()]
+        losses = wrapped(**batch)
+        losses["loss"].backward()
+        out["losses"].append({name: all_sum(value.detach().clone()) / world_size() for name, value in losses.items()})
+        if step == 0:
+            out["gradients"] = {n: p.grad.clone() for n, p in core.named_parameters() if p.grad is not None}
+        core.cancel_gradients(step)
+        optimizer.step()
+        optimizer.zero_grad()
+    out["state"] = {name: value.clone() for name, value in core.state_dict().items()}
+    out["memory"] = core.memory_state()
+    out["differ between processes"] = different(out["state"] | out["gradients"])
+    if rank():  # checked to be equal, so rank 0's copy is enough
+        del out["state"], out["gradients"]
+    return out
+
+
+def different(tensors: dict[str, Tensor]) -> list[str]:
+    """Names of tensors of this process that are not bit for bit those of rank 0."""
+    if world_size() == 1:
+        return []
+    names = []
+    for name, value in tensors.items():
+        theirs = value.clone()
+        dist.broadcast(theirs, src=0)
+        if not torch.equal(theirs, value):
+            names.append(name)
+    return names
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Kind -> what one process and what two processes came to; trained when first asked for."""
+
+    class Trained(dict):
+        def __missing__(self, kind: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+            self[kind] = (train(kind), run_processes(2, train, kind))
+            return self[kind]
+
+    return Trained()
+
+
+def close(found: Tensor, expected: Tensor, name: str, share: float = 1e-3) -> None:
+    """Equal to `share` of the tensor's largest entry."""
+    if not expected.is_floating_point():
+        assert torch.equal(found, expected), name
+        return
+    scale = max(float(expected.abs().max()), 1e-4) if expected.numel() else 1.0
+    assert_close(found, expected, rtol=0, atol=share * scale, msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_have_the_losses_of_one(kind: str, trained: dict) -> None:
+    one, two = trained[kind]
+    assert len(one["losses"]) == STEPS
+    for alone, first, second in zip(one["losses"], two[0]["losses"], two[1]["losses"], strict=True):
+        for name, value in alone.items():
+            assert value > 0
+            assert float(first[name]) == float(second[name]) == pytest.approx(float(value), rel=2e-4), name
+    for name, value in one["losses"][0].items():
+        assert float(two[0]["losses"][0][name]) == pytest.approx(float(value), rel=1e-5), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_have_the_gradients_of_one(kind: str, trained: dict) -> None:
+    one, two = trained[kind]
+    assert one["gradients"].keys() == two[0]["gradients"].keys()
+    assert len(one["gradients"]) > 10
+    # Scale of the whole learner: biases before a BatchNorm or a softmax have no gradient but rounding.
+    floor = 1e-6 * max(float(g.abs().max()) for g in one["gradients"].values())
+    for name, expected in one["gradients"].items():
+        if float(expected.abs().max()) > floor:
+            close(two[0]["gradients"][name], expected, name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_steps_of_two_processes_end_where_one_ends(kind: str, trained: dict) -> None:
+    """Parameters, BatchNorm statistics, queue, assignments and the gathered bank."""
+    one, two = trained[kind]
+    assert one["state"].keys() == two[0]["state"].keys()
+    start = learner_and_batches(kind)[0].state_dict()
+    assert any((one["state"][name] != start[name]).any() for name in start)
+    for name, expected in one["state"].items():
+        found = two[0]["state"][name]
+        if name == "intra.queue" and kind == "joint swav":
+            # A step's rows: per process four slices and an image; one process has all slices before all images.
+            found = found.unflatten(1, (2, 10))[:, :, [0, 1, 2, 3, 5, 6, 7, 8, 4, 9]].flatten(1, 2)
+        close(found, expected, name)
+    for level, memory in one["memory"].items():
+        for name, expected in memory.items():
+            for out in two:
+                close(out["memory"][level][name], expected, f"{level} {name}")
+    for index, expected in enumerate(one["assignments"]):
+        assert torch.equal(two[0]["assignments"][index], expected), index
+        assert torch.equal(two[1]["assignments"][index], expected), index
+    if "swav" in kind:
+        queues = [name for name in one["state"] if name.endswith("queue")]
+        assert queues
+        assert all(one["state"][name][:, -1].norm() > 0 for name in queues)  # they were full, and so were used
+    if "deepcluster" in kind:
+        assert all((assigned >= 0).any() for assigned in one["assignments"])
+        assert all(memory["seen"].any() for memory in one["memory"].values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_gradients_and_buffers_are_the_same_bits_in_every_process(kind: str, trained: dict) -> None:
+    for out in trained[kind][1]:
+        assert out["differ between processes"] == []
+
+
+# -------------------------------------------------------------------------------------------- branches switched off
+
+
+LAMBDAS = [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (1.0, 1.0, 1.0), (0.0, 0.0, 1.0), (1.0, 0.0, 1.0)]
+
+
+def two_steps(lambdas: tuple[float, float, float]) -> str:
+    torch.manual_seed(0)
+    encoder = joint_encoder()
+    head = ProjectionHead(encoder.encoder.num_features, 32, 16)
+    intra, inter = objective("swav", 16, 54, 10), objective("swav", 32, 8, 4)
+    learner = distributed.wrap(
+        JointClustering(encoder, head, intra, inter, *lambdas), Run(rank(), world_size(), torch.device("cpu"))
+    )
+    optimizer = LARC(parameter_groups(learner, 1e-4), lr=1.0)
+    for batch in list(volume_batches())[:2]:
+        try:
+            losses = learner(**batch)
+        except RuntimeError as error:  # on both processes alike
+            return str(error)
+        losses["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return "trained" if losses["loss"].isfinite() else "not finite"
+
+
+@pytest.mark.parametrize("lambdas", LAMBDAS, ids=str)
+def test_any_branches_train_on_two_processes(lambdas: tuple[float, float, float]) -> None:
+    assert run_processes(2, two_steps, lambdas) == ["trained", "trained"]
+
+
+# ------------------------------------------------------------------------------------------------- the parts they use
+
+POINTS = F.normalize(random(61, 8), dim=1)
+NORM_INPUT = random(7, 3, 4) * torch.tensor([1.0, 5.0, 0.1]).view(1, 3, 1) + torch.tensor([0.0, 100.0, -3.0]).view(
+    1, 3, 1
+)
+NORM_WEIGHTS = random(7, 3, 4, seed=1)
+
+
+def normalise(norm: nn.Module, rows: slice) -> dict[str, Any]:
+    """Two training steps and an evaluation of a BatchNorm on these rows, with gradients of a weighted sum."""
+    torch.manual_seed(0)
+    module = nn.Sequential(norm)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.uniform_(norm.bias)
+    module = convert_sync_batchnorm(module)
+    x = NORM_INPUT[rows].clone().requires_grad_()
+    module.train()(x.detach() * 2)
+    out = module(x)
+    (out * NORM_WEIGHTS[rows]).sum().backward()
+    norm = module[0]
+    return {
+        "type": type(norm).__name__,
+        "out": out.detach(),
+        "x": x.grad,
+        "weight": all_sum(norm.weight.grad.clone()),
+        "bias": all_sum(norm.bias.grad.clone()),
+        "state": {name: value.clone() for name, value in norm.state_dict().items()},
+        "evaluated": module.eval()(x).detach(),
+    }
+
+
+NORMS = {
+    "plain": {},
+    "cumulative": {"momentum": None},
+    "momentum 0": {"momentum": 0.0},
+}
+
+
+def kmeans_start() -> Tensor:
+    return torch.cat([POINTS[:4], POINTS[:1], POINTS[:1]])  # two duplicates: empty clusters at first
+
+
+def parts_on_two_processes() -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    rows = slice(0, 5) if rank() == 0 else slice(5, 7)
+    out["norms"] = {name: normalise(nn.BatchNorm1d(3, **options), rows) for name, options in NORMS.items()}
+    own = POINTS[rank() :: 2]
+    out["kmeans"] = {empty: kmeans_torch(own, kmeans_start(), 5, empty=empty) for empty in ("keep", "reseed")}
+    out["kmeans in double"] = kmeans_torch(own.double(), kmeans_start().double(), 5, empty="keep")
+    out["one has nothing"] = kmeans_torch(POINTS if rank() else POINTS[:0], kmeans_start(), 5)
+    out["rows"] = gather_rows(own, torch.tensor([60, 0, 7, 7, 1]))
+    if faiss_is_there():
+        out["faiss"] = kmeans_faiss(own, POINTS[:4], 5)
+    out["errors"] = [said(error) for error in (None, UserError("from both"))]
+    out["errors"].append(said(UserError("from the second") if rank() else None))
+    out["gathered"] = distributed.all_gather(torch.full((2, 1), rank() + 1))
+    out["objects"] = distributed.gather_objects({"rank": rank()})
+    out["sum"] = distributed.all_sum(torch.tensor([1.0, rank()]))
+    out["max"] = distributed.all_max(torch.tensor([-1.0 - rank(), rank()]))
+    out["broadcast"] = distributed.broadcast(torch.tensor([5.0 + rank()]))
+    return out
+
+
+def said(error: UserError | None) -> str | None:
+    try:
+        raise_everywhere(error)
+    except UserError as raised:
+        return str(raised)
+    return None
+
+
+def faiss_is_there() -> bool:
+    try:
+        import faiss  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def parts() -> list[dict[str, Any]]:
+    return run_processes(2, parts_on_two_processes)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_synchronised_batch_norm_equals_batch_norm_of_the_joint_batch(name: str, parts: list) -> None:
+    """Five rows on one process, two on the other; channels of large mean and of small variance."""
+    torch.manual_seed(0)
+    alone = nn.BatchNorm1d(3, **NORMS[name])
+    nn.init.uniform_(alone.weight, 0.5, 1.5)
+    nn.init.uniform_(alone.bias)
+    x = NORM_INPUT.clone().requires_grad_()
+    alone(x.detach() * 2)
+    expected = alone(x)
+    (expected * NORM_WEIGHTS).sum().backward()
+    first, second = (out["norms"][name] for out in parts)
+    assert first["type"] == "CPUSyncBatchNorm"
+    assert_close(torch.cat([first["out"], second["out"]]), expected.detach(), rtol=1e-4, atol=2e-4)
+    gradient = torch.cat([first["x"], second["x"]])
+    for channel in range(3):
+        close(gradient[:, channel], x.grad[:, channel], f"channel {channel}")
+    for out in (first, second):
+        close(out["weight"], alone.weight.grad, "weight")
+        close(out["bias"], alone.bias.grad, "bias")
+        assert out["state"].keys() == alone.state_dict().keys()
+        for key, value in alone.state_dict().items():
+            assert_close(out["state"][key], value, rtol=1e-4, atol=1e-6)
+    evaluated = torch.cat([first["evaluated"], second["evaluated"]])
+    assert_close(evaluated, alone.eval()(x).detach(), rtol=1e-4, atol=2e-4)
+
+
+def test_conversion_shares_parameters_and_keeps_names_and_modes() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), nn.BatchNorm2d(4)).train()
+    net[2].eval()
+    state, weight = net.state_dict(), net[1][0].weight
+    converted = convert_sync_batchnorm(net)
+    assert [type(m) for m in (converted[1][0], converted[2])] == [CPUSyncBatchNorm] * 2
+    assert converted[1][0].weight is weight
+    assert converted.state_dict().keys() == state.keys()
+    assert converted[1][0].training
+    assert not converted[2].training
+    x = random(3, 1, 6, 6)
+    plain = nn.BatchNorm2d(4)
+    assert_close(converted[1][0](net[0](x)), plain(net[0](x)))  # one process: BatchNorm itself
+    with pytest.raises(ValueError, match="at least 2 dimensions"):
+        converted[2](torch.ones(3))
+
+
+@pytest.mark.parametrize("empty", ["keep", "reseed"])
+def test_kmeans_of_points_on_two_processes_equals_one(empty: str, parts: list) -> None:
+    expected = kmeans_torch(POINTS, kmeans_start(), 5, empty=empty)
+    for out in parts:
+        assert_close(out["kmeans"][empty], expected, rtol=0, atol=1e-6)
+    assert torch.equal(parts[0]["kmeans"][empty], parts[1]["kmeans"][empty])
+
+
+def test_kmeans_with_all_points_on_one_process_and_in_double_precision(parts: list) -> None:
+    for out in parts:
+        assert_close(out["one has nothing"], kmeans_torch(POINTS, kmeans_start(), 5), rtol=0, atol=1e-6)
+        in_double = kmeans_torch(POINTS.double(), kmeans_start().double(), 5, empty="keep")
+        assert_close(out["kmeans in double"], in_double, rtol=0, atol=1e-12)
+
+
+def test_faiss_on_two_processes_equals_one(parts: list) -> None:
+    pytest.importorskip("faiss")
+    expected = kmeans_faiss(POINTS, POINTS[:4], 5)
+    for out in parts:
+        assert_close(out["faiss"], expected, rtol=0, atol=1e-5)
+    assert torch.equal(parts[0]["faiss"], parts[1]["faiss"])
+
+
+def test_gather_rows(parts: list) -> None:
+    rows = torch.tensor([60, 0, 7, 7, 1])
+    assert_close(gather_rows(POINTS, rows), POINTS[rows], rtol=0, atol=0)
+    for out in parts:
+        assert_close(out["rows"], POINTS[rows], rtol=0, atol=0)
+
+
+def test_collectives(parts: list) -> None:
+    for out in parts:
+        assert out["gathered"].squeeze(1).tolist() == [1, 1, 2, 2]
+        assert out["objects"] == [{"rank": 0}, {"rank": 1}]
+        assert out["sum"].tolist() == [2.0, 1.0]
+        assert out["max"].tolist() == [-1.0, 1.0]
+        assert out["broadcast"].tolist() == [5.0]
+
+
+def test_one_process_needs_no_group() -> None:
+    x = random(3, 2)
+    for collective in (distributed.all_gather, distributed.all_sum, distributed.all_max, distributed.broadcast):
+        assert torch.equal(collective(x.clone()), x)
+    assert distributed.gather_objects("x") == ["x"]
+    assert (rank(), world_size()) == (0, 1)
+    assert said(None) is None
+    assert said(UserError("alone")) == "alone"
+
+
+def test_an_error_of_one_process_is_raised_on_all(parts: list) -> None:
+    for out in parts:
+        assert out["errors"] == [None, "from both", "from the second"]
+
+
+def fail_on_the_second() -> None:
+    if rank() == 1:
+        raise UserError("this one failed")
+    distributed.barrier()
+
+
+def test_the_helper_raises_what_a_process_raises() -> None:
+    with pytest.raises(RuntimeError, match=r"process 1: (.|\n)*UserError: this one failed"):
+        run_processes(2, fail_on_the_second)
+
+
+# ------------------------------------------------------------------------------------------------------ batch samplers
+
+
+def epoch_batches(samples: int, batch_size: int, world: int, seed: int = 3) -> list[EpochBatches]:
+    return [
+        EpochBatches(samples, batch_size, seed, Run(r, world, torch.device("cpu")), "volumes") for r in range(world)
+    ]
+
+
+def keys(batches: EpochBatches, epoch: int, first_step: int = 0) -> list[list[tuple[int, int]]]:
+    batches.epoch, batches.first_step = epoch, first_step
+    found = list(batches)
+    assert len(found) == len(batches)
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_union_over_processes_is_the_joint_batch_of_one(world: int) -> None:
+    samples, joint = 45, 6
+    (alone,), several = epoch_batches(samples, joint, 1), epoch_batches(samples, joint // world, world)
+    for epoch in (0, 4):
+        expected = keys(alone, epoch)
+        assert len(expected) == samples // joint == 7
+        shares = [keys(batches, epoch) for batches in several]
+        assert [list(chain(*step)) for step in zip(*shares, strict=True)] == expected
+        drawn = [i for step in expected for _, i in step]
+        assert len(set(drawn)) == len(drawn) == 42
+        assert set(drawn) <= set(range(samples))
+        assert {e for step in expected for e, _ in step} == {epoch}
+        for step in (0, 3, 6, 7):
+            assert [keys(batches, epoch, step) for batches in several] == [share[step:] for share in shares]
+    assert [i for step in keys(alone, 0) for _, i in step] != [i for step in keys(alone, 1) for _, i in step]
+    other = epoch_batches(samples, joint, 1, seed=4)[0]
+    assert keys(other, 0) != keys(alone, 0)
+
+
+def test_samples_left_out_of_an_epoch_come_in_another() -> None:
+    (batches,) = epoch_batches(11, 6, 1)
+    assert {i for epoch in range(12) for step in keys(batches, epoch) for _, i in step} == set(range(11))
+
+
+def test_fewer_samples_than_a_joint_batch_is_an_error_with_the_numbers() -> None:
+    with pytest.raises(UserError, match=r"4 per process x 3 process\(es\) need 12 volumes.*hold 11"):
+        epoch_batches(11, 4, 3)
+
+
+@pytest.mark.parametrize(("samples", "steps"), [(7, 5), (3, 4), (50, 6)])
+def test_cycling_batches_pass_over_all_samples_again_and_again(samples: int, steps: int) -> None:
+    def cycling(r: int, world: int, batch_size: int) -> CyclingBatches:
+        return CyclingBatches(samples, batch_size, 3, Run(r, world, torch.device("cpu")), steps)
+
+    alone = [keys(cycling(0, 1, 4), epoch) for epoch in range(4)]
+    drawn = [i for epoch in alone for step in epoch for _, i in step]
+    assert len(drawn) == 4 * steps * 4
+    for start in range(0, len(drawn) - samples + 1, samples):
+        assert sorted(drawn[start : start + samples]) == list(range(samples))
+    assert [{e for step in epoch for e, _ in step} for epoch in alone] == [{0}, {1}, {2}, {3}]
+    two = [cycling(r, 2, 2) for r in range(2)]
+    for epoch in range(4):
+        shares = [keys(batches, epoch) for batches in two]
+        assert [list(chain(*step)) for step in zip(*shares, strict=True)] == alone[epoch]
+        assert keys(two[1], epoch, 2) == shares[1][2:]
+    if samples == 7:
+        passes = np.array(drawn[: len(drawn) // 7 * 7]).reshape(-1, 7)
+        assert len({tuple(p) for p in passes}) > 1  # another order every time

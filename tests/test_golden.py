@@ -1,0 +1,398 @@
+"""The published algorithms, number by number: reference vectors of ../shared/golden, and small ones worked out here.
+
+The reference vectors are not part of the repository; where they are absent, the tests that need them are skipped and
+the hand-worked and NumPy (float64, from the formula) checks remain.
+"""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import SHARED
+from processes import run_processes
+from torch.testing import assert_close
+
+from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, fold_grey, multi_scale
+from objectives import SwAV
+from objectives.kmeans import assign, kmeans_faiss, kmeans_torch
+from objectives.sinkhorn import sinkhorn
+from utils.distributed import rank
+from utils.optim import LARC, WarmupCosine
+
+GOLDEN = SHARED.parent / "golden"
+needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"needs the reference vectors in {GOLDEN}")
+SWAV_CASES = ("noqueue", "queue", "queue_filling")
+FIRST_ROWS = 40  # of 64 on rank 0; rank 1 gets the other 24
+
+
+def load(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / f"{name}.npz") as archive:
+        return dict(archive)
+
+
+def tensor(array: np.ndarray, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(array)).to(dtype)
+
+
+def exact(actual: torch.Tensor | np.ndarray, expected: torch.Tensor | np.ndarray, atol: float = 1e-12) -> None:
+    assert_close(torch.as_tensor(actual), torch.as_tensor(expected), rtol=0, atol=atol)
+
+
+# ---------------------------------------------------------------------------------------------------- Sinkhorn-Knopp
+
+
+def sinkhorn_numpy(scores: np.ndarray, epsilon: float, iterations: int) -> np.ndarray:
+    """The formula as published: prototypes x batch, total mass one, no care for overflow."""
+    Q = np.exp(scores.T / epsilon)
+    K, B = Q.shape
+    Q /= Q.sum()
+    for _ in range(iterations):
+        Q /= Q.sum(axis=1, keepdims=True) * K
+        Q /= Q.sum(axis=0, keepdims=True) * B
+    return (Q * B).T
+
+
+@needs_golden
+@pytest.mark.parametrize("kind", ["cos", "uni"])
+def test_sinkhorn_equals_the_reference_in_float64_and_float32(kind: str) -> None:
+    golden = load("a_sinkhorn")
+    settings = float(golden["eps"]), int(golden["iters"])
+    scores = tensor(golden[f"scores_{kind}"])
+    exact(sinkhorn(scores, *settings), golden[f"q64_{kind}"])
+    exact(sinkhorn(scores.float(), *settings), golden[f"q32_{kind}"], atol=2e-7)
+
+
+def test_sinkhorn_equals_the_formula_in_numpy() -> None:
+    scores = np.random.default_rng(0).uniform(-1, 1, (12, 7))
+    for iterations in (1, 3, 10):
+        exact(sinkhorn(tensor(scores), 0.1, iterations), sinkhorn_numpy(scores, 0.1, iterations))
+
+
+def test_sinkhorn_of_a_symmetric_pair_is_a_softmax() -> None:
+    # [[a, b], [b, a]] uses both prototypes equally already: q = 1 / (1 + exp((b - a) / epsilon)).
+    q = 1 / (1 + np.exp((0.1 - 0.3) / 0.05))
+    exact(sinkhorn(tensor(np.array([[0.3, 0.1], [0.1, 0.3]]))), np.array([[q, 1 - q], [1 - q, q]]))
+
+
+def test_sinkhorn_of_equal_rows_is_uniform() -> None:
+    scores = tensor(np.linspace(-1, 1, 5)).expand(3, 5)
+    exact(sinkhorn(scores), torch.full((3, 5), 0.2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("shape", "epsilon"), [((2, 3, 4), 0.05), ((3, 4), 0.0), ((3, 4), -1.0)])
+def test_sinkhorn_refuses_what_it_does_not_mean(shape: tuple[int, ...], epsilon: float) -> None:
+    with pytest.raises(ValueError, match="epsilon > 0"):
+        sinkhorn(torch.zeros(shape), epsilon)
+
+
+# ----------------------------------------------------------------------------------------------- spherical k-means
+
+
+def kmeans_numpy(points: np.ndarray, centroids: np.ndarray, iterations: int) -> np.ndarray:
+    for _ in range(iterations):
+        found = (points @ centroids.T).argmax(axis=1)
+        for k in range(len(centroids)):
+            if (found == k).any():
+                centroids[k] = points[found == k].mean(axis=0)
+        centroids /= np.linalg.norm(centroids, axis=1, keepdims=True)
+    return centroids
+
+
+@needs_golden
+@pytest.mark.parametrize("case", ["", "_empty"])
+def test_kmeans_equals_the_reference(case: str) -> None:
+    golden = load("b_kmeans")
+    points, start = tensor(golden[f"memory{case}"], torch.float32), tensor(golden[f"init_centroids{case}"])
+    centroids = kmeans_torch(points, start.float(), int(golden["iters"]), empty="keep")
+    exact(centroids, golden[f"centroids{case}"], atol=5e-7)
+    exact(assign(points, centroids)[0], golden[f"assignments{case}"], atol=0)
+    if not case:
+        in_float64 = kmeans_torch(points.double(), start, int(golden["iters"]), empty="keep")
+        exact(in_float64, golden["centroids64"])
+
+
+@needs_golden
+def test_faiss_finds_clusters_as_good_as_the_reference() -> None:
+    pytest.importorskip("faiss")
+    golden = load("b_kmeans")  # not the case with empty clusters, which faiss treats in its own way
+    points, start = tensor(golden["memory"], torch.float32), tensor(golden["init_centroids"], torch.float32)
+    expected = assign(points, tensor(golden["centroids"], torch.float32))[1].mean()
+    found = assign(points, kmeans_faiss(points, start, int(golden["iters"])))[1].mean()
+    assert float(found) == pytest.approx(float(expected), rel=0.01)
+
+
+def test_kmeans_equals_the_formula_in_numpy() -> None:
+    points = np.random.default_rng(1).standard_normal((60, 6))
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    start = points[[3, 11, 40, 55]]
+    exact(kmeans_torch(tensor(points), tensor(start), 6, empty="keep"), kmeans_numpy(points, start.copy(), 6))
+
+
+# ------------------------------------------------------------------------------------------------------- SwAV loss
+
+
+def swav_step(golden: dict[str, np.ndarray], case: str, dtype: torch.dtype, rows: slice) -> dict[str, Any]:
+    """Loss and gradients of these rows of every crop, and the queue after the step."""
+    queue = {"noqueue": None, "queue": "queue_before", "queue_filling": "queue_before_filling"}[case]
+    batch = int(golden["batch"])
+    objective = SwAV(
+        golden["embeddings"].shape[1],
+        [len(golden["prototypes_raw"])],
+        temperature=float(golden["temperature"]),
+        epsilon=float(golden["eps"]),
+        sinkhorn_iterations=int(golden["iters"]),
+        queue_length=golden[queue].shape[1] if queue else 0,
+    ).to(dtype)
+    weight = objective.prototypes.heads[0].weight
+    weight.data.copy_(tensor(golden["prototypes_raw"]))  # not of unit length: forward must see to that
+    if queue:
+        objective.queue.copy_(tensor(golden[queue]))
+    objective.begin_epoch(0)
+    z = tensor(golden["embeddings"], dtype).unflatten(0, (-1, batch))[:, rows].clone().requires_grad_()
+    loss = objective(z)
+    loss.backward()
+    return {"loss": loss.detach(), "z": z.grad, "prototypes": weight.grad, "queue": objective.queue.clone()}
+
+
+@needs_golden
+@pytest.mark.parametrize("case", SWAV_CASES)
+def test_swav_equals_the_reference(case: str) -> None:
+    golden = load("c_swav_loss")
+    step = swav_step(golden, case, torch.float64, slice(None))
+    exact(step["loss"], golden[f"loss64_{case}"])
+    exact(step["z"].flatten(0, 1), golden[f"grad_embeddings_{case}"])
+    exact(step["prototypes"], golden[f"grad_prototypes_{case}"])
+    if case != "noqueue":
+        exact(step["queue"], golden[f"queue_after_{case}"], atol=0)
+    half = swav_step(golden, case, torch.float32, slice(None))
+    exact(half["loss"].double(), golden[f"loss32_{case}"], atol=3e-6)
+
+
+def test_swav_equals_the_formula_in_numpy() -> None:
+    """Three crops, two heads, a full queue; cross-entropies written out."""
+    rng = np.random.default_rng(2)
+    unit = [rng.standard_normal(shape) for shape in ((3, 4, 5), (2, 6, 5), (7, 5), (3, 5))]
+    z, queue, *heads = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in unit)
+    expected = []
+    for head in heads:
+        for crop in (0, 1):
+            q = sinkhorn_numpy(np.concatenate([queue[crop], z[crop]]) @ head.T, 0.05, 3)[6:]
+            for view in {0, 1, 2} - {crop}:
+                logits = z[view] @ head.T / 0.2
+                log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+                expected.append(-(q * log_p).sum(axis=1).mean())
+    objective = SwAV(5, [7, 3], temperature=0.2, queue_length=6).double()
+    for own, head in zip(objective.prototypes.heads, heads, strict=True):
+        own.weight.data.copy_(tensor(head))
+    objective.queue.copy_(tensor(queue))
+    objective.begin_epoch(0)
+    exact(objective(tensor(z)).detach(), np.array(np.mean(expected)))
+
+
+# ------------------------------------------------------------------------------------------- the same in two processes
+
+
+def on_two_processes(golden_folder: str) -> dict[str, Any]:
+    global GOLDEN
+    GOLDEN = Path(golden_folder)
+    out: dict[str, Any] = {}
+    golden = load("a_sinkhorn")
+    rows = slice(0, FIRST_ROWS) if rank() == 0 else slice(FIRST_ROWS, None)
+    for kind in ("cos", "uni"):
+        out[kind] = sinkhorn(tensor(golden[f"scores_{kind}"])[rows], float(golden["eps"]), int(golden["iters"]))
+    # All rows on rank 1: an empty share takes part in the sums and gets nothing.
+    share = slice(0, 0) if rank() == 0 else slice(None)
+    out["empty share"] = sinkhorn(tensor(golden["scores_uni"])[share], float(golden["eps"]), int(golden["iters"]))
+    golden = load("c_swav_loss")
+    half = int(golden["batch"]) // 2
+    for case in SWAV_CASES:
+        out[case] = swav_step(golden, case, torch.float64, slice(rank() * half, (rank() + 1) * half))
+    return out
+
+
+@pytest.fixture(scope="module")
+def two_processes() -> list[dict[str, Any]]:
+    if not GOLDEN.is_dir():
+        pytest.skip(f"needs the reference vectors in {GOLDEN}")
+    return run_processes(2, on_two_processes, str(GOLDEN))
+
+
+@pytest.mark.parametrize("kind", ["cos", "uni"])
+def test_two_processes_with_unequal_shares_get_the_reference_codes(kind: str, two_processes: list) -> None:
+    assert [len(out[kind]) for out in two_processes] == [40, 24]
+    exact(torch.cat([out[kind] for out in two_processes]), load("a_sinkhorn")[f"q64_{kind}"])
+
+
+def test_a_process_without_rows_does_not_change_the_codes(two_processes: list) -> None:
+    assert two_processes[0]["empty share"].shape == (0, 300)
+    exact(two_processes[1]["empty share"], load("a_sinkhorn")["q64_uni"])
+
+
+@pytest.mark.parametrize("case", SWAV_CASES)
+def test_two_processes_with_half_of_the_batch_each_equal_the_reference(case: str, two_processes: list) -> None:
+    golden = load("c_swav_loss")
+    first, second = (out[case] for out in two_processes)
+    exact((first["loss"] + second["loss"]) / 2, golden[f"loss64_{case}"])
+    assert abs(first["loss"] - second["loss"]) > 1e-3  # they really saw different halves
+    exact((first["prototypes"] + second["prototypes"]) / 2, golden[f"grad_prototypes_{case}"])
+    # The joint loss is the mean of the two, so half of each process's gradient.
+    gradient = torch.cat([first["z"], second["z"]], dim=1) / 2
+    exact(gradient.flatten(0, 1), golden[f"grad_embeddings_{case}"])
+    exact(first["queue"], second["queue"], atol=0)
+    if case != "noqueue":
+        exact(first["queue"], golden[f"queue_after_{case}"], atol=0)
+
+
+# ------------------------------------------------------------------------------------------- learning-rate schedule
+
+
+@needs_golden
+def test_schedule_equals_the_reference() -> None:
+    golden = load("d_lr_schedule")
+    per_epoch = int(golden["iters_per_epoch"])
+    rate = WarmupCosine(
+        *(float(golden[name]) for name in ("base_lr", "final_lr", "start_warmup")),
+        warmup_steps=int(golden["warmup_epochs"]) * per_epoch,
+        total_steps=int(golden["epochs"]) * per_epoch,
+    )
+    exact(np.array([rate(step) for step in range(700)]), golden["lr"], atol=1e-16)
+
+
+def test_schedule_by_hand() -> None:
+    rate = WarmupCosine(base_lr=1.0, final_lr=0.2, start_warmup=0.6, warmup_steps=5, total_steps=9)
+    root = np.sqrt(0.5)
+    expected = [0.6, 0.7, 0.8, 0.9, 1.0, 1.0, 0.6 + 0.4 * root, 0.6, 0.6 - 0.4 * root]
+    assert [rate(step) for step in range(9)] == pytest.approx(expected, abs=1e-15)
+    assert rate(9) == rate(1000) == pytest.approx(0.2)  # never up again
+    assert type(rate(3)) is float
+
+
+def test_schedule_without_and_with_one_step_of_warm_up_starts_at_the_base_rate() -> None:
+    for warmup_steps in (0, 1):
+        rate = WarmupCosine(0.5, 0.0, 0.1, warmup_steps, warmup_steps + 2)
+        assert [rate(step) for step in range(warmup_steps + 2)] == pytest.approx([0.5] * warmup_steps + [0.5, 0.25])
+
+
+# ------------------------------------------------------------------------------------------------------------ LARC
+
+
+def larc_trajectory(
+    start: list[torch.Tensor], gradients: list[torch.Tensor], lrs: np.ndarray, **options: Any
+) -> list[list[torch.Tensor]]:
+    """[parameter][step] values after every step; gradients [parameter] of [steps, ...]."""
+    weights = [torch.nn.Parameter(w.clone()) for w in start]
+    optimizer = LARC(weights, lr=0.0, **options)
+    path: list[list[torch.Tensor]] = [[] for _ in weights]
+    for step, lr in enumerate(lrs):
+        optimizer.param_groups[0]["lr"] = float(lr)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient[step].clone()
+        optimizer.step()
+        for weight, gradient, values in zip(weights, gradients, path, strict=True):
+            exact(weight.grad, gradient[step], atol=0)  # the caller's gradient stays as it was
+            values.append(weight.detach().clone())
+    return path
+
+
+@needs_golden
+@pytest.mark.parametrize("clip", [False, True])
+def test_larc_equals_the_reference(clip: bool) -> None:
+    golden = load("e_larc")
+    expected = [tensor(golden[f"p{i}{'_clip' if clip else ''}"]) for i in range(3)]
+    path = larc_trajectory(
+        [p[0] for p in expected],
+        [tensor(golden[f"grad{i}"]) for i in range(3)],
+        golden["lr"],
+        clip=clip,
+        **{name: float(golden[name]) for name in ("momentum", "weight_decay", "trust", "eps")},
+    )
+    for found, wanted in zip(path, expected, strict=True):
+        exact(torch.stack(found), wanted[1:], atol=1e-15)
+
+
+def test_larc_by_hand() -> None:
+    # |w| = 5, |g| = 1: ratio 0.005; then |w| = 4.99, and the momentum holds 0.9 * 0.005 + 0.00499 of g.
+    w, g = tensor(np.array([3.0, 4.0])), tensor(np.array([0.6, 0.8]))
+    path = larc_trajectory([w], [torch.stack([g, g])], np.array([2.0, 2.0]), weight_decay=0.0, eps=0.0)[0]
+    exact(path[0], w - 2 * 0.005 * g)
+    exact(path[1], w - 2 * 0.005 * g - 2 * 0.00949 * g)
+
+
+def test_larc_clips_the_ratio_at_one_learning_rate() -> None:
+    # trust * |w| / |g| = 0.5 is above lr = 0.1, so plain SGD; and with trust 0.001, 0.005 / 0.1 of it.
+    w, g = tensor(np.array([3.0, 4.0])), tensor(np.array([[0.6, 0.8]]))
+    for trust, share in ((0.1, 1.0), (0.001, 0.05)):
+        path = larc_trajectory([w], [g], np.array([0.1]), weight_decay=0.0, eps=0.0, trust=trust, clip=True)
+        exact(path[0][0], w - 0.1 * share * g[0])
+
+
+def test_larc_decays_with_the_ratio_and_not_where_a_norm_is_zero() -> None:
+    zero, w = torch.zeros(2, dtype=torch.float64), tensor(np.array([3.0, 4.0]))
+    g = tensor(np.array([0.6, 0.8]))
+    path = larc_trajectory([zero, w, w], [g[None], zero[None], g[None]], np.array([1.0]), weight_decay=0.1, eps=0.0)
+    exact(path[0][0], -g)
+    exact(path[1][0], w)
+    exact(path[2][0], w - 0.001 * 5 / (1 + 0.1 * 5) * (g + 0.1 * w))
+
+
+def test_larc_without_adaptation_is_sgd() -> None:
+    start = tensor(np.random.default_rng(3).standard_normal((4, 3)))
+    gradients = tensor(np.random.default_rng(4).standard_normal((3, 4, 3)))
+    ours, plain = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    optimizers = (
+        LARC([{"params": [ours], "adapt": False}], lr=0.1, weight_decay=0.01),
+        torch.optim.SGD([plain], lr=0.1, momentum=0.9, weight_decay=0.01),
+    )
+    for gradient in gradients:
+        ours.grad, plain.grad = gradient.clone(), gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    exact(ours.detach(), plain.detach())
+
+
+# ------------------------------------------------------------------------------------------------------- ResNet-50
+
+
+def recipe(name: str, shape: torch.Size) -> torch.Tensor:
+    """The weights that the reference was computed with, from the entry's name alone."""
+    rng = np.random.default_rng([1006, zlib.crc32(name.encode())])
+    if name.endswith("running_var"):
+        values = rng.uniform(0.5, 1.5, tuple(shape))
+    elif len(shape) == 4:
+        values = rng.standard_normal(tuple(shape)) * np.sqrt(2 / (shape[0] * shape[2] * shape[3]))
+    else:
+        values = 0.1 * rng.standard_normal(tuple(shape))
+        if name.endswith("weight"):
+            values = 1 + values
+    return torch.from_numpy(values.astype(np.float32))
+
+
+@needs_golden
+def test_resnet50_equals_the_reference() -> None:
+    golden = load("f_resnet50")
+    with torch.device("meta"):  # names and shapes only
+        shapes = {name: value.shape for name, value in torchvision.models.resnet50().state_dict().items()}
+    state = {
+        name: torch.zeros(()).long() if name.endswith("num_batches_tracked") else recipe(name, shape)
+        for name, shape in shapes.items()
+        if not name.startswith("fc.")
+    }
+    exact(state["conv1.weight"].flatten()[:8], golden["conv1_first8"], atol=1e-7)
+    exact(state["layer3.5.bn2.running_var"][:8], golden["layer3_5_bn2_running_var_first8"], atol=1e-7)
+    state["conv1.weight"] = fold_grey(state["conv1.weight"])
+    net = GreyResNet("resnet50").eval()
+    net.load_state_dict(state, strict=True)
+    x = np.random.default_rng(1007).standard_normal((2, 1, 64, 64)).astype(np.float32)
+    exact(x, golden["input"], atol=1e-7)
+    with torch.no_grad():
+        stages = net(torch.from_numpy(x) * GREY_STD + GREY_MEAN)  # which forward takes away again
+    for i, stage in enumerate(stages, start=1):
+        expected = tensor(golden[f"stage{i}"])
+        assert_close(stage.mean(dim=(2, 3)).double(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    exact(multi_scale(stages).double(), golden["feature5888"][:, :3840], atol=1e-5)

@@ -1,0 +1,402 @@
+"""The grey ResNet, the deformable transformer over slices, and the projection between them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from models.encoder import JointEncoder, init_orthogonal, init_pca
+from models.heads import Prototypes
+from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, fold_grey, multi_scale, pooled, unfold_grey
+from models.transformer import DeformableAttention1D, SliceTransformer
+
+WIDTH = 32
+
+
+def shake(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Random numbers in every parameter and running statistic, so that no zero, one or symmetry hides a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in module.state_dict().items():
+        if name.endswith("running_var"):
+            value.uniform_(0.5, 1.5, generator=generator)
+        elif value.is_floating_point():
+            value.add_(torch.randn(value.shape, generator=generator, dtype=value.dtype), alpha=0.1)
+    return module
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def first(length: int, of: int) -> Tensor:
+    return (torch.arange(of) < length).unsqueeze(0)
+
+
+def attention(**options: int) -> DeformableAttention1D:
+    """With offsets of several slices, other than a new module's."""
+    torch.manual_seed(0)
+    module = DeformableAttention1D(WIDTH, **options).eval()
+    module.offset_head.weight.data.mul_(20)
+    return module
+
+
+def transformer(dropout: float = 0.0, layers: int = 2) -> SliceTransformer:
+    torch.manual_seed(0)
+    module = SliceTransformer(WIDTH, layers, hidden=48, dropout=dropout, heads=8)
+    for layer in module.layers:
+        layer.attention.offset_head.weight.data.mul_(20)
+    return module.eval()
+
+
+# -------------------------------------------------------------------------------------------------------- grey ResNet
+
+
+@pytest.fixture(scope="module")
+def resnet() -> GreyResNet:
+    torch.manual_seed(0)
+    return shake(GreyResNet("resnet18")).eval()
+
+
+def stages_of(net: nn.Module, x: Tensor) -> list[Tensor]:
+    x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+    stages = []
+    for layer in (net.layer1, net.layer2, net.layer3, net.layer4):
+        x = layer(x)
+        stages.append(x)
+    return stages
+
+
+@torch.no_grad()
+def test_folded_resnet_equals_torchvision_on_the_repeated_image() -> None:
+    torch.manual_seed(0)
+    colour = shake(torchvision.models.resnet18()).eval()
+    state = {name: value for name, value in colour.state_dict().items() if not name.startswith("fc.")}
+    assert state["conv1.weight"].std(dim=1).min() > 0  # three different channels
+    grey = GreyResNet("resnet18").eval()
+    grey.load_state_dict(state | {"conv1.weight": fold_grey(state["conv1.weight"])}, strict=True)
+    images = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(1))
+    expected = stages_of(colour, ((images - GREY_MEAN) / GREY_STD).repeat(1, 3, 1, 1))
+    found = grey(images)
+    assert [tuple(stage.shape) for stage in found] == [(3, 64, 8, 8), (3, 128, 4, 4), (3, 256, 2, 2), (3, 512, 1, 1)]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+
+
+@torch.no_grad()
+def test_exported_weights_load_into_torchvision_and_mean_the_same(resnet: GreyResNet) -> None:
+    colour = torchvision.models.resnet18()
+    colour.fc = nn.Identity()
+    colour.load_state_dict(resnet.torchvision_state(), strict=True)
+    images = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(2))
+    theirs = colour.eval()(((images - GREY_MEAN) / GREY_STD).repeat(1, 3, 1, 1))
+    assert_close(pooled(resnet(images)), theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_exported_weights_are_a_copy(resnet: GreyResNet) -> None:
+    before = resnet.layer1[0].conv1.weight.detach().clone()
+    resnet.torchvision_state()["layer1.0.conv1.weight"].zero_()
+    assert torch.equal(resnet.layer1[0].conv1.weight, before)
+
+
+def test_fold_undoes_unfold() -> None:
+    grey = random(4, 1, 7, 7)
+    assert unfold_grey(grey).shape == (4, 3, 7, 7)
+    assert_close(fold_grey(unfold_grey(grey)), grey)
+    assert torch.equal(fold_grey(torch.tensor([1.0, 2.0, 4.0]).view(1, 3, 1, 1)), torch.tensor(7.0).view(1, 1, 1, 1))
+
+
+def test_multi_scale_joins_four_unit_vectors(resnet: GreyResNet) -> None:
+    with torch.no_grad():
+        stages = resnet(torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(3)))
+    features = multi_scale(stages)
+    assert features.shape == (2, sum(resnet.stage_features)) == (2, 960)
+    for part, stage in zip(features.split(resnet.stage_features, dim=1), stages, strict=True):
+        mean = stage.mean(dim=(2, 3))
+        assert_close(part, mean / mean.norm(dim=1, keepdim=True))
+
+
+def test_unknown_architecture_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"resnet17.*resnet18"):
+        GreyResNet("resnet17")
+
+
+def test_prototypes_score_cosines() -> None:
+    torch.manual_seed(0)
+    prototypes = Prototypes(5, [3, 7])
+    prototypes.heads[1].weight.data.mul_(9)
+    prototypes.normalize_()
+    assert [scores.shape[1] for scores in prototypes(torch.eye(5))] == [3, 7]
+    for head in prototypes.heads:
+        assert_close(head.weight.norm(dim=1), torch.ones(len(head.weight)))
+        assert head.bias is None
+
+
+# ----------------------------------------------------------------------------------------------- deformable attention
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("real", [1, 2, 7, 10])
+def test_padded_slices_and_what_they_hold_change_nothing(real: int) -> None:
+    net, alone = transformer(), random(1, real, WIDTH)
+    expected = net(alone, first(real, real))
+    assert expected.std() > 0.1
+    for total in (real + 1, 16, 32):
+        padded = torch.cat([alone, 1e3 * random(1, total - real, WIDTH, seed=total)], dim=1)
+        found = net(padded, first(real, total))
+        assert_close(found[:, :real], expected, rtol=0, atol=1e-5)
+        assert not found[:, real:].any()
+        layer = net.layers[0].attention  # alone: its caller does not clear the padded slices for it
+        assert_close(layer(padded, first(real, total))[:, :real], layer(alone, first(real, real)), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_volumes_of_different_length_in_a_batch_equal_each_alone() -> None:
+    net, lengths = transformer(), [3, 13, 8]
+    x = random(3, 13, WIDTH)
+    mask = torch.arange(13) < torch.tensor(lengths).unsqueeze(1)
+    joint = net(x, mask)
+    for b, length in enumerate(lengths):
+        alone = net(x[b : b + 1, :length], first(length, length))
+        assert_close(joint[b, :length], alone[0], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_attention_runs_along_the_slices() -> None:
+    net, x = transformer(layers=1), random(1, 12, WIDTH)
+    net.layers[0].attention.offset_head.weight.zero_()
+    net.layers[0].attention.offset_head.bias.zero_()
+    changed = x.clone()
+    changed[0, 5] += 1  # the second point looks between slices 5 and 6
+    difference = (net(changed, first(12, 12)) - net(x, first(12, 12))).norm(dim=2)[0]
+    assert difference.min() > 1e-4
+    changed = x.clone()
+    changed[0, 3] += 1  # no point looks there, so the others see nothing of it
+    difference = (net(changed, first(12, 12)) - net(x, first(12, 12))).norm(dim=2)[0]
+    assert difference[3] > 1e-4
+    assert difference[[0, 1, 2, *range(4, 12)]].max() < 1e-6
+
+
+@torch.no_grad()
+def test_sampling_is_linear_between_neighbouring_slices() -> None:
+    """With offsets of zero, points lie at 1.5 and 5.5; one point alone, attended by all, is the mean of slices 1, 2."""
+    module = attention()
+    module.offset_head.weight.zero_()
+    module.offset_head.bias.zero_()
+    x = random(1, 4, WIDTH)
+    out, maps = module(x, first(4, 4), return_maps=True)
+    assert_close(maps.positions, torch.full((1, 8, 1), 1.5))
+    value = module.to_kv(x[:, 1:3].mean(dim=1)).chunk(2, dim=-1)[1]
+    assert_close(out, module.to_out(value).unsqueeze(1).expand(1, 4, WIDTH))
+    # r * tanh(b) moves them: 4 * tanh(atanh(1 / 16)) = a quarter of a slice.
+    module.offset_head.bias.fill_(torch.atanh(torch.tensor(1 / 16)))
+    assert_close(module(x, first(4, 4), return_maps=True)[1].positions, torch.full((1, 8, 1), 1.75))
+
+
+@pytest.mark.parametrize("D", [1, 2, 3, 5, 64])
+def test_maps_of_any_number_of_slices(D: int) -> None:
+    net, length = transformer(), max(1, D - 2)
+    mask = torch.cat([first(D, D), first(length, D)])
+    with torch.no_grad():
+        out, maps = net(random(2, D, WIDTH), mask, return_maps=True)
+        assert torch.equal(out, net(random(2, D, WIDTH), mask))
+    points = -(-D // 4)
+    assert out.shape == (2, D, WIDTH)
+    assert out.isfinite().all()
+    assert len(maps) == 2
+    for positions, weights in maps:
+        assert positions.shape == (2, 8, points)
+        assert weights.shape == (2, 8, D, points)
+        assert_close(weights.sum(dim=-1), torch.ones(2, 8, D))
+        assert positions.min() >= 0
+        assert positions[0].max() <= D - 1
+        assert positions[1].max() <= length - 1
+        assert not weights[1, :, :, -(-length // 4) :].any()  # points whose window holds no real slice
+    if D == 64:
+        centres = torch.arange(points) * 4 + 1.5
+        assert (maps[0].positions - centres).abs().max() > 1  # the offsets do something
+        assert (maps[0].positions - centres).abs().max() <= 4
+
+
+def test_gradients_reach_every_part_and_the_offset_network_too() -> None:
+    module = attention(heads=8, groups=4).train()
+    x = random(2, 11, WIDTH).requires_grad_()
+    module(x, torch.cat([first(11, 11), first(7, 11)])).square().sum().backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad.abs().max() > 1e-7, name
+    x.grad = None
+    module(x[1:], first(7, 11))[:, :7].square().sum().backward()
+    assert x.grad[1, :7].abs().min() > 0
+    assert not x.grad[1, 7:].any()
+
+
+def test_gradients_equal_finite_differences_in_float64() -> None:
+    torch.manual_seed(0)
+    module = DeformableAttention1D(8, heads=4, groups=2, stride=2, kernel=4, offset_scale=1.5, bias_hidden=5).double()
+    module.offset_head.weight.data.mul_(5)
+    names = ["offset_head.weight", "offset_head.bias", "offset_conv.weight", "bias.0.weight"]
+    start = dict(module.named_parameters())
+    x = random(2, 6, 8).double().requires_grad_()
+    mask = torch.cat([first(6, 6), first(5, 6)])
+
+    def output(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x, mask))
+
+    assert torch.autograd.gradcheck(output, (x, *(start[name].detach().clone().requires_grad_() for name in names)))
+
+
+def test_gradients_of_positions_equal_differences_in_float32() -> None:
+    module, x, mask = attention(), random(1, 16, WIDTH), first(16, 16)
+    direction = random(1, 16, WIDTH, seed=1)
+
+    def objective() -> Tensor:
+        return (module(x, mask) * direction).sum()
+
+    objective().backward()
+    bias, step = module.offset_head.bias, 2e-3
+    for group in range(3):
+        with torch.no_grad():
+            bias[group] += step
+            above = objective()
+            bias[group] -= 2 * step
+            below = objective()
+            bias[group] += step
+        expected = float(above - below) / (2 * step)
+        assert abs(expected) > 1e-3
+        assert float(bias.grad[group]) == pytest.approx(expected, rel=0.02, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"heads": 5, "groups": 5}, r"d_model \(32\) must be a multiple of heads \(5\)"),
+        ({"heads": 8, "groups": 3}, r"heads of groups \(3\)"),
+        ({"kernel": 5}, r"kernel \(5\)"),
+        ({"kernel": 2}, r"kernel \(2\)"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(options: dict[str, int], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        DeformableAttention1D(WIDTH, **options)
+
+
+def test_dropout_acts_in_training_only_and_zero_is_deterministic() -> None:
+    x, mask = random(1, 9, WIDTH), first(9, 9)
+    with torch.no_grad():
+        still = transformer(dropout=0.0)
+        assert torch.equal(still.eval()(x, mask), still.train()(x, mask))
+        noisy = transformer(dropout=0.5)
+        assert torch.equal(noisy.eval()(x, mask), still(x, mask))
+        noisy.train()
+        assert (noisy(x, mask) - noisy(x, mask)).abs().max() > 0.1
+
+
+# ------------------------------------------------------------------------------------------------------- joint encoder
+
+
+@pytest.fixture
+def encoder() -> JointEncoder:
+    torch.manual_seed(0)
+    return JointEncoder("resnet18", WIDTH, layers=1, dropout=0.0)
+
+
+def padded_volumes(total: int, fill: float) -> tuple[Tensor, Tensor]:
+    """Volumes of 5 and 3 slices; padded slices hold `fill`."""
+    volumes = torch.full((2, total, 32, 32), fill)
+    mask = torch.arange(total) < torch.tensor([[5], [3]])
+    volumes[mask] = torch.rand(8, 32, 32, generator=torch.Generator().manual_seed(4))
+    return volumes, mask
+
+
+def test_padded_slices_never_reach_batch_norm(encoder: JointEncoder) -> None:
+    start = {name: value.clone() for name, value in encoder.state_dict().items()}
+    seen = []
+    for total, fill in ((5, 0.0), (8, 1e4), (8, float("nan"))):
+        encoder.load_state_dict(start)
+        features, tokens = encoder.train().tokens(*padded_volumes(total, fill))
+        statistics = {name: value.clone() for name, value in encoder.state_dict().items() if "running" in name}
+        seen.append((features.detach(), tokens[:, :5].detach(), statistics))
+        assert features.shape == (8, 512)
+        assert not tokens[0, 5:].any()
+        assert not tokens[1, 3:].any()
+        assert tokens[1, 2].norm() > 0
+    assert any((seen[0][2][name] != start[name]).any() for name in seen[0][2])
+    for other in seen[1:]:
+        assert_close(other, seen[0], rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_tokens_stand_at_their_slice(encoder: JointEncoder) -> None:
+    volumes, mask = padded_volumes(6, 0.0)
+    tokens = encoder.eval().tokens(volumes, mask)[1]
+    for b, s in ((0, 0), (0, 4), (1, 0), (1, 2)):
+        assert_close(tokens[b, s], encoder.slices(volumes[b, s].view(1, 1, 32, 32))[1][0], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_holistic_embedding_has_unit_length_and_does_not_see_padding(encoder: JointEncoder) -> None:
+    encoder.eval()
+    found = []
+    for total, fill in ((5, 0.0), (12, 7.0)):
+        volumes, mask = padded_volumes(total, fill)
+        tokens = encoder.tokens(volumes, mask)[1]
+        tokens[~mask] = fill
+        found.append(encoder.holistic(tokens, mask))
+    assert_close(found[0].norm(dim=1), torch.ones(2))
+    assert_close(found[1], found[0], rtol=0, atol=1e-5)
+    volumes, mask = padded_volumes(5, 0.0)
+    context = encoder.transformer(encoder.tokens(volumes, mask)[1], mask)
+    mean = context[1, :3].mean(dim=0)
+    assert_close(found[0][1], mean / mean.norm(), rtol=1e-4, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------- starts of the slice projection
+
+
+@torch.no_grad()
+def test_orthogonal_start() -> None:
+    torch.manual_seed(0)
+    projection = nn.Linear(96, 24)
+    init_orthogonal(projection)
+    assert_close(projection.weight @ projection.weight.T, 24 * torch.eye(24), rtol=0, atol=1e-4)  # 96 / 4
+    assert not projection.bias.any()
+    joined = nn.functional.normalize(random(500, 4, 24), dim=2).flatten(1)
+    assert projection(joined).square().mean() == pytest.approx(1, rel=0.1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("samples", "rank"), [(200, 40), (200, 5), (9, 40), (2, 40)])
+def test_pca_start_whitens_nothing_but_centres_decorrelates_and_scales(samples: int, rank: int) -> None:
+    """40 features of the given rank -> 16 outputs, also where there are fewer samples or directions than outputs."""
+    features = random(samples, rank) * torch.linspace(3, 1, rank) @ random(rank, 40, seed=1) + 5
+    projection = nn.Linear(40, 16)
+    kept = init_pca(projection, features)
+    out = projection(features)
+    assert projection.weight.isfinite().all()
+    assert out.mean(dim=0).abs().max() < 1e-4
+    assert out.square().mean() == pytest.approx(1, rel=1e-3)
+    covariance = out.T @ out / samples
+    assert (covariance - covariance.diag().diag()).abs().max() < 1e-3
+    assert (covariance.diag().diff() < 1e-3).all()  # by falling variance
+    gram = projection.weight @ projection.weight.T
+    assert_close(gram, gram[0, 0] * torch.eye(16), rtol=0, atol=1e-4 * gram[0, 0].item())
+    values = torch.linalg.eigvalsh(torch.cov(features.double().T)).flip(0)
+    assert kept == pytest.approx(float(values[:16].sum() / values.sum()), abs=1e-4)
+
+
+@torch.no_grad()
+def test_pca_start_with_more_outputs_than_features() -> None:
+    projection, features = nn.Linear(8, 16), random(50, 8)
+    assert init_pca(projection, features) == pytest.approx(1)
+    assert projection(features).square().mean() == pytest.approx(1, rel=1e-3)
+
+
+@torch.no_grad()
+def test_pca_start_on_equal_slices_stays_finite() -> None:
+    projection = nn.Linear(40, 16)
+    init_pca(projection, torch.ones(6, 40))
+    out = projection(torch.ones(6, 40) + 0.01 * random(6, 40))
+    assert out.isfinite().all()
+    assert out.abs().max() < 1e3
