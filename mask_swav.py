@@ -69,7 +69,7 @@ class Config:
     """passes over the data"""
     batch_size: PositiveInt = 4
     """volumes per process"""
-    base_lr: PositiveFloat = 0.3
+    base_lr: PositiveFloat = 3.0
     """peak learning rate of SGD with LARC, for the joint batch as it is"""
     final_lr: NonNegativeFloat = 0.0
     """learning rate at the end of the cosine schedule"""

@@ -103,21 +103,28 @@ class DeformableAttention1D(nn.Module):
 
 
 class Layer(nn.Module):
-    """Deformable attention, add & norm, GELU MLP, add & norm: [B, D, d] -> [B, D, d]."""
+    """Local mixing, deformable attention, GELU MLP, each added to its input: x [B, D, d], mask [B, D] -> [B, D, d].
+
+    Departs from the method's "attention, add & norm": normalisation stands before the branches, and a depthwise
+    convolution over three slices comes first (DAT++'s local perception unit). Keys and values are sampled every
+    `stride` slices, so without it a slice hardly sees its direct neighbours; docs/DECISIONS.md has the measurement.
+    """
 
     def __init__(self, d_model: int, hidden: int, dropout: float, heads: int) -> None:
         super().__init__()
-        self.attention = DeformableAttention1D(d_model, heads=heads, groups=heads)
+        self.local = nn.Conv1d(d_model, d_model, 3, padding=1, groups=d_model)
         self.norm1 = nn.LayerNorm(d_model)
-        self.mlp = nn.Sequential(nn.Linear(d_model, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, d_model))
+        self.attention = DeformableAttention1D(d_model, heads=heads, groups=heads)
         self.norm2 = nn.LayerNorm(d_model)
+        self.mlp = nn.Sequential(nn.Linear(d_model, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, d_model))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor, return_maps: bool = False) -> Tensor | tuple[Tensor, AttentionMaps]:
-        attended = self.attention(x, mask, return_maps)
+        x = x + self.local(x.transpose(1, 2)).transpose(1, 2)  # padded slices are zero, as is the convolution's border
+        attended = self.attention(self.norm1(x), mask, return_maps)
         attended, maps = attended if return_maps else (attended, None)
-        x = self.norm1(x + self.dropout(attended))
-        x = self.norm2(x + self.dropout(self.mlp(x)))
+        x = x + self.dropout(attended)
+        x = x + self.dropout(self.mlp(self.norm2(x)))
         return (x, maps) if return_maps else x
 
 
