@@ -1,0 +1,51 @@
+"""A tiny tree of data and options with which every script runs in a second or two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+def write_data(root: Path, volumes: int = 8, images: int = 4) -> Path:
+    """Blobs that differ from case to case: 24 x 24 x 12 volumes and 24 x 24 images."""
+    rng = np.random.default_rng(0)
+    y, x, z = np.mgrid[-1:1:24j, -1:1:24j, -1:1:12j]
+    (root / "Volumes").mkdir(parents=True)
+    (root / "Images").mkdir()
+    for i in range(volumes):
+        a, b = rng.uniform(-0.4, 0.4, 2)
+        blob = np.exp(-4 * ((x - a) ** 2 + (y - b) ** 2 + z**2)) + 0.05 * rng.standard_normal(x.shape)
+        np.save(root / "Volumes" / f"case_{i}.npy", blob.astype(np.float32))
+    for i in range(images):
+        Image.fromarray(rng.integers(0, 255, (24, 24), dtype=np.uint8)).save(root / "Images" / f"image_{i}.png")
+    return root
+
+
+def options(script: str, data: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    """Keyword arguments of a script's Config; `changes` win."""
+    chosen: dict[str, Any] = {
+        "data_path": str(data),
+        "dump_path": str(out / "runs" / script),
+        "pretrained_path": str(out / "weights"),
+        "arch": "resnet18",
+        "device": "cpu",
+        "workers": 0,
+        "epochs": 2,
+        "warmup_epochs": 0,
+        "batch_size": 2,
+        "base_lr": 0.5,
+    }
+    if "2D" in script:
+        chosen |= {"size_crops": [32, 16], "nmb_crops": [2, 1], "slices_per_volume": 2, "batch_size": 4}
+    else:
+        chosen |= {"target_shape": [8, 32, 32], "d_model": 32, "layers": 1}
+    if "2D" in script or "3D" in script:
+        chosen |= {"hidden_mlp": 32, "feat_dim": 16}
+    if "3D" in script:
+        chosen |= {"intra_slices": 3, "images_per_step": 2}
+    if "deepcluster" in script and "mask" not in script:
+        chosen |= {"kmeans_backend": "torch"}
+    return chosen | changes
