@@ -127,7 +127,7 @@ def test_the_previous_checkpoint_is_used_when_the_newest_is_damaged(tmp_path, ca
     assert checkpoint.load(tmp_path)["epoch"] == 1
     assert "checkpoint.pth" in capsys.readouterr().out
     (tmp_path / checkpoint.PREVIOUS).write_bytes(b"")
-    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read"):
         checkpoint.load(tmp_path)
 
 

@@ -64,6 +64,8 @@ def check(config: Any) -> None:
                 raise UserError(f"min_scale_crops, max_scale_crops: need min <= max <= 1, got {low} and {high}")
     if "lambda_inter" in has and not (config.lambda_intra or config.lambda_inter or config.lambda_mask):
         raise UserError("lambda_intra, lambda_inter, lambda_mask: at least one must be above 0")
+    if "d_model" in has and config.d_model % 8:
+        raise UserError(f"d_model: {config.d_model} must be a multiple of 8, the number of attention heads")
     if "target_shape" in has and "mask_ratio" in has and config.target_shape[0] < 2:
         raise UserError("target_shape: masking needs views of at least 2 slices")
 

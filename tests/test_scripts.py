@@ -1,0 +1,150 @@
+"""The scripts from end to end, and what they say when the input is wrong: before training, naming it and the remedy."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import options, write_data
+
+from objectives.learners import MaskedSlices
+from utils.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+def main(script: str, data: Path, out: Path, **changes) -> None:
+    module = importlib.import_module(script)
+    start = {"resnet_pretrained": "none"} | ({"trans_pretrained": "none"} if "3D" in script else {})
+    module.main(module.Config(**options(script, data, out, **(start | {"epochs": 1} | changes))))
+
+
+def broken(tmp_path: Path, array: np.ndarray) -> Path:
+    root = write_data(tmp_path / "broken")
+    np.save(root / "Volumes" / "broken.npy", array)
+    return root
+
+
+BAD_FILES = {
+    "an image in place of a volume": (np.ones((24, 24), np.float32), r"broken\.npy.*\(24, 24\)"),
+    "not finite": (np.full((24, 24, 12), np.nan, np.float32), r"broken\.npy.*(NaN|nan|finite)"),
+    "no contrast": (np.ones((24, 24, 12), np.float32), r"broken\.npy.*constant"),
+    "no numbers": (np.full((24, 24, 12), "a"), r"broken\.npy"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_FILES)
+def test_unusable_volumes(what, tmp_path):
+    array, says = BAD_FILES[what]
+    with pytest.raises(UserError, match=f"(?s){says}"):
+        main("mask_swav", broken(tmp_path, array), tmp_path)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_unusable_volumes_are_left_out_when_asked(tmp_path, capfd):
+    main("mask_swav", broken(tmp_path, BAD_FILES["not finite"][0]), tmp_path, on_bad="skip")
+    assert "broken.npy" in "".join(capfd.readouterr())
+    assert (tmp_path / "weights" / "mask_swav.pth").exists()
+
+
+def test_trees_without_data(data, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other" / "Scans").mkdir(parents=True)
+    (tmp_path / "other" / "Scans" / "a.nii.gz").write_bytes(b"x")
+    for folder, says in (("missing", "missing"), ("empty", "empty"), ("other", r"Scans.*\.npy")):
+        with pytest.raises(UserError, match=f"(?s){says}"):
+            main("ssl_swav2D", tmp_path / folder, tmp_path)
+    images = tmp_path / "images"
+    shutil.copytree(data / "Images", images / "Images")
+    with pytest.raises(UserError, match="volumes"):
+        main("mask_swav", images, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("script", "changes", "says"),
+    [
+        ("mask_swav", {"batch_size": 9}, r"batch_size: 9 .* need 9 volumes.* hold 8"),
+        ("ssl_deepcluster2D", {"nmb_prototypes": [21]}, "nmb_prototypes: 21 prototypes are more than the 20"),
+        ("ssl_swav3D", {"nmb_prototypes": 9}, "nmb_prototypes: 9 prototypes are more than the 8"),
+        ("ssl_swav3D", {"nmb_prototypes_intra": 101}, "nmb_prototypes_intra: 101 prototypes are more than the 100"),
+        ("mask_swav", {"resnet_pretrained": "no.pth"}, r"no\.pth.*ssl_swav2D\.py.*--resnet_pretrained none"),
+        ("ssl_swav3D", {"trans_pretrained": "no.pth"}, r"no\.pth.*mask_swav\.py.*--trans_pretrained none"),
+    ],
+)
+def test_options_that_do_not_fit_the_data(script, changes, says, data, tmp_path):
+    with pytest.raises(UserError, match=says):
+        main(script, data, tmp_path, **changes)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_loss_that_is_not_finite_names_the_batch_and_is_not_applied(data, tmp_path, monkeypatch):
+    forward, calls = MaskedSlices.forward, []
+
+    def sometimes(self, **batch):
+        calls.append(1)
+        losses = forward(self, **batch)
+        return losses | {"loss": losses["loss"] * math.nan} if len(calls) == 6 else losses
+
+    monkeypatch.setattr(MaskedSlices, "forward", sometimes)
+    with pytest.raises(UserError, match=r"not finite at epoch 1 step 1;.*case_\d\.npy, .*case_\d\.npy"):
+        main("mask_swav", data, tmp_path, epochs=2)
+    state = torch.load(tmp_path / "runs" / "mask_swav" / "checkpoint.pth", weights_only=True)
+    assert (state["epoch"], state["step"]) == (1, 0)
+    assert not (tmp_path / "weights").exists()
+
+
+def test_an_error_is_one_line_and_exit_code_2(tmp_path):
+    command = [sys.executable, "mask_swav.py", "--data_path", str(tmp_path / "no"), "--resnet_pretrained", "none"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("method", ["swav", "deepcluster"])
+def test_three_stages_hand_over_and_two_processes_run_the_last(method, data, tmp_path):
+    main(f"ssl_{method}2D", data, tmp_path)
+    main(f"mask_{method}", data, tmp_path, resnet_pretrained=f"resnet_{method}2D.pth")
+    script = f"ssl_{method}3D"
+    chosen = options(script, data, tmp_path, epochs=1, lambda_mask=0.5)
+    args = [a for key, value in chosen.items() for a in (f"--{key}", str(value))]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"{script}.py"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *args], cwd=ROOT, capture_output=True, text=True, timeout=240, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = {p.name for p in (tmp_path / "weights").glob("*.pth")}
+    assert made == {f"resnet_{method}2D.pth", f"mask_{method}.pth", f"{method}3D.pth", f"{method}3D_encoder.pth"}
+    for run in (f"ssl_{method}2D", f"mask_{method}", script):
+        with open(tmp_path / "runs" / run / "metrics.csv", newline="") as file:
+            (row,) = csv.DictReader(file)
+        assert math.isfinite(float(row["loss"]))
+        assert (tmp_path / "runs" / run / "config.yaml").exists()
+    assert {"inter", "intra", "mask"} <= row.keys()
+    before, after = (
+        torch.load(tmp_path / "weights" / f, weights_only=True) for f in (f"mask_{method}.pth", f"{method}3D.pth")
+    )
+    key = "transformer.layers.0.attention.to_q.weight"
+    assert not torch.equal(before[key], after[key])  # it trained ...
+    assert (before[key] - after[key]).norm() < 0.5 * before[key].norm()  # ... from where stage 2 ended

@@ -1,0 +1,142 @@
+"""Weights of every known layout load completely or not at all, and come out under the promised names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+
+import pytest
+import torch
+import torchvision
+
+from models.encoder import JointEncoder
+from models.resnet import GreyResNet, fold_grey, pooled
+from utils import weights
+from utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def source() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return torchvision.models.resnet18().state_dict()
+
+
+def trunk(source, prefix):
+    return {prefix + k: v for k, v in source.items() if not k.startswith("fc.")}
+
+
+LAYOUTS = {
+    "torchvision": lambda s: s,
+    "wrapped": lambda s: {"state_dict": s, "epoch": 3},
+    "swav": lambda s: (
+        trunk(s, "module.")
+        | {"module.projection_head.0.weight": torch.ones(4, 4), "module.prototypes.weight": torch.ones(9, 4)}
+    ),
+    "vissl": lambda s: {
+        "classy_state_dict": {
+            "base_model": {"model": {"trunk": trunk(s, "_feature_blocks."), "heads": {"x": torch.ones(2)}}}
+        }
+    },
+    "ours": lambda s: trunk(s, "encoder.") | {"projection.weight": torch.ones(4, 4)},
+    "grey": lambda s: trunk(s, "") | {"conv1.weight": fold_grey(s["conv1.weight"])},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, source, tmp_path, capsys):
+    torch.save(LAYOUTS[layout](source), tmp_path / "x.pth")
+    resnet = GreyResNet("resnet18")
+    weights.load_backbone(resnet, str(tmp_path), "x.pth", made_by="stage 1")
+    for key, value in resnet.state_dict().items():
+        expected = fold_grey(source[key]) if key == "conv1.weight" else source[key]
+        torch.testing.assert_close(value, expected)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "x.pth: matched 120, missing 0, unexpected" in line
+
+
+def drop(s):
+    return {k: v for k, v in s.items() if k != "layer3.0.conv2.weight"}
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        (drop, r"missing 1.*layer3\.0\.conv2\.weight"),
+        (lambda s: {"weight": torch.ones(3)}, "missing 120|missing 100"),
+        (lambda s: s | {"layer4.0.conv1.weight": torch.ones(1, 1, 3, 3)}, "wrong shape 1"),
+        (lambda s: [1, 2], "not a state dict"),
+    ],
+)
+def test_incomplete_files_are_refused(state, says, source, tmp_path):
+    torch.save(state(source), tmp_path / "x.pth")
+    with pytest.raises(UserError, match=rf"(?s)x\.pth.*({says})"):
+        weights.load_backbone(GreyResNet("resnet18"), str(tmp_path), "x.pth", made_by="stage 1")
+
+
+def test_unreadable_files_are_refused_and_run_nothing(source, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save({"state_dict": Payload()}, tmp_path / "evil.pth")
+    torch.save(source, tmp_path / "short.pth")
+    whole = (tmp_path / "short.pth").read_bytes()
+    (tmp_path / "short.pth").write_bytes(whole[: len(whole) // 2])
+    for name in ("evil.pth", "short.pth"):
+        with pytest.raises(UserError, match=f"{name}: cannot be read as tensors only"):
+            weights.load_backbone(GreyResNet("resnet18"), str(tmp_path), name, made_by="stage 1")
+    assert not (tmp_path / "executed").exists()
+    with pytest.raises(
+        UserError, match=r"none\.pth: no such weights file; run stage 1 first.*--resnet_pretrained none"
+    ):
+        weights.load_backbone(GreyResNet("resnet18"), str(tmp_path), "none.pth", made_by="stage 1")
+
+
+def test_none_says_so_loudly(capsys):
+    weights.load_backbone(GreyResNet("resnet18"), "", "none", made_by="ssl_swav2D.py")
+    assert "RANDOM weights" in capsys.readouterr().out
+
+
+@pytest.fixture
+def joint(tmp_path):
+    torch.manual_seed(1)
+    encoder = JointEncoder("resnet18", 32, layers=2)
+    record = {"config": {"arch": "resnet18", "d_model": 32, "layers": 2}}
+    weights.save_joint(encoder, tmp_path / "joint.pth", record)
+    return encoder.eval(), tmp_path
+
+
+def test_joint_files_have_the_promised_names_and_load_back(joint):
+    encoder, folder = joint
+    state = torch.load(folder / "joint.pth", weights_only=True)
+    assert {k.split(".")[0] for k in state} == {"encoder", "projection", "transformer"}
+    flat = torch.load(folder / "joint_encoder.pth", weights_only=True)
+    assert flat.keys() == {k.removeprefix("encoder.") for k in state if k.startswith("encoder.")}
+    resnet = torchvision.models.resnet18()
+    resnet.fc = torch.nn.Identity()
+    resnet.load_state_dict(flat)  # strict
+    images = torch.rand(2, 1, 32, 32)
+    with torch.no_grad():
+        theirs = resnet.eval()(((images - 0.449) / 0.226).repeat(1, 3, 1, 1))
+        torch.testing.assert_close(pooled(encoder.encoder(images)), theirs, atol=1e-4, rtol=1e-4)
+        again = weights.load_joint(folder / "joint.pth").eval()
+        volumes, mask = torch.rand(2, 6, 32, 32), torch.ones(2, 6, dtype=torch.bool)
+        ours = [e.holistic(e.tokens(volumes, mask)[1], mask) for e in (encoder, again)]
+    torch.testing.assert_close(*ours, atol=1e-5, rtol=1e-5)
+    digest = hashlib.sha256((folder / "joint.pth").read_bytes()).hexdigest()
+    assert json.loads((folder / "joint.json").read_text())["sha256"] == digest
+
+
+def test_stage_3_gets_projection_and_transformer_bit_by_bit(joint):
+    encoder, folder = joint
+    fresh = JointEncoder("resnet18", 32, layers=2)
+    fresh.encoder.load_state_dict(encoder.encoder.state_dict())
+    weights.load_transformer(fresh, str(folder), "joint.pth", made_by="stage 2")
+    for part in ("projection", "transformer"):
+        theirs = getattr(encoder, part).state_dict()
+        assert all(torch.equal(v, theirs[k]) for k, v in getattr(fresh, part).state_dict().items())
+    with pytest.warns(UserWarning, match="another ResNet"):
+        weights.load_transformer(JointEncoder("resnet18", 32, layers=2), str(folder), "joint.pth", made_by="stage 2")
+    with pytest.raises(UserError, match=r"(?s)joint\.pth projection\..*d_model"):
+        weights.load_transformer(JointEncoder("resnet18", 64, layers=2), str(folder), "joint.pth", made_by="stage 2")
