@@ -48,7 +48,7 @@ def broken(tmp_path: Path, array: np.ndarray) -> Path:
 
 
 BAD_FILES = {
-    "an image in place of a volume": (np.ones((24, 24), np.float32), r"broken\.npy.*\(24, 24\)"),
+    "an image in place of a volume": (np.ones((24, 24), np.float32), r"broken\.npy: is 2D \(24 x 24\)"),
     "not finite": (np.full((24, 24, 12), np.nan, np.float32), r"broken\.npy.*(NaN|nan|finite)"),
     "no contrast": (np.ones((24, 24, 12), np.float32), r"broken\.npy.*constant"),
     "no numbers": (np.full((24, 24, 12), "a"), r"broken\.npy"),
