@@ -7,6 +7,7 @@ the number of workers, and a run can start again at any step.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -137,6 +138,12 @@ class VolumeWindows(Dataset):
         return str(self.samples[self.items[index]].path)
 
 
+def _leave_signals_to_the_trainer(_: int) -> None:
+    """torchrun and Ctrl-C signal the whole process group: a worker that died of it would tear the last step down."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _torch_loader(dataset: Dataset, batches: EpochBatches, workers: int, device: torch.device) -> DataLoader:
     return DataLoader(
         dataset,
@@ -144,6 +151,7 @@ def _torch_loader(dataset: Dataset, batches: EpochBatches, workers: int, device:
         num_workers=workers,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
+        worker_init_fn=_leave_signals_to_the_trainer,
     )
 
 

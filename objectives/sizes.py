@@ -7,6 +7,7 @@ import warnings
 
 from jsonargparse.typing import restricted_number_type
 
+from utils.distributed import rank
 from utils.errors import UserError
 
 QueueLength = restricted_number_type("QueueLength", int, (">=", -1))
@@ -40,7 +41,7 @@ def queue_size(wanted: int, sizes: list[int], batch: int, option: str) -> int:
     needed = max(0, -(-(2 * max(sizes) - batch) // batch) * batch)
     if wanted == -1:
         return needed
-    if batch + wanted < max(sizes):
+    if batch + wanted < max(sizes) and rank() == 0:
         warnings.warn(
             f"{option}: {batch} embeddings per step over all processes + a queue of {wanted} are fewer than "
             f"{max(sizes)} prototypes, so no assignment can use every prototype equally; "

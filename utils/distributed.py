@@ -6,6 +6,7 @@ Every function works in a plain `python script.py` (one process, no launcher) as
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -134,7 +135,12 @@ def wrap(module: nn.Module, run: Run) -> nn.Module:
         return module
     module = convert_sync_batchnorm(module)
     devices = [run.device] if run.device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():
+        # Newer versions want another name for the option, which older ones do not have.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(
+            module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
 
 def unwrap(module: nn.Module) -> nn.Module:
