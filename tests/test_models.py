@@ -168,15 +168,29 @@ def test_attention_runs_along_the_slices() -> None:
     net, x = transformer(layers=1), random(1, 12, WIDTH)
     net.layers[0].attention.offset_head.weight.zero_()
     net.layers[0].attention.offset_head.bias.zero_()
+    net.layers[0].local.weight.zero_()  # what is left between slices is the attention
+    net.layers[0].local.bias.zero_()
+    push = torch.linspace(-1, 1, WIDTH)  # a constant would vanish in the normalisation
     changed = x.clone()
-    changed[0, 5] += 1  # the second point looks between slices 5 and 6
+    changed[0, 5] += push  # the second point looks between slices 5 and 6
     difference = (net(changed, first(12, 12)) - net(x, first(12, 12))).norm(dim=2)[0]
     assert difference.min() > 1e-4
     changed = x.clone()
-    changed[0, 3] += 1  # no point looks there, so the others see nothing of it
+    changed[0, 3] += push  # no point looks there, so the others see nothing of it
     difference = (net(changed, first(12, 12)) - net(x, first(12, 12))).norm(dim=2)[0]
     assert difference[3] > 1e-4
     assert difference[[0, 1, 2, *range(4, 12)]].max() < 1e-6
+
+
+@torch.no_grad()
+def test_a_slice_sees_its_direct_neighbours() -> None:
+    net, x = transformer(layers=1), random(1, 12, WIDTH)
+    net.layers[0].attention.to_out.weight.zero_()  # what is left between slices is the local convolution
+    changed = x.clone()
+    changed[0, 3] += 1
+    difference = (net(changed, first(12, 12)) - net(x, first(12, 12))).norm(dim=2)[0]
+    assert difference[[2, 3, 4]].min() > 1e-4
+    assert difference[[0, 1, *range(5, 12)]].max() < 1e-6
 
 
 @torch.no_grad()

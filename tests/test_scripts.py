@@ -7,6 +7,7 @@ import importlib
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,31 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
+
+
+def test_sigterm_to_the_whole_process_group_saves_and_exits_with_143(data, tmp_path):
+    chosen = options("mask_swav", data, tmp_path, epochs=1000, resnet_pretrained="none", workers=1)
+    args = [a for key, value in chosen.items() for a in (f"--{key}", str(value))]
+    process = subprocess.Popen(
+        [sys.executable, "mask_swav.py", *args],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    try:
+        for line in process.stdout:
+            if line.startswith("epoch   2/1000"):
+                os.killpg(process.pid, signal.SIGTERM)
+                break
+        rest = process.communicate(timeout=30)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert "stopped by signal 15" in rest
+    state = torch.load(tmp_path / "runs" / "mask_swav" / "checkpoint.pth", weights_only=True)
+    assert state["epoch"] >= 1
 
 
 @pytest.mark.parametrize("method", ["swav", "deepcluster"])
