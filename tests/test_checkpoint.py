@@ -100,14 +100,15 @@ def test_other_options_or_data_do_not_continue_a_run(data, tmp_path):
     assert [row["epoch"] for row in losses(tmp_path / "runs" / "mask_swav")] == ["0", "1"]
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("No space left: write failed")])
+def test_a_failed_write_leaves_the_old_file_and_no_other(error, tmp_path, monkeypatch):
     path = tmp_path / "x.pth"
     checkpoint.write({"learner": torch.ones(3)}, path)
     old = path.read_bytes()
 
     def fail(state, file):
         file.write(b"half")
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(UserError, match=r"x\.pth.*No space left"):
@@ -133,5 +134,10 @@ def test_the_previous_checkpoint_is_used_when_the_newest_is_damaged(tmp_path, ca
 
 def test_a_folder_that_cannot_be_written_is_named(data, tmp_path):
     (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"file/x\.pth: cannot be written"):
+        checkpoint.write({}, tmp_path / "file" / "x.pth")
+    with pytest.raises(UserError, match=r"pretrained_path: .*file/weights.*cannot be written"):
+        run("mask_swav", data, tmp_path, pretrained_path=str(tmp_path / "file" / "weights"))
+    assert not (tmp_path / "runs").exists()  # before training, not after it
     with pytest.raises(UserError, match=r"dump_path: .*file.*cannot be written"):
         run("mask_swav", data, tmp_path, dump_path=str(tmp_path / "file" / "run"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,26 @@ LATEST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
 def write(state: dict[str, Any], path: Path) -> None:
     """torch.save to a temporary file in the same folder, flushed to disk, then renamed: never half a file at `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with _written(path, temporary):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder"
-        ) from None
+
+
+@contextlib.contextmanager
+def _written(path: Path, temporary: Path) -> Iterator[None]:
+    """Leaves no temporary file behind and says which file could not be written."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be written ({reason}); free space or choose another folder") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def save(state: dict[str, Any], folder: Path, keep_as: str | None = None) -> None:
@@ -45,12 +55,12 @@ def save(state: dict[str, Any], folder: Path, keep_as: str | None = None) -> Non
 def _link(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`, replacing it in one move."""
     link = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    link.unlink(missing_ok=True)
-    try:
-        os.link(source, link)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, link)
-    os.replace(link, target)
+    with _written(target, link):
+        try:
+            os.link(source, link)
+        except OSError:  # a file system without hard links
+            shutil.copy2(source, link)
+        os.replace(link, target)
 
 
 def load(folder: Path) -> dict[str, Any] | None:

@@ -239,6 +239,10 @@ class Log:
         if not run.is_main:
             return
         try:
+            Path(config.pretrained_path).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"pretrained_path: {config.pretrained_path} cannot be written ({error.strerror})") from None
+        try:
             folder.mkdir(parents=True, exist_ok=True)
             save_yaml(to_dict(config), folder / "config.yaml")
             rows = self._rows()
