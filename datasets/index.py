@@ -8,6 +8,7 @@ import io
 import math
 import os
 import stat
+import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ SIDE_FILES = {".yaml", ".yml", ".csv", ".txt", ".md", ".json"}  # may lie beside
 MIN_SIDE = 8  # pixels; a smaller slice holds nothing to learn from
 MAX_IMAGE_PIXELS = 80_000_000  # below PIL's own limit; a few bytes of PNG can claim far more
 HEADER_BYTES = 16_384  # numpy refuses NPY headers above 10,000 bytes, so more is never needed
+ONE_PARSER = threading.Lock()  # numpy parses headers with ast.literal_eval, which CPython 3.11 cannot do in two threads
 YAML_KEYS = ("modality", "window", "spacing_mm", "slice_axis")
 GET_DATA = (
     "put volumes in <data_path>/<data set>/<case>.npy (height x width x slices) and images in further "
@@ -166,7 +168,8 @@ def npy_header(path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
         # Version 3 differs from 2 only in how field names are encoded; data with fields are refused anyway.
         one = version == (1, 0)
         read = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(start)
+        with ONE_PARSER:
+            shape, _, dtype = read(start)
     except Exception as error:  # numpy's parser meets arbitrary text here and fails in many ways
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"has a damaged NPY header ({reason}); write it again with np.save") from None
