@@ -41,6 +41,8 @@ class EpochBatches:
 
     def __init__(self, samples: int, batch_size: int, seed: int, run: Run, what: str) -> None:
         joint = batch_size * run.world_size
+        if samples == 0:
+            raise UserError(f"data_path: there are no {what} in it, which this stage trains on")
         if samples < joint:
             raise UserError(
                 f"batch_size: {batch_size} per process x {run.world_size} process(es) need {joint} {what}, but the "

@@ -80,6 +80,9 @@ def load(folder: Path) -> dict[str, Any] | None:
             reasons.append(f"{path}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             print(f"warning: {reasons[-1]}; trying the checkpoint before it", flush=True)
             continue
+        if reasons:
+            # The next save keeps the newest file as the previous one: it must not put a damaged one over this.
+            _link(path, folder / LATEST)
         return state
     if reasons:
         raise UserError(f"no checkpoint in {folder} can be read ({'; '.join(reasons)}); delete them to start again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -47,7 +48,11 @@ def main(script: Callable[[Any], None], config_class: type, doc: str | None, arg
 
 def check(config: Any) -> None:
     """Rules between options, for those that a script has. Raises UserError naming the options."""
-    has = set(to_dict(config))
+    values = to_dict(config)
+    has = set(values)
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name}: {value} is not a finite number")
     if "warmup_epochs" in has and config.warmup_epochs >= config.epochs:
         raise UserError(
             f"warmup_epochs: a warm-up of {config.warmup_epochs} epochs leaves nothing of epochs: {config.epochs}; "
@@ -66,7 +71,10 @@ def check(config: Any) -> None:
         raise UserError("lambda_intra, lambda_inter, lambda_mask: at least one must be above 0")
     if "d_model" in has and config.d_model % 8:
         raise UserError(f"d_model: {config.d_model} must be a multiple of 8, the number of attention heads")
-    if "target_shape" in has and "mask_ratio" in has and config.target_shape[0] < 2:
+    if "min_scale_images" in has and config.min_scale_images > 1:
+        raise UserError(f"min_scale_images: a view cannot cover {config.min_scale_images} of an image; at most 1")
+    masks = "mask_ratio" in has and getattr(config, "lambda_mask", 1)
+    if masks and config.target_shape[0] < 2:
         raise UserError("target_shape: masking needs views of at least 2 slices")
 
 

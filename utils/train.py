@@ -27,7 +27,17 @@ from utils.optim import WarmupCosine
 from utils.precision import Precision
 
 # Options that may differ between the parts of one run: they change neither the data order nor the mathematics.
-FREE = {"workers", "checkpoint_freq", "checkpoint_minutes", "device", "cache_path", "dump_path", "batch_size", "epochs"}
+FREE = {
+    "workers",
+    "checkpoint_freq",
+    "checkpoint_minutes",
+    "device",
+    "data_path",
+    "cache_path",
+    "dump_path",
+    "batch_size",
+    "epochs",
+}
 
 
 def schedule(config: Any, steps: int) -> WarmupCosine:
@@ -73,7 +83,7 @@ def fit(
     if not state and core.fills_memory:
         fill_memory(core, loader, precision)
     learner.train()
-    last = log.last_row()
+    last: dict[str, float] = state["last"] if state else {}
 
     def save(epoch: int, step: int, keep: bool = False) -> None:
         memory = core.memory_state()  # all processes take part
@@ -87,6 +97,7 @@ def fit(
                     "epoch": epoch,
                     "step": step,
                     "sums": sums,
+                    "last": last,
                     "config": to_dict(config),
                     "joint_batch": config.batch_size * run.world_size,
                     "data": data_fingerprint,
@@ -123,13 +134,12 @@ def fit(
                     sums[name] = sums.get(name, 0.0) + value
                 bar.update()
                 bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()}, refresh=False)
-                if stop or (due and step + 1 < loader.steps):
-                    save(epoch, step + 1) if step + 1 < loader.steps else save(epoch + 1, 0)
+                if (stop or due) and step + 1 < loader.steps:  # the epoch's end saves anyway
+                    save(epoch, step + 1)
                     saved_at = time.monotonic()
-                if stop:
-                    bar.close()
-                    log.say(f"stopped by signal {stop} after epoch {epoch} step {step}; run the same command to go on")
-                    raise SystemExit(128 + stop)
+                    if stop:
+                        bar.close()
+                        _stop(log, stop, epoch, step)
                 waiting = time.monotonic()
             bar.close()
             seconds = time.monotonic() - began
@@ -140,7 +150,15 @@ def fit(
             is_last = epoch + 1 == config.epochs
             save(epoch + 1, 0, keep=not is_last and (epoch + 1) % config.checkpoint_freq == 0)
             saved_at = time.monotonic()
+            if stop and not is_last:
+                _stop(log, stop, epoch, step)
     return last
+
+
+def _stop(log: Log, stop: int, epoch: int, step: int) -> None:
+    """Leave after a signal, once the step is saved."""
+    log.say(f"stopped by signal {stop} after epoch {epoch} step {step}; run the same command to go on")
+    raise SystemExit(128 + stop)
 
 
 @torch.no_grad()
@@ -192,9 +210,10 @@ def _agree(
 
 def _raise_not_finite(loader: Any, batch: dict[str, Any], epoch: int, step: int, folder: Path) -> None:
     names = [name for part in distributed.gather_objects(loader.names(batch)) for name in part]
+    kept = f" and {folder} keeps the last good checkpoint" if (folder / checkpoint.LATEST).exists() else ""
     raise UserError(
-        f"the loss is not finite at epoch {epoch} step {step}; this step was not applied and {folder} keeps the last "
-        f"good checkpoint. Lower base_lr or use --precision fp32; the batch held: {', '.join(names[:32])}"
+        f"the loss is not finite at epoch {epoch} step {step}; this step was not applied{kept}. "
+        f"Lower base_lr or use --precision fp32; the batch held: {', '.join(names[:32])}"
     )
 
 
@@ -206,6 +225,8 @@ def _check_same_run(state: dict[str, Any], config: Any, run: Run, data_fingerpri
         changed.append(f"batch_size x processes: {state['joint_batch']} -> {joint}")
     if state["data"] != data_fingerprint:
         changed.append("the files below data_path")
+    if state["epoch"] > config.epochs:
+        raise UserError(f"epochs: {folder} has {state['epoch']} epochs already, more than {config.epochs}")
     if changed:
         raise UserError(
             f"dump_path: {folder} holds a run made with other options ({'; '.join(changed)}); "
@@ -279,11 +300,6 @@ class Log:
         self._write([*self._rows(), row])
         shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         self.say(f"epoch {epoch + 1:3d}/{self.config.epochs}  {shown}  lr {lr:.4g}  {seconds:.1f} s")
-
-    def last_row(self) -> dict[str, float]:
-        rows = self._rows() if self.run.is_main else []
-        skip = {"epoch", "lr", "seconds", "samples_per_second", "data_wait", "peak_memory_mib"}
-        return {k: float(v) for k, v in rows[-1].items() if k not in skip} if rows else {}
 
     def _rows(self) -> list[dict[str, Any]]:
         if not self.path.exists():

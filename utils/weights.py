@@ -108,8 +108,12 @@ def load_joint(path: Path, dropout: float = 0.1) -> JointEncoder:
     about = path.with_suffix(".json")
     if not about.is_file():
         raise UserError(f"{about}: missing; it stands beside the weights and says their arch and d_model")
-    made_by = json.loads(about.read_text())["config"]
-    encoder = JointEncoder(made_by["arch"], made_by["d_model"], made_by["layers"], dropout)
+    try:
+        made_by = json.loads(about.read_text())["config"]
+        arch, d_model, layers = made_by["arch"], made_by["d_model"], made_by["layers"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{about}: damaged; it should say the arch, d_model and layers of {path.name}") from None
+    encoder = JointEncoder(arch, d_model, layers, dropout)
     state = _read(path, "run mask_*.py or ssl_*3D.py first")
     own = encoder.encoder.state_dict()
     resnet = _below(state, "encoder.")
@@ -184,12 +188,20 @@ def _load(
     unexpected = [key for key in state if key not in own]
     wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
     matched = sum(key in state for key in own) - len(wrong)
+    parts = {key.split(".")[0] for key in own}
+    deeper = [key for key in unexpected if key.split(".")[0] in parts]
     named = f" ({_some(unexpected)})" if unexpected else ""
     line = f"{path}{label}: matched {matched}, missing {len(missing)}, unexpected {len(unexpected)}{named}"
-    if missing or wrong:
+    if missing or wrong or deeper:
         found = [f"{k} is {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in wrong]
-        detail = "; ".join([f"missing {_some(missing)}"] * bool(missing) + [_some(found)] * bool(found))
-        raise UserError(f"{line}, wrong shape {len(wrong)}: {detail}. Were arch and d_model the same when it was made?")
+        detail = "; ".join(
+            [f"missing {_some(missing)}"] * bool(missing)
+            + [_some(found)] * bool(found)
+            + [f"no place for {_some(deeper)}"] * bool(deeper)
+        )
+        raise UserError(
+            f"{line}, wrong shape {len(wrong)}: {detail}. Were arch, d_model and layers the same when it was made?"
+        )
     module.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
     if rank() == 0:
         print(line, flush=True)

@@ -1,0 +1,190 @@
+"""Stops, files and options at their edges: what a late review found, and what it found right."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from test_checkpoint import data, losses, one_thread, run, stop_after  # noqa: F401
+from tiny import write_data
+
+import mask_swav
+import ssl_swav3D
+from models.encoder import JointEncoder
+from models.resnet import GreyResNet
+from objectives.learners import MaskedSlices
+from utils import checkpoint, config, weights
+from utils.errors import UserError
+
+
+def save_joint(folder: Path, layers: int = 2) -> JointEncoder:
+    torch.manual_seed(1)
+    encoder = JointEncoder("resnet18", 32, layers=layers)
+    weights.save_joint(encoder, folder / "joint.pth", {"config": {"arch": "resnet18", "d_model": 32, "layers": layers}})
+    return encoder
+
+
+# ---- stopping at the end of an epoch
+
+
+@pytest.mark.parametrize("script", ["ssl_swav2D", "mask_swav"])
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_run_stopped_in_the_last_step_of_an_epoch_ends_the_same(script, epoch, data, tmp_path, monkeypatch):  # noqa: F811
+    whole = run(script, data, tmp_path / "whole")
+    steps = 5 if "2D" in script else 4
+    with monkeypatch.context() as patch:
+        stop_after(epoch * steps, patch)
+        with contextlib.suppress(SystemExit):  # in the very last step there is nothing left to stop
+            run(script, data, tmp_path / "parts")
+    resumed = run(script, data, tmp_path / "parts")
+    assert [k for k in whole if not torch.equal(whole[k], resumed[k])] == []
+    assert losses(tmp_path / "parts" / "runs" / script) == losses(tmp_path / "whole" / "runs" / script)
+
+
+def test_a_finished_run_started_again_writes_the_same_record(data, tmp_path):  # noqa: F811
+    run("mask_swav", data, tmp_path)
+    first = json.loads((tmp_path / "weights" / "mask_swav.json").read_text())
+    run("mask_swav", data, tmp_path)
+    assert json.loads((tmp_path / "weights" / "mask_swav.json").read_text()) == first
+
+
+def test_a_moved_tree_goes_on(data, tmp_path):  # noqa: F811
+    run("mask_swav", data, tmp_path, epochs=1)
+    other = write_data(tmp_path / "elsewhere")
+    run("mask_swav", other, tmp_path, epochs=2)
+
+
+def test_fewer_epochs_than_done_is_said(data, tmp_path):  # noqa: F811
+    run("mask_swav", data, tmp_path, epochs=2)
+    with pytest.raises(UserError, match="epochs"):
+        run("mask_swav", data, tmp_path, epochs=1)
+
+
+# ---- checkpoints
+
+
+def test_a_write_that_fails_after_a_damaged_newest_file_leaves_the_good_one(tmp_path, monkeypatch):
+    for epoch in range(2):
+        checkpoint.save({"learner": {}, "epoch": epoch}, tmp_path)
+    (tmp_path / checkpoint.LATEST).write_bytes(b"cut")
+    assert checkpoint.load(tmp_path)["epoch"] == 0
+
+    def fail(state, file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(UserError):
+        checkpoint.save({"learner": {}, "epoch": 1}, tmp_path)
+    assert checkpoint.load(tmp_path)["epoch"] == 0
+
+
+def test_an_interrupted_write_leaves_no_temporary_file(tmp_path, monkeypatch):
+    def interrupt(state, file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    checkpoint.write({"learner": 1}, tmp_path / "x.pth")
+    monkeypatch.setattr(torch, "save", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write({"learner": 2}, tmp_path / "x.pth")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pth"]
+    assert torch.load(tmp_path / "x.pth", weights_only=True) == {"learner": 1}
+
+
+def test_a_file_in_the_way_of_a_weights_folder(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="file"):
+        checkpoint.write({"learner": 1}, tmp_path / "file" / "x.pth")
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+    torch.save({"weight": torch.ones(2)}, tmp_path / checkpoint.LATEST)
+    with pytest.raises(UserError, match=r"checkpoint\.pth.*not a checkpoint"):
+        checkpoint.load(tmp_path)
+
+
+# ---- weights of another architecture
+
+
+def test_a_deeper_resnet_of_the_same_widths_is_refused(tmp_path):
+    torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"(?s)x\.pth.*arch"):
+        weights.load_backbone(GreyResNet("resnet18"), str(tmp_path), "x.pth", made_by="stage 1")
+
+
+def test_a_bottleneck_resnet_is_refused(tmp_path):
+    torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"(?s)x\.pth.*arch"):
+        weights.load_backbone(GreyResNet("resnet18"), str(tmp_path), "x.pth", made_by="stage 1")
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_another_number_of_transformer_layers_is_refused(layers, tmp_path):
+    saved = save_joint(tmp_path)
+    fresh = JointEncoder("resnet18", 32, layers=layers)
+    fresh.encoder.load_state_dict(saved.encoder.state_dict())
+    with pytest.raises(UserError, match=r"(?s)joint\.pth transformer\..*layers"):
+        weights.load_transformer(fresh, str(tmp_path), "joint.pth", made_by="stage 2")
+
+
+def test_the_mask_head_of_a_file_without_one_is_refused(tmp_path):
+    save_joint(tmp_path)
+    learner = torch.nn.Module()
+    learner.decoder, learner.mask_token = torch.nn.Linear(32, 32), torch.nn.Parameter(torch.zeros(32))
+    with pytest.raises(UserError, match="decoder"):
+        weights.load_mask_head(learner, str(tmp_path), "joint.pth")
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"config": {"arch": "resnet18"}}'])
+def test_a_damaged_record_is_named(text, tmp_path):
+    save_joint(tmp_path)
+    (tmp_path / "joint.json").write_text(text)
+    with pytest.raises(UserError, match=r"joint\.json"):
+        weights.load_joint(tmp_path / "joint.pth")
+
+
+# ---- options
+
+
+def test_a_share_of_the_image_above_one_is_refused():
+    with pytest.raises(UserError, match="min_scale_images"):
+        config.check(ssl_swav3D.Config(min_scale_images=1.5))
+
+
+@pytest.mark.parametrize("script", [mask_swav, ssl_swav3D])
+def test_one_slice_per_view_is_refused_only_where_slices_are_masked(script):
+    cfg = script.Config(target_shape=(1, 64, 64))
+    if script is mask_swav:
+        with pytest.raises(UserError, match="target_shape"):
+            config.check(cfg)
+    else:
+        config.check(cfg)  # lambda_mask is 0
+
+
+def test_only_images_in_stage_2_is_said_as_such(data, tmp_path):  # noqa: F811
+    shutil.copytree(data / "Images", tmp_path / "images" / "Images")
+    with pytest.raises(UserError) as error:
+        run("mask_swav", tmp_path / "images", tmp_path)
+    assert "volumes" in str(error.value)
+    assert "lower --batch_size" not in str(error.value)  # no batch size would help
+
+
+def test_a_value_that_is_not_finite_is_refused():
+    with pytest.raises(UserError, match="base_lr: inf is not a finite number"):
+        config.check(mask_swav.Config(base_lr=float("inf")))
+
+
+def test_the_first_failed_step_does_not_promise_a_checkpoint(data, tmp_path, monkeypatch):  # noqa: F811
+    forward = MaskedSlices.forward
+    monkeypatch.setattr(
+        MaskedSlices, "forward", lambda self, **b: {k: v * float("nan") for k, v in forward(self, **b).items()}
+    )
+    with pytest.raises(UserError, match="epoch 0 step 0") as error:
+        run("mask_swav", data, tmp_path)
+    assert not (tmp_path / "runs" / "mask_swav" / "checkpoint.pth").exists()
+    assert "keeps the last good checkpoint" not in str(error.value)
