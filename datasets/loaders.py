@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.augment import MultiCrop, VolumeViews
-from datasets.index import Sample, images, volumes
+from datasets.index import Sample, slice_offsets, volumes
 from datasets.masks import draw_masks
 from datasets.seeding import INTRA_SLICES, SHARED, SHUFFLE, WINDOW, stream
 from datasets.store import SliceStore
@@ -82,18 +82,20 @@ class CyclingBatches(EpochBatches):
 
 
 class Slices(Dataset):
-    """2D samples: every image, and `per_volume` evenly spaced slices of every volume (0: all of them).
+    """2D samples: every image, and `per_volume` evenly spaced slices of every volume (0: all of them, None: none).
 
     (epoch, index) -> image [S, S], extent [2] (height and width of its content), index.
     """
 
-    def __init__(self, samples: list[Sample], store: SliceStore, per_volume: int) -> None:
+    def __init__(self, samples: list[Sample], store: SliceStore, per_volume: int | None) -> None:
         self.samples, self.store = samples, store
         self.items: list[tuple[int, int]] = []
         for i, sample in enumerate(samples):
-            count = sample.slices if per_volume == 0 else min(per_volume, sample.slices)
+            if sample.kind == "volume" and per_volume is None:
+                continue
+            count = min(per_volume or sample.slices, sample.slices)
             # Centres of `count` equal parts, so the ends of a volume, often empty, are not preferred.
-            places = ((np.arange(count) + 0.5) * sample.slices / count).astype(int) if count else []
+            places = ((np.arange(count) + 0.5) * sample.slices / count).astype(int)
             self.items.extend((i, int(s)) for s in places)
 
     def __len__(self) -> int:
@@ -168,9 +170,10 @@ class ImageLoader:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[dict[str, Any]]:
         self.batches.epoch, self.batches.first_step = epoch, first_step
-        for batch in self.loader:
-            batch = _to(batch, self.run.device)
-            crops = self.crops(batch["image"], batch["extent"], batch["index"], epoch)
+        for raw in self.loader:
+            batch = _to({"image": raw["image"], "index": raw["index"]}, self.run.device)
+            # Parameters are drawn on the CPU, so what they are drawn from stays there.
+            crops = self.crops(batch["image"], raw["extent"], raw["index"], epoch)
             yield {"crops": crops, "index": batch["index"]}
 
     def names(self, batch: dict[str, Any]) -> list[str]:
@@ -204,14 +207,13 @@ class VolumeLoader:
         self.batches = EpochBatches(len(dataset), batch_size, seed, run, "volumes")
         self.steps = self.batches.steps
         self.loader = _torch_loader(dataset, self.batches, workers, run.device)
-        counts = [dataset.samples[i].slices for i in dataset.items]
-        self.slice_offsets = torch.from_numpy(np.cumsum([0, *counts]).astype(np.int64))
+        self.slice_offsets = torch.from_numpy(slice_offsets([dataset.samples[i] for i in dataset.items]))
         self.total_slices = int(self.slice_offsets[-1])
 
         self.image_dataset = self.image_loader = None
-        pictures = [dataset.samples[i] for i in images(dataset.samples)]
-        if images_per_step and pictures:
-            self.image_dataset = ImagesOnly(dataset.samples, dataset.store)
+        pictures = Slices(dataset.samples, dataset.store, per_volume=None)
+        if images_per_step and len(pictures):
+            self.image_dataset = pictures
             self.image_batches = CyclingBatches(len(pictures), images_per_step, seed, run, self.steps)
             self.image_loader = _torch_loader(self.image_dataset, self.image_batches, workers, run.device)
             self.image_views = image_views
@@ -230,9 +232,8 @@ class VolumeLoader:
             index, length = raw["index"], raw["length"]  # on the CPU, where the small draws are made
             D, device = raw["volume"].shape[1], self.run.device
             mask = torch.arange(D) < length.unsqueeze(1)
-            batch = _to({"mask": mask, "index": index}, device)
-            moved = _to({"volume": raw["volume"], "extent": raw["extent"]}, device)
-            batch["views"] = self.views(moved["volume"], batch["mask"], moved["extent"], index, epoch)
+            batch = _to({"mask": mask, "index": index, "views": raw["volume"]}, device)
+            batch["views"] = self.views(batch["views"], mask, raw["extent"], index, epoch)
             if self.mask_ratio:
                 hidden = [
                     draw_masks(length, index, self.mask_ratio, self.mask_style, self.seed, epoch, view + 1, D)
@@ -244,9 +245,9 @@ class VolumeLoader:
                 where = self.slice_offsets[index].unsqueeze(1) + raw["start"].unsqueeze(1) + picked
                 batch |= _to({"picked": picked, "slice_index": where.flatten()}, device)
             if pictures is not None:
-                more = _to(next(pictures), device)
-                batch["images"] = self.image_views(more["image"], more["extent"], more["index"], epoch)[0]
-                batch["image_index"] = self.total_slices + more["index"]
+                more = next(pictures)
+                batch |= _to({"images": more["image"], "image_index": self.total_slices + more["index"]}, device)
+                batch["images"] = self.image_views(batch["images"], more["extent"], more["index"], epoch)[0]
             yield batch
 
     def _pick(self, index: Tensor, length: Tensor, epoch: int) -> Tensor:
@@ -262,14 +263,6 @@ class VolumeLoader:
         if "image_index" in batch:
             names += [self.image_dataset.name(i) for i in (batch["image_index"] - self.total_slices).tolist()]
         return names
-
-
-class ImagesOnly(Slices):
-    """The 2D images of all data sets, without the volumes' slices."""
-
-    def __init__(self, samples: list[Sample], store: SliceStore) -> None:
-        super().__init__(samples, store, per_volume=1)
-        self.items = [(i, 0) for i in images(samples)]
 
 
 def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from datasets.index import IMAGE_FORMATS, Sample, bad_files, fingerprint, npy_header, scan
+from datasets.index import IMAGE_FORMATS, Sample, bad_files, describe, fingerprint, npy_header, scan
 from utils.distributed import gather_objects, raise_everywhere, rank, world_size
 from utils.errors import UserError
 
@@ -44,7 +44,8 @@ def prepare(
 
     on_bad: what to do with files whose header is good but whose content is not (NaN or Inf, no contrast,
     broken image data): `error` raises one UserError that lists them, `skip` leaves them out and prints each on
-    process 0. The other arguments are those of SliceStore.
+    process 0. progress: show the building and, at the end, a table of the data sets. The other arguments are those of
+    SliceStore.
     """
     samples: list[Sample] = []
     error = None
@@ -57,6 +58,8 @@ def prepare(
         raise UserError(f"data_path: processes see different files below {data_path}; give all the same data")
     store = SliceStore(samples, size, cache_path, on_bad)
     store.build(progress)
+    if progress and rank() == 0:
+        print(describe(store.samples), flush=True)
     return store.samples, store
 
 

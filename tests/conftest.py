@@ -1,10 +1,13 @@
-"""What tests share: the developers' data, which lie beside the repository and not in it."""
+"""What tests share: the developers' data, which lie beside the repository and not in it, and a tiny tree."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from tiny import write_data
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the developers' data in {SHARED}")
@@ -16,3 +19,18 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"needs the developers' data in {SHARED}")
     return SHARED
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny tensors are slower on several threads, most of all where other tests run beside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny tree of `tiny.write_data`; tests must not change it."""
+    return write_data(tmp_path_factory.mktemp("data"))

@@ -2,59 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import importlib
-from pathlib import Path
-
 import pytest
 import torch
-from tiny import options, write_data
+from tiny import losses, run, stop_after, write_data
 
-from utils import checkpoint, train
+from utils import checkpoint
 from utils.errors import UserError
 
 SCRIPTS = [f"{kind}" for m in ("swav", "deepcluster") for kind in (f"ssl_{m}2D", f"mask_{m}", f"ssl_{m}3D")]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
-
-
-def run(script: str, data: Path, out: Path, **changes) -> dict[str, torch.Tensor]:
-    module = importlib.import_module(script)
-    start = {"resnet_pretrained": "none"} | ({"trans_pretrained": "none"} if "3D" in script else {})
-    cfg = module.Config(**options(script, data, out, **(start | changes)))
-    module.main(cfg)
-    return torch.load(out / "weights" / cfg.checkpoint_name, weights_only=True)
-
-
-def losses(folder: Path) -> list[dict[str, str]]:
-    timing = {"seconds", "samples_per_second", "data_wait", "peak_memory_mib"}
-    with open(folder / "metrics.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k not in timing} for row in csv.DictReader(file)]
-
-
-def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behave as if SIGTERM came during that step."""
-
-    class Caught(list):
-        asked = 0
-
-        def __iter__(self):
-            self.asked += 1  # the loop looks once per step
-            return iter([15] if self.asked >= steps else [])
-
-    monkeypatch.setattr(train, "_signals", lambda: contextlib.nullcontext(Caught()))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

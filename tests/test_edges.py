@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from test_checkpoint import data, losses, one_thread, run, stop_after  # noqa: F401
-from tiny import write_data
+from tiny import losses, run, stop_after, write_data
 
 import mask_swav
 import ssl_swav3D
@@ -20,6 +19,8 @@ from models.resnet import GreyResNet
 from objectives.learners import MaskedSlices
 from utils import checkpoint, config, weights
 from utils.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def save_joint(folder: Path, layers: int = 2) -> JointEncoder:
@@ -34,7 +35,7 @@ def save_joint(folder: Path, layers: int = 2) -> JointEncoder:
 
 @pytest.mark.parametrize("script", ["ssl_swav2D", "mask_swav"])
 @pytest.mark.parametrize("epoch", [1, 2])
-def test_a_run_stopped_in_the_last_step_of_an_epoch_ends_the_same(script, epoch, data, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_stopped_in_the_last_step_of_an_epoch_ends_the_same(script, epoch, data, tmp_path, monkeypatch):
     whole = run(script, data, tmp_path / "whole")
     steps = 5 if "2D" in script else 4
     with monkeypatch.context() as patch:
@@ -46,20 +47,20 @@ def test_a_run_stopped_in_the_last_step_of_an_epoch_ends_the_same(script, epoch,
     assert losses(tmp_path / "parts" / "runs" / script) == losses(tmp_path / "whole" / "runs" / script)
 
 
-def test_a_finished_run_started_again_writes_the_same_record(data, tmp_path):  # noqa: F811
+def test_a_finished_run_started_again_writes_the_same_record(data, tmp_path):
     run("mask_swav", data, tmp_path)
     first = json.loads((tmp_path / "weights" / "mask_swav.json").read_text())
     run("mask_swav", data, tmp_path)
     assert json.loads((tmp_path / "weights" / "mask_swav.json").read_text()) == first
 
 
-def test_a_moved_tree_goes_on(data, tmp_path):  # noqa: F811
+def test_a_moved_tree_goes_on(data, tmp_path):
     run("mask_swav", data, tmp_path, epochs=1)
     other = write_data(tmp_path / "elsewhere")
     run("mask_swav", other, tmp_path, epochs=2)
 
 
-def test_fewer_epochs_than_done_is_said(data, tmp_path):  # noqa: F811
+def test_fewer_epochs_than_done_is_said(data, tmp_path):
     run("mask_swav", data, tmp_path, epochs=2)
     with pytest.raises(UserError, match="epochs"):
         run("mask_swav", data, tmp_path, epochs=1)
@@ -166,7 +167,7 @@ def test_one_slice_per_view_is_refused_only_where_slices_are_masked(script):
         config.check(cfg)  # lambda_mask is 0
 
 
-def test_only_images_in_stage_2_is_said_as_such(data, tmp_path):  # noqa: F811
+def test_only_images_in_stage_2_is_said_as_such(data, tmp_path):
     shutil.copytree(data / "Images", tmp_path / "images" / "Images")
     with pytest.raises(UserError) as error:
         run("mask_swav", tmp_path / "images", tmp_path)
@@ -179,7 +180,7 @@ def test_a_value_that_is_not_finite_is_refused():
         config.check(mask_swav.Config(base_lr=float("inf")))
 
 
-def test_the_first_failed_step_does_not_promise_a_checkpoint(data, tmp_path, monkeypatch):  # noqa: F811
+def test_the_first_failed_step_does_not_promise_a_checkpoint(data, tmp_path, monkeypatch):
     forward = MaskedSlices.forward
     monkeypatch.setattr(
         MaskedSlices, "forward", lambda self, **b: {k: v * float("nan") for k, v in forward(self, **b).items()}

@@ -422,7 +422,7 @@ def test_masked_loss_counts_hidden_slices_only() -> None:
     error = torch.where(hidden, 2.0, 100.0)  # 100 where it must not matter
     error[1, 0] = 4.0
     losses = masked_loss(Oracle(targets, error), token, nn.Identity(), targets, mask, hidden)
-    assert float(losses["loss"]) == pytest.approx((3 * 2**2 + 4**2) / 4)
+    assert float(losses["loss"].detach()) == pytest.approx((3 * 2**2 + 4**2) / 4)
 
 
 def test_masked_loss_of_volumes_with_one_slice_is_zero_and_not_nan() -> None:
@@ -565,7 +565,7 @@ def test_lambda_zero_switches_a_branch_and_its_cost_off(
     assert ("transformer" in calls) == bool(lambda_inter or lambda_mask)
     expected = {"intra": lambda_intra, "inter": lambda_inter, "mask": lambda_mask}
     assert set(losses) == {"loss", *(name for name, weight in expected.items() if weight)}
-    assert float(losses["loss"]) == pytest.approx(
+    assert float(losses["loss"].detach()) == pytest.approx(
         sum(weight * float(losses[name]) for name, weight in expected.items() if weight), rel=1e-5
     )
     # Whatever asks for a gradient gets one, or DistributedDataParallel would wait for it in vain.

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import importlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
+
+from utils import train
 
 
 def write_data(root: Path, volumes: int = 8, images: int = 4) -> Path:
@@ -49,3 +56,31 @@ def options(script: str, data: Path, out: Path, **changes: Any) -> dict[str, Any
     if "deepcluster" in script and "mask" not in script:
         chosen |= {"kmeans_backend": "torch"}
     return chosen | changes
+
+
+def run(script: str, data: Path, out: Path, **changes) -> dict[str, torch.Tensor]:
+    """The script in this process, from random weights unless told otherwise; returns the weights it wrote."""
+    module = importlib.import_module(script)
+    start = {"resnet_pretrained": "none"} | ({"trans_pretrained": "none"} if "3D" in script else {})
+    cfg = module.Config(**options(script, data, out, **(start | changes)))
+    module.main(cfg)
+    return torch.load(out / "weights" / cfg.checkpoint_name, weights_only=True)
+
+
+def losses(folder: Path) -> list[dict[str, str]]:
+    timing = {"seconds", "samples_per_second", "data_wait", "peak_memory_mib"}
+    with open(folder / "metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k not in timing} for row in csv.DictReader(file)]
+
+
+def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behave as if SIGTERM came during that step."""
+
+    class Caught(list):
+        asked = 0
+
+        def __iter__(self):
+            self.asked += 1  # the loop looks once per step
+            return iter([15] if self.asked >= steps else [])
+
+    monkeypatch.setattr(train, "_signals", lambda: contextlib.nullcontext(Caught()))

@@ -96,9 +96,9 @@ def all_gather(x: Tensor) -> Tensor:
     """x [n, ...] of every process, the same n on each, joined in rank order: [n * world_size, ...]. No gradient."""
     if world_size() == 1:
         return x
-    out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous())
-    return out
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
 
 
 def gather_objects(x: Any) -> list[Any]:

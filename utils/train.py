@@ -27,6 +27,7 @@ from utils.optim import WarmupCosine
 from utils.precision import Precision
 
 # Options that may differ between the parts of one run: they change neither the data order nor the mathematics.
+# (Of batch_size the joint batch of all processes is compared, of data_path the content; more epochs may follow.)
 FREE = {
     "workers",
     "checkpoint_freq",
@@ -87,25 +88,29 @@ def fit(
 
     def save(epoch: int, step: int, keep: bool = False) -> None:
         memory = core.memory_state()  # all processes take part
-        if run.is_main:
-            checkpoint.save(
-                {
-                    "learner": core.state_dict(),
-                    "memory": memory,
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": precision.scaler.state_dict(),
-                    "epoch": epoch,
-                    "step": step,
-                    "sums": sums,
-                    "last": last,
-                    "config": to_dict(config),
-                    "joint_batch": config.batch_size * run.world_size,
-                    "data": data_fingerprint,
-                },
-                folder,
-                keep_as=f"checkpoint_epoch{epoch}.pth" if keep else None,
-            )
-        distributed.barrier()
+        error = None
+        try:
+            if run.is_main:
+                checkpoint.save(
+                    {
+                        "learner": core.state_dict(),
+                        "memory": memory,
+                        "optimizer": optimizer.state_dict(),
+                        "scaler": precision.scaler.state_dict(),
+                        "epoch": epoch,
+                        "step": step,
+                        "sums": sums,
+                        "last": last,
+                        "config": to_dict(config),
+                        "joint_batch": config.batch_size * run.world_size,
+                        "data": data_fingerprint,
+                    },
+                    folder,
+                    keep_as=f"checkpoint_epoch{epoch}.pth" if keep else None,
+                )
+        except UserError as full_disk:
+            error = full_disk
+        distributed.raise_everywhere(error)
 
     with _signals() as caught:
         saved_at = time.monotonic()
