@@ -88,11 +88,11 @@ def main(cfg: Config) -> None:
 def stages(method: str) -> list[tuple[str, list[str]]]:
     """Script and options of each stage."""
     images = ["--size_crops", "[40]", "--nmb_crops", "[2]", "--min_scale_crops", "[0.25]", "--max_scale_crops", "[1.0]"]
-    images += ["--slices_per_volume", "16", "--batch_size", "64", "--epochs", "6", "--warmup_epochs", "1"]
+    images += ["--slices_per_volume", "16", "--batch_size", "64", "--epochs", "5", "--warmup_epochs", "1"]
     volumes = ["--target_shape", str(list(SHAPE)), "--d_model", "128", "--batch_size", "5", "--warmup_epochs", "1"]
     return [
         (f"ssl_{method}2D", [*images, "--base_lr", "2"]),
-        (f"mask_{method}", [*volumes, "--epochs", "4"]),
+        (f"mask_{method}", [*volumes, "--epochs", "3"]),
         (f"ssl_{method}3D", [*volumes, "--epochs", "3", "--base_lr", "1"]),
     ]
 
