@@ -23,7 +23,7 @@ lint: $(READY)
 data: $(READY)
 	$(VENV)/bin/python -m datasets.phantoms --dest Training_Data --volumes_per_anatomy 10 --images 32 --seed 0
 
-$(READY): requirements.txt requirements-dev.txt constraints.txt
+$(READY): requirements.txt requirements-tools.txt requirements-dev.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or newer is needed; $(PYTHON) is older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

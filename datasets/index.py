@@ -218,12 +218,16 @@ def _scan_dataset(folder: Path) -> tuple[dict[str, Any], list[str], list[str]]:
         subfolders[:] = sorted(n for n in subfolders if not n.startswith(".") and n.lower() not in LABEL_FOLDERS)
         for name in names:
             if not name.startswith(".") and not (name == MONTAGE and parent == str(folder)):
-                (files if _kind(name) else others).append(os.path.join(parent, name))
+                file = os.path.join(parent, name)
+                if _kind(name):
+                    files.append(file)
+                else:
+                    others.append(Path(file))
     problems += [f"{e.filename}: cannot be listed ({e.strerror}); change its permissions" for e in failed]
     if not files and not failed:
         problems.append(
-            f"{folder}: this data set has neither .npy volumes nor images ({_found([Path(o) for o in others])}); convert its "
-            "volumes to NPY, height x width x slices, or add images (.png .jpg .tif .bmp), or remove the folder"
+            f"{folder}: this data set has neither .npy volumes nor images ({_found(others)}); convert its volumes to "
+            "NPY, height x width x slices, with prepare_data.py, or add images (.png .jpg .tif), or remove the folder"
         )
     return settings, sorted(files, key=os.fsencode), problems
 

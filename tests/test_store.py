@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import store as store_module
+from datasets import render as render_module
 from datasets.index import scan
-from datasets.store import SliceStore, content_size, prepare, render
+from datasets.render import content_size, render
+from datasets.store import SliceStore, prepare
 from utils.errors import UserError
 
 RNG = np.random.default_rng(5)
@@ -107,7 +108,7 @@ def test_subsampled_percentiles_see_every_slice(tmp_path: Path, monkeypatch: pyt
     volume = np.broadcast_to(np.arange(8) * 10, (64, 64, 8)) + RNG.normal(0, 1, (64, 64, 8))
     save(tmp_path / "A/1.npy", volume)
     exact = render(scan(tmp_path)[0], 64).astype(np.float32)
-    monkeypatch.setattr(store_module, "SAMPLED_VOXELS", 4096)
+    monkeypatch.setattr(render_module, "SAMPLED_VOXELS", 4096)
     sampled = render(scan(tmp_path)[0], 64).astype(np.float32)
     assert np.abs(sampled - exact).max() > 0  # it did subsample
     np.testing.assert_allclose(sampled, exact, atol=0.02)
@@ -298,7 +299,8 @@ def test_bad_content_is_listed_in_one_error_and_the_rest_is_kept(tmp_path: Path)
     for line, reason in zip(lines[1:], reasons, strict=True):
         assert reason in line
     assert "on_bad skip" in lines[1]
-    assert len(cache_files(tmp_path / ".cache")) == 1  # the good one is done already
+    kinds = sorted(file.suffix for file in cache_files(tmp_path / ".cache"))
+    assert kinds == [".bad"] * 5 + [".npy"]  # the good one is done already
 
 
 def test_volume_outside_its_window_is_refused(tmp_path: Path) -> None:
