@@ -1,0 +1,1 @@
+"""What pre-training is worth: segmentation, classification, detection and probes, from any weights."""

@@ -1,0 +1,110 @@
+"""The encoder that a downstream task starts from, by the name or the file of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+import torchvision
+
+from models.encoder import JointEncoder
+from models.resnet import ARCHITECTURES, GreyResNet
+from utils.errors import UserError
+from utils.weights import load_backbone, load_joint
+
+NAMED = ("random", "imagenet")
+REMEDY = (
+    "give a ResNet file (of ssl_*2D.py, *_encoder.pth, torchvision, SwAV, DeepCluster-v2, VISSL), a file of "
+    "mask_*.py or ssl_*3D.py, random, or imagenet"
+)
+
+
+def load_encoder(weights: str, arch: str | None = None, seed: int = 0) -> GreyResNet:
+    """f_intra, the slice encoder.
+
+    weights: `random`; `imagenet` (torchvision's, if they lie in torch's cache: nothing is downloaded); or the path of
+    a ResNet in any layout of `utils.weights.load_backbone` or of a stage 2 or 3 file.
+    arch: a torchvision ResNet; None: what the `.json` beside the file says, else resnet50.
+    seed: of random weights. Torch's global random state is left as it was.
+    Raises UserError where the weights are missing or are those of another arch.
+    """
+    arch = _choose_arch(weights, arch)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = GreyResNet(arch)
+    if weights == "random":
+        return encoder
+    path = _imagenet_file(arch) if weights == "imagenet" else Path(weights)
+    try:
+        load_backbone(encoder, str(path.parent), path.name, made_by="ssl_*2D.py")
+    except UserError as error:
+        raise UserError(f"{error} (loaded as {arch}; another one is chosen with --arch)") from None
+    return encoder
+
+
+def load_joint_encoder(
+    weights: str, arch: str | None = None, seed: int = 0, d_model: int = 640, layers: int = 4
+) -> JointEncoder:
+    """f_intra, the slice projection and f_inter, from a stage 2 or 3 file or `random`.
+
+    arch, d_model, layers: of random weights; a file's own stand in the `.json` beside it. seed: of random weights.
+    Raises UserError where the file holds no transformer, or arch is given and is not the file's.
+    """
+    arch = _choose_arch(weights, arch)
+    if weights == "imagenet":
+        raise UserError("weights: imagenet has no transformer over slices; give a file of mask_*.py or ssl_*3D.py")
+    if weights == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return JointEncoder(arch, d_model, layers)
+    return load_joint(Path(weights))
+
+
+def describe_weights(weights: str) -> str:
+    """A short label for tables: `random`, `imagenet`, or the file's name and the start of its sha256."""
+    if weights in NAMED:
+        return weights
+    path = _existing(weights)
+    return f"{path.stem}@{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
+
+
+def _choose_arch(weights: str, arch: str | None) -> str:
+    if arch is not None and arch not in ARCHITECTURES:
+        raise UserError(f"arch: {arch!r} is not one of {', '.join(ARCHITECTURES)}")
+    if weights in NAMED:
+        return arch or "resnet50"
+    path = _existing(weights)
+    about = path.with_suffix(".json")
+    made_with = None
+    if about.is_file():
+        try:
+            made_with = json.loads(about.read_text())["config"]["arch"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{about}: damaged; it should say the arch of {path.name}, or be removed") from None
+        if made_with not in ARCHITECTURES:
+            raise UserError(f"{about}: arch {made_with!r} is not one of {', '.join(ARCHITECTURES)}")
+    if arch and made_with and arch != made_with:
+        raise UserError(f"arch: {arch} was asked for, but {path} was made with {made_with}; leave --arch out")
+    return arch or made_with or "resnet50"
+
+
+def _existing(weights: str) -> Path:
+    path = Path(weights)
+    if not path.is_file():
+        raise UserError(f"weights: {weights}: no such file; {REMEDY}")
+    return path
+
+
+def _imagenet_file(arch: str) -> Path:
+    """torchvision's file in torch's cache, its newest recipe first."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    names = [recipe.url.rsplit("/", 1)[-1] for recipe in torchvision.models.get_model_weights(arch)]
+    for name in reversed(names):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(
+        f"weights: imagenet: {folder} holds none of {', '.join(names)}, and nothing is downloaded here; fetch one with "
+        f"torchvision.models.{arch}(weights='DEFAULT'), or give --weights another file"
+    )

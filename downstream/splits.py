@@ -1,0 +1,119 @@
+"""Which cases train, validate and test: split by patient, kept in a file, and which of them carry labels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Names of the cases of each part."""
+
+    train: list[str]
+    validation: list[str]
+    test: list[str]
+
+
+def make_split(cases: Sequence[str], patients: Sequence[str], fractions: Sequence[float], seed: int) -> Split:
+    """Draw a split in which all cases of a patient are in one part.
+
+    patients: of each case, in the order of `cases`.  fractions: of the patients in train, validation and test; they
+    sum to 1. Every part whose fraction is above 0 gets at least one patient. Depends on the names and the seed only,
+    not on the order of the cases. Raises UserError where that cannot be done.
+    """
+    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise UserError(f"fractions: {list(fractions)} must be three numbers (train, validation, test) that sum to 1")
+    of = dict(zip(cases, patients, strict=True))
+    if len(of) < len(cases):
+        raise UserError(f"cases: {_repeated(cases)} is named twice")
+    people = sorted(set(patients))
+    wanted = [fraction > 0 for fraction in fractions]
+    if len(people) < sum(wanted):
+        raise UserError(f"{len(people)} patient(s) cannot be split into {sum(wanted)} parts; give a split file")
+    counts = [max(round(fraction * len(people)), 1) if fraction else 0 for fraction in fractions]
+    while sum(counts) != len(people):  # rounding: the largest part gives or takes
+        counts[int(np.argmax(counts))] += 1 if sum(counts) < len(people) else -1
+    order = np.random.default_rng(seed).permutation(len(people))
+    ends = np.cumsum(counts)
+    part_of = {people[person]: int(np.searchsorted(ends, place, side="right")) for place, person in enumerate(order)}
+    return Split(*(sorted(case for case in of if part_of[of[case]] == part) for part in range(3)))
+
+
+def check_split(split: Split, patients: Mapping[str, str]) -> None:
+    """Raise UserError for a case that is not there, or is named twice, and for a patient who is in two parts.
+
+    patients: from the name of each existing case to its patient.
+    """
+    seen: dict[str, tuple[str, str]] = {}
+    cases: set[str] = set()
+    for part in fields(split):
+        for case in getattr(split, part.name):
+            if case not in patients:
+                raise UserError(
+                    f"split: {part.name} names {case!r}, which is not among the {len(patients)} cases found"
+                )
+            if case in cases:
+                raise UserError(f"split: {case!r} is named twice; name every case once")
+            cases.add(case)
+            other_part, other_case = seen.setdefault(patients[case], (part.name, case))
+            if other_part != part.name:
+                raise UserError(
+                    f"split: patient {patients[case]} is in two parts: {other_case} in {other_part}, {case} in "
+                    f"{part.name}; put both into one"
+                )
+
+
+def write_split(split: Split, path: str | Path) -> None:
+    """JSON where the name ends so, else YAML."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = asdict(split)
+    path.write_text(
+        json.dumps(values, indent=1) + "\n" if path.suffix == ".json" else yaml.safe_dump(values, sort_keys=False)
+    )
+
+
+def read_split(path: str | Path) -> Split:
+    """The split in a YAML or JSON file. Raises UserError naming what is wrong with it."""
+    path = Path(path)
+    names = [part.name for part in fields(Split)]
+    try:
+        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); leave --split out to have one made") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path}: is neither YAML nor JSON ({' '.join(str(error).split())}); correct it") from None
+    if not isinstance(values, dict) or set(values) != set(names):
+        found = ", ".join(map(str, values)) if isinstance(values, dict) else type(values).__name__
+        raise UserError(f"{path}: must hold the lists {', '.join(names)}, and nothing else; it holds {found}")
+    for name in names:
+        listed = values[name]
+        if not isinstance(listed, list) or not all(isinstance(case, str) for case in listed):
+            raise UserError(f"{path}: {name} must be a list of case names (quote names that are numbers)")
+    return Split(**values)
+
+
+def choose_labelled(train: Sequence[str], count: int, seed: int) -> list[str]:
+    """`count` of the training cases, 0: all of them.
+
+    For one seed the choices are nested: those of a smaller count are the first of a larger one. Raises UserError
+    for more than there are.
+    """
+    if not 0 <= count <= len(train):
+        raise UserError(f"labelled: {count} cases were asked for; the split has {len(train)} for training")
+    ordered = sorted(train)
+    order = np.random.default_rng(seed).permutation(len(ordered))
+    return [ordered[i] for i in order[: count or len(ordered)]]
+
+
+def _repeated(names: Sequence[str]) -> str:
+    return next(name for i, name in enumerate(names) if name in names[:i])
