@@ -1,0 +1,236 @@
+"""Frozen features of images and volumes, from files read and normalised as in training.
+
+cases = open_cases("Training_Data", size=224)
+slices = encode_slices(load_encoder("weights/swav3D_encoder.pth"), cases, range(len(cases.names)))
+features = mean_of_cases(slices.pooled, slices.case)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from datasets.index import IMAGE_SUFFIXES, LABEL_FOLDERS
+from datasets.loaders import Slices
+from datasets.store import prepare
+from models.encoder import JointEncoder
+from models.resnet import GreyResNet, multi_scale, pooled
+from utils.errors import UserError
+
+SLICES_AT_ONCE = 64  # through the ResNet: 64 slices of 224 x 224 keep half a gigabyte of ResNet-50's maps
+SUFFIXES = (".nii.gz", ".nii", ".npy", *sorted(IMAGE_SUFFIXES))
+
+
+class Cases(Protocol):
+    """What can be encoded: every case is a stack of slices on a square canvas."""
+
+    names: list[str]
+    size: int  # S, side of the canvas in pixels
+
+    def read(self, index: int) -> np.ndarray:
+        """[D, S, S] float32 in 0..1; D = 1 for an image."""
+
+    def extent(self, index: int) -> tuple[int, int]:
+        """Height and width in pixels of what the canvas shows; it is centred."""
+
+
+class StoredCases:
+    """Images and volumes of a data tree, the volumes as at most `slices` evenly spaced slices (0: all of them).
+
+    Has `names`, relative to the tree, and `datasets`, the first-level folder of each case.
+    """
+
+    def __init__(self, tree: Path, size: int, slices: int, cache_path: str | None, on_bad: Literal["error", "skip"]):
+        samples, self.store = prepare(tree, size, cache_path, on_bad, progress=False)
+        self.size = size
+        self.names = [sample.name for sample in samples]
+        self.datasets = [sample.dataset for sample in samples]
+        items = Slices(samples, self.store, slices).items  # (sample, slice), sample by sample
+        self.places = np.split(items[:, 1], np.flatnonzero(np.diff(items[:, 0])) + 1)
+
+    def read(self, index: int) -> np.ndarray:
+        return np.concatenate([self.store.read(index, place, place + 1) for place in self.places[index].tolist()])
+
+    def extent(self, index: int) -> tuple[int, int]:
+        height, width = self.store.extents[index].tolist()
+        return height, width
+
+
+def open_cases(
+    data_path: str | Path,
+    size: int,
+    slices: int = 32,
+    cache_path: str | None = None,
+    on_bad: Literal["error", "skip"] = "error",
+) -> StoredCases:
+    """The cases of a data tree as training reads it, of a single folder of images or volumes, or of NIfTI files.
+
+    Intensities, windows (`dataset.yaml`) and in-plane size are those of training (`datasets.render`); names are
+    relative to data_path. NIfTI files are turned, once, into axial slices in the cache (`read_nifti`). Folders of
+    labels are not entered. on_bad: as in `datasets.store.prepare`. Raises UserError naming what cannot be used.
+    """
+    root = Path(data_path).expanduser()
+    if not root.is_dir():
+        raise UserError(f"data_path: {root} is not a folder; give the one that holds the images or volumes")
+    cache = Path(cache_path).expanduser() if cache_path else root / ".cache"
+    files = [file for file in _walk(root) if _suffix(file.name)]
+    nifti = [file for file in files if _suffix(file.name).startswith(".nii")]
+    if 0 < len(nifti) < len(files):
+        other = next(file for file in files if file not in nifti)
+        raise UserError(f"data_path: {root} mixes NIfTI ({nifti[0].name}) with {other.name}; give a folder for each")
+    tree = _converted(nifti, root, cache) if nifti else root
+    one_data_set = any(file.parent == root for file in files)
+    if one_data_set:
+        tree = _linked(tree, cache, root.resolve().name)
+    cases = StoredCases(tree, size, slices, cache_path, on_bad)
+    if one_data_set:
+        cases.names = [name.split("/", 1)[1] for name in cases.names]
+    return cases
+
+
+def without_suffix(name: str) -> str:
+    """`a/b.nii.gz` -> `a/b`, for all file types that hold cases; other endings stay."""
+    return name.removesuffix(name[len(name) - len(_suffix(name)) :]) if _suffix(name) else name
+
+
+def read_nifti(path: Path) -> np.ndarray:
+    """[H, W, D] float32: axial slices from foot to head, the body's front at the top, its right side on the left.
+
+    Raises UserError for what is no readable NIfTI volume.
+    """
+    import nibabel  # only where there are NIfTI files
+
+    try:
+        image = nibabel.as_closest_canonical(nibabel.load(path))
+        volume = np.asarray(image.dataobj, dtype=np.float32)
+    except Exception as error:  # nibabel and zlib fail in many ways on damaged files
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{path}: cannot be read as NIfTI ({reason}); copy it again or remove it") from None
+    if volume.ndim != 3:
+        raise UserError(f"{path}: is {volume.ndim}D; save one channel or time point as a volume of its own")
+    return np.ascontiguousarray(volume[::-1, ::-1].transpose(1, 0, 2))  # from right, front, head as they grow
+
+
+class SliceFeatures(NamedTuple):
+    """Frozen features of n slices, case after case."""
+
+    pooled: Tensor  # [n, C4] global average of the last stage
+    multi_scale: Tensor  # [n, C1 + C2 + C3 + C4] of all stages, each of unit length
+    case: Tensor  # [n] position of the slice's case in the list that was asked for
+
+
+@torch.no_grad()
+def encode_slices(
+    encoder: GreyResNet, cases: Cases, indices: Sequence[int], device: torch.device | str = "cpu"
+) -> SliceFeatures:
+    """f_intra of every slice of the cases at `indices`, on the CPU; the encoder is put in eval mode."""
+    encoder.eval().to(device)
+    last, scales, owners = [], [], []
+    for images, case in _chunks(cases, indices):
+        stages = encoder(images.unsqueeze(1).to(device))
+        last.append(pooled(stages).cpu())
+        scales.append(multi_scale(stages).cpu())
+        owners.append(case)
+    return SliceFeatures(torch.cat(last), torch.cat(scales), torch.cat(owners))
+
+
+def mean_of_cases(features: Tensor, case: Tensor) -> Tensor:
+    """Mean over the slices of each case: [n, C] and case [n] -> [cases, C]."""
+    count = int(case.max()) + 1
+    sums = features.new_zeros(count, features.shape[1]).index_add_(0, case, features)
+    return sums / torch.bincount(case, minlength=count).unsqueeze(1)
+
+
+@torch.no_grad()
+def encode_volumes(encoder: JointEncoder, slices: SliceFeatures, batch_size: int = 16) -> Tensor:
+    """f_inter, the holistic embedding of each case, from its slices in order: [cases, d], unit length, on the CPU.
+
+    Cases of different lengths share a batch, padded; the padding is masked and changes nothing.
+    """
+    encoder.eval()
+    device = encoder.projection.weight.device
+    parts = slices.multi_scale.split(torch.bincount(slices.case).tolist())
+    embeddings = []
+    for first in range(0, len(parts), batch_size):
+        batch, mask = pad([part.to(device) for part in parts[first : first + batch_size]])
+        tokens = encoder.projection(batch) * mask.unsqueeze(-1)
+        embeddings.append(encoder.holistic(tokens, mask).cpu())
+    return torch.cat(embeddings)
+
+
+def pad(stacks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stacks [D_i, ...] of different lengths -> batch [B, D, ...] with zeros at the end, mask [B, D]: True if real."""
+    lengths = torch.tensor([len(stack) for stack in stacks])
+    batch = pad_sequence(list(stacks), batch_first=True)
+    return batch, (torch.arange(batch.shape[1]) < lengths.unsqueeze(1)).to(batch.device)
+
+
+def _chunks(cases: Cases, indices: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Slices [n, S, S] of one case after another, SLICES_AT_ONCE at a time, and their places in `indices` [n]."""
+    waiting, owners, count = [], [], 0
+    for place, index in enumerate(indices):
+        stack = torch.from_numpy(cases.read(index))
+        waiting.append(stack)
+        owners.append(torch.full((len(stack),), place))
+        count += len(stack)
+        if count >= SLICES_AT_ONCE or place == len(indices) - 1:
+            yield from zip(
+                torch.cat(waiting).split(SLICES_AT_ONCE), torch.cat(owners).split(SLICES_AT_ONCE), strict=True
+            )
+            waiting, owners, count = [], [], 0
+
+
+def _suffix(name: str) -> str:
+    return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """All files but hidden ones and those in folders of labels, in order."""
+    for parent, folders, names in os.walk(root):
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and n.lower() not in LABEL_FOLDERS)
+        yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _converted(nifti: list[Path], root: Path, cache: Path) -> Path:
+    """A tree in the cache with an NPY file for every NIfTI file below root, and root's dataset.yaml files."""
+    tree = cache / f"nifti_{_digest(root)}"
+    for source in [*nifti, *root.rglob("dataset.yaml")]:
+        target = tree / source.relative_to(root).parent / without_suffix(source.name)
+        convert = source.name != "dataset.yaml"
+        target = target.with_name(f"{target.name}.npy") if convert else target
+        made_from = os.stat(source).st_mtime_ns
+        if target.exists() and os.stat(target).st_mtime_ns == made_from:
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{uuid.uuid4().hex}{target.suffix}")
+        if convert:
+            np.save(temporary, read_nifti(source), allow_pickle=False)
+        else:
+            shutil.copy(source, temporary)
+        os.utime(temporary, ns=(made_from, made_from))
+        os.replace(temporary, target)
+    return tree
+
+
+def _linked(folder: Path, cache: Path, name: str) -> Path:
+    """A tree in the cache whose only data set is `folder`."""
+    tree = cache / f"{name}_{_digest(folder)}"
+    tree.mkdir(parents=True, exist_ok=True)
+    link = tree / name
+    if not link.is_symlink():
+        link.symlink_to(folder.resolve(), target_is_directory=True)
+    return tree
+
+
+def _digest(folder: Path) -> str:
+    return hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]
