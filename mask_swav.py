@@ -69,6 +69,8 @@ class Config:
     """passes over the data"""
     batch_size: PositiveInt = 4
     """volumes per process"""
+    sampling_temperature: PositiveFloat = 1.0
+    """1: every sample once per epoch; more: small data sets more often, n ** (1 / temperature) draws of n samples"""
     base_lr: PositiveFloat = 3.0
     """peak learning rate of SGD with LARC, for the joint batch as it is"""
     final_lr: NonNegativeFloat = 0.0
@@ -104,7 +106,7 @@ def main(cfg: Config) -> None:
     encoder = JointEncoder(cfg.arch, cfg.d_model, cfg.layers, cfg.dropout)
     weights.load_backbone(encoder.encoder, cfg.pretrained_path, cfg.resnet_pretrained, made_by="ssl_swav2D.py")
 
-    samples, store = prepare(cfg.data_path, canvas_size(height, width), cfg.cache_path, cfg.on_bad)
+    samples, store = prepare(cfg.data_path, canvas_size(height, width), cfg.cache_path, cfg.on_bad, max(1, cfg.workers))
     volumes = VolumeWindows(samples, store, slices, cfg.seed)
     views = VolumeViews(height, width, cfg.policy, cfg.seed)
     loader = VolumeLoader(
@@ -116,6 +118,7 @@ def main(cfg: Config) -> None:
         run,
         mask_ratio=cfg.mask_ratio,
         mask_style=cfg.mask_style,
+        sampling_temperature=cfg.sampling_temperature,
     )
 
     if cfg.projection_init == "pca":

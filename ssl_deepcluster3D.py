@@ -100,6 +100,8 @@ class Config:
     """passes over the data"""
     batch_size: PositiveInt = 4
     """volumes per process"""
+    sampling_temperature: PositiveFloat = 1.0
+    """1: every sample once per epoch; more: small data sets more often, n ** (1 / temperature) draws of n samples"""
     base_lr: PositiveFloat = 0.3
     """peak learning rate of SGD with LARC, for the joint batch as it is"""
     final_lr: NonNegativeFloat = 0.0003
@@ -136,7 +138,7 @@ def main(cfg: Config) -> None:
     weights.load_backbone(encoder.encoder, cfg.pretrained_path, cfg.resnet_pretrained, made_by="ssl_deepcluster2D.py")
     weights.load_transformer(encoder, cfg.pretrained_path, cfg.trans_pretrained, made_by="mask_deepcluster.py")
 
-    samples, store = prepare(cfg.data_path, canvas_size(height, width), cfg.cache_path, cfg.on_bad)
+    samples, store = prepare(cfg.data_path, canvas_size(height, width), cfg.cache_path, cfg.on_bad, max(1, cfg.workers))
     volumes = VolumeWindows(samples, store, slices, cfg.seed)
     views = VolumeViews(height, width, cfg.policy, cfg.seed)
     image_views = MultiCrop([(height, width)], [2], [(cfg.min_scale_images, 1.0)], cfg.policy, cfg.seed)
@@ -152,6 +154,7 @@ def main(cfg: Config) -> None:
         intra_slices=cfg.intra_slices,
         images_per_step=cfg.images_per_step if cfg.lambda_intra else 0,
         image_views=image_views,
+        sampling_temperature=cfg.sampling_temperature,
     )
 
     head = ProjectionHead(encoder.encoder.num_features, cfg.hidden_mlp, cfg.feat_dim)

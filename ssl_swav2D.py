@@ -77,6 +77,8 @@ class Config:
     """passes over the data"""
     batch_size: PositiveInt = 64
     """images per process"""
+    sampling_temperature: PositiveFloat = 1.0
+    """1: every sample once per epoch; more: small data sets more often, n ** (1 / temperature) draws of n samples"""
     base_lr: PositiveFloat = 1.2
     """peak learning rate of SGD with LARC, for the joint batch as it is"""
     final_lr: NonNegativeFloat = 0.0012
@@ -108,7 +110,9 @@ class Config:
 
 def main(cfg: Config) -> None:
     run = distributed.start(cfg.device, cfg.seed)
-    samples, store = prepare(cfg.data_path, canvas_size(*cfg.size_crops), cfg.cache_path, cfg.on_bad)
+    samples, store = prepare(
+        cfg.data_path, canvas_size(*cfg.size_crops), cfg.cache_path, cfg.on_bad, max(1, cfg.workers)
+    )
     images = Slices(samples, store, cfg.slices_per_volume)
     crops = MultiCrop(
         sizes=[(side, side) for side in cfg.size_crops],
@@ -117,7 +121,7 @@ def main(cfg: Config) -> None:
         policy=cfg.policy,
         seed=cfg.seed,
     )
-    loader = ImageLoader(images, crops, cfg.batch_size, cfg.workers, cfg.seed, run)
+    loader = ImageLoader(images, crops, cfg.batch_size, cfg.workers, cfg.seed, run, cfg.sampling_temperature)
 
     encoder = GreyResNet(cfg.arch)
     if cfg.resnet_pretrained != "none":

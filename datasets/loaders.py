@@ -1,14 +1,16 @@
 """Batches of each stage: order, reading in workers, augmentation on the device.
 
-A loader has `steps` (per epoch, equal on all processes) and `epoch(e, first_step)`, which yields the keyword
-arguments of the stage's learner. What it yields is a pure function of (data, options, e, step): nothing depends on
-the number of workers, and a run can start again at any step.
+A loader has `samples` and `steps` (per epoch, of all processes) and `epoch(e, seen)`, which yields the keyword
+arguments of the stage's learner from the place where all processes together have seen `seen` samples of the epoch.
+What it yields is a pure function of (data, options, e, seen): nothing depends on the number of workers, and a run can
+go on anywhere.
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from datasets.augment import MultiCrop, VolumeViews
 from datasets.index import Sample, slice_offsets, volumes
 from datasets.masks import draw_masks
-from datasets.seeding import INTRA_SLICES, SHARED, SHUFFLE, WINDOW, stream
+from datasets.seeding import FILLING, INTRA_SLICES, SHARED, SHUFFLE, SHUFFLE_DATASET, WINDOW, stream
 from datasets.store import SliceStore
 from utils.distributed import Run
 from utils.errors import UserError
@@ -33,95 +35,195 @@ def canvas_size(*sides: int) -> int:
 
 
 class EpochBatches:
-    """Batch sampler: every epoch a new order of all samples; process r takes the r-th part of every joint batch.
+    """Batch sampler: every epoch a new order of the samples, cut into joint batches that are dealt to the processes.
 
-    The joint batch of a step is the same whatever the number of processes. The last samples that do not fill a joint
-    batch are left out of this epoch (the next one draws another order).
+    groups: the data set of each sample, any hashable.  batch_size: most samples per process and step.
+    sampling_temperature: T >= 1, a data set of n samples gets a share of the epoch proportional to n ** (1 / T). With
+    1 every sample stands exactly once in an epoch; with more, small data sets repeat and large ones take turns, and an
+    epoch has as many samples as before.
+
+    Epochs need not divide by the joint batch: its batches differ by at most one sample, and so do the shares of the
+    processes in a batch. The place in an epoch is the number of samples `seen` by all processes, from which everything
+    that follows is computed, so a run can go on there with any number of processes: in the same order, every sample
+    once. (Only where fewer samples are left than there are processes, and with one sample per process and step, are
+    those left out of this epoch.)
     """
 
-    def __init__(self, samples: int, batch_size: int, seed: int, run: Run, what: str) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Hashable],
+        batch_size: int,
+        seed: int,
+        run: Run,
+        what: str = "samples",
+        sampling_temperature: float = 1.0,
+    ) -> None:
         joint = batch_size * run.world_size
-        if samples == 0:
+        if not len(groups):
             raise UserError(f"data_path: there are no {what} in it, which this stage trains on")
-        if samples < joint:
+        if len(groups) < joint:
             raise UserError(
                 f"batch_size: {batch_size} per process x {run.world_size} process(es) need {joint} {what}, but the "
-                f"data hold {samples}; lower --batch_size, start fewer processes or add data"
+                f"data hold {len(groups)}; lower --batch_size, start fewer processes or add data"
             )
-        self.samples, self.batch_size, self.seed, self.run = samples, batch_size, seed, run
-        self.steps = samples // joint
-        self.epoch, self.first_step = 0, 0
+        self.samples, self.joint, self.seed, self.run = len(groups), joint, seed, run
+        self.members = _members(groups)
+        self.quotas = _quotas([len(m) for m in self.members], sampling_temperature)
+        self.steps = self.steps_after(0)
+        self.epoch, self.seen = 0, 0
+        self.order = lru_cache(maxsize=2)(self._order)
 
-    def order(self, epoch: int) -> np.ndarray:
-        return stream(self.seed, epoch, 0, 0, SHUFFLE).permutation(self.samples)
+    def _order(self, epoch: int) -> np.ndarray:
+        """[samples] indices of an epoch: each data set's own endless sequence of shuffled passes, cut and mixed."""
+        rng = stream(self.seed, epoch, 0, 0, SHUFFLE)
+        # The pass that fills a memory bank needs every sample.
+        if epoch == FILLING or self.quotas == [len(m) for m in self.members]:
+            return rng.permutation(self.samples)
+        parts = [
+            _cut(members, epoch * quota, quota, self.seed, k)
+            for k, (members, quota) in enumerate(zip(self.members, self.quotas, strict=True))
+        ]
+        return rng.permutation(np.concatenate(parts))
+
+    def steps_after(self, seen: int) -> int:
+        """Steps that the rest of an epoch takes after `seen` of its samples."""
+        left = self.samples - seen
+        steps = -(-left // self.joint)
+        enough = steps > 0 and left // steps >= self.run.world_size  # one for every process
+        return steps if enough else left // self.joint
+
+    def step_at(self, seen: int) -> int:
+        """How many steps, as this number of processes would count them, lie before this place of an epoch."""
+        return self.steps - self.steps_after(seen)
+
+    def plan(self, seen: int = 0) -> Iterator[tuple[int, list[int]]]:
+        """(samples seen before the batch, samples of each process in it) for the rest of an epoch."""
+        world = self.run.world_size
+        for steps in range(self.steps_after(seen), 0, -1):
+            size = min(self.joint, -(-(self.samples - seen) // steps))
+            yield seen, [size * (r + 1) // world - size * r // world for r in range(world)]
+            seen += size
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order, joint = self.order(self.epoch), self.batch_size * self.run.world_size
+        order, rank = self.order(self.epoch), self.run.rank
+        for seen, counts in self.plan(self.seen):
+            first = seen + sum(counts[:rank])
+            yield [(self.epoch, int(i)) for i in order[first : first + counts[rank]]]
+
+    def __len__(self) -> int:
+        return self.steps_after(self.seen)
+
+
+class CyclingBatches:
+    """Batch sampler for what accompanies an epoch: `batch_size` samples per process and step, pass after pass.
+
+    Arguments as in `EpochBatches`; steps: of an epoch.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Hashable],
+        batch_size: int,
+        seed: int,
+        run: Run,
+        steps: int,
+        sampling_temperature: float = 1.0,
+    ) -> None:
+        self.batch_size, self.run, self.steps = batch_size, run, steps
+        alone = Run(0, 1, run.device)
+        self.passes = EpochBatches(groups, 1, seed, alone, sampling_temperature=sampling_temperature)
+        self.epoch, self.first_step = 0, 0
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        joint, samples = self.batch_size * self.run.world_size, self.passes.samples
         for step in range(self.first_step, self.steps):
-            start = step * joint + self.run.rank * self.batch_size
-            yield [(self.epoch, int(i)) for i in order[start : start + self.batch_size]]
+            start = (self.epoch * self.steps + step) * joint + self.run.rank * self.batch_size
+            places = range(start, start + self.batch_size)
+            yield [(self.epoch, int(self.passes.order(p // samples)[p % samples])) for p in places]
 
     def __len__(self) -> int:
         return self.steps - self.first_step
 
 
-class CyclingBatches(EpochBatches):
-    """As many batches per epoch as asked for: one shuffled pass over the samples follows the other."""
+def _members(groups: Sequence[Hashable]) -> list[np.ndarray]:
+    """Indices of each group, groups in the order in which they first appear."""
+    found: dict[Hashable, list[int]] = {}
+    for i, group in enumerate(groups):
+        found.setdefault(group, []).append(i)
+    return [np.array(indices) for indices in found.values()]
 
-    def __init__(self, samples: int, batch_size: int, seed: int, run: Run, steps: int) -> None:
-        self.samples, self.batch_size, self.seed, self.run, self.steps = samples, batch_size, seed, run, steps
-        self.epoch, self.first_step = 0, 0
 
-    def __iter__(self) -> Iterator[list[Key]]:
-        joint = self.batch_size * self.run.world_size
-        for step in range(self.first_step, self.steps):
-            start = (self.epoch * self.steps + step) * joint + self.run.rank * self.batch_size
-            places = range(start, start + self.batch_size)
-            orders = {cycle: self.order(cycle) for cycle in {p // self.samples for p in places}}
-            yield [(self.epoch, int(orders[p // self.samples][p % self.samples])) for p in places]
+def _quotas(sizes: list[int], temperature: float) -> list[int]:
+    """Samples of each data set in an epoch of sum(sizes) samples, in proportion to size ** (1 / temperature)."""
+    weights = np.array(sizes, dtype=float) ** (1 / temperature)
+    wanted = weights / weights.sum() * sum(sizes)
+    quotas = np.floor(wanted + 1e-6).astype(int)
+    # What rounding down left over goes to the largest remainders, the first one where they are equal.
+    behind = np.argsort(-(wanted - quotas), kind="stable")[: sum(sizes) - quotas.sum()]
+    quotas[behind] += 1
+    return quotas.tolist()
+
+
+def _cut(members: np.ndarray, start: int, count: int, seed: int, group: int) -> np.ndarray:
+    """Places start to start + count - 1 of the endless sequence of shuffled passes over a data set."""
+    n = len(members)
+    first, last = start // n, (start + count - 1) // n
+    passes = [members[stream(seed, p, group, 0, SHUFFLE_DATASET).permutation(n)] for p in range(first, last + 1)]
+    return np.concatenate([members[:0], *passes])[start - first * n :][:count]
 
 
 class Slices(Dataset):
     """2D samples: every image, and `per_volume` evenly spaced slices of every volume (0: all of them, None: none).
 
-    (epoch, index) -> image [S, S], extent [2] (height and width of its content), index.
+    (epoch, index) -> image [S, S] float16, extent [2] (height and width of its content), index.
     """
 
     def __init__(self, samples: list[Sample], store: SliceStore, per_volume: int | None) -> None:
         self.samples, self.store = samples, store
-        self.items: list[tuple[int, int]] = []
+        parts = []
         for i, sample in enumerate(samples):
             if sample.kind == "volume" and per_volume is None:
                 continue
             count = min(per_volume or sample.slices, sample.slices)
             # Centres of `count` equal parts, so the ends of a volume, often empty, are not preferred.
-            places = ((np.arange(count) + 0.5) * sample.slices / count).astype(int)
-            self.items.extend((i, int(s)) for s in places)
+            places = ((np.arange(count) + 0.5) * sample.slices / count).astype(np.int32)
+            parts.append(np.stack((np.full_like(places, i), places), axis=1))
+        self.items = np.concatenate([np.empty((0, 2), np.int32), *parts])  # sample, slice
+
+    @property
+    def groups(self) -> list[str]:
+        """The data set of every item."""
+        return [self.samples[i].dataset for i in self.items[:, 0].tolist()]
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         _, index = key
-        i, s = self.items[index]
-        image = torch.from_numpy(self.store.read(i, s, s + 1)[0])
+        i, s = self.items[index].tolist()
+        image = torch.from_numpy(self.store.read(i, s, s + 1, half=True)[0])
         return {"image": image, "extent": torch.from_numpy(self.store.extents[i].astype(np.int64)), "index": index}
 
     def name(self, index: int) -> str:
-        i, s = self.items[index]
+        i, s = self.items[index].tolist()
         return f"{self.samples[i].path}" + (f" slice {s}" if self.samples[i].kind == "volume" else "")
 
 
 class VolumeWindows(Dataset):
     """3D samples: `slices` neighbouring slices of a volume from a random start, padded at the end where it has fewer.
 
-    (epoch, index) -> volume [D, S, S], length (real slices), start (of the window), extent [2], index over the volumes
-    of all data sets.
+    (epoch, index) -> volume [D, S, S] float16, length (real slices), start (of the window), extent [2], index over the
+    volumes of all data sets.
     """
 
     def __init__(self, samples: list[Sample], store: SliceStore, slices: int, seed: int) -> None:
         self.samples, self.store, self.slices, self.seed = samples, store, slices, seed
         self.items = volumes(samples)
+
+    @property
+    def groups(self) -> list[str]:
+        """The data set of every item."""
+        return [self.samples[i].dataset for i in self.items]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -132,7 +234,7 @@ class VolumeWindows(Dataset):
         total = self.samples[i].slices
         length = min(total, self.slices)
         start = int(stream(self.seed, epoch, index, SHARED, WINDOW).integers(total - length + 1))
-        window = torch.from_numpy(self.store.read(i, start, start + length))
+        window = torch.from_numpy(self.store.read(i, start, start + length, half=True))
         volume = window.new_zeros(self.slices, *window.shape[1:])
         volume[:length] = window
         extent = torch.from_numpy(self.store.extents[i].astype(np.int64))
@@ -148,7 +250,9 @@ def _leave_signals_to_the_trainer(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _torch_loader(dataset: Dataset, batches: EpochBatches, workers: int, device: torch.device) -> DataLoader:
+def _torch_loader(
+    dataset: Dataset, batches: EpochBatches | CyclingBatches, workers: int, device: torch.device
+) -> DataLoader:
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -160,21 +264,33 @@ def _torch_loader(dataset: Dataset, batches: EpochBatches, workers: int, device:
 
 
 class ImageLoader:
-    """Stage 1: multi-crop views of images and slices -> crops (list of [count, B, H, W]) and index [B]."""
+    """Stage 1: multi-crop views of images and slices -> crops (list of [count, B, H, W]), index [B] and counts.
 
-    def __init__(self, dataset: Slices, crops: MultiCrop, batch_size: int, workers: int, seed: int, run: Run) -> None:
+    counts: samples of each process in this step's joint batch.
+    """
+
+    def __init__(
+        self,
+        dataset: Slices,
+        crops: MultiCrop,
+        batch_size: int,
+        workers: int,
+        seed: int,
+        run: Run,
+        sampling_temperature: float = 1.0,
+    ) -> None:
         self.dataset, self.crops, self.run = dataset, crops, run
-        self.batches = EpochBatches(len(dataset), batch_size, seed, run, "images and slices")
+        self.batches = EpochBatches(dataset.groups, batch_size, seed, run, "images and slices", sampling_temperature)
         self.loader = _torch_loader(dataset, self.batches, workers, run.device)
-        self.steps = self.batches.steps
+        self.samples, self.steps = self.batches.samples, self.batches.steps
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[dict[str, Any]]:
-        self.batches.epoch, self.batches.first_step = epoch, first_step
-        for raw in self.loader:
+    def epoch(self, epoch: int, seen: int = 0) -> Iterator[dict[str, Any]]:
+        self.batches.epoch, self.batches.seen = epoch, seen
+        for raw, (_, counts) in zip(self.loader, self.batches.plan(seen), strict=True):
             batch = _to({"image": raw["image"], "index": raw["index"]}, self.run.device)
             # Parameters are drawn on the CPU, so what they are drawn from stays there.
             crops = self.crops(batch["image"], raw["extent"], raw["index"], epoch)
-            yield {"crops": crops, "index": batch["index"]}
+            yield {"crops": crops, "index": batch["index"], "counts": counts}
 
     def names(self, batch: dict[str, Any]) -> list[str]:
         return [self.dataset.name(i) for i in batch["index"].tolist()]
@@ -183,9 +299,10 @@ class ImageLoader:
 class VolumeLoader:
     """Stages 2 and 3: two views of volumes, with what the stage's learner needs beside them.
 
-    mask_ratio > 0 adds `hidden` [V, B, D] (stage 2, or stage 3 with L_mask). intra_slices > 0 adds `picked` [B, S] and
-    `slice_index` [B * S] (stage 3). images_per_step > 0 adds `images` [V, M, H, W] and `image_index` [M] from the 2D
-    data sets; their indices follow those of all slices of all volumes.
+    `counts` are the volumes of each process in this step's joint batch. mask_ratio > 0 adds `hidden` [V, B, D] (stage
+    2, or stage 3 with L_mask). intra_slices > 0 adds `picked` [B, S] and `slice_index` [B * S] (stage 3).
+    images_per_step > 0 adds `images` [V, M, H, W] and `image_index` [M] from the 2D data sets; their indices follow
+    those of all slices of all volumes.
     """
 
     def __init__(
@@ -201,11 +318,12 @@ class VolumeLoader:
         intra_slices: int = 0,
         images_per_step: int = 0,
         image_views: MultiCrop | None = None,
+        sampling_temperature: float = 1.0,
     ) -> None:
         self.dataset, self.views, self.run, self.seed = dataset, views, run, seed
         self.mask_ratio, self.mask_style, self.intra_slices = mask_ratio, mask_style, intra_slices
-        self.batches = EpochBatches(len(dataset), batch_size, seed, run, "volumes")
-        self.steps = self.batches.steps
+        self.batches = EpochBatches(dataset.groups, batch_size, seed, run, "volumes", sampling_temperature)
+        self.samples, self.steps = self.batches.samples, self.batches.steps
         self.loader = _torch_loader(dataset, self.batches, workers, run.device)
         self.slice_offsets = torch.from_numpy(slice_offsets([dataset.samples[i] for i in dataset.items]))
         self.total_slices = int(self.slice_offsets[-1])
@@ -214,7 +332,9 @@ class VolumeLoader:
         pictures = Slices(dataset.samples, dataset.store, per_volume=None)
         if images_per_step and len(pictures):
             self.image_dataset = pictures
-            self.image_batches = CyclingBatches(len(pictures), images_per_step, seed, run, self.steps)
+            self.image_batches = CyclingBatches(
+                pictures.groups, images_per_step, seed, run, self.steps, sampling_temperature
+            )
             self.image_loader = _torch_loader(self.image_dataset, self.image_batches, workers, run.device)
             self.image_views = image_views
         self.intra_samples = self.total_slices + (len(pictures) if self.image_dataset else 0)
@@ -222,17 +342,17 @@ class VolumeLoader:
         self.joint_batch_inter = batch_size * run.world_size
         self.joint_batch_intra = (batch_size * intra_slices + images_now) * run.world_size
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[dict[str, Any]]:
-        self.batches.epoch, self.batches.first_step = epoch, first_step
+    def epoch(self, epoch: int, seen: int = 0) -> Iterator[dict[str, Any]]:
+        self.batches.epoch, self.batches.seen = epoch, seen
         pictures = None
         if self.image_loader is not None:
-            self.image_batches.epoch, self.image_batches.first_step = epoch, first_step
+            self.image_batches.epoch, self.image_batches.first_step = epoch, self.batches.step_at(seen)
             pictures = iter(self.image_loader)
-        for raw in self.loader:
+        for raw, (_, counts) in zip(self.loader, self.batches.plan(seen), strict=True):
             index, length = raw["index"], raw["length"]  # on the CPU, where the small draws are made
             D, device = raw["volume"].shape[1], self.run.device
             mask = torch.arange(D) < length.unsqueeze(1)
-            batch = _to({"mask": mask, "index": index, "views": raw["volume"]}, device)
+            batch = _to({"mask": mask, "index": index, "views": raw["volume"], "counts": counts}, device)
             batch["views"] = self.views(batch["views"], mask, raw["extent"], index, epoch)
             if self.mask_ratio:
                 hidden = [

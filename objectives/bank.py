@@ -26,13 +26,13 @@ class MemoryBank:
         self.embeddings, self.seen = self.embeddings.to(device), self.seen.to(device)
 
     @torch.no_grad()
-    def write(self, z: Tensor, index: Tensor) -> None:
-        """z [crops, B, d] and index [B] of this process's batch; B is the same on every process.
+    def write(self, z: Tensor, index: Tensor, counts: list[int] | None = None) -> None:
+        """z [crops, B, d] and index [B] of this process's batch; counts: B of every process, None when all are alike.
 
         A sample that stands in the batch twice keeps its first embedding, whatever the number of processes.
         """
-        joint_z = all_gather(z.detach().float().transpose(0, 1)).transpose(0, 1)  # [crops, B * world, d]
-        joint_index = all_gather(index)
+        joint_z = all_gather(z.detach().float().transpose(0, 1), counts).transpose(0, 1)  # [crops, joint batch, d]
+        joint_index = all_gather(index, counts)
         own = joint_index % world_size() == rank()
         rows, z_own = joint_index[own] // world_size(), joint_z[:, own]
         # Scatter in reverse order is not defined to be sequential on a GPU: drop repeats explicitly.

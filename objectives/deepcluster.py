@@ -20,8 +20,9 @@ UNASSIGNED = -100  # ignored by cross-entropy: the sample was never embedded bef
 class DeepClusterV2(nn.Module):
     """Cluster assignments as targets, one head per entry of `sizes`.
 
-    forward: z [V, B, d] unit length, index [B] global sample index -> scalar loss of this process's share; its mean
-    over the processes is the loss of the joint batch: mean over heads of
+    forward: z [V, B, d] unit length, index [B] global sample index, counts (B of every process; None when it is the
+    same on each) -> scalar loss of this process's share; its mean over the processes is the loss of the joint batch:
+    mean over heads of
     CE(z . C^T / temperature, assignment of the sample), over the views of assigned samples.
 
     `begin_epoch` clusters the bank: head h uses the embeddings of crop h mod assign_crops, the centroids become the
@@ -55,9 +56,9 @@ class DeepClusterV2(nn.Module):
         self.bank.to(self.assignments.device)
         return self
 
-    def remember(self, z: Tensor, index: Tensor) -> None:
+    def remember(self, z: Tensor, index: Tensor, counts: list[int] | None = None) -> None:
         """z [V, B, d] unit length, index [B]: keep the assigning crops' embeddings."""
-        self.bank.write(z[: self.assign_crops], index)
+        self.bank.write(z[: self.assign_crops], index, counts)
 
     @torch.no_grad()
     def begin_epoch(self, epoch: int, resumed: bool = False) -> None:
@@ -97,7 +98,7 @@ class DeepClusterV2(nn.Module):
     def cancel_gradients(self, step: int) -> None:
         """Nothing to do: the prototypes are no trainable parameters."""
 
-    def forward(self, z: Tensor, index: Tensor) -> Tensor:
+    def forward(self, z: Tensor, index: Tensor, counts: list[int] | None = None) -> Tensor:
         V = len(z)
         targets = self.assignments[:, index].long()  # [heads, B]
         loss = z.new_zeros((), dtype=torch.float32)
@@ -110,7 +111,7 @@ class DeepClusterV2(nn.Module):
             # Processes may hold different numbers of assigned samples; their mean must be the joint batch's mean.
             loss = loss + summed * world_size() / assigned
         if self.training:
-            self.remember(z, index)
+            self.remember(z, index, counts)
         return loss / len(targets)
 
     def memory_state(self) -> dict[str, Tensor]:

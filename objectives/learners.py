@@ -1,11 +1,13 @@
 """What each stage learns: one module per stage that turns a batch into its loss.
 
-`forward(**batch)` returns a dict of scalars, `loss` first. Its mean over the processes is that of the joint batch.
+`forward(**batch)` returns a dict of scalars, `loss` first. Its mean over the processes is that of the joint batch, of
+which `counts` says how many samples each process holds (None: all the same).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from objectives.swav import SwAV
 from utils.distributed import all_sum, world_size
 
 Objective = SwAV | DeepClusterV2
+Embedded = tuple[Tensor, Tensor, list[int] | None]  # unit embeddings [V, n, d], index [n], n of every process
 
 
 class Learner(nn.Module):
@@ -33,15 +36,15 @@ class Learner(nn.Module):
     def fills_memory(self) -> bool:
         return any(objective.fills_memory for _, objective in self.objectives())
 
-    def embed(self, **batch: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Objective name -> (unit embeddings [V, n, d], index [n])."""
+    def embed(self, **batch: Any) -> dict[str, Embedded]:
+        """Objective name -> what it gets of this batch."""
         raise NotImplementedError
 
-    def remember(self, **batch: Tensor) -> None:
+    def remember(self, **batch: Any) -> None:
         """Fill the memory banks from a batch, learning nothing."""
-        for name, (z, index) in self.embed(**batch).items():
+        for name, embedded in self.embed(**batch).items():
             if getattr(self, name).fills_memory:
-                getattr(self, name).remember(z, index)
+                getattr(self, name).remember(*embedded)
 
     def begin_epoch(self, epoch: int, resumed: bool = False) -> None:
         """resumed: the epoch began before the run was interrupted."""
@@ -70,13 +73,13 @@ class ImageClustering(Learner):
         super().__init__()
         self.encoder, self.head, self.intra = encoder, head, intra
 
-    def embed(self, crops: list[Tensor], index: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    def embed(self, crops: list[Tensor], index: Tensor, counts: list[int] | None = None) -> dict[str, Embedded]:
         features = [pooled(self.encoder(size.flatten(0, 1).unsqueeze(1))) for size in crops]
         z = F.normalize(self.head(torch.cat(features)).float(), dim=1)
-        return {"intra": (z.unflatten(0, (-1, len(index))), index)}
+        return {"intra": (z.unflatten(0, (-1, len(index))), index, counts)}
 
-    def forward(self, crops: list[Tensor], index: Tensor) -> dict[str, Tensor]:
-        return {"loss": self.intra(*self.embed(crops, index)["intra"])}
+    def forward(self, crops: list[Tensor], index: Tensor, counts: list[int] | None = None) -> dict[str, Tensor]:
+        return {"loss": self.intra(*self.embed(crops, index, counts)["intra"])}
 
 
 class MaskedSlices(Learner):
@@ -106,7 +109,14 @@ class MaskedSlices(Learner):
         with torch.no_grad():
             return self.encoder.tokens(views.flatten(0, 1), mask.repeat(len(views), 1))[1].float()
 
-    def forward(self, views: Tensor, mask: Tensor, hidden: Tensor, index: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self,
+        views: Tensor,
+        mask: Tensor,
+        hidden: Tensor,
+        index: Tensor | None = None,
+        counts: list[int] | None = None,
+    ) -> dict[str, Tensor]:
         targets = self.targets(views, mask)
         mask, hidden = mask.repeat(len(views), 1), hidden.flatten(0, 1)
         return masked_loss(self.encoder.transformer, self.mask_token, self.decoder, targets, mask, hidden)
@@ -207,8 +217,9 @@ class JointClustering(Learner):
         images: Tensor | None = None,
         image_index: Tensor | None = None,
         hidden: Tensor | None = None,
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        return self._embed(*self._encode(views, mask, picked, images), mask, index, slice_index, image_index)
+        counts: list[int] | None = None,
+    ) -> dict[str, Embedded]:
+        return self._embed(*self._encode(views, mask, picked, images), mask, index, slice_index, image_index, counts)
 
     def _embed(
         self,
@@ -218,16 +229,19 @@ class JointClustering(Learner):
         index: Tensor,
         slice_index: Tensor,
         image_index: Tensor | None,
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+        counts: list[int] | None,
+    ) -> dict[str, Embedded]:
         found = {}
         if self.inter is not None:
             V = len(tokens)
             z = self.encoder.holistic(tokens.flatten(0, 1), mask.repeat(V, 1))
-            found["inter"] = (z.unflatten(0, (V, -1)), index)
+            found["inter"] = (z.unflatten(0, (V, -1)), index, counts)
         if self.intra is not None:
             z = F.normalize(self.head(intra.flatten(0, 1)).float(), dim=1).unflatten(0, (len(intra), -1))
             both = slice_index if image_index is None else torch.cat([slice_index, image_index])
-            found["intra"] = (z, both)
+            per_volume, images = len(slice_index) // len(index), len(both) - len(slice_index)
+            joint = counts and [per_volume * n + images for n in counts]
+            found["intra"] = (z, both, joint)
         return found
 
     def forward(
@@ -240,11 +254,13 @@ class JointClustering(Learner):
         images: Tensor | None = None,
         image_index: Tensor | None = None,
         hidden: Tensor | None = None,
+        counts: list[int] | None = None,
     ) -> dict[str, Tensor]:
         tokens, intra = self._encode(views, mask, picked, images)
         losses = {}
-        for name, (z, which) in self._embed(tokens, intra, mask, index, slice_index, image_index).items():
-            losses[name] = getattr(self, name)(z, which)
+        embedded = self._embed(tokens, intra, mask, index, slice_index, image_index, counts)
+        for name, arguments in embedded.items():
+            losses[name] = getattr(self, name)(*arguments)
         total = sum(getattr(self, f"lambda_{name}") * value for name, value in losses.items())
         if self.lambda_mask:
             V = len(tokens)

@@ -13,8 +13,9 @@ from utils.distributed import all_gather, rank, world_size
 class SwAV(nn.Module):
     """Swapped prediction with an optional queue of recent embeddings.
 
-    forward: z [V, B, d] unit length, index [B] (unused) -> scalar loss of this process's share; its mean over the
-    processes is the loss of the joint batch. The first `assign_crops` views get assignments, all views predict them:
+    forward: z [V, B, d] unit length, index [B] (unused), counts (B of every process; None when it is the same on
+    each) -> scalar loss of this process's share; its mean over the processes is the loss of the joint batch. The first
+    `assign_crops` views get assignments, all views predict them:
     loss = mean over assigning crops i of mean over v != i of CE(q_i, softmax(scores_v / temperature)).
 
     dim: d.  sizes: prototypes of each head; the loss is the mean over heads.
@@ -55,24 +56,25 @@ class SwAV(nn.Module):
             for parameter in self.prototypes.parameters():
                 parameter.grad = None
 
-    def forward(self, z: Tensor, index: Tensor | None = None) -> Tensor:
+    def forward(self, z: Tensor, index: Tensor | None = None, counts: list[int] | None = None) -> Tensor:
         if self.training:
             self.prototypes.normalize_()
         V, B = z.shape[:2]
         wide = torch.promote_types(z.dtype, torch.float32)  # softmax and codes never in half precision
         scores = [head.view(V, B, -1).to(wide) for head in self.prototypes(z.flatten(0, 1))]  # per head [V, B, K]
+        joint = sum(counts) if counts else B * world_size()
         loss = z.new_zeros((), dtype=wide)
         for crop in range(self.assign_crops):
-            assignments = self._assign(crop, z[crop].detach(), [s[crop].detach() for s in scores])
+            assignments = self._assign(crop, z[crop].detach(), [s[crop].detach() for s in scores], counts)
             for q, head in zip(assignments, scores, strict=True):
                 for view in range(V):
                     if view != crop:
                         log_p = (head[view] / self.temperature).log_softmax(dim=1)
-                        loss = loss - (q * log_p).sum(dim=1).mean()
+                        loss = loss - (q * log_p).sum() * (world_size() / joint)
         return loss / (self.assign_crops * (V - 1) * len(scores))
 
     @torch.no_grad()
-    def _assign(self, crop: int, z: Tensor, scores: list[Tensor]) -> list[Tensor]:
+    def _assign(self, crop: int, z: Tensor, scores: list[Tensor], counts: list[int] | None) -> list[Tensor]:
         """Codes [B, K] per head for one assigning crop: z [B, d], scores per head [B, K]. Updates the queue."""
         queue = self.queue[crop]
         use_queue = self.queue_on and bool(queue[-1].any())  # the last row is zero until the queue is full
@@ -83,7 +85,7 @@ class SwAV(nn.Module):
             joint = torch.cat([share @ head.weight.T.to(share.dtype), own])
             codes.append(sinkhorn(joint, self.epsilon, self.sinkhorn_iterations)[len(share) :])
         if self.queue_on and self.training:
-            newest = all_gather(z.to(queue.dtype))
+            newest = all_gather(z.to(queue.dtype), counts)
             queue.copy_(torch.cat([newest, queue])[: len(queue)])
         return codes
 

@@ -7,10 +7,9 @@ another order, amplified by BatchNorm over few values); parameters and statistic
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,7 +18,6 @@ from processes import run_processes
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from datasets.loaders import CyclingBatches, EpochBatches
 from datasets.masks import draw_masks
 from models.encoder import JointEncoder
 from models.heads import ProjectionHead
@@ -76,30 +74,36 @@ def joint_encoder() -> JointEncoder:
     return encoder
 
 
-def image_batches() -> Iterator[Batch]:
-    """Multi-crop views of 8 of 16 images: two large and one small crop."""
-    for step in range(STEPS):
-        generator = torch.Generator().manual_seed(step)
-        index = torch.randperm(16, generator=generator)[:8]
-        crops = [torch.rand(n, 8, side, side, generator=generator) for n, side in ((2, 32), (1, 16))]
-        yield {"crops": [part(crop, 1) for crop in crops], "index": part(index)}
+def counts(joint: int) -> list[int]:
+    """How many of a joint batch each process gets from `part`."""
+    return [len(share) for share in torch.arange(joint).chunk(world_size())]
 
 
-def volume_batches(images: bool = True) -> Iterator[Batch]:
-    """Four of 8 volumes of different length, two slices of each for L_intra, two of 6 images."""
+def image_batches(size: int) -> Iterator[Batch]:
+    """Multi-crop views of some of 16 images: two large and one small crop."""
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
-        index = torch.randperm(8, generator=generator)[:4]
-        lengths = torch.tensor([6, 5, 2, 3]).roll(step)
+        index = torch.randperm(16, generator=generator)[:size]
+        crops = [torch.rand(n, size, side, side, generator=generator) for n, side in ((2, 32), (1, 16))]
+        yield {"crops": [part(crop, 1) for crop in crops], "index": part(index), "counts": counts(size)}
+
+
+def volume_batches(size: int, images: bool = True) -> Iterator[Batch]:
+    """Some of 8 volumes of different length, two slices of each for L_intra, two of 6 images."""
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        index = torch.randperm(8, generator=generator)[:size]
+        lengths = torch.tensor([6, 5, 2, 3]).roll(step)[:size]
         picked = torch.stack([torch.randperm(int(n), generator=generator)[:2] for n in lengths])
         hidden = torch.stack([draw_masks(lengths, index, 0.4, "random", 0, step, view, 6) for view in (1, 2)])
         batch = {
-            "views": part(torch.rand(2, 4, 6, 16, 16, generator=generator), 1),
+            "views": part(torch.rand(2, size, 6, 16, 16, generator=generator), 1),
             "mask": part(torch.arange(6) < lengths.unsqueeze(1)),
             "index": part(index),
             "picked": part(picked),
             "slice_index": part(index.unsqueeze(1) * 6 + picked).flatten(),
             "hidden": part(hidden, 1),
+            "counts": counts(size),
         }
         pictures = torch.rand(2, 2, 16, 16, generator=generator), 48 + torch.randperm(6, generator=generator)[:2]
         if images:
@@ -115,24 +119,27 @@ def objective(kind: str, dim: int, samples: int, batch: int) -> nn.Module:
 
 def learner_and_batches(kind: str) -> tuple[nn.Module, list[Batch]]:
     torch.manual_seed(0)
-    what, _, how = kind.partition(" ")
+    what, _, how = kind.removesuffix(UNEVEN).partition(" ")
+    images, volumes = (7, 3) if kind.endswith(UNEVEN) else (8, 4)
     if what == "images":
         encoder = TinySlices()
         head = ProjectionHead(encoder.num_features, 64, 16)
-        return ImageClustering(encoder, head, objective(how, 16, 16, 8)), list(image_batches())
+        return ImageClustering(encoder, head, objective(how, 16, 16, images)), list(image_batches(images))
     encoder = joint_encoder()
     if what == "masked":
         batches = [
-            {name: batch[name] for name in ("views", "mask", "hidden", "index")}
-            for batch in volume_batches(images=False)
+            {name: batch[name] for name in ("views", "mask", "hidden", "index", "counts")}
+            for batch in volume_batches(volumes, images=False)
         ]
         return MaskedSlices(encoder), batches
     head = ProjectionHead(encoder.encoder.num_features, 32, 16)
-    intra, inter = objective(how, 16, 54, 10), objective(how, 32, 8, 4)
-    return JointClustering(encoder, head, intra, inter, 0.7, 1.3), list(volume_batches())
+    intra, inter = objective(how, 16, 54, 2 * volumes + 2), objective(how, 32, 8, volumes)
+    return JointClustering(encoder, head, intra, inter, 0.7, 1.3), list(volume_batches(volumes))
 
 
+UNEVEN = ", uneven shares"
 KINDS = ("images swav", "images deepcluster", "joint swav", "joint deepcluster", "masked")
+KINDS += tuple(kind + UNEVEN for kind in KINDS)
 
 
 def train(kind: str) -> dict[str, Any]:
@@ -235,9 +242,10 @@ def test_several_steps_of_two_processes_end_where_one_ends(kind: str, trained: d
     assert any((one["state"][name] != start[name]).any() for name in start)
     for name, expected in one["state"].items():
         found = two[0]["state"][name]
-        if name == "intra.queue" and kind == "joint swav":
-            # A step's rows: per process four slices and an image; one process has all slices before all images.
-            found = found.unflatten(1, (2, 10))[:, :, [0, 1, 2, 3, 5, 6, 7, 8, 4, 9]].flatten(1, 2)
+        if name == "intra.queue" and "joint swav" in kind:
+            # A step's rows: per process its slices and an image; one process has all slices before all images.
+            rows = [0, 1, 2, 3, 5, 6, 4, 7] if kind.endswith(UNEVEN) else [0, 1, 2, 3, 5, 6, 7, 8, 4, 9]
+            found = found.unflatten(1, (2, len(rows)))[:, :, rows].flatten(1, 2)
         close(found, expected, name)
     for level, memory in one["memory"].items():
         for name, expected in memory.items():
@@ -276,7 +284,7 @@ def two_steps(lambdas: tuple[float, float, float]) -> str:
         JointClustering(encoder, head, intra, inter, *lambdas), Run(rank(), world_size(), torch.device("cpu"))
     )
     optimizer = LARC(parameter_groups(learner, 1e-4), lr=1.0)
-    for batch in list(volume_batches())[:2]:
+    for batch in list(volume_batches(4))[:2]:
         try:
             losses = learner(**batch)
         except RuntimeError as error:  # on both processes alike
@@ -484,70 +492,3 @@ def fail_on_the_second() -> None:
 def test_the_helper_raises_what_a_process_raises() -> None:
     with pytest.raises(RuntimeError, match=r"process 1: (.|\n)*UserError: this one failed"):
         run_processes(2, fail_on_the_second)
-
-
-# ------------------------------------------------------------------------------------------------------ batch samplers
-
-
-def epoch_batches(samples: int, batch_size: int, world: int, seed: int = 3) -> list[EpochBatches]:
-    return [
-        EpochBatches(samples, batch_size, seed, Run(r, world, torch.device("cpu")), "volumes") for r in range(world)
-    ]
-
-
-def keys(batches: EpochBatches, epoch: int, first_step: int = 0) -> list[list[tuple[int, int]]]:
-    batches.epoch, batches.first_step = epoch, first_step
-    found = list(batches)
-    assert len(found) == len(batches)
-    return found
-
-
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_the_union_over_processes_is_the_joint_batch_of_one(world: int) -> None:
-    samples, joint = 45, 6
-    (alone,), several = epoch_batches(samples, joint, 1), epoch_batches(samples, joint // world, world)
-    for epoch in (0, 4):
-        expected = keys(alone, epoch)
-        assert len(expected) == samples // joint == 7
-        shares = [keys(batches, epoch) for batches in several]
-        assert [list(chain(*step)) for step in zip(*shares, strict=True)] == expected
-        drawn = [i for step in expected for _, i in step]
-        assert len(set(drawn)) == len(drawn) == 42
-        assert set(drawn) <= set(range(samples))
-        assert {e for step in expected for e, _ in step} == {epoch}
-        for step in (0, 3, 6, 7):
-            assert [keys(batches, epoch, step) for batches in several] == [share[step:] for share in shares]
-    assert [i for step in keys(alone, 0) for _, i in step] != [i for step in keys(alone, 1) for _, i in step]
-    other = epoch_batches(samples, joint, 1, seed=4)[0]
-    assert keys(other, 0) != keys(alone, 0)
-
-
-def test_samples_left_out_of_an_epoch_come_in_another() -> None:
-    (batches,) = epoch_batches(11, 6, 1)
-    assert {i for epoch in range(12) for step in keys(batches, epoch) for _, i in step} == set(range(11))
-
-
-def test_fewer_samples_than_a_joint_batch_is_an_error_with_the_numbers() -> None:
-    with pytest.raises(UserError, match=r"4 per process x 3 process\(es\) need 12 volumes.*hold 11"):
-        epoch_batches(11, 4, 3)
-
-
-@pytest.mark.parametrize(("samples", "steps"), [(7, 5), (3, 4), (50, 6)])
-def test_cycling_batches_pass_over_all_samples_again_and_again(samples: int, steps: int) -> None:
-    def cycling(r: int, world: int, batch_size: int) -> CyclingBatches:
-        return CyclingBatches(samples, batch_size, 3, Run(r, world, torch.device("cpu")), steps)
-
-    alone = [keys(cycling(0, 1, 4), epoch) for epoch in range(4)]
-    drawn = [i for epoch in alone for step in epoch for _, i in step]
-    assert len(drawn) == 4 * steps * 4
-    for start in range(0, len(drawn) - samples + 1, samples):
-        assert sorted(drawn[start : start + samples]) == list(range(samples))
-    assert [{e for step in epoch for e, _ in step} for epoch in alone] == [{0}, {1}, {2}, {3}]
-    two = [cycling(r, 2, 2) for r in range(2)]
-    for epoch in range(4):
-        shares = [keys(batches, epoch) for batches in two]
-        assert [list(chain(*step)) for step in zip(*shares, strict=True)] == alone[epoch]
-        assert keys(two[1], epoch, 2) == shares[1][2:]
-    if samples == 7:
-        passes = np.array(drawn[: len(drawn) // 7 * 7]).reshape(-1, 7)
-        assert len({tuple(p) for p in passes}) > 1  # another order every time

@@ -92,13 +92,21 @@ def all_max(x: Tensor) -> Tensor:
     return x
 
 
-def all_gather(x: Tensor) -> Tensor:
-    """x [n, ...] of every process, the same n on each, joined in rank order: [n * world_size, ...]. No gradient."""
+def all_gather(x: Tensor, counts: list[int] | None = None) -> Tensor:
+    """x [n, ...] of every process, joined in rank order: [sum of n, ...]. No gradient.
+
+    counts: n of every process; None when it is the same on each. Known beforehand, it costs no wait for the device.
+    """
     if world_size() == 1:
         return x
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    counts = counts or [len(x)] * world_size()
+    if counts[rank()] != len(x):
+        raise ValueError(f"process {rank()} has {len(x)} rows, counts says {counts}")
+    padded = x.new_zeros(max(counts), *x.shape[1:])
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
 
 def gather_objects(x: Any) -> list[Any]:

@@ -67,7 +67,7 @@ def fit(
     core: Learner = distributed.unwrap(learner)
     precision = Precision(config.precision, run.device)
     state = checkpoint.load(folder)
-    first_epoch = first_step = 0
+    first_epoch = first_seen = 0
     sums: dict[str, float] = {}
     if state:
         _check_same_run(state, config, run, data_fingerprint, folder)
@@ -75,7 +75,7 @@ def fit(
         core.load_memory_state(state["memory"])
         optimizer.load_state_dict(state["optimizer"])
         precision.scaler.load_state_dict(state["scaler"])
-        first_epoch, first_step, sums = state["epoch"], state["step"], state["sums"]
+        first_epoch, first_seen, sums = state["epoch"], state["seen"], state["sums"]
     log = Log(folder, config, run, first_epoch)
     log.say(
         f"{'continuing' if state else 'starting'} at epoch {first_epoch} of {config.epochs}, {loader.steps} steps "
@@ -86,7 +86,7 @@ def fit(
     learner.train()
     last: dict[str, float] = state["last"] if state else {}
 
-    def save(epoch: int, step: int, keep: bool = False) -> None:
+    def save(epoch: int, seen: int, keep: bool = False) -> None:
         memory = core.memory_state()  # all processes take part
         error = None
         try:
@@ -98,7 +98,7 @@ def fit(
                         "optimizer": optimizer.state_dict(),
                         "scaler": precision.scaler.state_dict(),
                         "epoch": epoch,
-                        "step": step,
+                        "seen": seen,
                         "sums": sums,
                         "last": last,
                         "config": to_dict(config),
@@ -115,11 +115,12 @@ def fit(
     with _signals() as caught:
         saved_at = time.monotonic()
         for epoch in range(first_epoch, config.epochs):
-            core.begin_epoch(epoch, resumed=first_step > 0)
+            core.begin_epoch(epoch, resumed=first_seen > 0)
+            first_step, seen = loader.batches.step_at(first_seen), first_seen
             bar = log.bar(epoch, loader.steps, first_step)
             began = waiting = time.monotonic()
             waited = 0.0
-            for step, batch in enumerate(loader.epoch(epoch, first_step), start=first_step):
+            for step, batch in enumerate(loader.epoch(epoch, first_seen), start=first_step):
                 waited += time.monotonic() - waiting
                 now = epoch * loader.steps + step
                 for group in optimizer.param_groups:
@@ -135,12 +136,14 @@ def fit(
                 core.cancel_gradients(now)
                 precision.step(optimizer)
                 optimizer.zero_grad(set_to_none=True)
+                joint = sum(batch["counts"])
+                seen += joint
                 for name, value in means.items():
-                    sums[name] = sums.get(name, 0.0) + value
+                    sums[name] = sums.get(name, 0.0) + value * joint
                 bar.update()
                 bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()}, refresh=False)
                 if (stop or due) and step + 1 < loader.steps:  # the epoch's end saves anyway
-                    save(epoch, step + 1)
+                    save(epoch, seen)
                     saved_at = time.monotonic()
                     if stop:
                         bar.close()
@@ -148,10 +151,9 @@ def fit(
                 waiting = time.monotonic()
             bar.close()
             seconds = time.monotonic() - began
-            last = {name: value / loader.steps for name, value in sums.items()}
-            samples = (loader.steps - first_step) * config.batch_size * run.world_size
-            log.row(epoch, last, rate((epoch + 1) * loader.steps - 1), seconds, waited, samples)
-            sums, first_step = {}, 0
+            last = {name: value / seen for name, value in sums.items()}
+            log.row(epoch, last, rate((epoch + 1) * loader.steps - 1), seconds, waited, seen - first_seen)
+            sums, first_seen = {}, 0
             is_last = epoch + 1 == config.epochs
             save(epoch + 1, 0, keep=not is_last and (epoch + 1) % config.checkpoint_freq == 0)
             saved_at = time.monotonic()

@@ -1,0 +1,170 @@
+"""What each process reads in each step: nothing lost, nothing twice, the same whatever the processes and stops."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+
+from datasets.loaders import CyclingBatches, EpochBatches
+from datasets.seeding import FILLING
+from utils.distributed import Run
+from utils.errors import UserError
+
+
+def run(rank: int, world: int) -> Run:
+    return Run(rank, world, torch.device("cpu"))
+
+
+def samplers(samples: int, batch_size: int, world: int, seed: int = 3) -> list[EpochBatches]:
+    return [EpochBatches([0] * samples, batch_size, seed, run(r, world)) for r in range(world)]
+
+
+def drawn(batches: EpochBatches, epoch: int, seen: int = 0) -> list[list[int]]:
+    """Indices of every step of one process."""
+    batches.epoch, batches.seen = epoch, seen
+    steps = list(batches)
+    assert len(steps) == len(batches) == batches.steps_after(seen)
+    assert {e for step in steps for e, _ in step} <= {epoch}
+    return [[i for _, i in step] for step in steps]
+
+
+def joint(several: list[EpochBatches], epoch: int, seen: int = 0) -> list[list[int]]:
+    """Indices of every joint batch."""
+    return [list(chain(*shares)) for shares in zip(*(drawn(b, epoch, seen) for b in several), strict=True)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("samples", [24, 25, 26, 35, 47, 48])
+def test_an_epoch_holds_every_sample_exactly_once(samples: int, world: int) -> None:
+    several = samplers(samples, 12 // world, world)
+    for epoch in (0, 5):
+        batches = joint(several, epoch)
+        assert sorted(chain(*batches)) == list(range(samples))
+        assert len(batches) == -(-samples // 12)
+        sizes = [len(batch) for batch in batches]
+        assert max(sizes) <= 12
+        assert max(sizes) - min(sizes) <= 1
+        shares = [[len(share) for share in drawn(b, epoch)] for b in several]
+        assert np.ptp(shares, axis=0).max() <= 1
+        assert np.min(shares) >= 1
+        assert shares == [[counts[r] for _, counts in several[0].plan()] for r in range(world)]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_joint_batches_do_not_depend_on_the_number_of_processes(world: int) -> None:
+    (alone,) = samplers(47, 12, 1)
+    assert joint(samplers(47, 12 // world, world), 3) == joint([alone], 3)
+    assert joint([alone], 3) != joint([alone], 4)
+    assert joint(samplers(47, 12, 1, seed=4), 3) != joint([alone], 3)
+
+
+def test_an_epoch_goes_on_at_any_step_as_if_it_had_not_stopped() -> None:
+    several = samplers(47, 4, 3)
+    whole = joint(several, 1)
+    places = [seen for seen, _ in several[0].plan()]
+    for step, seen in enumerate(places):
+        assert several[0].step_at(seen) == step
+        assert joint(several, 1, seen) == whole[step:]
+    assert joint(several, 1, 47) == []
+
+
+@pytest.mark.parametrize("samples", [25, 47, 64])
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4), (1, 3), (3, 1)])
+def test_another_number_of_processes_goes_on_in_the_same_order(samples: int, before: int, after: int) -> None:
+    first, second = samplers(samples, 3, before), samplers(samples, 3, after)
+    order = list(first[0].order(7))
+    for seen, _ in list(first[0].plan())[1:]:
+        rest = list(chain(*joint(second, 7, seen)))
+        left_out = samples - seen - len(rest)
+        assert rest == order[seen : samples - left_out]
+        assert left_out == 0 or samples - seen < after  # too few for one each
+        assert 0 <= second[0].step_at(seen) <= second[0].steps
+
+
+def test_with_one_sample_each_what_does_not_fill_a_step_is_left_to_another_epoch() -> None:
+    several = samplers(11, 1, 4)
+    batches = [list(chain(*joint(several, epoch))) for epoch in range(12)]
+    assert all(len(set(batch)) == 8 for batch in batches)
+    assert set(chain(*batches)) == set(range(11))
+
+
+def test_too_few_samples_are_an_error_with_the_numbers() -> None:
+    with pytest.raises(UserError, match=r"4 per process x 3 process\(es\) need 12 samples.*hold 11"):
+        samplers(11, 4, 3)
+    with pytest.raises(UserError, match="no volumes in it"):
+        EpochBatches([], 4, 0, run(0, 1), "volumes")
+
+
+# ------------------------------------------------------------------------------------- data sets of very different size
+
+
+GROUPS = ["small"] * 4 + ["large"] * 400 + ["middle"] * 40  # 444 samples
+
+
+@pytest.mark.parametrize(
+    ("temperature", "shares"),
+    # 4, 400 and 40 to the power of 1 / T, as shares of 444; at T = 2: 2, 20 and 6.32 of 28.32.
+    [(1, (4, 400, 40)), (2, (31, 314, 99)), (1e9, (148, 148, 148))],
+)
+def test_the_temperature_balances_data_sets(temperature: float, shares: tuple[int, ...]) -> None:
+    several = [EpochBatches(GROUPS, 8, 3, run(r, 2), "volumes", temperature) for r in range(2)]
+    for epoch in range(3):
+        indices = list(chain(*joint(several, epoch)))
+        counts = Counter(GROUPS[i] for i in indices)
+        assert tuple(counts[name] for name in ("small", "large", "middle")) == shares
+
+
+def test_balanced_data_sets_take_their_samples_in_turns() -> None:
+    batches = EpochBatches(GROUPS, 8, 3, run(0, 1), sampling_temperature=2)
+    total: Counter[int] = Counter()
+    for epoch in range(40):
+        total.update(chain(*drawn(batches, epoch)))
+        for name in set(GROUPS):  # no sample comes again before every other of its data set
+            times = [total[i] for i, group in enumerate(GROUPS) if group == name]
+            assert max(times) - min(times) <= 1
+    assert min(total[i] for i in range(len(GROUPS))) > 0
+
+
+def test_the_pass_that_fills_a_memory_bank_sees_every_sample_however_data_sets_are_balanced() -> None:
+    batches = EpochBatches(GROUPS, 8, 3, run(0, 1), sampling_temperature=5)
+    assert sorted(chain(*drawn(batches, FILLING))) == list(range(len(GROUPS)))
+
+
+def test_balanced_epochs_go_on_and_spread_over_processes_too() -> None:
+    alone = [EpochBatches(GROUPS, 8, 3, run(0, 1), sampling_temperature=3)]
+    four = [EpochBatches(GROUPS, 2, 3, run(r, 4), sampling_temperature=3) for r in range(4)]
+    whole = joint(alone, 9)
+    assert joint(four, 9) == whole
+    seen = sum(map(len, whole[:20]))
+    assert joint(four, 9, seen) == whole[20:]
+
+
+# -------------------------------------------------------------------------------------- images that accompany an epoch
+
+
+@pytest.mark.parametrize(("samples", "steps"), [(7, 5), (3, 4), (50, 6)])
+def test_cycling_batches_pass_over_all_samples_again_and_again(samples: int, steps: int) -> None:
+    def cycling(rank: int, world: int, batch_size: int, epoch: int, first_step: int = 0) -> list[list[int]]:
+        batches = CyclingBatches([0] * samples, batch_size, 3, run(rank, world), steps)
+        batches.epoch, batches.first_step = epoch, first_step
+        found = list(batches)
+        assert len(found) == len(batches)
+        assert {e for step in found for e, _ in step} <= {epoch}
+        return [[i for _, i in step] for step in found]
+
+    alone = [cycling(0, 1, 4, epoch) for epoch in range(4)]
+    indices = list(chain(*chain(*alone)))
+    assert len(indices) == 4 * steps * 4
+    for start in range(0, len(indices) - samples + 1, samples):
+        assert sorted(indices[start : start + samples]) == list(range(samples))
+    for epoch in range(4):
+        shares = [cycling(r, 2, 2, epoch) for r in range(2)]
+        assert [list(chain(*step)) for step in zip(*shares, strict=True)] == alone[epoch]
+        assert cycling(1, 2, 2, epoch, 2) == shares[1][2:]
+    if samples == 7:
+        passes = np.array(indices[: len(indices) // 7 * 7]).reshape(-1, 7)
+        assert len({tuple(p) for p in passes}) > 1  # another order every time
