@@ -1,0 +1,142 @@
+"""What benchmarks share: fair timing, the environment that a figure belongs to, and the file it is written to."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "torchvision", "numpy", "scipy", "torchio", "SimpleITK")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of every repetition of one piece of work, in the order in which they were taken."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def iqr(self) -> float:
+        """Inter-quartile range; 0 of a single repetition."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return high - low
+
+    def over(self, other: Timing) -> float:
+        """How many times as long as `other` this takes: median of the ratios of repetitions taken side by side."""
+        return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
+
+    def record(self) -> dict[str, float | int]:
+        """For the results file."""
+        return {"median_s": self.median, "iqr_s": self.iqr, "repeats": len(self.seconds)}
+
+
+def measure(
+    work: Mapping[str, Callable[[], object]],
+    repeats: int = 20,
+    warmup: int = 3,
+    device: torch.device | str = "cpu",
+) -> dict[str, Timing]:
+    """Seconds that each piece of work takes, waiting for the device before and after every repetition.
+
+    The pieces take turns (ABAB...), so that what else the machine does meets all of them alike.
+    """
+    for function in work.values():
+        for _ in range(warmup):
+            function()
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(repeats):
+        for name, function in work.items():
+            wait(device)
+            start = time.perf_counter()
+            function()
+            wait(device)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def wait(device: torch.device | str) -> None:
+    """Return when the device has done all that it was asked to do."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What a figure depends on beside the code: machine, threads, load, versions, commit."""
+    return {
+        "device": device_name(device),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average_1min": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "cuda": torch.version.cuda if torch.device(device).type == "cuda" else None,
+        "commit": _commit(),
+        "command": " ".join(["python", *sys.argv]),
+        "date_utc": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+    }
+
+
+def device_name(device: torch.device | str) -> str:
+    """`cpu`, or the name of the graphics card."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def write(name: str, results: Mapping[str, Any], device: torch.device | str = "cpu") -> Path:
+    """Results and environment as `results/<name>_<device>.json`, replacing an older file; returns its path."""
+    RESULTS.mkdir(exist_ok=True)
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    path = RESULTS / f"{name}_{slug}.json"
+    path.write_text(json.dumps({"environment": environment(device), "results": results}, indent=2) + "\n")
+    return path
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Commit of the code, with `+` where files that git knows differ from it; None outside a git repository."""
+
+    def git(*arguments: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
