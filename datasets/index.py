@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,6 +63,9 @@ class Sample:
     window: tuple[float, float] | None  # volumes: intensities to map to 0 and 1; None: robust percentiles
     size_bytes: int
     mtime_ns: int
+    # What follows describes a sample for checks (datasets/check.py) and is no part of what it is.
+    dtype: str = field(default="", compare=False)  # of a volume's file, e.g. int16; an image's mode in PIL's words
+    modality: str | None = field(default=None, compare=False)  # as dataset.yaml says
 
     @property
     def data_path(self) -> Path:
@@ -299,9 +302,9 @@ def _inspect(file: str, root: Path, settings: dict[str, Any]) -> Sample | str:
         axis = 2 if axis is None or kind == "image" else axis
         window = settings.get("window") if kind == "volume" else None  # an image's grey values are not HU
         if kind == "volume":
-            slices, height, width = _volume_size(path, axis, status.st_size)
+            slices, height, width, dtype = _volume_header(path, axis, status.st_size)
         else:
-            slices, height, width = 1, *_image_size(path)
+            slices, (height, width, dtype) = 1, _image_header(path)
     except ValueError as error:
         return f"{path}: {error}"
     except OSError as error:
@@ -320,11 +323,13 @@ def _inspect(file: str, root: Path, settings: dict[str, Any]) -> Sample | str:
         window=None if window is None else (float(window[0]), float(window[1])),
         size_bytes=status.st_size,
         mtime_ns=status.st_mtime_ns,
+        dtype=dtype,
+        modality=settings.get("modality"),
     )
 
 
-def _volume_size(path: Path, slice_axis: int, size_bytes: int) -> tuple[int, int, int]:
-    """(slices, height, width) of an NPY volume, or ValueError."""
+def _volume_header(path: Path, slice_axis: int, size_bytes: int) -> tuple[int, int, int, str]:
+    """(slices, height, width, name of the dtype) of an NPY volume, or ValueError."""
     shape, dtype, offset = npy_header(path)
     if dtype.hasobject:
         raise ValueError("holds Python objects (a pickle), which are never loaded; save a plain numeric array")
@@ -351,14 +356,14 @@ def _volume_size(path: Path, slice_axis: int, size_bytes: int) -> tuple[int, int
             f"has slices of {height} x {width} pixels ({found}, slices along axis {slice_axis}), below "
             f"{MIN_SIDE}; remove it, or set slice_axis in dataset.yaml if its slices lie along another axis"
         )
-    return shape[slice_axis], height, width
+    return shape[slice_axis], height, width, dtype.name
 
 
-def _image_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an image from its header, or ValueError."""
+def _image_header(path: Path) -> tuple[int, int, str]:
+    """(height, width, mode) of an image, or ValueError."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            width, height = image.size
+            (width, height), mode = image.size, image.mode
             pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(f"claims more than {MAX_IMAGE_PIXELS} pixels; reduce it or remove it") from None
@@ -372,7 +377,7 @@ def _image_size(path: Path) -> tuple[int, int]:
         raise ValueError(f"has {height} x {width} pixels, above {MAX_IMAGE_PIXELS}; reduce it or remove it")
     if min(height, width) < MIN_SIDE:
         raise ValueError(f"has {height} x {width} pixels, below {MIN_SIDE} in one direction; remove it")
-    return height, width
+    return height, width, mode
 
 
 def _kind(name: str) -> Literal["volume", "image"] | None:
