@@ -38,7 +38,7 @@ class Config:
     """JSON file to write everything to, with the names of all files"""
 
 
-SHOWN = 20  # errors on the screen; the report has all
+SHOWN = 30  # errors and warnings on the screen; the report has all
 
 Row = tuple[str, float, float, float]  # what is measured, its minimum, median and maximum
 
@@ -52,13 +52,14 @@ def main(cfg: Config) -> None:
 
     for members in groups(samples).values():
         print(f"{title(members)}\n{layout(rows(members, contents))}\n")
-    for name, listed in (("errors: training stops at these", errors[:SHOWN]), ("warnings", warnings)):
+    for name, listed in (("errors: training stops at these", errors), ("warnings", warnings)):
         if listed:
-            print("\n".join([f"{name}", *(f"  {finding.message}" for finding in listed), ""]))
-    if len(errors) > SHOWN:
-        print(f"  ... and {len(errors) - SHOWN} more errors; --report FILE.json lists all\n")
+            more = (
+                [f"  ... and {len(listed) - SHOWN} more; --report FILE.json lists all"] if len(listed) > SHOWN else []
+            )
+            print("\n".join([name, *(f"  {finding.message}" for finding in listed[:SHOWN]), *more, ""]))
     depth = "all read" if cfg.full else "headers only; --full true reads everything"
-    print(f"{len(errors)} errors, {len(warnings)} warnings; {len(samples)} files ({depth})", flush=True)
+    print(f"{_count(errors, 'error')}, {_count(warnings, 'warning')}, {_count(samples, 'file')} ({depth})", flush=True)
     if cfg.report:
         write_report(Path(cfg.report), cfg, samples, findings, contents)
     if errors:
@@ -128,6 +129,10 @@ def write_report(
         path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"report: {path} cannot be written ({error.strerror}); name another file") from None
+
+
+def _count(items: Sequence, name: str) -> str:
+    return f"{len(items)} {name}{'s' * (len(items) != 1)}"
 
 
 if __name__ == "__main__":

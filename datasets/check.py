@@ -27,12 +27,12 @@ FEWEST = 8  # files that make a median and a deviation worth something
 DEVIATIONS = 5.0  # robust standard deviations: of normal values fewer than one in a million lie further out
 NAMED, LINES = 3, 12  # files that a message names; lines that the start of a training run may print
 
-# An outlier must also differ from the median by a factor that matters: where all files but one agree, the deviation is 0.
+# An outlier must also differ from the median by what matters: where all files but one agree, the deviation is 0.
 SIDE_FACTOR = 2.0  # in plane: slices are fitted to one canvas, so a structure would appear at half or twice its size
 SLICES_FACTOR = 3.0  # slice counts vary more: a chest has 100 slices of 3 mm or 300 of 1 mm
 BYTES_FACTOR = 8.0  # images are compressed: a black one takes a hundredth of the bytes of a full one
 SCALE_FACTOR = 8.0  # MR scanners' scales differ by small factors; 0..1 among 0..1000 differs by 1000
-LEVEL_SHARE = 0.25  # of the median range: CT without its offset of -1024 moves by a third to a half of it
+LEVEL_SHARE = 0.4  # of the median range: CT without its offset of -1024 moves by half of it, other anatomy by less
 
 THINNER = 2.0  # a plane in which the two sides differ so much holds the slice axis, if a third axis is as long
 THINNER_EQUAL = 1.6  # less is enough where the other two are equal: 300 x 512 x 512, but not a head of 160 x 256 x 256
@@ -112,11 +112,12 @@ def check(
     contents: dict[Sample, Content] = {}
     if full:
         contents, refused = _read_all(samples, workers, progress)
-        found += [
-            Finding("error", "content", sample.dataset, str(refused[sample]), [sample.name]) for sample in refused
-        ]
-    found += header_findings(samples, target_shape)
-    found += content_findings(contents) if full else _probed_twins(samples)
+        found += [Finding("error", "content", s.dataset, str(error), [s.name]) for s, error in refused.items()]
+        warnings = header_findings(list(contents), target_shape) + content_findings(contents)
+    else:
+        warnings = header_findings(samples, target_shape) + _probed_twins(samples)
+    place = {sample.dataset: i for i, sample in enumerate(samples)}
+    found += sorted(warnings, key=lambda warning: place.get(warning.dataset, len(samples)))
     return samples, found, contents
 
 
@@ -202,7 +203,7 @@ def _mixed_dtypes(members: list[Sample]) -> Finding | None:
         "mixed dtypes",
         members,
         rare,
-        f"another dtype than the others ({', '.join(f'{kinds[k]} {k}' for k in sorted(kinds, key=lambda k: -kinds[k]))})",
+        f"another dtype than the others ({', '.join(f'{count} {dtype}' for dtype, count in kinds.most_common())})",
         "make sure that all hold the same kind of values, not raw ones beside rescaled ones",
     )
 
@@ -472,7 +473,8 @@ def content_findings(contents: dict[Sample, Content]) -> list[Finding]:
                 members,
                 odd,
                 f"intensities far from the others' (0.5 / 50 / 99.5 % percentiles, median {typical})",
-                "look at them: another scale, another modality, or a missing offset",
+                "look whether modality, scale or offset differ; a scale alone does no harm, as training scales each "
+                "file by its own percentiles, unless dataset.yaml gives a window",
                 middle,
             ),
             _warning(
@@ -491,13 +493,13 @@ def content_findings(contents: dict[Sample, Content]) -> list[Finding]:
 
 
 def _odd_intensities(members: list[Sample], contents: dict[Sample, Content]) -> list[Sample]:
-    """Files whose range has another scale than the others', or whose percentiles lie elsewhere."""
+    """Files whose range has another scale than the others', or whose outer percentiles lie elsewhere."""
     if not members:
         return []
     percentiles = np.array([contents[s].percentiles for s in members])
     ranges = percentiles[:, 2] - percentiles[:, 0]
     odd = outliers(np.log(ranges), math.log(SCALE_FACTOR))
-    for values in percentiles.T:
+    for values in (percentiles[:, 0], percentiles[:, 2]):  # the middle depends on how much air a picture shows
         odd |= outliers(values, LEVEL_SHARE * float(np.median(ranges)))
     return [s for s, is_odd in zip(members, odd, strict=True) if is_odd]
 
