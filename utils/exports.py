@@ -1,0 +1,104 @@
+"""The encoders in the layouts that other libraries load: state dicts of plain ResNets, torch.export, ONNX."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from models.encoder import JointEncoder
+from models.resnet import GreyResNet, pooled
+
+Inflation = Literal["mean", "centre"]
+SMALLEST_SIDE, FEWEST_SLICES = 33, 5  # below, the exported graph would need shapes of 1, which torch.export fixes
+
+
+def plain_state(encoder: GreyResNet, channels: int) -> dict[str, Tensor]:
+    """State dict of the ResNet without `fc` in torchvision's names, with a stem for 1 or 3 equal channels.
+
+    A plain ResNet does not normalise: it gives the encoder's features for (grey - GREY_MEAN) / GREY_STD.
+    torchvision, timm, segmentation_models_pytorch and MONAI (2D) share these names and shapes.
+    """
+    state = encoder.torchvision_state()
+    if channels == 1:
+        state["conv1.weight"] = encoder.conv1.weight.detach().cpu().clone()
+    return {name: value.contiguous() for name, value in state.items()}
+
+
+def inflate(state: dict[str, Tensor], how: Inflation = "mean") -> dict[str, Tensor]:
+    """2D convolutions [O, I, k, k] -> 3D ones [O, I, k, k, k], the first k along depth; everything else as it is.
+
+    mean: each depth gets the 2D kernel / k (I3D, Carreira and Zisserman 2017). A volume that is constant along depth
+    then gives the 2D response wherever zero padding along depth is out of sight.
+    centre: the middle depth gets the 2D kernel, the others 0. The 2D response holds at the border too, and every slice
+    is seen alone until training fills the zeros.
+    """
+
+    def one(weight: Tensor) -> Tensor:
+        k = weight.shape[-1]
+        if how == "mean":
+            return (weight / k).unsqueeze(2).repeat(1, 1, k, 1, 1)
+        deep = weight.new_zeros(*weight.shape[:2], k, *weight.shape[2:])
+        deep[:, :, k // 2] = weight
+        return deep
+
+    return {name: one(value) if value.dim() == 4 else value for name, value in state.items()}
+
+
+class VolumeEmbedding(nn.Module):
+    """`JointEncoder` as one function with plain shapes, for tracing.
+
+    forward: volumes [B, D, H, W] in 0..1 and mask [B, D] (True for real slices, which come first) -> [B, d], unit
+    length. Padded slices pass through the ResNet and are dropped after it, which gives the same result in eval mode.
+    """
+
+    def __init__(self, joint: JointEncoder) -> None:
+        super().__init__()
+        self.joint = joint
+
+    def forward(self, volumes: Tensor, mask: Tensor) -> Tensor:
+        _, embedded = self.joint.slices(volumes.flatten(0, 1).unsqueeze(1))
+        tokens = embedded.unflatten(0, mask.shape) * mask.unsqueeze(-1)
+        return self.joint.holistic(tokens, mask)
+
+
+class EncoderOutputs(nn.Module):
+    """`GreyResNet`: images [N, 1, H, W] in 0..1 -> pooled features [N, C4] and its four maps."""
+
+    def __init__(self, encoder: GreyResNet) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        stages = self.encoder(images)
+        return pooled(stages), *stages
+
+
+def write_program(joint: JointEncoder, path: Path) -> None:
+    """`VolumeEmbedding` through torch.export (.pt2): any batch, D >= FEWEST_SLICES, H and W >= SMALLEST_SIDE."""
+    volumes, mask = torch.rand(2, 9, 64, 64), torch.ones(2, 9, dtype=torch.bool)
+    any_size = torch.export.Dim.AUTO
+    shapes = {"volumes": dict.fromkeys(range(4), any_size), "mask": dict.fromkeys(range(2), any_size)}
+    program = torch.export.export(VolumeEmbedding(joint).eval(), (volumes, mask), dynamic_shapes=shapes)
+    torch.export.save(program, path)
+
+
+def write_onnx(encoder: GreyResNet, path: Path) -> None:
+    """`EncoderOutputs` as ONNX: input `images`, outputs `features` and `stage1` to `stage4`, any batch and size."""
+    stages = [f"stage{i}" for i in range(1, 5)]
+    spatial = {0: "batch", 2: "height", 3: "width"}
+    with warnings.catch_warnings():
+        # The newer exporter needs onnxscript; this one writes the same graph for a ResNet.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.onnx.export(
+            EncoderOutputs(encoder).eval(),
+            (torch.rand(2, 1, 64, 64),),
+            path,
+            input_names=["images"],
+            output_names=["features", *stages],
+            dynamic_axes={"images": spatial, "features": {0: "batch"}} | dict.fromkeys(stages, spatial),
+            dynamo=False,
+        )
