@@ -54,10 +54,10 @@ def main(cfg: Config) -> None:
         print(f"{title(members)}\n{layout(rows(members, contents))}\n")
     for name, listed in (("errors: training stops at these", errors), ("warnings", warnings)):
         if listed:
-            more = (
-                [f"  ... and {len(listed) - SHOWN} more; --report FILE.json lists all"] if len(listed) > SHOWN else []
-            )
-            print("\n".join([name, *(f"  {finding.message}" for finding in listed[:SHOWN]), *more, ""]))
+            print("\n".join([name, *(f"  {finding.message}" for finding in listed[:SHOWN])]))
+            if len(listed) > SHOWN:
+                print(f"  ... and {len(listed) - SHOWN} more; --report FILE.json lists all")
+            print()
     depth = "all read" if cfg.full else "headers only; --full true reads everything"
     print(f"{_count(errors, 'error')}, {_count(warnings, 'warning')}, {_count(samples, 'file')} ({depth})", flush=True)
     if cfg.report:

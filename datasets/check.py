@@ -288,7 +288,7 @@ def _name_twins(samples: Sequence[Sample]) -> list[Finding]:
     for s in samples:
         if s.mtime_ns % 1_000_000_000:
             same.setdefault((s.size_bytes, s.mtime_ns, s.path.name), []).append(s)
-    return _duplicates(same.values(), "seem to be the same file (size, time and name are equal)")
+    return _duplicates(same.values(), "probable duplicates (size, time and name agree)")
 
 
 def _probed_twins(samples: Sequence[Sample]) -> list[Finding]:
@@ -303,7 +303,7 @@ def _probed_twins(samples: Sequence[Sample]) -> list[Finding]:
                 probe = _probe(s)
                 if len(set(probe)) >= 16:
                     same.setdefault((key, probe), []).append(s)
-    return _duplicates(same.values(), "seem to have the same content (equal in size and at three places)")
+    return _duplicates(same.values(), "probable duplicates (size and three parts of the content agree)")
 
 
 def _probe(sample: Sample) -> bytes:
@@ -489,7 +489,7 @@ def content_findings(contents: dict[Sample, Content]) -> list[Finding]:
     same: dict[str, list[Sample]] = {}
     for sample, content in contents.items():
         same.setdefault(content.digest, []).append(sample)
-    return [finding for finding in found if finding] + _duplicates(same.values(), "have the same content")
+    return [finding for finding in found if finding] + _duplicates(same.values(), "duplicates (all values agree)")
 
 
 def _odd_intensities(members: list[Sample], contents: dict[Sample, Content]) -> list[Sample]:
@@ -518,19 +518,22 @@ def _looks_like_hu(content: Content) -> bool:
 
 
 def _duplicates(sets: Iterable[list[Sample]], what: str) -> list[Finding]:
+    """One warning about all sets of files that are the same; `what` begins it and says how that is known."""
     sets = [members for members in sets if len(members) > 1]
     if not sets:
         return []
-    some = "; ".join(" = ".join(s.name for s in members[:NAMED]) for members in sets[:NAMED])
-    more = f" and {len(sets) - NAMED} more groups" if len(sets) > NAMED else ""
+    some = "; ".join(
+        " = ".join(s.name for s in members[:NAMED]) + " = ..." * (len(members) > NAMED) for members in sets[:NAMED]
+    )
+    more = "; ..." * (len(sets) > NAMED)
     names = {s.dataset for members in sets for s in members}
-    count = sum(map(len, sets)) - len(sets)
+    surplus = sum(map(len, sets)) - len(sets)
     return [
         Finding(
             "warning",
             "duplicates",
             names.pop() if len(names) == 1 else None,
-            f"duplicates: {count} file{'s' * (count > 1)} {what} as another: {some}{more}; "
+            f"{what}: {surplus} file{'s' * (surplus > 1)} too many: {some}{more}; "
             "keep one of each, or it counts twice and may stand on both sides of a split",
             [s.name for members in sets for s in members],
         )
