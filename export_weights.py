@@ -17,9 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from downstream.encoders import load_encoder, load_joint_encoder
+from downstream.encoders import has_transformer, load_encoder, load_joint_encoder
 from models.encoder import JointEncoder
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet
 from utils import checkpoint, exports
@@ -142,8 +140,7 @@ def read(weights: str, arch: str | None = None) -> Source:
     """The networks in a weights file of this project. Raises UserError where the file or its `.json` is not right."""
     path = Path(weights)
     record = read_record(path)
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if any(key.startswith("transformer.") for key in state):
+    if has_transformer(weights):
         joint = load_joint_encoder(weights, arch).eval()
         return Source(path, record, joint.encoder, joint)
     return Source(path, record, load_encoder(weights, arch).eval(), None)

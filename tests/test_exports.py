@@ -94,10 +94,13 @@ def features(loaded: SimpleNamespace, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("arch", "stem", "channels"), [("resnet18", "first", 1), ("resnet50", "third", 3)])
 @pytest.mark.parametrize("name", ["torchvision", "timm", "smp", "monai2d"])
-def test_the_lines_of_the_card_load_the_file_and_give_our_features(name, channels, made, images, tmp_path, monkeypatch):
-    card = export(made, tmp_path, format=name, channels=channels)
+def test_the_lines_of_the_card_load_the_file_and_give_our_features(
+    name, arch, stem, channels, images, tmp_path, monkeypatch, request
+):
+    made = request.getfixturevalue(arch)
+    card = export(made, tmp_path, stem, format=name, channels=channels)
     loaded = follow(card, tmp_path, monkeypatch)
     x = ((images - GREY_MEAN) / GREY_STD).repeat(1, channels, 1, 1)
     torch.testing.assert_close(features(loaded, x), pooled(made.joint.encoder(images)), **TOLERANCE)
@@ -175,13 +178,15 @@ def test_monai_flexible_unet_takes_the_file_as_its_encoder(resnet50, tmp_path):
 @torch.no_grad()
 def test_the_exported_program_embeds_volumes_of_any_size(resnet18, tmp_path, monkeypatch):
     card = export(resnet18, tmp_path, format="joint")
+    loaded = None
     for shape in ((1, 5, 40, 48), (3, 12, 64, 33), (2, 23, 36, 36)):
         volumes = torch.rand(shape, generator=torch.Generator().manual_seed(4))
         mask = torch.ones(shape[:2], dtype=torch.bool)
         mask[0, -2:] = False
-        loaded = follow(card, tmp_path, monkeypatch, volumes=volumes, mask=mask)
+        loaded = loaded or follow(card, tmp_path, monkeypatch, volumes=volumes, mask=mask)
         _, tokens = resnet18.joint.tokens(volumes, mask)
-        torch.testing.assert_close(loaded.embedding, resnet18.joint.holistic(tokens, mask), **TOLERANCE)
+        torch.testing.assert_close(loaded.model(volumes, mask), resnet18.joint.holistic(tokens, mask), **TOLERANCE)
+    assert loaded.embedding.shape == (1, 32)
     assert card["input"]["normalise"].startswith("inside")
 
 
@@ -251,7 +256,7 @@ def test_wrong_input_is_named(resnet18, tmp_path):
     about.write_text(json.dumps(record | {"sha256": "0" * 64}))
     assert "is of other weights" in said()
     about.write_text(json.dumps(record))
-    assert "resnet18 with resnet18" in said(arch="resnet50")
+    assert "made with resnet18" in said(arch="resnet50")
     (tmp_path / "taken").touch()
     assert "dest" in said(dest=str(tmp_path / "taken"))
     other = {"weights": str(tmp_path / "x.pth")}
