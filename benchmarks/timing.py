@@ -92,7 +92,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
         "cuda": torch.version.cuda if torch.device(device).type == "cuda" else None,
         "commit": _commit(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python -m benchmarks." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
         "date_utc": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
     }
 

@@ -1,10 +1,11 @@
 """Augmented views of volumes and crops of images, made on the training device on whole batches.
 
 Parameters are drawn on the CPU, per sample and view, from `seeding.stream(seed, epoch, index, view)`; the pixels are
-then worked on where the batch is (`transforms`). What comes out for a sample hence does not depend on the batch it is
-in. Only the per-voxel noise also depends on the kind of device, whose generator is seeded from that stream.
+then worked on where the batch is (`transforms`), and nothing waits for the device. On a CPU, what comes out for a
+sample is the same bit for bit whatever the batch it is in and the number of threads; a GPU may round differently.
 
-Intensities are 0 to 1 with 0 as background, before and after.
+Intensities are 0 to 1 with 0 as background, before and after. Half precision, as the store hands it out, is widened
+while it is resampled.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from datasets import transforms
-from datasets.seeding import stream
+from datasets.seeding import SHARED, stream
 
 Policy = Literal["paper", "strong"]
 PAPER_TRANSFORMS = ("flip", "affine", "anisotropy", "blur", "noise", "bias_field", "gamma")
@@ -93,8 +94,9 @@ class VolumeViews:
     transforms may mix neighbouring slices (blur, anisotropy), as they leave every slice at its place.
 
     `paper`: the centred window of 0.8 canvas sides, which is a plain crop where that is the size of a view, under
-    exactly one of PAPER_TRANSFORMS.  `strong`: a random resized crop with rotation, scale and flips in one resampling
-    pass, then at random anisotropy, blur, bias field, gamma and noise, in this order.
+    exactly one of PAPER_TRANSFORMS; the views of a sample take turns in an order of its own, so the first seven come
+    from different ones.  `strong`: a random resized crop with rotation, scale and flips in one resampling pass, then
+    at random anisotropy, blur, bias field, gamma and noise, in this order.
 
     height, width: of the views, in pixels.  ranges: instead of those of the policy.
     Raises ValueError on an unknown policy or a size below 1.
@@ -115,7 +117,7 @@ class VolumeViews:
 
         volumes: [B, D, S, S] floats 0 to 1.  mask: [B, D] bool, True for real slices, which come first.
         extents: [B, 2] height and width in pixels of the content, centred on the canvas (its first row is
-        (S - height) // 2).  index: [B] global sample indices.
+        (S - height) // 2).  index: [B] global sample indices.  All but volumes belong on the CPU.
         Returns [views, B, D, H, W] float32, 0 to 1, padded slices exactly 0.  Raises ValueError on other shapes.
         """
         B, D, S = volumes.shape[:3] if volumes.ndim == 4 else (0, 0, 0)
@@ -124,20 +126,26 @@ class VolumeViews:
             raise ValueError(
                 f"need volumes [B, D, S, S], mask [B, D], extents [B, 2], index [B], got {[*map(tuple, shapes)]}"
             )
-        content = np.array(extents.tolist(), dtype=float)
-        slices = np.array(mask.sum(1).tolist())
-        volumes, mask = volumes.float(), mask.to(volumes.device)
-        result = []
-        with torch.autocast(volumes.device.type, enabled=False):  # half precision would round what is not touched
-            for view in range(1, views + 1):
-                u = Uniforms(self.seed, epoch, index.tolist(), view)
-                draw = self._draw_paper if self.policy == "paper" else self._draw_strong
-                result.append(_transform(volumes, draw(u, S, content, slices), self.height, self.width, mask))
-        return torch.stack(result)
+        content, length = np.array(extents.tolist(), dtype=float), mask.sum(1).cpu()
+        out = volumes.new_empty(views, B, D, self.height, self.width, dtype=torch.float32)
+        for view in range(1, views + 1):
+            u = Uniforms(self.seed, epoch, index.tolist(), view)
+            if self.policy == "paper":
+                draws = self._draw_paper(u, self._kinds(epoch, index.tolist(), view), S, content, length.numpy())
+            else:
+                draws = self._draw_strong(u, S, content, length.numpy())
+            _transform(volumes, draws, out[view - 1], length)
+        return out
 
-    def _draw_paper(self, u: Uniforms, canvas: int, content: np.ndarray, slices: np.ndarray) -> dict[str, np.ndarray]:
+    def _kinds(self, epoch: int, index: Sequence[int], view: int) -> np.ndarray:
+        """[B] places in PAPER_TRANSFORMS: each sample's own order of them, which its views take in turn."""
+        orders = [stream(self.seed, epoch, i, SHARED).permutation(len(PAPER_TRANSFORMS)) for i in index]
+        return np.array([order[(view - 1) % len(order)] for order in orders])
+
+    def _draw_paper(
+        self, u: Uniforms, kind: np.ndarray, canvas: int, content: np.ndarray, slices: np.ndarray
+    ) -> dict[str, np.ndarray]:
         r = self.ranges
-        kind = u(0, len(PAPER_TRANSFORMS)).astype(int)
         chosen = {name: kind == k for k, name in enumerate(PAPER_TRANSFORMS)}
         which = u(1, 4).astype(int)  # one bit per axis: 1 rows, 2 columns, 3 both
         flips = np.stack((which & 1, which & 2), axis=1).astype(bool) & chosen["flip"][:, None]
@@ -203,24 +211,22 @@ class MultiCrop:
         """Crops 1 to sum(counts) of a batch of images, kind by kind.
 
         images: [B, S, S] floats 0 to 1.  extents: [B, 2] height and width of the content, centred on the canvas.
-        index: [B] global sample indices.  Returns one [count, B, H, W] float32, 0 to 1, per kind.
-        Raises ValueError on other shapes.
+        index: [B] global sample indices.  Both belong on the CPU.
+        Returns one [count, B, H, W] float32, 0 to 1, per kind.  Raises ValueError on other shapes.
         """
         B, S = images.shape[:2] if images.ndim == 3 else (0, 0)
         shapes = (images.shape, extents.shape, index.shape)
         if shapes != ((B, S, S), (B, 2), (B,)) or B == 0:
             raise ValueError(f"need images [B, S, S], extents [B, 2], index [B], got {[*map(tuple, shapes)]}")
         content = np.array(extents.tolist(), dtype=float)
-        x = images.float()[:, None]
         kinds, view = [], 0
-        with torch.autocast(images.device.type, enabled=False):  # as above
-            for size, count, scale in zip(self.sizes, self.counts, self.scales, strict=True):
-                crops = []
-                for _ in range(count):
-                    view += 1
-                    u = Uniforms(self.seed, epoch, index.tolist(), view)
-                    crops.append(_transform(x, self._draw(u, S, content, size, scale), *size)[:, 0])
-                kinds.append(torch.stack(crops))
+        for size, count, scale in zip(self.sizes, self.counts, self.scales, strict=True):
+            crops = images.new_empty(count, B, 1, *size, dtype=torch.float32)
+            for out in crops:
+                view += 1
+                u = Uniforms(self.seed, epoch, index.tolist(), view)
+                _transform(images[:, None], self._draw(u, S, content, size, scale), out)
+            kinds.append(crops[:, :, 0])
         return kinds
 
     def _draw(
@@ -316,23 +322,33 @@ def _draw_downsampling(u: Uniforms, r: Ranges, chosen: np.ndarray, slices: np.nd
     return np.where(chosen[:, None] & (axis == np.arange(3)), factor[:, None], 1.0)
 
 
-def _transform(x: Tensor, draws: dict[str, np.ndarray], height: int, width: int, mask: Tensor | None = None) -> Tensor:
-    """[B, D, S, S] -> [B, D, height, width], each sample by its own draws, clamped to 0..1, padded slices 0."""
+def _transform(x: Tensor, draws: dict[str, np.ndarray], out: Tensor, length: Tensor | None = None) -> None:
+    """Transforms [B, D, S, S] into out [B, D, H, W], each sample by its own draws: 0..1, padded slices 0."""
     p = {name: torch.from_numpy(values) for name, values in draws.items()}
-    x = transforms.resample(x, p["theta"], height, width)
+    for rows in _portions(len(x), x.device):
+        own = {name: values[rows] for name, values in p.items()}
+        _transform_portion(x[rows], own, out[rows], None if length is None else length[rows])
+
+
+def _portions(samples: int, device: torch.device) -> list[slice]:
+    """A GPU works on the whole batch at once; on a CPU one sample at a time stays in its cache."""
+    step = 1 if device.type == "cpu" else samples
+    return [slice(b, b + step) for b in range(0, samples, step)]
+
+
+def _transform_portion(x: Tensor, p: dict[str, Tensor], out: Tensor, length: Tensor | None) -> None:
+    x = transforms.only_real(transforms.resample(x, p["theta"], *out.shape[-2:]), length)
     if "downsampling" in p:
-        x = transforms.anisotropy(x, p["downsampling"], mask)
-    x = transforms.blur(x, p["blur_std"], mask)
+        x = transforms.anisotropy(x, p["downsampling"], length)
+    x = transforms.blur(x, p["blur_std"], length)
     # A field of these coefficients reaches several times 1. TorchIO lets intensities grow with it; clamped to 1, large
     # areas would be wiped out. With the sample's mean kept, what changes is where it is brighter.
-    mean = x.mean(dim=(1, 2, 3), keepdim=True)
-    x = transforms.bias_field(x, p["bias"], mask)
-    x = x * (mean / x.mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12))
+    x = transforms.bias_field(x, p["bias"], length, keep_mean=True)
     if "brightness" in p:
         x = transforms.jitter(x, p["brightness"], p["contrast"])
     x = transforms.gamma(x, p["log_gamma"])
-    x = transforms.noise(x, p["noise_std"], p["noise_seed"], mask).clamp(0, 1)
-    return x if mask is None else x * mask[:, :, None, None]
+    x = transforms.noise(x, p["noise_std"], p["noise_seed"], length)
+    torch.clamp(x, 0, 1, out=out)
 
 
 def _check_policy(policy: str) -> None:

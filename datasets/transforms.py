@@ -1,12 +1,16 @@
 """Image transforms of whole batches, with parameters of their own for every sample.
 
 Pure functions of a batch x [B, D, H, W] (B samples, D slices, H x W pixels; images have D = 1) and of parameter
-tensors whose first axis is the sample. x is float32 with 0 as background; results are not clamped. Parameters may
-stay on the CPU: they are small, and choosing the samples to work on then costs no wait for the device. A sample
-whose parameter is neutral (named in each docstring) comes out bit for bit as it went in, at no cost.
+tensors whose first axis is the sample. x is float32 with 0 as background (`resample` also takes half precision);
+results are not clamped. A sample whose parameter is neutral (named in each docstring) comes out bit for bit as it
+went in, at no cost.
 
-Where a `mask` [B, D] is taken, it is True for real slices, which come first; real slices then do not depend on how
-many padded ones follow. None means that all slices are real.
+Parameters stay on the CPU: which samples to work on is then known without waiting for the device, and nothing here
+reads from it. Pixels are worked on by operations that give the same bits however many threads share them out; matrix
+products, whose rounding depends on the threads, are avoided.
+
+Where `length` [B] is taken, it is the number of real slices of each sample, which come first; they do not depend on
+how many padded ones follow, and those come out zero. None means that all slices are real.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,43 +29,61 @@ BIAS_ORDER = 3
 BIAS_EXPONENTS = [
     (i, j, k) for i in range(BIAS_ORDER + 1) for j in range(BIAS_ORDER + 1 - i) for k in range(BIAS_ORDER + 1 - i - j)
 ]
+BLUR_REACH = 4.0  # standard deviations after which the kernel is cut off, as scipy.ndimage and TorchIO do
+SLICES, ROWS, COLUMNS = 1, 2, 3  # axes of a batch
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """CPU values on the device, without waiting for it: a copy from ordinary memory would."""
+    if device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def resample(x: Tensor, theta: Tensor, height: int, width: int) -> Tensor:
     """Affine resampling, linear, one in-plane transform per sample for all its slices; zeros outside.
 
-    x: [B, D, S, S].  theta: [B, 2, 3], from output to input (x, y) as in torch.nn.functional.affine_grid with
-    align_corners=False: -1 and 1 are the outer edges of the picture.  Returns [B, D, height, width].
+    x: [B, D, S, S], any floating type.  theta: [B, 2, 3] on the CPU, from output to input (x, y) as in
+    torch.nn.functional.affine_grid with align_corners=False: -1 and 1 are the outer edges of the picture.
+    Returns [B, D, height, width] float32.
 
     A window of whole pixels, mirrored or not, is copied and not interpolated, so it is exact. A sample that shrinks by
     2 or more along an axis is interpolated at several points of every output pixel, no closer than an input pixel, and
     their mean taken: this keeps fine detail from turning into false patterns, and, unlike a blur before sampling, it
     reads nothing outside the window. For whole factors without rotation it is the mean over the pixel's area.
     """
-    groups = defaultdict(list)
+    groups = defaultdict(list)  # samples that the same operations serve
     for sample, matrix in enumerate(theta.tolist()):
         window = _whole_pixel_window(matrix, x.shape[-2:], (height, width))
         groups[window or _points(matrix, x.shape[-2:], (height, width))].append(sample)
-    if len(groups) == 1 and len(next(iter(groups))) == 2:  # nothing to copy, all alike: the usual case
-        return _interpolate(x, theta, height, width, *next(iter(groups)))
-    out = x.new_empty(*x.shape[:2], height, width)
+    if len(groups) == 1:
+        return _resample_alike(x, theta, height, width, *groups)
+    out = x.new_empty(*x.shape[:2], height, width, dtype=torch.float32)
     for key, samples in groups.items():
         rows = torch.tensor(samples)
-        there = rows.to(x.device)
-        if len(key) == 3:
-            top, left, mirrored = key
-            out[there] = x[there, :, top : top + height, left : left + width].flip(mirrored)
-        else:
-            out[there] = _interpolate(x[there], theta[rows.to(theta.device)], height, width, *key)
+        there = upload(rows, x.device)
+        out.index_copy_(0, there, _resample_alike(x.index_select(0, there), theta[rows], height, width, key))
     return out
 
 
-def _interpolate(x: Tensor, theta: Tensor, height: int, width: int, down: int, across: int) -> Tensor:
-    """Bilinear at down x across points of every output pixel, averaged."""
-    size = [len(x), 1, height * down, width * across]
-    grid = F.affine_grid(theta.float().to(x.device), size, align_corners=False)
-    out = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+def _resample_alike(x: Tensor, theta: Tensor, height: int, width: int, key: tuple) -> Tensor:
+    """`resample` of samples that share a window of whole pixels or the points per output pixel."""
+    if len(key) == 3:
+        top, left, mirrored = key
+        window = x[:, :, top : top + height, left : left + width]
+        return (window.flip(mirrored) if mirrored else window).float()
+    down, across = key
+    grid = _grid(upload(theta.float(), x.device), height * down, width * across)
+    out = F.grid_sample(x.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return F.avg_pool2d(out, (down, across)) if down * across > 1 else out
+
+
+def _grid(theta: Tensor, height: int, width: int) -> Tensor:
+    """affine_grid without its matrix product: [B, 2, 3] -> [B, height, width, 2]."""
+    columns = (2 * torch.arange(width, device=theta.device) + 1) / width - 1
+    rows = ((2 * torch.arange(height, device=theta.device) + 1) / height - 1)[:, None]
+    xx, xy, x0, yx, yy, y0 = theta.flatten(1).T[:, :, None, None]
+    return torch.stack((columns * xx + rows * xy + x0, columns * yx + rows * yy + y0), dim=-1)
 
 
 def _points(matrix: list[list[float]], canvas: tuple[int, int], output: tuple[int, int]) -> tuple[int, int]:
@@ -93,57 +116,108 @@ def _whole_pixel_window(
     return top, left, (-2,) * (yy < 0) + (-1,) * (xx < 0)
 
 
-def blur(x: Tensor, std: Tensor, mask: Tensor | None = None) -> Tensor:
+def blur(x: Tensor, std: Tensor, length: Tensor | None = None) -> Tensor:
     """Gaussian blur; std [B, 3] in voxels along slices, rows and columns, 0 (neutral) leaves an axis alone.
 
-    Weights are normalised over the real voxels along the axis, so borders do not darken. Padded slices come out
-    zero where the slice axis is blurred.
+    Defined as in scipy.ndimage, and so in TorchIO: the kernel ends after 4 standard deviations, and what lies beyond
+    the first and the last real voxel mirrors what lies before.
     """
-    for axis in range(3):
-        real = _real(x, mask, axis)
-        x = _mix(x, axis, _gaussian_rows, std[:, axis] > 0, std[:, axis].float(), real)
+    for axis in (SLICES, ROWS, COLUMNS):
+        along = std[:, axis - 1].double()
+        x = _apply(partial(_blur_axis, axis=axis), _blur_radius(along) > 0, x, along, _sizes(x, axis, length))
+        x = only_real(x, length) if axis == SLICES else x
     return x
 
 
-def anisotropy(x: Tensor, factor: Tensor, mask: Tensor | None = None) -> Tensor:
+def _blur_radius(std: Tensor) -> Tensor:
+    return (BLUR_REACH * std + 0.5).long()
+
+
+def _blur_axis(x: Tensor, std: Tensor, size: Tensor, axis: int) -> Tensor:
+    """Samples of std [B] > 0 and `size` [B] real voxels along an axis."""
+    radii = _blur_radius(std)
+    radius, voxels = int(radii.max()), x.shape[axis]
+    taps = torch.arange(-radius, radius + 1)
+    weights = torch.exp(-(taps / std[:, None]).square() / 2) * (taps.abs() <= radii[:, None])
+    weights = upload((weights / weights.sum(1, keepdim=True)).float(), x.device)
+    place = torch.arange(-radius, voxels + radius) % (2 * size[:, None])
+    wide = _take(x, axis, torch.minimum(place, 2 * size[:, None] - 1 - place))
+    out = torch.zeros_like(x)
+    for k, weight in enumerate(weights.T[:, :, None, None, None]):
+        out.addcmul_(wide.narrow(axis, k, voxels), weight)
+    return out
+
+
+def anisotropy(x: Tensor, factor: Tensor, length: Tensor | None = None) -> Tensor:
     """Look of a coarser sampling; factor [B, 3] >= 1 along slices, rows and columns, 1 (neutral) leaves it alone.
 
-    Voxels 0, f, 2f, ... (rounded to whole voxels) and the last real one are kept, and those between two kept ones
-    are interpolated linearly. Padded slices come out zero where the slice axis is chosen.
+    As in TorchIO: floor(n / factor) coarse voxels, centred on the n real ones, take the value of the nearest voxel,
+    and are interpolated linearly. Departs: voxels beyond the coarse ones repeat the outermost, where TorchIO has 0.
     """
-    for axis in range(3):
-        real = _real(x, mask, axis)
-        x = _mix(x, axis, _coarse_rows, factor[:, axis] > 1, factor[:, axis].float(), real)
+    for axis in (SLICES, ROWS, COLUMNS):
+        along = factor[:, axis - 1].double()
+        x = _apply(partial(_coarsen_axis, axis=axis), along > 1, x, along, _sizes(x, axis, length))
+        x = only_real(x, length) if axis == SLICES else x
     return x
 
 
-def bias_field(x: Tensor, coefficients: Tensor, mask: Tensor | None = None) -> Tensor:
+def _coarsen_axis(x: Tensor, factor: Tensor, size: Tensor, axis: int) -> Tensor:
+    """Samples of factor [B] > 1 and `size` [B] real voxels along an axis."""
+    factor, size = factor[:, None], size[:, None]
+    last = (size / factor).floor().clamp_min(1) - 1
+    first_centre = (size - 1) / 2 - last / 2 * factor
+    place = (torch.arange(x.shape[axis]) - first_centre) / factor  # of every voxel, in coarse ones
+    below = place.floor().clamp_min(0).minimum(last)
+    above = (below + 1).minimum(last)
+    share = upload((place - below).clamp(0, 1).float(), x.device)
+    low, high = (_take(x, axis, (first_centre + k * factor + 0.5).long()) for k in (below, above))
+    return low.lerp_(high, share.view(len(x), *(-1 if a == axis else 1 for a in (SLICES, ROWS, COLUMNS))))
+
+
+def bias_field(x: Tensor, coefficients: Tensor, length: Tensor | None = None, keep_mean: bool = False) -> Tensor:
     """Smooth change of brightness, as of a receive coil: x * exp(polynomial of order 3 in the coordinates).
 
     coefficients: [B, 20] in the order of BIAS_EXPONENTS, all 0 is neutral.  Coordinates run from -1 at the first
     voxel of an axis to 1 at the last, along the slice axis from the first to the last real slice.
+    keep_mean: scale the result so that a sample's mean stays what it was; padded slices must be zero then.
     """
-    real = _real(x, mask, 0)
+    function = partial(_multiply_field, keep_mean=keep_mean)
+    x = _apply(function, (coefficients != 0).any(1), x, coefficients, _sizes(x, SLICES, length))
+    return only_real(x, length)
 
-    def multiply(x: Tensor, coefficients: Tensor, real: Tensor) -> Tensor:
-        depth, height, width = x.shape[1:]
-        steps = (real.sum(1, keepdim=True) - 1).clamp_min(0)  # between the real slices
-        slices = torch.arange(depth, device=x.device) * 2 / steps.clamp_min(1) - 1
-        # One slice alone lies in the middle; padded slices stay bounded, as 0 * exp(a large number) is nan.
-        slices = torch.where(steps > 0, slices, 0.0).clamp(-1, 1)
-        by_slice, by_row, by_column = (_powers(c) for c in (slices, _coordinates(height, x), _coordinates(width, x)))
-        cube = x.new_zeros(len(x), *3 * (BIAS_ORDER + 1,))
-        i, j, k = torch.tensor(BIAS_EXPONENTS).T
-        cube[:, i, j, k] = coefficients
-        field = (by_slice @ cube.flatten(2)).unflatten(2, cube.shape[2:])  # [B, D, 4, 4] for rows and columns
-        return x * torch.exp(by_row @ field @ by_column.T)
 
-    return _apply(multiply, (coefficients != 0).any(1), x, coefficients.float(), real)
+def _multiply_field(x: Tensor, coefficients: Tensor, size: Tensor, keep_mean: bool) -> Tensor:
+    cube = torch.zeros(len(x), *3 * (BIAS_ORDER + 1,))
+    i, j, k = torch.tensor(BIAS_EXPONENTS).T
+    cube[:, i, j, k] = coefficients.float()
+    # Those of padded slices are bounded, as 0 * exp(a large number) is nan.
+    slices, rows, columns = (
+        torch.where(n > 1, 2 * torch.arange(voxels) / (n - 1).clamp_min(1) - 1, 0.0).clamp(-1, 1).float()
+        for n, voxels in zip((size[:, None], *map(torch.tensor, x.shape[2:])), x.shape[1:], strict=True)
+    )
+    # Small tensors, hence on the CPU: powers of the row and the column times slices.
+    by_slice = _polynomial(cube[..., None].unbind(1), slices[:, None, None])  # [B, 4, 4, D]
+    field = _polynomial(upload(by_slice[..., None], x.device).unbind(1), upload(rows, x.device))  # [B, 4, D, H]
+    field = _polynomial(field[..., None].unbind(1), upload(columns, x.device)).exp_().mul_(x)  # [B, D, H, W]
+    return field.mul_(_mean(x) / _mean(field).clamp_min(1e-12)) if keep_mean else field
+
+
+def _polynomial(coefficients: tuple[Tensor, ...], t: Tensor) -> Tensor:
+    """Sum of coefficients[k] * t**k, Horner's scheme."""
+    value = coefficients[-1] * t
+    for c in coefficients[-2:0:-1]:
+        value.add_(c).mul_(t)
+    return value.add_(coefficients[0])
 
 
 def gamma(x: Tensor, log_gamma: Tensor) -> Tensor:
     """x ** exp(log_gamma), log_gamma [B], 0 is neutral; x must not be negative."""
-    return _apply(lambda x, g: x ** torch.exp(g)[:, None, None, None], log_gamma != 0, x, log_gamma.float())
+
+    def power(x: Tensor, log_gamma: Tensor) -> Tensor:
+        # Three times as fast as pow; exp(-inf) is 0, so 0 stays 0.
+        return x.log().mul_(_per_sample(log_gamma.exp(), x)).exp_()
+
+    return _apply(power, log_gamma != 0, x, log_gamma.double())
 
 
 def jitter(x: Tensor, brightness: Tensor, contrast: Tensor) -> Tensor:
@@ -153,36 +227,49 @@ def jitter(x: Tensor, brightness: Tensor, contrast: Tensor) -> Tensor:
     """
 
     def change(x: Tensor, brightness: Tensor, contrast: Tensor) -> Tensor:
-        x = x * (1 + brightness)[:, None, None, None]
-        mean = x.mean(dim=(1, 2, 3), keepdim=True)
-        return (mean + (x - mean) * (1 + contrast)[:, None, None, None]).clamp(0, 1)
+        x = x * _per_sample(1 + brightness, x)
+        mean = _mean(x)
+        return x.sub_(mean).mul_(_per_sample(1 + contrast, x)).add_(mean).clamp_(0, 1)
 
-    return _apply(change, (brightness != 0) | (contrast != 0), x, brightness.float(), contrast.float())
+    return _apply(change, (brightness != 0) | (contrast != 0), x, brightness, contrast)
 
 
-def noise(x: Tensor, std: Tensor, seeds: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Adds Gaussian noise to the real slices; std [B], 0 is neutral; seeds [B] int64, one random stream per sample.
+def noise(x: Tensor, std: Tensor, seeds: Tensor, length: Tensor | None = None) -> Tensor:
+    """Adds Gaussian noise; std [B], 0 is neutral; seeds [B] int64, of which `normal` makes each sample's noise."""
 
-    The same seed gives other numbers on another kind of device.
+    def add(x: Tensor, std: Tensor, seeds: Tensor) -> Tensor:
+        return torch.addcmul(x, normal(seeds, *x.shape[1:], x.device), _per_sample(std, x))
+
+    return only_real(_apply(add, std > 0, x, std, seeds), length)
+
+
+def normal(seeds: Tensor, slices: int, height: int, width: int, device: torch.device) -> Tensor:
+    """[B, slices, height, width] standard normal numbers; each a function of its sample's seed and its place alone.
+
+    seeds: [B] int64 on the CPU.  Numbers are counted, not drawn one after the other: a hash of (seed, slice, pixel)
+    gives 64 random bits for two pixels, and the Box-Muller transform two normal numbers from them. Devices agree up
+    to the rounding of their logarithm, sine and cosine.
     """
-    counts = [x.shape[1]] * len(x) if mask is None else mask.sum(1).tolist()
-    chosen = [b for b, s in enumerate(std.tolist()) if s > 0]
-    if not chosen:
-        return x
-    x = x.clone()
-    for b in chosen:
-        generator = torch.Generator(x.device).manual_seed(int(seeds[b]))
-        # Of the real slices only: how a generator fills a tensor depends on the tensor's size.
-        real = x[b, : counts[b]]
-        real += float(std[b]) * torch.randn(real.shape, generator=generator, device=x.device)
-    return x
+    pairs = -(-height * width // 2)
+    by_slice = _scramble(seeds[:, None] + GOLDEN * torch.arange(1, slices + 1))
+    by_pixel = _scramble(GOLDEN * torch.arange(1, pairs + 1, device=device))
+    bits = _scramble(upload(by_slice, device)[:, :, None] + by_pixel).view(torch.int32)
+    low, high = bits[..., 0::2], bits[..., 1::2]  # high: 31 bits, see _scramble
+    radius = high.float().add_(1).mul_(2.0**-31).log_().mul_(-2).sqrt_()
+    angle = low.float().mul_(math.pi * 2.0**-31)
+    values = torch.cat((angle.cos().mul_(radius), angle.sin_().mul_(radius)), dim=2)
+    return values[..., : height * width].unflatten(2, (height, width))
 
 
-def _real(x: Tensor, mask: Tensor | None, axis: int) -> Tensor:
-    """Which positions along an axis (0 slices, 1 rows, 2 columns) are real: [B, n] float, 0 or 1."""
-    if axis == 0 and mask is not None:
-        return mask.to(x)
-    return x.new_ones(len(x), x.shape[axis + 1])
+# The increment and the finaliser of SplitMix64 (Steele, Lea, Flood 2014), as int64.
+GOLDEN, MIX_1, MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
+
+
+def _scramble(z: Tensor) -> Tensor:
+    """Each int64 to one that looks random, in place. Shifts keep the sign here, so the highest bit comes out 0."""
+    z.bitwise_xor_(z >> 30).mul_(MIX_1)
+    z.bitwise_xor_(z >> 27).mul_(MIX_2)
+    return z.bitwise_xor_(z >> 31)
 
 
 def _apply(function: Callable[..., Tensor], chosen: Tensor, x: Tensor, *parameters: Tensor) -> Tensor:
@@ -191,59 +278,42 @@ def _apply(function: Callable[..., Tensor], chosen: Tensor, x: Tensor, *paramete
     if len(rows) == 0:
         return x
     if len(rows) == len(x):
-        return function(x, *(p.to(x.device) for p in parameters))
-    there = rows.to(x.device)
-    picked = (p[rows.to(p.device)].to(x.device) for p in parameters)
-    return x.index_copy(0, there, function(x[there], *picked))
+        return function(x, *parameters)
+    there = upload(rows, x.device)
+    return x.index_copy(0, there, function(x.index_select(0, there), *(p[rows] for p in parameters)))
 
 
-def _mix(
-    x: Tensor, axis: int, matrices: Callable[..., Tensor], chosen: Tensor, parameter: Tensor, real: Tensor
-) -> Tensor:
-    """The chosen samples' voxels along an axis (0 slices, 1 rows, 2 columns) mixed by one matrix per sample.
-
-    matrices(parameter [B], real [B, n]) -> [B, n, n], a row of weights per voxel of the result.
-    """
-
-    def multiply(x: Tensor, parameter: Tensor, real: Tensor) -> Tensor:
-        m = matrices(parameter, real)
-        if axis == 0:
-            return (m @ x.flatten(2)).reshape(x.shape)
-        if axis == 1:
-            return m[:, None] @ x
-        return (x.flatten(1, 2) @ m.mT).reshape(x.shape)
-
-    return _apply(multiply, chosen, x, parameter, real)
+def _take(x: Tensor, axis: int, index: Tensor) -> Tensor:
+    """Each sample's voxels at index [B, n] along an axis."""
+    index = upload(index, x.device)
+    if axis == COLUMNS:
+        return x.gather(axis, index[:, None, None].expand(-1, *x.shape[1:3], -1))
+    samples, slices = (torch.arange(n, device=x.device) for n in x.shape[:2])  # faster than gather along these axes
+    if axis == SLICES:
+        return x[samples[:, None], index]
+    return x[samples[:, None, None], slices[:, None], index[:, None]]
 
 
-def _gaussian_rows(std: Tensor, real: Tensor) -> Tensor:
-    """Weights of a Gaussian blur: std [B] and real [B, n] -> [B, n, n]."""
-    position = torch.arange(real.shape[1], device=real.device, dtype=torch.float32)
-    distance = (position[:, None] - position) / std.clamp_min(1e-3)[:, None, None]
-    weight = torch.exp(-distance.square() / 2) * real[:, None, :]
-    # A padded slice may be out of reach of every real one, and its row sums to 0.
-    return weight / weight.sum(-1, keepdim=True).clamp_min(1e-30) * real[:, :, None]
+def _sizes(x: Tensor, axis: int, length: Tensor | None) -> Tensor:
+    """[B] real voxels along an axis, at least one."""
+    if axis == SLICES and length is not None:
+        return length.clamp_min(1)
+    return torch.full((len(x),), x.shape[axis])
 
 
-def _coarse_rows(factor: Tensor, real: Tensor) -> Tensor:
-    """Weights of linear interpolation between kept voxels: factor [B] and real [B, n] -> [B, n, n]."""
-    size = real.shape[1]
-    position = torch.arange(size, device=real.device, dtype=torch.float32)
-    last = (real.sum(1, keepdim=True) - 1).clamp_min(0)
-    kept = torch.round(position * factor[:, None])[:, None, :]  # [B, 1, n] candidates, those past the end too
-    below = torch.where(kept <= position[:, None], kept, 0.0).amax(-1)  # [B, n] nearest kept on either side
-    above = torch.where(kept >= position[:, None], kept, float(size)).amin(-1)
-    below, above = torch.minimum(below, last), torch.minimum(above, last)
-    share = ((position - below) / (above - below).clamp_min(1)).clamp(0, 1)[..., None]
-    rows = (position == below[..., None]) * (1 - share) + (position == above[..., None]) * share
-    return rows * real[:, :, None]
+def only_real(x: Tensor, length: Tensor | None) -> Tensor:
+    """x with zeros in padded slices."""
+    if length is None or int(length.min()) == x.shape[SLICES]:
+        return x
+    real = torch.arange(x.shape[SLICES]) < length[:, None]
+    return x * upload(real[:, :, None, None], x.device)
 
 
-def _coordinates(size: int, x: Tensor) -> Tensor:
-    """[size] coordinates from -1 to 1; a single voxel is in the middle."""
-    return torch.linspace(-1, 1, size, device=x.device) if size > 1 else x.new_zeros(1)
+def _per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """[B] -> [B, 1, 1, 1] float32 on the device of x."""
+    return upload(values.float()[:, None, None, None], x.device)
 
 
-def _powers(coordinates: Tensor) -> Tensor:
-    """[..., n] -> [..., n, 4]: powers 0 to 3."""
-    return torch.stack([coordinates**p for p in range(BIAS_ORDER + 1)], dim=-1)
+def _mean(x: Tensor) -> Tensor:
+    """[B, 1, 1, 1]; axis by axis, as the rounding of a sum over all depends on the number of threads."""
+    return x.mean(COLUMNS, keepdim=True).mean(ROWS, keepdim=True).mean(SLICES, keepdim=True)
