@@ -85,7 +85,7 @@ def header_findings(samples: Sequence[Sample], target_shape: Sequence[int] | Non
     """Warnings about sizes, slice axes, dtypes and the balance of the data sets."""
     found: list[Finding | None] = []
     for members in groups(samples).values():
-        turned: list[Sample] = []
+        turned: dict[Sample, int] = {}
         if members[0].kind == "volume":
             if target_shape is not None:
                 found.append(_few_slices(members, target_shape[0]))
@@ -155,42 +155,38 @@ def _few_slices(members: list[Sample], wanted: int) -> Finding | None:
     )
 
 
-def _turned(members: list[Sample]) -> list[Sample]:
-    """Volumes whose slices seem to lie along another axis than slice_axis: the shortest of the three."""
-
-    def is_turned(sample: Sample) -> bool:
-        short, long = sorted((sample.height, sample.width))
-        if sample.slices > LONGER * long:
-            return True
-        thinner = THINNER_EQUAL if sample.slices == long else THINNER
-        return min(sample.slices, long) > thinner * short
-
-    # CT in the order of SimpleITK, slices first: two axes are 512 in every file, and the one called height varies.
-    sides = {(s.slices, max(s.height, s.width)) for s in members}
-    if len(members) >= FEWEST and len(sides) == 1 and len({min(s.height, s.width) for s in members}) > 2:
-        slices, long = sides.pop()
-        if slices == long:
-            return members
-    return [sample for sample in members if is_turned(sample)]
+def _turned(members: list[Sample]) -> dict[Sample, int]:
+    """Volumes whose slices seem to lie along another axis than slice_axis, and along which one."""
+    rows, columns = (axis for axis in range(3) if axis != members[0].slice_axis)
+    # CT in the order of SimpleITK, slices first: two axes are 512 in every file, and what is called height varies.
+    counts = {s.slices for s in members}
+    heights, widths = {s.height for s in members}, {s.width for s in members}
+    if len(members) >= FEWEST:
+        for axis, varying, other in ((rows, heights, widths), (columns, widths, heights)):
+            if len(counts) == 1 and other == counts and len(varying) > 2:
+                return dict.fromkeys(members, axis)
+    return {s: rows if s.height <= s.width else columns for s in members if _looks_turned(s)}
 
 
-def _slice_axis(members: list[Sample], turned: list[Sample]) -> Finding | None:
-    axis = members[0].slice_axis
-    others = [a for a in range(3) if a != axis]
-    better = Counter(others[int(np.argmin((s.height, s.width)))] for s in turned).most_common(1)
-    everywhere = len(turned) == len(members)
+def _looks_turned(sample: Sample) -> bool:
+    short, long = sorted((sample.height, sample.width))
+    thinner = THINNER_EQUAL if sample.slices == long else THINNER
+    return sample.slices > LONGER * long or min(sample.slices, long) > thinner * short
+
+
+def _slice_axis(members: list[Sample], turned: dict[Sample, int]) -> Finding | None:
+    axes = set(turned.values())
+    if len(turned) == len(members) and len(axes) == 1:
+        axis = axes.pop()
+        remedy = f"if they lie along axis {axis}, write slice_axis: {axis} into dataset.yaml"
+    else:
+        remedy = "if they differ from the others, turn them (np.moveaxis) or give them a data set of their own"
     return _warning(
         "slice axis",
         members,
-        turned,
-        f"slices along axis {axis} by dataset.yaml or default, which does not look right",
-        (
-            f"if they lie along axis {better[0][0]}, write slice_axis: {better[0][0]} into dataset.yaml"
-            if everywhere
-            else "if they differ from the others, turn them (np.moveaxis) or give them a data set of their own"
-        )
-        if turned
-        else "",
+        list(turned),
+        f"slices along axis {members[0].slice_axis} by dataset.yaml or default, which does not look right",
+        remedy,
         lambda s: " x ".join(map(str, _file_shape(s))),
     )
 
@@ -300,23 +296,23 @@ def _probed_twins(samples: Sequence[Sample]) -> list[Finding]:
     for key, members in alike.items():
         if len(members) > 1:
             for s in members:
-                probe = _probe(s)
-                if len(set(probe)) >= 16:
+                if probe := _probe(s):
                     same.setdefault((key, probe), []).append(s)
     return _duplicates(same.values(), "probable duplicates (size and three parts of the content agree)")
 
 
 def _probe(sample: Sample) -> bytes:
-    """A few kilobytes around the quarters of a file; nothing where it cannot be read, which is not asked here."""
+    """Digest of a few kilobytes behind each quarter of a file; b"" where they are too uniform to mean anything.
+
+    Also where the file cannot be read: whoever needs its content will say so.
+    """
     try:
         with open(sample.path, "rb", buffering=0) as file:
-            parts = []
-            for quarter in (1, 2, 3):
-                file.seek(sample.size_bytes * quarter // 4)
-                parts.append(file.read(PROBE_BYTES))
+            parts = [os.pread(file.fileno(), PROBE_BYTES, sample.size_bytes * quarter // 4) for quarter in (1, 2, 3)]
     except OSError:
         return b""
-    return b"".join(parts)
+    content = b"".join(parts)
+    return hashlib.blake2b(content, digest_size=16).digest() if len(set(content)) >= 16 else b""
 
 
 # ---- by content
