@@ -33,7 +33,7 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from datasets.convert import Case, Options, convert, source_key, whole_file
+from datasets.convert import Case, Options, attempt, source_key, whole_file
 from datasets.convert_readers import BadFile, ReadOptions
 from datasets.convert_sources import Found, Source, assign_ids, find
 from datasets.index import LABEL_FOLDERS, MONTAGE
@@ -139,6 +139,9 @@ def _convert_all(cfg: Config, found: Found, dest: Path, settings: Options) -> No
     try:
         for source, result in _results(todo, ids, dest, settings, cfg.workers):
             if isinstance(result, Case):
+                old = table.get(source.name, result)
+                for file in {old.file, old.label} - {result.file, result.label, ""}:
+                    (dest / file).unlink(missing_ok=True)  # such as a label map that is gone from the source
                 table[source.name] = result
                 if result.notes:
                     tqdm.write(f"note: {source.name}: {result.notes}", file=sys.stderr)
@@ -241,7 +244,7 @@ def _results(
     began = time.monotonic()
     with tqdm(total=len(todo), desc="converting", unit="case", disable=not sys.stderr.isatty()) as bar:
         for source in waiting:
-            yield source, _attempt(source, ids[source.name], dest, settings)
+            yield source, attempt(source, ids[source.name], dest, settings)
             bar.update()
             if workers > 1 and time.monotonic() - began > POOL_AFTER_SECONDS:
                 break
@@ -253,7 +256,7 @@ def _results(
             try:
                 while True:
                     for source in waiting:
-                        jobs[pool.submit(_attempt, source, ids[source.name], dest, settings)] = source
+                        jobs[pool.submit(attempt, source, ids[source.name], dest, settings)] = source
                         if len(jobs) >= 2 * workers:
                             break
                     if not jobs:
@@ -267,17 +270,6 @@ def _results(
                     f"a worker was killed, most likely for want of memory, at one of {at_it}; run the same command "
                     "again with fewer --workers"
                 ) from None
-
-
-def _attempt(source: Source, case_id: str, dest: Path, settings: Options) -> Case | str:
-    try:
-        return convert(source, case_id, dest, settings)
-    except BadFile as error:
-        return str(error)
-    except OSError as error:
-        raise UserError(
-            f"{dest}: cannot be written ({error.strerror or error}); free space or choose another"
-        ) from None
 
 
 def _is_whole(case: Case, dest: Path) -> bool:
@@ -331,7 +323,12 @@ def write_table(table: dict[str, Case], dest: Path) -> None:
 def describe_dataset(cases: list[Case], found: Found, cfg: Config, dest: Path) -> dict[str, Any]:
     """Content of dataset.yaml. What differs between cases stands in cases.csv alone; other keys of people stay."""
     path = dest / "dataset.yaml"
-    old = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    try:
+        old = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be read as YAML ({' '.join(str(error).split())}); correct or remove it"
+        ) from None
     old = old if isinstance(old, dict) else {}
     volumes = [case for case in cases if case.file.endswith(".npy")]
     new: dict[str, Any] = {}

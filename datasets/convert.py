@@ -22,6 +22,7 @@ from PIL import Image
 from datasets.convert_readers import BadFile, ReadOptions, Volume, read, read_dicom_image
 from datasets.convert_sources import Source
 from datasets.index import IMAGE_FORMATS, MAX_IMAGE_PIXELS, MIN_SIDE
+from utils.errors import UserError
 
 VERSION = 1  # raise it when the content of converted files changes, so that they are made again
 # Sides of the patient towards which the row, column and slice index grows. Axial: front on top, right side on the
@@ -89,6 +90,14 @@ def convert(source: Source, case_id: str, dest: Path, options: Options) -> Case:
     case.original_files = str(len(source.files))
     case.modality = source.modality
     return case
+
+
+def attempt(source: Source, case_id: str, dest: Path, options: Options) -> Case | str:
+    """The case, or what is wrong with its files."""
+    try:
+        return convert(source, case_id, dest, options)
+    except BadFile as error:
+        return str(error)
 
 
 def source_key(source: Source, options: Options) -> str:
@@ -416,12 +425,15 @@ def write_npy(path: Path, slices: Iterator[np.ndarray], shape: tuple[int, ...], 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it at the end: `path` is never half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A temporary name beside `path`, renamed to it at the end: `path` is never half a file. Raises UserError."""
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({reason}); free some space, or choose another folder") from None
     finally:
         temporary.unlink(missing_ok=True)
 
