@@ -156,10 +156,12 @@ def run(cfg: Config) -> dict[str, Any]:
     """
     device = distributed.start(cfg.device, cfg.seed).device
     luna = _read_luna16(cfg) if cfg.task == "luna16" else None
-    items = luna.items if luna else _labelled_items(cfg)
+    items = luna.items if luna else _open_items(cfg)
     split = draw_split(cfg.split, cfg.fractions, items.patients, cfg.split_seed)
     parts = _parts(cfg, items, split)
-    encoder = _encoder(cfg)
+    encoder = open_encoder(cfg.weights, cfg.arch, cfg.model, cfg.seed)
+    if isinstance(items.cases, CandidateCrops):
+        items.cases.prepare([items.index[i] for part in parts for i in part])
     say = ", ".join(f"{name} {count}" for name, count in items.counts().items())
     print(f"{len(items.labels)} cases of {len(set(items.patients.values()))} patients: {say}")
     print(f"train {len(parts.train)} (labelled), validation {len(parts.validation)}, test {len(parts.test)} cases")
@@ -168,24 +170,17 @@ def run(cfg: Config) -> dict[str, Any]:
     options.save_yaml(options.to_dict(cfg), folder / "config.yaml")
     write_split(split, folder / "split.json")
 
+    people = [items.patients[items.units[i]] for i in parts.test]
     known = sorted(set(items.labels[parts.train].tolist()))
     if len(known) < 2:
-        only = " and ".join(items.classes[k] for k in known)
         probability, chosen = np.full((len(parts.test), len(items.classes)), np.nan), {}
-        scores = Scores.undefined(f"the labelled training cases are all {only}, so nothing can be learned")
+        scores, intervals = Scores.undefined(f"the labelled training cases are all {items.classes[known[0]]!r}"), {}
     else:
         fit = _fit_linear if cfg.mode == "linear" else _finetune
         probability, chosen = fit(cfg, encoder, items, parts, device)
-        scores = classification_scores(items.labels[parts.test], probability, items.classes)
-    people, patient = np.unique([items.patients[items.units[i]] for i in parts.test], return_inverse=True)
-    truth = items.labels[parts.test]
-    repeats = cfg.bootstrap if len(known) > 1 else 0
-
-    def resampled(counts: np.ndarray) -> dict[str, float]:
-        drawn = np.repeat(np.arange(len(truth)), counts[patient])
-        return classification_scores(truth[drawn], probability[drawn], items.classes).values
-
-    intervals = bootstrap(resampled, len(people), repeats, cfg.seed)
+        truth = items.labels[parts.test]
+        scores = classification_scores(truth, probability, items.classes)
+        intervals = score_intervals(truth, probability, items.classes, people, cfg.bootstrap, cfg.seed)
     values, reasons = dict(scores.values), dict(scores.reasons)
     if luna and len(known) > 1:
         froc_values, froc_reasons, froc_intervals = _test_froc(luna, parts.test, split, probability[:, 1], cfg)
@@ -197,12 +192,12 @@ def run(cfg: Config) -> dict[str, Any]:
         "intervals": intervals,
         "reasons": reasons,
         "cases": len(parts.test),
-        "patients": len(people),
+        "patients": len(set(people)),
         "chosen": chosen,
         "weights": describe_weights(cfg.weights),
     }
     _write_cases(folder / "cases.csv", items, parts.test, probability)
-    (folder / "results.json").write_text(json.dumps(_without_nan(result), indent=2) + "\n")
+    (folder / "results.json").write_text(json.dumps(without_nan(result), indent=2) + "\n")
     return result
 
 
@@ -334,28 +329,37 @@ def _read_csv(path: Path, option: str) -> list[dict[str, str]]:
     return [{key.strip(): value.strip() for key, value in row.items()} for row in rows]
 
 
-def _labelled_items(cfg: Config) -> Items:
-    """The labelled images or volumes below data_path."""
-    cases = open_cases(cfg.data_path, cfg.size, cfg.slices, cfg.cache_path, cfg.on_bad)
-    rows = read_labels(cfg.labels, cases.names, cfg.case_column, cfg.label_column, cfg.patient_column)
-    found = {part for row in rows for part in (row.label.split("|") if cfg.positive else [row.label])}
-    for wanted in [*cfg.classes, *([cfg.positive] if cfg.positive else [])]:
-        if wanted not in found:
-            raise UserError(f"classes, positive: no case in {cfg.labels} has the label {wanted!r}, only {_some(found)}")
-    if cfg.classes:
-        rows = [row for row in rows if row.label in cfg.classes]
-    if cfg.positive:
-        classes = [f"not {cfg.positive}", cfg.positive]
-        labels = [int(cfg.positive in row.label.split("|")) for row in rows]
+def label_items(
+    cases: Cases,
+    rows: Sequence[LabelRow],
+    classes: Sequence[str] = (),
+    positive: str | None = None,
+    patient_pattern: str | None = None,
+    source: str = "labels",
+) -> Items:
+    """What is classified: the cases that have one of the labels `classes` (none given: all labels).
+
+    positive, patient_pattern: as in `Config`.  source: where the labels come from, for messages.  Raises UserError for
+    a class without cases, and where there are not two classes.
+    """
+    found = {part for row in rows for part in (row.label.split("|") if positive else [row.label])}
+    for wanted in [*classes, *([positive] if positive else [])]:
+        if wanted not in (found if wanted == positive else {row.label for row in rows}):
+            raise UserError(f"classes, positive: no case in {source} has the label {wanted!r}, only {_some(found)}")
+    if classes:
+        rows = [row for row in rows if row.label in classes]
+    if positive:
+        labels = [int(positive in row.label.split("|")) for row in rows]
+        classes = [f"not {positive}", positive]
     else:
-        classes = cfg.classes or sorted(found)
+        classes = classes or sorted(found)
         labels = [classes.index(row.label) for row in rows]
     if len(set(labels)) < 2:
-        raise UserError(f"labels: all cases in {cfg.labels} have the same label; two are needed to tell apart")
+        raise UserError(f"labels: all cases in {source} have the same label; two are needed to tell apart")
     names = [cases.names[row.case] for row in rows]
     patients = [row.patient for row in rows]
-    if cfg.patient_pattern or None in patients:
-        patients = name_patients(names, cfg.patient_pattern)
+    if patient_pattern or None in patients:
+        patients = name_patients(names, patient_pattern)
     return Items(
         cases=cases,
         index=[row.case for row in rows],
@@ -366,6 +370,13 @@ def _labelled_items(cfg: Config) -> Items:
         patients=dict(zip(names, patients, strict=True)),
         for_test_only=np.zeros(len(names), dtype=bool),
     )
+
+
+def _open_items(cfg: Config) -> Items:
+    """The labelled images or volumes below data_path."""
+    cases = open_cases(cfg.data_path, cfg.size, cfg.slices, cfg.cache_path, cfg.on_bad)
+    rows = read_labels(cfg.labels, cases.names, cfg.case_column, cfg.label_column, cfg.patient_column)
+    return label_items(cases, rows, cfg.classes, cfg.positive, cfg.patient_pattern, cfg.labels)
 
 
 def draw_split(file: str | None, fractions: Sequence[float], patients: Mapping[str, str], seed: int) -> Split:
@@ -674,13 +685,27 @@ def bootstrap(
     return intervals
 
 
+def score_intervals(
+    truth: np.ndarray, probability: np.ndarray, classes: Sequence[str], people: Sequence[str], repeats: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    """`bootstrap` of `classification_scores`; people: the patient of each case."""
+    names, patient = np.unique(people, return_inverse=True)
+
+    def resampled(counts: np.ndarray) -> dict[str, float]:
+        drawn = np.repeat(np.arange(len(truth)), counts[patient])
+        return classification_scores(truth[drawn], probability[drawn], classes).values
+
+    return bootstrap(resampled, len(names), repeats, seed)
+
+
 # -------------------------------------------------------------------------------------------------------- classifiers
 
 
-def _encoder(cfg: Config) -> GreyResNet | JointEncoder:
-    if cfg.model == "joint":
-        return load_joint_encoder(cfg.weights, cfg.arch, cfg.seed)
-    return load_encoder(cfg.weights, cfg.arch, cfg.seed)
+def open_encoder(
+    weights: str, arch: str | None, model: Literal["intra", "joint"], seed: int
+) -> GreyResNet | JointEncoder:
+    """The slice encoder alone, or with the transformer over slices."""
+    return load_encoder(weights, arch, seed) if model == "intra" else load_joint_encoder(weights, arch, seed)
 
 
 def frozen_features(
@@ -846,12 +871,12 @@ def _write_cases(path: Path, items: Items, test: np.ndarray, probability: np.nda
             writer.writerow([items.names[i], patient, items.classes[items.labels[i]], *(f"{p:.6f}" for p in row)])
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """For JSON, which has no nan: None in its place."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 

@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -20,6 +20,7 @@ import torch
 from scipy.ndimage import map_coordinates
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from datasets.index import IMAGE_SUFFIXES, LABEL_FOLDERS
 from datasets.loaders import Slices
@@ -57,7 +58,7 @@ class StoredCases:
         self.size = size
         self.names = [sample.name for sample in samples]
         self.datasets = [sample.dataset for sample in samples]
-        items = Slices(samples, self.store, slices).items  # (sample, slice), sample by sample
+        items = np.asarray(Slices(samples, self.store, slices).items)  # (sample, slice), sample by sample
         self.places = np.split(items[:, 1], np.flatnonzero(np.diff(items[:, 0])) + 1)
 
     def read(self, index: int) -> np.ndarray:
@@ -106,7 +107,7 @@ class CandidateCrops:
     places: scan and world coordinates (x, y, z in mm) of each crop.  scans: image file of each scan.
     size, slices: pixels of a crop's slices, and their number, over the same `crop_mm` in all directions.
     window: HU that become 0 and 1.  Outside the scan there is air.
-    Raises UserError for a scan that cannot be read and a point outside its scan, when a crop of it is first read.
+    Raises UserError for a scan that cannot be read and a point outside its scan, when its crops are cut.
     """
 
     def __init__(
@@ -131,6 +132,12 @@ class CandidateCrops:
             self.row.append(len(self.members.setdefault(scan, [])))
             self.members[scan].append(i)
         self.files: dict[str, Path] = {}
+
+    def prepare(self, indices: Iterable[int]) -> None:
+        """Cut the crops of all scans that these are in, so that reading them later meets no error."""
+        scans = sorted({self.places[i][0] for i in indices})
+        for scan in tqdm(scans, desc="cutting crops", unit="scan", disable=None):
+            self.files[scan] = self._cut(scan)
 
     def read(self, index: int) -> np.ndarray:
         scan = self.places[index][0]
