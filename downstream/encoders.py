@@ -30,7 +30,7 @@ def load_encoder(weights: str, arch: str | None = None, seed: int = 0) -> GreyRe
     seed: of random weights. Torch's global random state is left as it was.
     Raises UserError where the weights are missing or are those of another arch.
     """
-    arch = _choose_arch(weights, arch)
+    arch = choose_arch(weights, arch)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = GreyResNet(arch)
@@ -52,7 +52,7 @@ def load_joint_encoder(
     arch, d_model, layers: of random weights; a file's own stand in the `.json` beside it. seed: of random weights.
     Raises UserError where the file holds no transformer, or arch is given and is not the file's.
     """
-    arch = _choose_arch(weights, arch)
+    arch = choose_arch(weights, arch)
     if weights == "imagenet":
         raise UserError("weights: imagenet has no transformer over slices; give a file of mask_*.py or ssl_*3D.py")
     if weights == "random":
@@ -70,7 +70,22 @@ def describe_weights(weights: str) -> str:
     return f"{path.stem}@{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
 
 
-def _choose_arch(weights: str, arch: str | None) -> str:
+def has_transformer(weights: str) -> bool:
+    """Whether `load_joint_encoder` finds an f_inter of its own in this file (one of stage 2 or 3)."""
+    if weights in NAMED:
+        return False
+    path = _existing(weights)
+    about = path.with_suffix(".json")
+    if not about.is_file():  # load_joint could not tell the width of the transformer
+        return False
+    try:
+        return any(key.startswith("transformer.") for key in torch.load(path, map_location="cpu", weights_only=True))
+    except Exception:  # not readable or not a state dict, which loading will report
+        return False
+
+
+def choose_arch(weights: str, arch: str | None) -> str:
+    """`arch`, or what the `.json` beside the weights says, or resnet50. UserError where the first two differ."""
     if arch is not None and arch not in ARCHITECTURES:
         raise UserError(f"arch: {arch!r} is not one of {', '.join(ARCHITECTURES)}")
     if weights in NAMED:
