@@ -96,6 +96,10 @@ class Config:
     """epochs between checkpoints that are kept for good"""
     checkpoint_minutes: PositiveFloat = 15
     """minutes between checkpoints within an epoch"""
+    max_bad_steps: PositiveInt = 10
+    """steps in a row with a loss or gradient that is not finite (none is applied) after which the run stops"""
+    timeout_minutes: PositiveFloat = 10
+    """minutes that processes wait for one that does not answer before they end, for torchrun to start them again"""
     cache_path: str | None = None
     """folder for the working copy of the data; null: .cache in data_path"""
     on_bad: Literal["error", "skip"] = "error"
@@ -103,7 +107,7 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    run = distributed.start(cfg.device, cfg.seed)
+    run = distributed.start(cfg.device, cfg.seed, cfg.timeout_minutes)
     samples, store = prepare(
         cfg.data_path, canvas_size(*cfg.size_crops), cfg.cache_path, cfg.on_bad, max(1, cfg.workers)
     )

@@ -132,6 +132,10 @@ class Config:
     """epochs between checkpoints that are kept for good"""
     checkpoint_minutes: PositiveFloat = 15
     """minutes between checkpoints within an epoch"""
+    max_bad_steps: PositiveInt = 10
+    """steps in a row with a loss or gradient that is not finite (none is applied) after which the run stops"""
+    timeout_minutes: PositiveFloat = 10
+    """minutes that processes wait for one that does not answer before they end, for torchrun to start them again"""
     cache_path: str | None = None
     """folder for the working copy of the data; null: .cache in data_path"""
     on_bad: Literal["error", "skip"] = "error"
@@ -139,7 +143,7 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    run = distributed.start(cfg.device, cfg.seed)
+    run = distributed.start(cfg.device, cfg.seed, cfg.timeout_minutes)
     slices, height, width = cfg.target_shape
     encoder = JointEncoder(cfg.arch, cfg.d_model, cfg.layers, cfg.dropout)
     weights.load_backbone(encoder.encoder, cfg.pretrained_path, cfg.resnet_pretrained, made_by="ssl_swav2D.py")

@@ -29,7 +29,8 @@ class MemoryBank:
     def write(self, z: Tensor, index: Tensor, counts: list[int] | None = None) -> None:
         """z [crops, B, d] and index [B] of this process's batch; counts: B of every process, None when all are alike.
 
-        A sample that stands in the batch twice keeps its first embedding, whatever the number of processes.
+        A sample that stands in the batch twice keeps its first embedding, whatever the number of processes. What is
+        not finite is not kept: the training loop does not apply such a step.
         """
         joint_z = all_gather(z.detach().float().transpose(0, 1), counts).transpose(0, 1)  # [crops, joint batch, d]
         joint_index = all_gather(index, counts)
@@ -39,8 +40,10 @@ class MemoryBank:
         rows, inverse = rows.unique(return_inverse=True)
         first = torch.full_like(rows, inverse.numel())
         first.scatter_reduce_(0, inverse, torch.arange(inverse.numel(), device=rows.device), "amin")
-        self.embeddings[:, rows] = z_own[:, first].to(self.embeddings)
-        self.seen[rows] = True
+        newest = z_own[:, first].to(self.embeddings)
+        good = newest.isfinite().all(dim=2).all(dim=0)
+        self.embeddings[:, rows] = torch.where(good.unsqueeze(1), newest, self.embeddings[:, rows])
+        self.seen[rows] |= good
 
     def seen_everywhere(self) -> Tensor:
         """[N] bool on the CPU, equal on every process."""

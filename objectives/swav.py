@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -86,8 +88,22 @@ class SwAV(nn.Module):
             codes.append(sinkhorn(joint, self.epsilon, self.sinkhorn_iterations)[len(share) :])
         if self.queue_on and self.training:
             newest = all_gather(z.to(queue.dtype), counts)
-            queue.copy_(torch.cat([newest, queue])[: len(queue)])
+            longer = torch.cat([newest, queue])[: len(queue)]
+            queue.copy_(torch.where(newest.isfinite().all(), longer, queue))  # a failed step leaves no trace
         return codes
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A queue of another length (derived for another number of processes) gives its newest rows.
+
+        Where they do not fill the queue it is not used until it is full, as at the start of training.
+        """
+        saved = state.get(f"{prefix}queue")
+        if saved is not None and saved.dim() == 3 and saved.shape[1] != self.queue.shape[1]:
+            kept = saved[:, : self.queue.shape[1]]
+            fitted = saved.new_zeros(len(saved), self.queue.shape[1], saved.shape[2])
+            fitted[:, : kept.shape[1]] = kept
+            state[f"{prefix}queue"] = fitted
+        super()._load_from_state_dict(state, prefix, *args)
 
     def memory_state(self) -> dict[str, Tensor]:
         """Nothing beyond the buffers: the queue is in the state dict."""

@@ -49,7 +49,7 @@ def test_other_options_or_data_do_not_continue_a_run(data, tmp_path):
     run("mask_swav", data, tmp_path, epochs=1)
     with pytest.raises(UserError, match=r"dump_path.*base_lr: 0.5 -> 0.25.*another --dump_path"):
         run("mask_swav", data, tmp_path, epochs=1, base_lr=0.25)
-    with pytest.raises(UserError, match="batch_size x processes: 2 -> 4"):
+    with pytest.raises(UserError, match="batch_size: 2 -> 4"):
         run("mask_swav", data, tmp_path, epochs=1, batch_size=4)
     other = write_data(tmp_path / "other", volumes=9)
     with pytest.raises(UserError, match="the files below data_path"):
@@ -78,7 +78,9 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(error, tmp_path, monkey
 def test_the_previous_checkpoint_is_used_when_the_newest_is_damaged(tmp_path, capsys):
     assert checkpoint.load(tmp_path) is None
     for epoch in range(3):
-        checkpoint.save({"learner": {}, "epoch": epoch}, tmp_path, keep_as="kept.pth" if epoch == 0 else None)
+        checkpoint.save(
+            {"learner": {}, "epoch": epoch, "seen": 0}, tmp_path, keep_as="kept.pth" if epoch == 0 else None
+        )
     assert checkpoint.load(tmp_path)["epoch"] == 2
     assert torch.load(tmp_path / "kept.pth", weights_only=True)["epoch"] == 0
     latest = tmp_path / checkpoint.LATEST

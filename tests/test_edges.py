@@ -71,7 +71,7 @@ def test_fewer_epochs_than_done_is_said(data, tmp_path):
 
 def test_a_write_that_fails_after_a_damaged_newest_file_leaves_the_good_one(tmp_path, monkeypatch):
     for epoch in range(2):
-        checkpoint.save({"learner": {}, "epoch": epoch}, tmp_path)
+        checkpoint.save({"learner": {}, "epoch": epoch, "seen": 0}, tmp_path)
     (tmp_path / checkpoint.LATEST).write_bytes(b"cut")
     assert checkpoint.load(tmp_path)["epoch"] == 0
 
@@ -80,7 +80,7 @@ def test_a_write_that_fails_after_a_damaged_newest_file_leaves_the_good_one(tmp_
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(UserError):
-        checkpoint.save({"learner": {}, "epoch": 1}, tmp_path)
+        checkpoint.save({"learner": {}, "epoch": 1, "seen": 0}, tmp_path)
     assert checkpoint.load(tmp_path)["epoch"] == 0
 
 
@@ -185,7 +185,7 @@ def test_the_first_failed_step_does_not_promise_a_checkpoint(data, tmp_path, mon
     monkeypatch.setattr(
         MaskedSlices, "forward", lambda self, **b: {k: v * float("nan") for k, v in forward(self, **b).items()}
     )
-    with pytest.raises(UserError, match="epoch 0 step 0") as error:
-        run("mask_swav", data, tmp_path)
+    with pytest.raises(UserError, match=r"epoch 0 step 2;.*\(3 in a row.*none was saved yet") as error:
+        run("mask_swav", data, tmp_path, max_bad_steps=3)
     assert not (tmp_path / "runs" / "mask_swav" / "checkpoint.pth").exists()
     assert "keeps the last good checkpoint" not in str(error.value)

@@ -100,7 +100,7 @@ def test_a_loss_that_is_not_finite_names_the_batch_and_is_not_applied(data, tmp_
 
     monkeypatch.setattr(MaskedSlices, "forward", sometimes)
     with pytest.raises(UserError, match=r"not finite at epoch 1 step 1;.*case_\d\.npy, .*case_\d\.npy"):
-        main("mask_swav", data, tmp_path, epochs=2)
+        main("mask_swav", data, tmp_path, epochs=2, max_bad_steps=1)
     state = torch.load(tmp_path / "runs" / "mask_swav" / "checkpoint.pth", weights_only=True)
     assert (state["epoch"], state["seen"]) == (1, 0)
     assert not list((tmp_path / "weights").glob("*.pth"))

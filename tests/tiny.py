@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import importlib
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import train
+from utils import signals, train
 
 
 def write_data(root: Path, volumes: int = 8, images: int = 4) -> Path:
@@ -75,12 +74,11 @@ def losses(folder: Path) -> list[dict[str, str]]:
 
 def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behave as if SIGTERM came during that step."""
+    agree, asked = train._agree, []
 
-    class Caught(list):
-        asked = 0
+    def counted(*args: Any) -> train.Agreed:
+        asked.append(1)  # the loop asks once per step
+        return agree(*args)
 
-        def __iter__(self):
-            self.asked += 1  # the loop looks once per step
-            return iter([15] if self.asked >= steps else [])
-
-    monkeypatch.setattr(train, "_signals", lambda: contextlib.nullcontext(Caught()))
+    monkeypatch.setattr(train, "_agree", counted)
+    monkeypatch.setattr(signals, "caught", lambda: 15 if len(asked) >= steps else 0)

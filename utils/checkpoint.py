@@ -3,36 +3,202 @@
 from __future__ import annotations
 
 import contextlib
+import glob
+import hashlib
+import io
 import os
+import pickle
+import pickletools
+import re
 import shutil
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
+from utils import signals
+from utils.distributed import broadcast_object, gather_objects, rank
 from utils.errors import UserError
 
 LATEST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
+SEAL = b"\nsha256 "  # ends a checkpoint, before the digest of all that precedes it; zip readers ignore what follows
+SEAL_BYTES = len(SEAL) + 64
+PLAIN = re.compile(r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_tensor_v2")  # in a pickle
 
 
 def write(state: dict[str, Any], path: Path) -> None:
     """torch.save to a temporary file in the same folder, flushed to disk, then renamed: never half a file at `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _written(path, temporary):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    with _replaced(path) as file:
+        torch.save(state, file)
+
+
+def write_text(text: str, path: Path) -> None:
+    """The same for a text file, in UTF-8."""
+    with _replaced(path) as file:
+        file.write(text.encode())
+
+
+def save(state: dict[str, Any], folder: Path, keep_as: str | None = None) -> None:
+    """Write the newest checkpoint of a run and keep the one before it; `keep_as` also keeps this one for good.
+
+    The file ends with the sha256 of its content; torch.load(path, weights_only=True) reads it as well.
+    """
+    latest = folder / LATEST
+
+    def rotate(complete: Path) -> None:
+        """Links, not moves: a run killed anywhere in between still has a newest checkpoint, and the one before."""
+        if keep_as:
+            _link(complete, folder / keep_as)
+        if latest.exists():
+            _link(latest, folder / PREVIOUS)
+
+    with _replaced(latest, rotate) as file:
+        torch.save(state, file)
+        file.flush()
+        file.write(SEAL + _digest(Path(file.name), file.tell()).encode())
+
+
+def load(folder: Path) -> dict[str, Any] | None:
+    """The newest whole checkpoint of a run, on the CPU, the same on every process; None when there is none.
+
+    A damaged newest file is reported and the one before it is used. All processes call it together: where they have
+    disks of their own, those without the newest checkpoint get it from one that has it.
+    Raises UserError on all of them when there are files but none can be read.
+    """
+    state, seal, reasons = None, b"", []
+    for path in (folder / LATEST, folder / PREVIOUS):
+        try:
+            state, seal = read(path)
+            break
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except UserError as error:
+            reasons.append(str(error))
+            if rank() == 0:
+                print(f"warning: {error}; trying the checkpoint before it", flush=True)
+    error = None
+    if state and reasons and rank() == 0:
+        try:
+            # The next save keeps the newest file as the previous one: it must not put a damaged one over this.
+            _link(path, folder / LATEST)
+        except UserError as read_only:
+            error = read_only
+    places = gather_objects(((state["epoch"], state["seen"]) if state else (-1, 0), seal, reasons, error))
+    newest = max(place for place, *_ in places)
+    source = [place for place, *_ in places].index(newest)
+    for *_, failed in places:
+        if failed:
+            raise failed
+    if newest[0] < 0:
+        if any(reasons for *_, reasons, _ in places):
+            reasons = next(reasons for *_, reasons, _ in places if reasons)
+            raise UserError(f"no checkpoint in {folder} can be read ({'; '.join(reasons)}); delete them to start again")
+        return None
+    if len({seal for _, seal, *_ in places}) == 1:
+        return state
+    data = broadcast_object(path.read_bytes() if rank() == source else None, source)
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def read(path: Path) -> tuple[dict[str, Any], bytes]:
+    """A checkpoint and its digest. Nothing in it is executed, and no more memory taken than the file is long.
+
+    Raises FileNotFoundError or NotADirectoryError, or UserError that says what is wrong with the file.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size - SEAL_BYTES
+            file.seek(max(0, size))
+            seal = file.read()
+        if size < 0 or not seal.startswith(SEAL):
+            raise UserError(f"{path}: is cut short or not a checkpoint of this project (it has no checksum at its end)")
+        if seal != SEAL + _digest(path, size).encode():
+            raise UserError(f"{path}: is damaged (its checksum differs from its content)")
+        with zipfile.ZipFile(path) as archive:
+            # torch.save compresses nothing; a compressed record could claim any size.
+            if any(i.compress_type or i.file_size != i.compress_size or i.file_size > size for i in archive.infolist()):
+                raise UserError(f"{path}: is not a checkpoint of this project (its records are compressed)")
+            pickled = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            if not all(_is_plain(archive.read(name)) for name in pickled):
+                raise UserError(f"{path}: needs more than tensors and plain values, which is never loaded")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, NotADirectoryError, UserError):
+        raise
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: needs more than tensors and plain values, which is never loaded") from None
+    except Exception as error:  # torch and zipfile fail in many ways on arbitrary bytes
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: cannot be read ({reason})") from None
+    if not (isinstance(state, dict) and "learner" in state and _is_place(state.get("epoch"), state.get("seen"))):
+        raise UserError(f"{path}: is not a checkpoint of this project")
+    return state, seal
+
+
+def _is_plain(pickled: bytes) -> bool:
+    """Whether a pickle names nothing beyond tensors and ordered dictionaries.
+
+    Stricter than torch's weights_only, which lets a few bytes ask for a bytearray of any size.
+    """
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not PLAIN.fullmatch(str(argument)):
+            return False
+    return True
+
+
+def _is_place(epoch: Any, seen: Any) -> bool:
+    return type(epoch) is int and type(seen) is int and epoch >= 0 and seen >= 0
+
+
+def _digest(path: Path, size: int) -> str:
+    """sha256 (hex) of the first `size` bytes of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while size > 0 and (block := file.read(min(size, 2**20))):
+            digest.update(block)
+            size -= len(block)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
-def _written(path: Path, temporary: Path) -> Iterator[None]:
-    """Leaves no temporary file behind and says which file could not be written."""
+def _replaced(path: Path, before: Callable[[Path], None] | None = None) -> Iterator[IO[bytes]]:
+    """A new file that takes the place of `path`, in one move, when it is complete and on the disk.
+
+    before: called with the complete file just before the move. A signal waits until the file is in its place.
+    Raises UserError naming the file that cannot be written; leaves no temporary file, neither its own nor that of a
+    process that was killed.
+    """
+    with signals.noted(), _temporary(path) as temporary:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if before:
+            before(temporary)
+        os.replace(temporary, path)
+        _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the renaming itself last through a power failure, where the file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A free name beside `path`; says which file could not be written, and leaves no temporary file behind."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            leftover.unlink(missing_ok=True)
+        yield temporary
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"{path}: cannot be written ({reason}); free space or choose another folder") from None
@@ -41,49 +207,11 @@ def _written(path: Path, temporary: Path) -> Iterator[None]:
             temporary.unlink()
 
 
-def save(state: dict[str, Any], folder: Path, keep_as: str | None = None) -> None:
-    """Write the newest checkpoint of a run and keep the one before it; `keep_as` also keeps this one for good."""
-    latest, previous = folder / LATEST, folder / PREVIOUS
-    if latest.exists():
-        # A link, not a move: a run killed between the two steps still has a newest checkpoint.
-        _link(latest, previous)
-    write(state, latest)
-    if keep_as:
-        _link(latest, folder / keep_as)
-
-
 def _link(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`, replacing it in one move."""
-    link = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with _written(target, link):
+    with _temporary(target) as link:
         try:
             os.link(source, link)
         except OSError:  # a file system without hard links
             shutil.copy2(source, link)
         os.replace(link, target)
-
-
-def load(folder: Path) -> dict[str, Any] | None:
-    """The newest readable checkpoint of a run, on the CPU; None when the folder has none.
-
-    A damaged newest file is reported and the previous one is used. Raises UserError when none can be read.
-    """
-    reasons = []
-    for path in (folder / LATEST, folder / PREVIOUS):
-        if not path.exists():
-            continue
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(state, dict) or "learner" not in state:
-                raise ValueError("not a checkpoint of this project")
-        except Exception as error:
-            reasons.append(f"{path}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-            print(f"warning: {reasons[-1]}; trying the checkpoint before it", flush=True)
-            continue
-        if reasons:
-            # The next save keeps the newest file as the previous one: it must not put a damaged one over this.
-            _link(path, folder / LATEST)
-        return state
-    if reasons:
-        raise UserError(f"no checkpoint in {folder} can be read ({'; '.join(reasons)}); delete them to start again")
-    return None

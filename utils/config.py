@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import sys
 import warnings
@@ -13,10 +14,12 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
-from utils import distributed
+from utils import checkpoint, distributed, signals
 from utils.errors import UserError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+MAX_YAML_BYTES = 100_000
 
 
 def parse(config_class: type, doc: str | None = None, args: list[str] | None = None) -> Any:
@@ -27,23 +30,37 @@ def parse(config_class: type, doc: str | None = None, args: list[str] | None = N
     parser = ArgumentParser(description=doc, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below")
     parser.add_class_arguments(config_class, as_group=False)
+    for path in _config_files(sys.argv[1:] if args is None else args):
+        if not isinstance(read_yaml(path), dict | None):
+            raise UserError(f"{path}: must be a mapping of options, e.g. 'epochs: 20'")
     values = parser.parse_args(args)
     fields = {f.name: _plain(getattr(values, f.name)) for f in dataclasses.fields(config_class)}
     return config_class(**fields)
 
 
 def main(script: Callable[[Any], None], config_class: type, doc: str | None, args: list[str] | None = None) -> None:
-    """Parse, run, and say what the user can put right in one line instead of a traceback (exit code 2)."""
+    """Parse, run, and say what the user can put right in one line instead of a traceback (exit code 2).
+
+    A signal ends it with 128 + its number (docs/RUNNING.md). Any other exception, such as the loss of another
+    process, ends it with 1; torchrun then starts the processes again if it may.
+    """
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    config = parse(config_class, doc, args)
     try:
-        check(config)
-        script(config)
+        with signals.handled():
+            config = parse(config_class, doc, args)
+            check(config)
+            script(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    finally:
         distributed.stop()
+        raise SystemExit(2) from None
+    except Exception as error:
+        if not signals.caught():
+            raise  # without leaving the process group in order: lost processes could not answer
+        # Other processes obeyed the same signal a moment earlier.
+        print(f"stopped by signal {signals.caught()} ({type(error).__name__})", file=sys.stderr, flush=True)
+        raise SystemExit(128 + signals.caught()) from None
+    distributed.stop()
 
 
 def check(config: Any) -> None:
@@ -84,7 +101,43 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def save_yaml(values: dict[str, Any], path: Path) -> None:
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    checkpoint.write_text(yaml.safe_dump(values, sort_keys=False), path)
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases, of which a few lines can stand for billions of entries, and of moderate depth."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read here; write the value out")
+        self.depth = getattr(self, "depth", 0) + 1
+        if self.depth > 50:
+            raise yaml.YAMLError("values are nested more than 50 deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a small YAML file; None where it is empty. Raises UserError: what is wrong with it."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_YAML_BYTES + 1)
+        if len(content) > MAX_YAML_BYTES:
+            raise UserError(f"{path}: is larger than {MAX_YAML_BYTES} bytes, too much for a file of options")
+        return yaml.load(content, _PlainLoader)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: cannot be read as YAML ({reason}); correct it") from None
+
+
+def _config_files(args: list[str]) -> list[Path]:
+    """The files that --config names."""
+    given = [value for name, value in itertools.pairwise(args) if name == "--config"]
+    given += [arg.removeprefix("--config=") for arg in args if arg.startswith("--config=")]
+    return [Path(value) for value in given if "\n" not in value and Path(value).is_file()]
 
 
 def _plain(value: Any) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -33,11 +34,13 @@ class Run:
         return self.rank == 0
 
 
-def start(device: str = "auto", seed: int = 0) -> Run:
+def start(device: str = "auto", seed: int = 0, timeout_minutes: float = 10) -> Run:
     """Join the process group that torchrun describes in the environment, if any, choose a device, seed torch.
 
     device: `auto` (a GPU where there is one), `cpu` or `cuda`. NCCL on GPUs, gloo on CPUs.
     seed: the same on all processes, so that they build the same model.
+    timeout_minutes: how long processes wait for one of them that does not answer. A process that dies is noticed at
+    once; a machine that is cut off, only so. Its end is an error in all others, after which torchrun restarts them.
     """
     torch.manual_seed(seed)
     if device not in ("auto", "cpu", "cuda"):
@@ -55,7 +58,7 @@ def start(device: str = "auto", seed: int = 0) -> Run:
     if on_gpu:
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=30))
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes))
     return Run(rank(), world_size(), chosen)
 
 
@@ -123,6 +126,26 @@ def broadcast(x: Tensor) -> Tensor:
     if world_size() > 1:
         dist.broadcast(x, src=0)
     return x
+
+
+def broadcast_object(x: Any, source: int) -> Any:
+    """A picklable object of process `source`, on every process."""
+    if world_size() == 1:
+        return x
+    box = [x]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def on_main(action: Callable[[], None]) -> None:
+    """Do what only the first process does; its UserError is raised on all of them."""
+    error = None
+    if rank() == 0:
+        try:
+            action()
+        except UserError as e:
+            error = e
+    raise_everywhere(error)
 
 
 def raise_everywhere(error: UserError | None) -> None:

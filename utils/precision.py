@@ -31,6 +31,13 @@ class Precision:
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
 
+    def may_overflow(self) -> bool:
+        """Whether gradients that are not finite may come from the loss scale, which `step` then lowers.
+
+        fp16 only. Waits for the device, so ask after a failure, not in every step.
+        """
+        return self.scaler.is_enabled() and self.scaler.get_scale() > 1
+
     def step(self, optimizer: Optimizer) -> None:
         self.scaler.step(optimizer)  # unscales first; skipped when the scaled gradients overflowed
         self.scaler.update()

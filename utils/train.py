@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
+import io
 import resource
-import signal
 import sys
 import time
-from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from datasets.seeding import DROPOUT, FILLING, stream
 from objectives.learners import Learner
-from utils import checkpoint, distributed
+from utils import checkpoint, distributed, guards, signals
 from utils.config import save_yaml, to_dict
 from utils.distributed import Run
 from utils.errors import UserError
@@ -27,11 +26,13 @@ from utils.optim import WarmupCosine
 from utils.precision import Precision
 
 # Options that may differ between the parts of one run: they change neither the data order nor the mathematics.
-# (Of batch_size the joint batch of all processes is compared, of data_path the content; more epochs may follow.)
+# (batch_size has a rule of its own below, of data_path the content is compared; more epochs may follow.)
 FREE = {
     "workers",
     "checkpoint_freq",
     "checkpoint_minutes",
+    "max_bad_steps",
+    "timeout_minutes",
     "device",
     "data_path",
     "cache_path",
@@ -48,6 +49,19 @@ def schedule(config: Any, steps: int) -> WarmupCosine:
     )
 
 
+@dataclass
+class Progress:
+    """Where a run is, as far as it is not in weights, optimiser and objectives."""
+
+    epoch: int = 0
+    seen: int = 0  # samples of this epoch that all processes together have seen
+    counted: int = 0  # those of them that entered `sums`: not those of bad steps
+    sums: dict[str, float] = field(default_factory=dict)  # of the losses of this epoch, times samples
+    last: dict[str, float] = field(default_factory=dict)  # the means of the epoch before
+    bad_steps: int = 0  # of this epoch, not applied
+    bad_in_a_row: int = 0
+
+
 def fit(
     learner: nn.Module,
     loader: Any,
@@ -59,113 +73,148 @@ def fit(
 ) -> dict[str, float]:
     """Train to `config.epochs`, going on from the checkpoint in `config.dump_path` when there is one.
 
-    Writes there: config.yaml, metrics.csv (a line per epoch) and checkpoints. Returns the last epoch's means.
-    Raises UserError on a non-finite loss, naming the files of the batch; SystemExit (128 + signal) after SIGTERM or
-    SIGINT, once the step is finished and saved.
+    Writes there: config.yaml, metrics.csv (a line per epoch), checkpoints, and guards.BAD_STEPS where there were any.
+    Returns the last epoch's means. A step whose loss or gradient is not finite is not applied, and its files are named.
+    Raises UserError after `config.max_bad_steps` of them in a row; SystemExit (128 + signal) after a signal, once the
+    step is finished and saved.
     """
+    with signals.handled(), signals.noted():
+        try:
+            return _fit(learner, loader, optimizer, rate, config, run, data_fingerprint)
+        except RuntimeError as error:
+            guards.name_dead_worker(error)
+            raise
+
+
+def _fit(
+    learner: nn.Module,
+    loader: Any,
+    optimizer: Optimizer,
+    rate: WarmupCosine,
+    config: Any,
+    run: Run,
+    data_fingerprint: str,
+) -> dict[str, float]:
     folder = Path(config.dump_path)
     core: Learner = distributed.unwrap(learner)
     precision = Precision(config.precision, run.device)
+    at = Progress()
     state = checkpoint.load(folder)
-    first_epoch = first_seen = 0
-    sums: dict[str, float] = {}
     if state:
-        _check_same_run(state, config, run, data_fingerprint, folder)
+        others = _check_same_run(state, config, run, data_fingerprint, folder)
         core.load_state_dict(state["learner"])
         core.load_memory_state(state["memory"])
         optimizer.load_state_dict(state["optimizer"])
         precision.scaler.load_state_dict(state["scaler"])
-        first_epoch, first_seen, sums = state["epoch"], state["seen"], state["sums"]
-    log = Log(folder, config, run, first_epoch)
+        at = Progress(**{f.name: state[f.name] for f in fields(Progress)})
+    log = Log(folder, config, run, at.epoch)
     log.say(
-        f"{'continuing' if state else 'starting'} at epoch {first_epoch} of {config.epochs}, {loader.steps} steps "
+        f"{'continuing' if state else 'starting'} at epoch {at.epoch} of {config.epochs}, {loader.steps} steps "
         f"each, {run.world_size} process(es) on {run.device.type}, {precision.name}; log and checkpoints in {folder}"
     )
-    if not state and core.fills_memory:
-        fill_memory(core, loader, precision)
-    learner.train()
-    last: dict[str, float] = state["last"] if state else {}
+    if state and others:
+        log.say(f"{others}; the order of the samples goes on where it was")
 
-    def save(epoch: int, seen: int, keep: bool = False) -> None:
+    def save(keep: bool = False) -> None:
+        guards.require_finite_weights(core)
         memory = core.memory_state()  # all processes take part
-        error = None
-        try:
-            if run.is_main:
-                checkpoint.save(
-                    {
-                        "learner": core.state_dict(),
-                        "memory": memory,
-                        "optimizer": optimizer.state_dict(),
-                        "scaler": precision.scaler.state_dict(),
-                        "epoch": epoch,
-                        "seen": seen,
-                        "sums": sums,
-                        "last": last,
-                        "config": to_dict(config),
-                        "joint_batch": config.batch_size * run.world_size,
-                        "data": data_fingerprint,
-                    },
-                    folder,
-                    keep_as=f"checkpoint_epoch{epoch}.pth" if keep else None,
-                )
-        except UserError as full_disk:
-            error = full_disk
-        distributed.raise_everywhere(error)
+        state = {
+            "learner": core.state_dict(),
+            "memory": memory,
+            "optimizer": optimizer.state_dict(),
+            "scaler": precision.scaler.state_dict(),
+            **asdict(at),
+            "config": to_dict(config),
+            "processes": run.world_size,
+            "data": data_fingerprint,
+        }
+        keep_as = f"checkpoint_epoch{at.epoch}.pth" if keep else None
+        distributed.on_main(lambda: checkpoint.save(state, folder, keep_as))
 
-    with _signals() as caught:
-        saved_at = time.monotonic()
-        for epoch in range(first_epoch, config.epochs):
-            core.begin_epoch(epoch, resumed=first_seen > 0)
-            first_step, seen = loader.batches.step_at(first_seen), first_seen
-            bar = log.bar(epoch, loader.steps, first_step)
-            began = waiting = time.monotonic()
-            waited = 0.0
-            for step, batch in enumerate(loader.epoch(epoch, first_seen), start=first_step):
-                waited += time.monotonic() - waiting
-                now = epoch * loader.steps + step
-                for group in optimizer.param_groups:
-                    group["lr"] = rate(now)
-                seed_dropout(config.seed, now, run.rank)
-                with precision.autocast():
-                    losses = learner(**batch)
-                due = (time.monotonic() - saved_at) / 60 > config.checkpoint_minutes
-                means, stop, due = _agree(losses, caught, due, run)
-                if means is None:
-                    _raise_not_finite(loader, batch, epoch, step, folder)
-                precision.backward(losses["loss"])
-                core.cancel_gradients(now)
+    if not state and core.fills_memory:
+        with signals.obeyed():
+            fill_memory(core, loader, precision)
+    learner.train()
+    statistics = guards.BatchNormStatistics(core)
+    saved_at = time.monotonic()
+    while at.epoch < config.epochs:
+        with signals.obeyed():
+            core.begin_epoch(at.epoch, resumed=at.seen > 0)
+        first_step, first_seen = loader.batches.step_at(at.seen), at.seen
+        bar = log.bar(at.epoch, loader.steps, first_step)
+        began = waiting = time.monotonic()
+        waited = 0.0
+        for step, batch in enumerate(loader.epoch(at.epoch, at.seen), start=first_step):
+            waited += time.monotonic() - waiting
+            now = at.epoch * loader.steps + step
+            for group in optimizer.param_groups:
+                group["lr"] = rate(now)
+            seed_dropout(config.seed, now, run.rank)
+            statistics.remember()
+            with precision.autocast():
+                losses = learner(**batch)
+            precision.backward(losses["loss"])
+            core.cancel_gradients(now)
+            due = (time.monotonic() - saved_at) / 60 > config.checkpoint_minutes
+            agreed = _agree(losses, guards.gradients_are_finite(optimizer), due, run)
+            joint = sum(batch["counts"])
+            at.seen += joint
+            # In half precision gradients overflow now and then: the scaler leaves that step out and lowers its factor.
+            if agreed.finite and (agreed.gradients_finite or precision.may_overflow()):
                 precision.step(optimizer)
-                optimizer.zero_grad(set_to_none=True)
-                joint = sum(batch["counts"])
-                seen += joint
-                for name, value in means.items():
-                    sums[name] = sums.get(name, 0.0) + value * joint
-                bar.update()
-                bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()}, refresh=False)
-                if (stop or due) and step + 1 < loader.steps:  # the epoch's end saves anyway
-                    save(epoch, seen)
-                    saved_at = time.monotonic()
-                    if stop:
-                        bar.close()
-                        _stop(log, stop, epoch, step)
-                waiting = time.monotonic()
-            bar.close()
-            seconds = time.monotonic() - began
-            last = {name: value / seen for name, value in sums.items()}
-            log.row(epoch, last, rate((epoch + 1) * loader.steps - 1), seconds, waited, seen - first_seen)
-            sums, first_seen = {}, 0
-            is_last = epoch + 1 == config.epochs
-            save(epoch + 1, 0, keep=not is_last and (epoch + 1) % config.checkpoint_freq == 0)
-            saved_at = time.monotonic()
-            if stop and not is_last:
-                _stop(log, stop, epoch, step)
-    return last
+                at.bad_in_a_row = 0
+                at.counted += joint
+                for name, value in agreed.means.items():
+                    at.sums[name] = at.sums.get(name, 0.0) + value * joint
+            else:
+                statistics.restore()
+                at.bad_steps += 1
+                at.bad_in_a_row += 1
+                what = "the gradient" if agreed.finite else "the loss"
+                counted = at.bad_in_a_row, config.max_bad_steps
+                said = guards.report_bad_step(what, loader.names(batch), at.epoch, step, *counted, folder)
+                if at.bad_in_a_row >= config.max_bad_steps:
+                    _give_up(said, folder)
+            optimizer.zero_grad(set_to_none=True)
+            bar.update()
+            bar.set_postfix({name: f"{value:.4g}" for name, value in agreed.means.items()}, refresh=False)
+            if (agreed.stop or agreed.save) and step + 1 < loader.steps:  # the epoch's end saves anyway
+                save()
+                saved_at = time.monotonic()
+                if agreed.stop:
+                    bar.close()
+                    _stop(log, agreed.stop, at.epoch, step)
+            waiting = time.monotonic()
+        bar.close()
+        seconds = time.monotonic() - began
+        at.last = {name: value / at.counted for name, value in at.sums.items()}
+        lr = rate((at.epoch + 1) * loader.steps - 1)
+        log.row(at.epoch, at.last, lr, seconds, waited, at.seen - first_seen, at.bad_steps)
+        guards.require_equal_weights(core, f"after epoch {at.epoch}")
+        at.epoch += 1
+        at.seen = at.counted = at.bad_steps = 0
+        at.sums = {}
+        is_last = at.epoch == config.epochs
+        save(keep=not is_last and at.epoch % config.checkpoint_freq == 0)
+        saved_at = time.monotonic()
+        if not is_last and (stop := _stop_of_any(run)):
+            _stop(log, stop, at.epoch - 1, loader.steps - 1)
+    return at.last
 
 
-def _stop(log: Log, stop: int, epoch: int, step: int) -> None:
-    """Leave after a signal, once the step is saved."""
+def _stop(log: Log, stop: int, epoch: int, step: int) -> NoReturn:
+    """Leave after a signal, once the step is saved, all processes together."""
     log.say(f"stopped by signal {stop} after epoch {epoch} step {step}; run the same command to go on")
+    distributed.stop()
     raise SystemExit(128 + stop)
+
+
+def _give_up(said: str, folder: Path) -> NoReturn:
+    kept = f"{folder} keeps the last good checkpoint" if (folder / checkpoint.LATEST).exists() else "none was saved yet"
+    raise UserError(
+        f"{said}. The run stops ({kept}). Check these files; or start again, with another --dump_path, at a lower "
+        "--base_lr or with --precision fp32"
+    )
 
 
 @torch.no_grad()
@@ -198,38 +247,46 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(stream(seed, step, rank, 0, DROPOUT).integers(2**63)))
 
 
-def _agree(
-    losses: dict[str, torch.Tensor], caught: list[int], due: bool, run: Run
-) -> tuple[dict[str, float] | None, int, bool]:
-    """Means over the processes (None when one is not finite), the signal that any caught, whether rank 0 wants to save.
+@dataclass(frozen=True)
+class Agreed:
+    """What all processes know of a step."""
 
-    One collective and one wait for the device per step.
+    means: dict[str, float]  # of the losses
+    gradients_finite: bool
+    stop: int  # the signal that any of them caught, or 0
+    save: bool  # whether the first one wants to save
+
+    @property
+    def finite(self) -> bool:
+        return all(abs(v) < float("inf") for v in self.means.values())  # False for nan as well
+
+
+def _agree(losses: dict[str, Tensor], gradients_finite: Tensor, due: bool, run: Run) -> Agreed:
+    """Two collectives and one wait for the device per step."""
+    values = torch.stack([v.detach().float() for v in losses.values()]) / run.world_size
+    flags = torch.tensor([float(signals.caught()), float(due and run.is_main)]).to(values.device)
+    flags = torch.cat([flags, (~gradients_finite).to(flags).view(1)])
+    joint = torch.cat([distributed.all_sum(values), distributed.all_max(flags)]).tolist()
+    *sums, stop, save, bad = joint
+    return Agreed(dict(zip(losses, sums, strict=True)), not bad, int(stop), bool(save))
+
+
+def _stop_of_any(run: Run) -> int:
+    return int(distributed.all_max(torch.tensor(signals.caught(), device=run.device)))
+
+
+def _check_same_run(state: dict[str, Any], config: Any, run: Run, data_fingerprint: str, folder: Path) -> str:
+    """Raises UserError unless the run may go on with these options; what is said of another number of processes.
+
+    Another number of processes is welcome, with the same batch on each or with the same joint batch.
     """
-    values = torch.stack([v.detach().float() for v in losses.values()])
-    flags = torch.tensor([float(max(caught, default=0)), float(due and run.is_main)])
-    joint = torch.cat([values / run.world_size, flags.to(values.device)])
-    highest = distributed.all_max(joint[-2:].clone())
-    joint = distributed.all_sum(joint).tolist()
-    means = dict(zip(losses, joint, strict=False))
-    finite = all(abs(v) < float("inf") for v in means.values())  # False for nan as well
-    return (means if finite else None), int(highest[0]), bool(highest[1])
-
-
-def _raise_not_finite(loader: Any, batch: dict[str, Any], epoch: int, step: int, folder: Path) -> None:
-    names = [name for part in distributed.gather_objects(loader.names(batch)) for name in part]
-    kept = f" and {folder} keeps the last good checkpoint" if (folder / checkpoint.LATEST).exists() else ""
-    raise UserError(
-        f"the loss is not finite at epoch {epoch} step {step}; this step was not applied{kept}. "
-        f"Lower base_lr or use --precision fp32; the batch held: {', '.join(names[:32])}"
-    )
-
-
-def _check_same_run(state: dict[str, Any], config: Any, run: Run, data_fingerprint: str, folder: Path) -> None:
     old, new = state["config"], to_dict(config)
     changed = [f"{k}: {old.get(k)} -> {new[k]}" for k in new if k not in FREE and old.get(k) != new[k]]
-    joint = config.batch_size * run.world_size
-    if state["joint_batch"] != joint:
-        changed.append(f"batch_size x processes: {state['joint_batch']} -> {joint}")
+    batches = old["batch_size"], config.batch_size
+    processes = state["processes"], run.world_size
+    joint = tuple(b * p for b, p in zip(batches, processes, strict=True))
+    if batches[0] != batches[1] and joint[0] != joint[1]:
+        changed.append(f"batch_size: {batches[0]} -> {batches[1]} (x processes: {joint[0]} -> {joint[1]})")
     if state["data"] != data_fingerprint:
         changed.append("the files below data_path")
     if state["epoch"] > config.epochs:
@@ -239,24 +296,9 @@ def _check_same_run(state: dict[str, Any], config: Any, run: Run, data_fingerpri
             f"dump_path: {folder} holds a run made with other options ({'; '.join(changed)}); "
             "choose another --dump_path, or delete that folder to start again"
         )
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts at once."""
-    caught: list[int] = []
-
-    def remember(number: int, _: Any) -> None:
-        if number == signal.SIGINT and number in caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    old = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield caught
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+    if processes[0] == processes[1]:
+        return ""
+    return f"processes: {processes[0]} -> {processes[1]}, joint batch: {joint[0]} -> {joint[1]}"
 
 
 class Log:
@@ -264,8 +306,10 @@ class Log:
 
     def __init__(self, folder: Path, config: Any, run: Run, first_epoch: int) -> None:
         self.run, self.config, self.path = run, config, folder / "metrics.csv"
-        if not run.is_main:
-            return
+        distributed.on_main(lambda: self._start(folder, first_epoch))
+
+    def _start(self, folder: Path, first_epoch: int) -> None:
+        config = self.config
         try:
             Path(config.pretrained_path).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -292,9 +336,17 @@ class Log:
             leave=False,
         )
 
-    def row(self, epoch: int, means: dict[str, float], lr: float, seconds: float, waited: float, samples: int) -> None:
-        if not self.run.is_main:
-            return
+    def row(
+        self,
+        epoch: int,
+        means: dict[str, float],
+        lr: float,
+        seconds: float,
+        waited: float,
+        samples: int,
+        bad_steps: int,
+    ) -> None:
+        """A line of metrics.csv; all processes call it together. Raises UserError when it cannot be written."""
         row = {
             "epoch": epoch,
             **{name: f"{value:.6g}" for name, value in means.items()},
@@ -303,8 +355,9 @@ class Log:
             "samples_per_second": f"{samples / seconds:.2f}",
             "data_wait": f"{waited / seconds:.3f}",
             "peak_memory_mib": f"{peak_memory_mib(self.run.device):.0f}",
+            "bad_steps": bad_steps,
         }
-        self._write([*self._rows(), row])
+        distributed.on_main(lambda: self._write([*self._rows(), row]))
         shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         self.say(f"epoch {epoch + 1:3d}/{self.config.epochs}  {shown}  lr {lr:.4g}  {seconds:.1f} s")
 
@@ -318,12 +371,11 @@ class Log:
         if not rows:
             self.path.unlink(missing_ok=True)
             return
-        temporary = self.path.with_suffix(".tmp")
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[-1]))
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(self.path)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        checkpoint.write_text(text.getvalue(), self.path)
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -1,0 +1,166 @@
+"""What keeps a run from going wrong unnoticed: steps that must not be applied, processes that drift apart, workers
+that die."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import re
+import socket
+import weakref
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset, get_worker_info
+
+from utils.distributed import gather_objects, on_main, world_size
+from utils.errors import UserError
+
+BAD_STEPS = "bad_steps.csv"  # in a run's folder: epoch, step, reason, files of every step that was not applied
+NAMES_SHOWN = 16
+DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
+
+
+def gradients_are_finite(optimizer: Optimizer) -> Tensor:
+    """Scalar bool on the device: no NaN or Inf in what the optimiser is about to apply. Does not wait for the device.
+
+    DistributedDataParallel has averaged the gradients already, so all processes find the same.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not gradients:
+        return torch.tensor(True)
+    return torch.stack(torch._foreach_norm(gradients, float("inf"))).max().isfinite()
+
+
+class BatchNormStatistics:
+    """Running statistics of a network as they were before a step, which moves them in its forward pass."""
+
+    def __init__(self, module: nn.Module) -> None:
+        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        statistics = [b for m in norms for b in m.buffers()]
+        self.floats = [b for b in statistics if b.is_floating_point()]
+        self.counts = [b for b in statistics if not b.is_floating_point()]
+        self.saved = [[b.clone() for b in part] for part in (self.floats, self.counts)]
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        for saved, now in zip(self.saved, (self.floats, self.counts), strict=True):
+            if now:
+                torch._foreach_copy_(saved, now)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for saved, now in zip(self.saved, (self.floats, self.counts), strict=True):
+            if now:
+                torch._foreach_copy_(now, saved)
+
+
+def report_bad_step(what: str, names: list[str], epoch: int, step: int, in_a_row: int, limit: int, folder: Path) -> str:
+    """Say which files a step held that was not applied, and note all of them in BAD_STEPS; returns what it said.
+
+    names: files of this process's batch. All processes call it together. Raises UserError when that file cannot be
+    written.
+    """
+    everyone = [name for part in gather_objects(names) for name in part]
+    shown = ", ".join(everyone[:NAMES_SHOWN]) + (f" and {len(everyone) - NAMES_SHOWN} more" * (len(everyone) > 16))
+    text = (
+        f"{what} is not finite at epoch {epoch} step {step}; this step was not applied "
+        f"({in_a_row} in a row, max_bad_steps {limit}); the batch held: {shown}"
+    )
+
+    def note() -> None:
+        path = folder / BAD_STEPS
+        try:
+            new = not path.exists()
+            with open(path, "a", newline="") as file:
+                writer = csv.writer(file)
+                if new:
+                    writer.writerow(["epoch", "step", "not_finite", "files"])
+                writer.writerow([epoch, step, what, "; ".join(everyone)])
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); free space") from None
+        print(f"warning: {text}", flush=True)
+
+    on_main(note)
+    return text
+
+
+def require_finite_weights(module: nn.Module) -> None:
+    """Raises UserError where a weight is NaN or Inf: such a state must not replace a good checkpoint."""
+    named = [(name, p) for name, p in module.named_parameters() if p.numel()]
+    largest = torch.stack(torch._foreach_norm([p.detach() for _, p in named], float("inf")))
+    bad = (~largest.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(
+            f"{len(bad)} of {len(named)} weights are not finite ({named[bad[0]][0]} is the first), so nothing was "
+            "saved and the last good checkpoint stays; start again with a lower --base_lr or --precision fp32 "
+            "(and another --dump_path)"
+        )
+
+
+def require_equal_weights(module: nn.Module, when: str) -> None:
+    """Raises UserError on all processes, naming those whose weights or buffers differ in any bit from the others'."""
+    if world_size() == 1:
+        return
+    digests = {name: _digest(value) for name, value in module.state_dict().items()}
+    everyone = gather_objects((digests, socket.gethostname()))
+    count = Counter(tuple(d.values()) for d, _ in everyone)
+    usual = max((tuple(d.values()) for d, _ in everyone), key=count.__getitem__)  # the first of the most frequent
+    other = [r for r, (d, _) in enumerate(everyone) if tuple(d.values()) != usual]
+    if not other:
+        return
+    theirs = everyone[other[0]][0]
+    names = [name for name, digest in zip(theirs, usual, strict=True) if theirs[name] != digest]
+    who = ", ".join(f"process {r} on {everyone[r][1]}" for r in other)
+    raise UserError(
+        f"{who}: other weights than the rest {when} ({len(names)} tensors, first {names[0]}); nothing was saved. "
+        "Processes that see the same gradients cannot drift apart unless hardware or software of a machine fails: "
+        "check that machine, then run the same command to go on from the last checkpoint"
+    )
+
+
+def _digest(x: Tensor) -> bytes:
+    return hashlib.sha256(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).digest()[:8]
+
+
+class Reading(Dataset):
+    """A data set that notes, where the main process can see it, what each data-loading worker is reading.
+
+    dataset: keys are (epoch, index), and `name(index)` says the file.
+    """
+
+    def __init__(self, dataset: Any, workers: int) -> None:
+        self.dataset = dataset
+        self.now = torch.full((max(1, workers), 2), -1).share_memory_()  # process id and index, by worker
+        _readers.add(self)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        worker = get_worker_info()
+        if worker is not None:
+            self.now[worker.id, 0], self.now[worker.id, 1] = os.getpid(), key[1]
+        return self.dataset[key]
+
+
+_readers: weakref.WeakSet[Reading] = weakref.WeakSet()
+
+
+def name_dead_worker(error: RuntimeError) -> None:
+    """Raises UserError with the file that a data-loading worker was reading when it died, if that is what happened."""
+    died = DEAD_WORKER.search(str(error))
+    if not died:
+        return
+    pids = [int(p) for p in died[1].split(",")]
+    files = [r.dataset.name(i) for r in _readers for pid, i in r.now.tolist() if pid in pids]
+    raise UserError(
+        f"a data-loading worker died while it read {', '.join(files) or 'its first file'} "
+        f"({str(error).splitlines()[0]}). Killed: probably too little memory, lower --workers or --batch_size; "
+        "otherwise check that file"
+    ) from error
