@@ -143,7 +143,7 @@ class SliceStore:
         todo = [i for i in range(len(self.samples)) if not self._is_whole(i)]
         error = None
         try:
-            self._remove_leftovers()
+            self._prepare_folder()
             self._check_room(todo, progress)
         except UserError as e:
             error = e
@@ -201,22 +201,20 @@ class SliceStore:
     def _make(self, index: int) -> bool:
         """Write one cache file unless it is there; False where another process is at it.
 
+        Nothing is flushed to the disk: what a power failure spoils has not its full length, and is made again.
         Raises BadContent (source) or UserError (cache folder).
         """
         sample, target = self.samples[index], self.files[index]
         verdict = target.with_suffix(".bad")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with _claim(target) as mine:
-                if not mine:
+            with _claim(target) as temporary:
+                if temporary is None:
                     return False
-                if self._is_whole(index):
-                    return True
-                if verdict.exists():  # the name changes with the source, so this is still so
-                    raise BadContent(sample, verdict.read_text(encoding="utf-8"))
-                # Unique per process and machine, in the same folder: a rename is atomic only within one file system.
-                temporary = target.with_name(f".{target.stem}.{uuid.uuid4().hex}.tmp")
                 try:
+                    if self._is_whole(index):
+                        return True
+                    if verdict.exists():  # the name changes with the source, so this is still so
+                        raise BadContent(sample, verdict.read_text(encoding="utf-8"))
                     try:
                         content = render(sample, self.size)
                     except BadContent as error:
@@ -224,10 +222,8 @@ class SliceStore:
                             temporary.write_text(error.reason, encoding="utf-8")
                             os.replace(temporary, verdict)
                         raise
-                    with open(temporary, "xb") as file:
+                    with open(temporary, "wb") as file:
                         np.save(file, content, allow_pickle=False)
-                        file.flush()
-                        os.fsync(file.fileno())
                     os.replace(temporary, target)
                 finally:
                     temporary.unlink(missing_ok=True)
@@ -248,26 +244,24 @@ class SliceStore:
             raise self._cannot_write(error) from None
         return (found, dtype, offset) == (shape, np.float16, NPY_HEADER) and size == offset + 2 * math.prod(shape)
 
-    def _remove_leftovers(self) -> None:
-        """Temporary files of processes that were killed: those that nobody has locked."""
+    def _prepare_folder(self) -> None:
+        """Make the folder, and remove the temporary files of processes that were killed: those that nobody locks."""
         try:
-            names = [entry.name for entry in os.scandir(self.folder) if entry.name.startswith(".")]
-        except OSError:  # no folder yet, or none that can be read, which making the files will report
-            return
+            self.folder.mkdir(parents=True, exist_ok=True)
+            names = [entry.path for entry in os.scandir(self.folder) if entry.name.endswith(".tmp")]
+        except OSError as error:
+            raise self._cannot_write(error) from None
         for name in names:
-            with contextlib.suppress(OSError), _claim(self.folder / f"{name.split('.')[1]}.npy", force=False) as mine:
-                if mine and name.endswith(".tmp"):
-                    (self.folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError), open(name, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(name)
 
     def _check_room(self, todo: list[int], progress: bool) -> None:
         """Say how much will be written, or raise UserError where the disk has less room than that."""
         if not todo:
             return
         need = sum(NPY_HEADER + 2 * self.samples[i].slices * int(self.extents[i].prod()) for i in todo)
-        there = self.folder
-        while not there.exists() and there != there.parent:
-            there = there.parent
-        free = shutil.disk_usage(there).free
+        free = shutil.disk_usage(self.folder).free
         if need > free:
             raise UserError(
                 f"{self.folder}: the cache of prepared slices needs {_size(need)} for {len(todo)} files, but only "
@@ -305,28 +299,33 @@ def unused_files(samples: list[Sample], cache_path: str | Path | None = None) ->
 
 
 @contextlib.contextmanager
-def _claim(target: Path, force: bool = True) -> Iterator[bool]:
-    """Whether this thread alone may write `target`; the system ends the claim of a process that dies.
+def _claim(target: Path) -> Iterator[Path | None]:
+    """The temporary file in which this thread alone may write what becomes `target`; None: another is at it.
 
-    On a file system without locks everybody may (`force`), at the price of work done twice, or nobody.
+    The lock lies on that file, and the system ends it with its process, however that dies. On a file system without
+    locks everybody gets a file of their own, at the price of work done twice.
     """
-    lock = target.with_name(f".{target.stem}.lock")
-    descriptor = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
+    temporary = target.with_name(f".{target.name}.tmp")
+    descriptor = os.open(temporary, os.O_CREAT | os.O_RDWR, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine: Path | None = temporary if _is_open_at(descriptor, temporary) else None
         except BlockingIOError:
-            yield False
-            return
+            mine = None
         except OSError:
-            yield force
-            return
-        try:
-            yield True
-        finally:
-            lock.unlink(missing_ok=True)  # while locked: whoever waits for this file finds the work done
+            mine = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+        yield mine
     finally:
         os.close(descriptor)
+
+
+def _is_open_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file still has this name: its owner may have finished and renamed it before the lock was won."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _size(count: int) -> str:

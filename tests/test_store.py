@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +20,7 @@ from PIL import Image
 from datasets import render as render_module
 from datasets.index import scan
 from datasets.render import content_size, render
-from datasets.store import SliceStore, prepare
+from datasets.store import SliceStore, prepare, unused_files
 from utils.errors import UserError
 
 RNG = np.random.default_rng(5)
@@ -279,6 +283,134 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
     assert not cache_files(tmp_path / ".cache")
 
 
+def test_a_moved_tree_takes_its_cache_along(tmp_path: Path) -> None:
+    save(tmp_path / "old/A/1.npy", RNG.random((8, 8, 8)))
+    built(tmp_path / "old", 8)
+    (tmp_path / "old").rename(tmp_path / "new")
+    before = cache_files(tmp_path / "new/.cache")
+    assert len(before) == 1
+    built(tmp_path / "new", 8)
+    assert cache_files(tmp_path / "new/.cache") == before
+
+
+def test_trees_of_one_name_do_not_share_a_folder_of_the_cache(tmp_path: Path) -> None:
+    for place in ("a", "b"):
+        source = save(tmp_path / place / "tree/A/1.npy", np.full((8, 8, 8), 1.0) + RNG.random((8, 8, 8)))
+        os.utime(source, ns=(1, 1))
+    first, second = (built(tmp_path / place / "tree", 8, cache_path=tmp_path / "cache") for place in ("a", "b"))
+    assert (first.read(0, 0, 8) != second.read(0, 0, 8)).any()
+
+
+def test_half_precision_is_the_same_numbers(tmp_path: Path) -> None:
+    save(tmp_path / "A/1.npy", RNG.random((9, 12, 5)))
+    store = built(tmp_path, 16)
+    half = store.read(0, 1, 4, half=True)
+    assert half.dtype == np.float16
+    np.testing.assert_array_equal(half.astype(np.float32), store.read(0, 1, 4))
+
+
+def test_a_cache_file_cut_short_while_training_is_a_clear_error(tmp_path: Path) -> None:
+    save(tmp_path / "A/1.npy", RNG.random((8, 8, 8)))
+    store = built(tmp_path, 8)
+    os.truncate(store.files[0], 400)
+    with pytest.raises(UserError, match=r"A/1\.npy cannot be read .* start again"):
+        store.read(0, 4, 8)
+
+
+def test_more_threads_make_the_same_cache(tmp_path: Path) -> None:
+    for i in range(12):
+        save(tmp_path / f"tree/A/{i}.npy", RNG.random((20, 24, 6)))
+    content = []
+    for workers in (1, 4):
+        store = built(tmp_path / "tree", 16, cache_path=tmp_path / str(workers), workers=workers)
+        content.append([file.read_bytes() for file in store.files])
+    assert content[0] == content[1]
+
+
+def test_the_size_of_the_cache_is_told_in_advance_and_is_true(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for i in range(4):
+        save(tmp_path / f"A/{i}.npy", RNG.random((96, 64, 40)))
+    prepare(tmp_path, 64, progress=True)
+    told = capsys.readouterr().out.splitlines()[0]
+    size = sum(file.stat().st_size for file in cache_files(tmp_path / ".cache"))
+    assert told.startswith(f"preparing 4 files: {size / 1e6:.1f} MB in {tmp_path / '.cache'}")
+    prepare(tmp_path, 64, progress=True)
+    assert "preparing" not in capsys.readouterr().out  # nothing is left to make
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "A/1.npy", RNG.random((8, 8, 8)))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=500))
+    message = refusal(tmp_path)
+    assert "needs 0.0 MB for 1 files, but only 0.0 MB are free" in message
+    assert "--cache_path" in message
+    assert not cache_files(tmp_path / ".cache")
+
+
+def test_unused_files_are_those_of_changed_and_removed_sources(tmp_path: Path) -> None:
+    for i in range(3):
+        save(tmp_path / f"A/{i}.npy", RNG.random((8, 8, 8)))
+    old = [built(tmp_path, size) for size in (8, 16)]
+    assert unused_files(scan(tmp_path)) == []
+    (tmp_path / "A/0.npy").unlink()
+    save(tmp_path / "A/1.npy", RNG.random((8, 8, 9)))
+    assert set(unused_files(scan(tmp_path))) == {store.files[i] for store in old for i in (0, 1)}
+
+
+def test_a_killed_build_goes_on_and_leaves_no_trace(tmp_path: Path) -> None:
+    """A process is killed while it writes the third file; the next start keeps the first two and makes the rest."""
+    for i in range(5):
+        save(tmp_path / f"tree/A/{i}.npy", RNG.random((16, 16, 6)))
+    script = """
+import os, signal, sys
+import numpy as np
+from datasets.store import prepare
+made, write = [], np.save
+def slow(file, array, **_):
+    made.append(1)
+    if len(made) == 3:
+        file.write(b"half")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(file, array)
+np.save = slow
+prepare(sys.argv[1], 16, progress=False)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "tree")], env=environment, timeout=100)
+    assert done.returncode == -signal.SIGKILL
+    before = cache_files(tmp_path / "tree/.cache")
+    assert sorted(file.suffix for file in before) == [".npy", ".npy", ".tmp"]
+    store = built(tmp_path / "tree", 16)
+    after = cache_files(tmp_path / "tree/.cache")
+    assert sorted(after) == sorted(store.files)
+    assert {file: time for file, time in before.items() if file in after}.items() <= after.items()
+    for i, sample in enumerate(store.samples):
+        np.testing.assert_array_equal(store.read(i, 0, 6, half=True), render(sample, 16))
+
+
+def test_a_file_that_another_process_is_making_is_left_to_it(tmp_path: Path) -> None:
+    for i in range(3):
+        save(tmp_path / f"A/{i}.npy", RNG.random((16, 16, 6)))
+    store = SliceStore(scan(tmp_path), 16)
+    store.folder.mkdir(parents=True)
+    target = store.files[1]
+    temporary = target.with_name(f".{target.name}.tmp")
+    with open(temporary, "wb") as other:  # another process has it, and finishes after a while
+        fcntl.flock(other, fcntl.LOCK_EX)
+        np.save(other, np.full((6, 16, 16), 0.5, np.float16))
+        other.flush()
+        waiting = threading.Timer(0.5, lambda: os.replace(temporary, target))
+        waiting.start()
+        store.build(progress=False)
+    waiting.join()
+    assert (store.read(1, 0, 6) == 0.5).all()  # theirs, not made again
+    assert sorted(cache_files(tmp_path / ".cache")) == sorted(store.files)
+
+
 # --- bad content
 
 
@@ -301,6 +433,30 @@ def test_bad_content_is_listed_in_one_error_and_the_rest_is_kept(tmp_path: Path)
     assert "on_bad skip" in lines[1]
     kinds = sorted(file.suffix for file in cache_files(tmp_path / ".cache"))
     assert kinds == [".bad"] * 5 + [".npy"]  # the good one is done already
+
+
+def test_a_verdict_is_kept_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save(tmp_path / "A/1.npy", np.full((8, 8, 8), 7.0))
+    save(tmp_path / "A/2.npy", RNG.random((8, 8, 8)))
+    message = refusal(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(render_module, "_open_volume", lambda _: pytest.fail("was read again"))
+        assert refusal(tmp_path) == message
+    save(source, RNG.random((8, 8, 8)))
+    os.utime(source, ns=(1, source.stat().st_mtime_ns + 1))
+    assert len(built(tmp_path, 16).samples) == 2
+
+
+def test_a_disk_that_failed_to_answer_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "A/1.npy", RNG.random((8, 8, 8)))
+
+    def fail(_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(render_module, "_open_volume", fail)
+        assert "Input/output error" in refusal(tmp_path)
+    assert len(built(tmp_path, 16).samples) == 1
 
 
 def test_volume_outside_its_window_is_refused(tmp_path: Path) -> None:
