@@ -11,6 +11,7 @@ converts only what is missing or has changed. docs/DATA.md has the details.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import fcntl
 import math
@@ -110,8 +111,12 @@ def main(cfg: Config) -> None:
         raise UserError(f"source: {places[0]} holds nothing to convert; docs/DATA.md lists the accepted formats")
     _check_window(cfg, found.sources)
     dest.mkdir(parents=True, exist_ok=True)
-    with _OnlyRun(dest):
-        _convert_all(cfg, found, dest, settings)
+    try:
+        with _OnlyRun(dest):
+            _convert_all(cfg, found, dest, settings)
+    finally:
+        with contextlib.suppress(OSError):
+            dest.rmdir()  # where nothing was converted: training would stop at an empty data set
 
 
 def _convert_all(cfg: Config, found: Found, dest: Path, settings: Options) -> None:

@@ -99,12 +99,15 @@ def find(
     found = Found()
     listed = _list(places, found)
     plain, dicom, label_files = [], [], []
+    with_headers = {file.parent for file, _, _ in listed if file.suffix.lower() in (".mhd", ".nhdr")}
     for file, name, root in listed:
         stem, suffix = split_suffix(file.name)
         is_label = fnmatch.fnmatch(file.name, labels) if labels else _in_label_folder(name)
         format = FORMATS.get(suffix)
         if format is None and not is_label and suffix not in SIDE_FILES | COMPANIONS and _is_dicom(file):
             format = "dicom"
+        if suffix in COMPANIONS and file.parent in with_headers:
+            continue
         if format is None or file.name == "DICOMDIR":
             found.ignored[suffix or "without suffix"] += 1
         elif is_label:

@@ -167,11 +167,12 @@ def test_slices_lie_across_the_axis_of_thickest_spacing(thick, plane, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.nrrd", "a.mha", "a.mhd"])
-def test_nrrd_and_metaimage_give_what_nifti_gives(name, tmp_path):
+def test_nrrd_and_metaimage_give_what_nifti_gives(name, tmp_path, capsys):
     dest = convert(write_itk(tmp_path / name, "PIR"), tmp_path / "out")
     np.testing.assert_array_equal(load(dest), AXIAL)
     assert settings(dest)["spacing_mm"] == [0.75, 0.5, 2.0]
     assert load(dest).dtype == np.int16
+    assert "not converted" not in capsys.readouterr().out  # nor is the .raw of an .mhd a file of its own
 
 
 def test_arrays_keep_their_order_and_their_slices_may_lie_along_any_axis(tmp_path):
@@ -184,6 +185,7 @@ def test_arrays_keep_their_order_and_their_slices_may_lie_along_any_axis(tmp_pat
     np.testing.assert_array_equal(load(lps), AXIAL)
     with pytest.raises(UserError, match="nothing was converted"):
         convert(tmp_path / "a.npy", tmp_path / "4", slice_axis="axial")
+    assert not (tmp_path / "4").exists()
 
 
 def test_npz_and_hdf5_name_the_array_and_hdf5_may_hold_the_label_map_too(tmp_path, capsys):
