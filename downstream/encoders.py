@@ -71,17 +71,10 @@ def describe_weights(weights: str) -> str:
 
 
 def has_transformer(weights: str) -> bool:
-    """Whether `load_joint_encoder` finds an f_inter of its own in this file (one of stage 2 or 3)."""
+    """Whether these are weights of stage 2 or 3, which `load_joint_encoder` takes; `load_encoder` has read them."""
     if weights in NAMED:
         return False
-    path = _existing(weights)
-    about = path.with_suffix(".json")
-    if not about.is_file():  # load_joint could not tell the width of the transformer
-        return False
-    try:
-        return any(key.startswith("transformer.") for key in torch.load(path, map_location="cpu", weights_only=True))
-    except Exception:  # not readable or not a state dict, which loading will report
-        return False
+    return any(key.startswith("transformer.") for key in torch.load(weights, map_location="cpu", weights_only=True))
 
 
 def choose_arch(weights: str, arch: str | None) -> str:

@@ -4,11 +4,14 @@ Layouts of a folder `data_path`, tried in this order:
 
     a preset's own (MMWHS, BraTS 2018)   CASE_image.nii.gz, CASE_label.nii.gz; CASE_flair.nii.gz ... CASE_seg.nii.gz
     Medical Segmentation Decathlon       imagesTr/CASE.nii.gz, labelsTr/CASE.nii.gz, dataset.json
-    prepared arrays                      CASE.npy, labels/CASE.npy, dataset.yaml
+    what prepare_data.py writes          CASE.npy, labels/CASE.npy, dataset.yaml, cases.csv
+
+NIfTI volumes are turned to the view that prepare_data.py gives them, so that slices look as they did in pre-training.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +23,7 @@ import nibabel
 import numpy as np
 import yaml
 
+from datasets.convert import OPPOSITE, PLANES, THICKEST
 from datasets.index import MIN_SIDE, bad_files, npy_header
 from utils.errors import UserError
 
@@ -64,26 +68,32 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Pair:
-    """One volume with its labels. Axes of the file; `slice_axis` is the one that counts slices."""
+    """One volume with its labels, and how its slices lie in the file."""
 
     case: str
     patient: str
     images: tuple[Path, ...]  # one file per channel, or a single file, where a fourth axis holds channels
     label: Path
-    shape: tuple[int, int, int]
     channels: int
+    file_shape: tuple[int, int, int]
     file_spacing_mm: tuple[float, float, float]
-    slice_axis: int
+    order: tuple[int, int, int]  # the file's axes that count slices, rows and columns
+    flips: tuple[bool, bool, bool]  # which of these three then run backwards
 
     @property
-    def spacing_mm(self) -> tuple[float, float, float]:
-        """Of slices, rows and columns: the order in which `read_image` and `read_label` give the volume."""
+    def shape(self) -> tuple[int, ...]:
+        """Slices, rows, columns: of what `read_image` and `read_label` give."""
+        return tuple(self.file_shape[axis] for axis in self.order)
+
+    @property
+    def spacing_mm(self) -> tuple[float, ...]:
+        """Of slices, rows and columns."""
         return tuple(self.file_spacing_mm[axis] for axis in self.order)
 
-    @property
-    def order(self) -> list[int]:
-        """The file's axes as slices, rows, columns."""
-        return [self.slice_axis, *(axis for axis in range(3) if axis != self.slice_axis)]
+    def arrange(self, array: np.ndarray) -> np.ndarray:
+        """[file axes, ...] -> [D, H, W, ...], a view."""
+        turned = array.transpose(*self.order, *range(3, array.ndim))
+        return turned[tuple(slice(None, None, -1 if flip else 1) for flip in self.flips)]
 
 
 @dataclass(frozen=True)
@@ -133,38 +143,44 @@ def find_task(
     structures: Structures | None = None,
     slice_axis: int | None = None,
     window: Sequence[float] | None = None,
+    patients: str | Path | None = None,
 ) -> Task:
     """Find the pairs below data_path, check them by their headers, and learn what their labels mean.
 
-    structures, slice_axis and window win over what the preset, dataset.json or dataset.yaml say; the slice axis is 2
-    where nothing says otherwise. Raises one UserError that lists images without labels, labels without images, and
-    pairs that differ in shape, spacing or orientation; or else says that no structure is declared.
+    structures, slice_axis and window win over what the preset, dataset.json or dataset.yaml say. Without slice_axis,
+    NIfTI slices are those that prepare_data.py chooses: along the thickest spacing, else axial.
+    patients: JSON or YAML file that maps cases to patients, or has such a map under `patient` (as dataset.json may).
+    Raises one UserError that lists images without labels, labels without images, and pairs that differ in shape,
+    spacing or orientation; or else says that no structure is declared.
     """
     root = Path(data_path).expanduser()
     if not root.is_dir():
         raise UserError(f"data_path: {root} is not a folder; give one with image/label pairs")
     about = _read_json(root / "dataset.json") | _read_yaml(root / "dataset.yaml")
-    axis = slice_axis if slice_axis is not None else about.get("slice_axis", 2)
-    if axis not in (0, 1, 2):
+    axis = slice_axis if slice_axis is not None else about.get("slice_axis")
+    if axis not in (None, 0, 1, 2):
         raise UserError(f"slice_axis: {axis!r} is not 0, 1 or 2")
     files, problems = _find_files(root, preset, about)
-    patients = about.get("patient") or about.get("patients") or {}
-    if not isinstance(patients, dict):
-        raise UserError(f"{root}: patient: must map cases to patients, not be a {type(patients).__name__}")
-    nameless = [case for case in files if patients and case not in patients]
-    if nameless:
-        problems += [f"{root}: names the patients of the cases, but not of {case}; add it" for case in nameless]
+    people = _patients(Path(patients).expanduser() if patients else None, about)
+    problems += [
+        f"{patients or root}: does not name the patient of {case}; add it"
+        for case in files
+        if people and case not in people
+    ]
+    spacings = _listed_spacings(root / "cases.csv", about)
     pairs = []
     for case, (images, label) in files.items():
         try:
-            pairs.append(_inspect(case, str(patients.get(case, case)), images, label, axis, about))
+            pairs.append(
+                _inspect(case, str(people.get(case, case)), images, label, axis, spacings.get(case, spacings[""]))
+            )
         except ValueError as error:
             problems.append(str(error))
     if problems:
         raise bad_files(problems, f"data_path {root}")
     declared = structures or (PRESETS[preset].structures if preset != "none" else None) or _declared(root, about)
     window = window if window is not None else about.get("window")
-    known = bool(patients) or preset != "none"  # one scan per patient in the data sets of the presets
+    known = bool(people) or preset != "none"  # one scan per patient in the data sets of the presets
     return Task(root.resolve().name, pairs, declared, tuple(window) if window else None, known)
 
 
@@ -172,7 +188,7 @@ def read_image(pair: Pair) -> np.ndarray:
     """[channels, D, H, W] in the file's own type. Raises UserError: unreadable, NaN or Inf, no contrast."""
     arrays = [_read(path) for path in pair.images]
     stack = arrays[0] if len(arrays) == 1 else np.stack(arrays, axis=-1)
-    stack = stack.reshape(*pair.shape, pair.channels).transpose(3, *pair.order)
+    stack = np.moveaxis(pair.arrange(stack.reshape(*pair.file_shape, pair.channels)), 3, 0)
     for channel, array in enumerate(stack):
         path = pair.images[channel if len(pair.images) > 1 else 0]
         if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -185,7 +201,7 @@ def read_image(pair: Pair) -> np.ndarray:
 
 def read_label(pair: Pair, classes: Mapping[int, int]) -> np.ndarray:
     """[D, H, W] uint8 classes. Raises UserError for a label value that `classes` does not have."""
-    label = _read(pair.label).reshape(pair.shape).transpose(pair.order)
+    label = pair.arrange(_read(pair.label).reshape(pair.file_shape))
     whole = label if label.dtype.kind in "iu" else np.rint(label).astype(np.int64)
     if whole is not label and not np.array_equal(whole, label):
         raise UserError(f"{pair.label}: holds values that are not whole numbers; give labels, not probabilities")
@@ -219,12 +235,6 @@ def _find_files(
         return _match(_by_case(images), _by_case(labels), images, labels)
     labels = root / "labels"
     if labels.is_dir():
-        spacing = about.get("spacing_mm")
-        if not (isinstance(spacing, list) and len(spacing) == 3 and all(isinstance(mm, int | float) for mm in spacing)):
-            raise UserError(
-                f"{root / 'dataset.yaml'}: distances in mm need spacing_mm, three numbers in the order of the axes, "
-                f"not {spacing!r}; add it"
-            )
         return _match(_by_case(root, (".npy",)), _by_case(labels, (".npy",)), root, labels)
     below = sorted(path.parent.name for kind in ("labels", "labelsTr") for path in root.glob(f"*/{kind}"))
     hint = f"; did you mean {root / below[0]}?" if below else ""
@@ -309,48 +319,118 @@ def _without_channel_number(images: dict[str, list[Path]]) -> dict[str, list[Pat
 
 
 def _inspect(
-    case: str, patient: str, images: tuple[Path, ...], label: Path, slice_axis: int, about: dict[str, Any]
+    case: str,
+    patient: str,
+    images: tuple[Path, ...],
+    label: Path,
+    slice_axis: int | None,
+    npy_spacing: tuple[float, ...] | None,
 ) -> Pair:
     """The pair by its headers. Raises ValueError: what is wrong with which file."""
-    shape, spacing, axes = _header(label, about)
+    shape, spacing, codes = _header(label, npy_spacing)
     if len(shape) != 3:
         raise ValueError(f"{label}: is {len(shape)}D ({_by(shape)}) where a label volume has three axes")
     channels = len(images)
     for path in images:
-        found, image_spacing, image_axes = _header(path, about)
+        found, image_spacing, image_codes = _header(path, npy_spacing)
         if len(found) == 4 and len(images) == 1:
             *found, channels = found
         if tuple(found) != shape:
             raise ValueError(f"{path}: is {_by(found)} voxels, but its label {label} is {_by(shape)}")
         if not np.allclose(image_spacing, spacing, rtol=SPACING_TOLERANCE):
             raise ValueError(f"{path}: has a spacing of {_mm(image_spacing)}, but its label {label} {_mm(spacing)}")
-        if image_axes != axes:
-            raise ValueError(f"{path}: its axes point to {image_axes}, but those of its label {label} to {axes}")
-    pair = Pair(case, patient, images, label, shape, channels, spacing, slice_axis)
-    if min(shape[axis] for axis in pair.order[1:]) < MIN_SIDE:
-        raise ValueError(f"{label}: has slices below {MIN_SIDE} pixels ({_by(shape)}, slices along axis {slice_axis})")
+        if image_codes != codes:
+            raise ValueError(f"{path}: its axes point to {image_codes}, but those of its label {label} to {codes}")
+    order, flips = _view(codes, spacing, slice_axis)
+    pair = Pair(case, patient, images, label, channels, shape, spacing, order, flips)
+    if min(pair.shape[1:]) < MIN_SIDE:
+        raise ValueError(f"{label}: has slices of {_by(pair.shape[1:])} pixels, below {MIN_SIDE}; remove this case")
     return pair
 
 
-def _header(path: Path, about: dict[str, Any]) -> tuple[tuple[int, ...], tuple[float, ...], str]:
-    """(shape, spacing in mm of the first three axes, where they point) without reading the voxels."""
+def _view(
+    codes: str, spacing: Sequence[float], slice_axis: int | None
+) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
+    """(axes that count slices, rows and columns; which run backwards): as `datasets.convert.arrange` turns volumes.
+
+    codes: sides of the patient towards which the axes grow, or "" for a .npy file, which stays as it is.
+    """
+    if not codes:
+        slices = 2 if slice_axis is None else slice_axis
+        return (slices, *(axis for axis in range(3) if axis != slices)), (False, False, False)
+    if slice_axis is None:
+        thin, thick = sorted(spacing)[-2:]
+        slice_axis = (
+            int(np.argmax(spacing)) if thick >= THICKEST * thin else next(i for i in range(3) if codes[i] in "IS")
+        )
+    along = codes[slice_axis]
+    rows, columns, slices = next(plane for plane in PLANES.values() if along in (plane[2], OPPOSITE[plane[2]]))
+    wanted = (slices, rows, columns)
+    axes = [next(i for i in range(3) if codes[i] in (side, OPPOSITE[side])) for side in wanted]
+    return tuple(axes), tuple(codes[axis] != side for axis, side in zip(axes, wanted, strict=True))
+
+
+def _header(path: Path, npy_spacing: tuple[float, ...] | None) -> tuple[tuple[int, ...], tuple[float, ...], str]:
+    """(shape, spacing in mm of the first three axes, sides to which they grow) without reading the voxels."""
     if path.suffix == ".npy":
         try:
             shape, _, _ = npy_header(path)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        return shape, about["spacing_mm"], "unknown"
+        if npy_spacing is None:
+            raise ValueError(f"{path}: has no spacing, which distances in mm need; add spacing_mm to dataset.yaml")
+        return shape, npy_spacing, ""
     try:
-        header = nibabel.load(path)
-        shape, spacing = header.shape, header.header.get_zooms()[:3]
-        axes = "".join(str(axis) for axis in nibabel.aff2axcodes(header.affine))
+        nifti = nibabel.load(path)
+        shape, spacing = nifti.shape, nifti.header.get_zooms()[:3]
+        codes = "".join(str(code) for code in nibabel.aff2axcodes(nifti.affine))
     except Exception as error:  # a damaged header fails in many ways
         raise ValueError(f"{path}: is not readable as NIfTI ({_first_line(error)}); copy it again") from None
     if len(shape) == 4 and shape[3] == 1:
         shape = shape[:3]
-    if len(spacing) < 3 or not all(math.isfinite(s) and s > 0 for s in spacing):
+    if len(spacing) < 3 or not all(math.isfinite(mm) and mm > 0 for mm in spacing):
         raise ValueError(f"{path}: has a spacing of {_mm(spacing)}; correct its header")
-    return tuple(shape), tuple(map(float, spacing)), axes
+    if len(codes) != 3 or "None" in codes:
+        raise ValueError(f"{path}: its header does not say how the volume lies in the patient; correct it")
+    return tuple(shape), tuple(map(float, spacing)), codes
+
+
+def _listed_spacings(table: Path, about: dict[str, Any]) -> dict[str, tuple[float, ...] | None]:
+    """Spacing of .npy cases in mm, in the order of their axes: from cases.csv, and under "" from dataset.yaml."""
+    spacings: dict[str, tuple[float, ...] | None] = {"": None}
+    try:
+        if about.get("spacing_mm") is not None:
+            spacings[""] = _three_numbers(about["spacing_mm"])
+        if table.is_file():
+            with open(table, newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    if row.get("id") and row.get("spacing_mm"):
+                        spacings[row["id"]] = _three_numbers(row["spacing_mm"].split(" x "))
+    except ValueError as error:
+        raise UserError(f"{table.parent}: spacing_mm: {error}; correct it in dataset.yaml or cases.csv") from None
+    return spacings
+
+
+def _three_numbers(values: Any) -> tuple[float, ...]:
+    try:
+        numbers = tuple(map(float, values))
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != 3 or not all(math.isfinite(mm) and mm > 0 for mm in numbers):
+        raise ValueError(f"{values!r} is not three positive numbers")
+    return numbers
+
+
+def _patients(path: Path | None, about: dict[str, Any]) -> dict[str, Any]:
+    """{case: patient}, or {} where nothing says."""
+    if path is not None and not path.is_file():
+        raise UserError(f"patients: {path}: no such file; give a JSON or YAML file that maps cases to patients")
+    people = (_read_yaml(path) if path else about).get("patient")
+    if people is None:
+        people = _read_yaml(path) if path else {}
+    if not isinstance(people, dict):
+        raise UserError(f"{path or 'dataset.json'}: patient: must map cases to patients")
+    return people
 
 
 def _read(path: Path) -> np.ndarray:
@@ -387,12 +467,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _declared(root: Path, about: dict[str, Any]) -> Structures:
-    """Structures of dataset.json: {"1": "left atrium"} (Decathlon) or {"left atrium": 1 or [1, 2]} (nnU-Net)."""
-    labels = about.get("labels")
+    """Structures as {"1": "left atrium"} (Decathlon, prepare_data.py) or {"left atrium": 1 or [1, 2]} (nnU-Net)."""
+    labels = about.get("structures", about.get("labels"))
     if labels is None:
         raise UserError(
             f"{root}: nothing says what the label values mean; name them, --structures '{{left atrium: [1]}}', or add "
-            "labels to dataset.json or dataset.yaml, or choose a --preset"
+            "labels to dataset.json or structures to dataset.yaml, or choose a --preset"
         )
     try:
         structures: Structures = {}

@@ -56,9 +56,11 @@ class Config:
     structures: dict[str, list[int]] | None = None
     """label values of each structure, which may overlap; null: what dataset.json, dataset.yaml or the preset say"""
     slice_axis: Literal[0, 1, 2] | None = None
-    """axis of the files that counts slices; null: what dataset.yaml says, else 2"""
+    """axis of the files that counts slices; null: what dataset.yaml says, else as prepare_data.py chooses"""
     window: list[float] | None = None
     """intensities that become 0 and 1 (HU for CT); null: what dataset.yaml says, else robust percentiles"""
+    patients: str | None = None
+    """JSON or YAML file that maps cases to patients, as dataset.json may under `patient`; null: what that says"""
     split: str | None = None
     """YAML or JSON file with the cases of train, validation and test; null: draw one, by patient"""
     fractions: list[NonNegativeFloat] = field(default_factory=lambda: [0.6, 0.15, 0.25])
@@ -120,7 +122,7 @@ def run(cfg: Config) -> dict[str, Any]:
     """
     began = time.monotonic()
     place = distributed.start(cfg.device, cfg.seed)
-    task = find_task(cfg.data_path, cfg.preset, cfg.structures, cfg.slice_axis, cfg.window)
+    task = find_task(cfg.data_path, cfg.preset, cfg.structures, cfg.slice_axis, cfg.window, cfg.patients)
     split = _choose_split(cfg, task)
     labelled = choose_labelled(split.train, cfg.labelled, cfg.seed)
     label = describe_weights(cfg.weights)
@@ -399,7 +401,7 @@ def predict(model: SliceUNet, case: Case, cfg: Config, native: bool) -> Tensor:
     probabilities /= seen
     if not native:
         return probabilities.argmax(1).to(torch.uint8)
-    size = [case.pair.shape[axis] for axis in case.pair.order[1:]]
+    size = case.pair.shape[1:]
     inside = probabilities[:, :, case.content[0], case.content[1]]
     resized = (F.interpolate(one[None], size, mode="bilinear", antialias=True).argmax(1) for one in inside)
     return torch.cat(list(resized)).to(torch.uint8)
