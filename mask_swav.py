@@ -110,7 +110,10 @@ def main(cfg: Config) -> None:
     encoder = JointEncoder(cfg.arch, cfg.d_model, cfg.layers, cfg.dropout)
     weights.load_backbone(encoder.encoder, cfg.pretrained_path, cfg.resnet_pretrained, made_by="ssl_swav2D.py")
 
-    samples, store = prepare(cfg.data_path, canvas_size(height, width), cfg.cache_path, cfg.on_bad, max(1, cfg.workers))
+    size = canvas_size(height, width)
+    samples, store = prepare(
+        cfg.data_path, size, cfg.cache_path, cfg.on_bad, max(1, cfg.workers), target_shape=cfg.target_shape
+    )
     volumes = VolumeWindows(samples, store, slices, cfg.seed)
     views = VolumeViews(height, width, cfg.policy, cfg.seed)
     loader = VolumeLoader(

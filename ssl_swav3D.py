@@ -149,7 +149,10 @@ def main(cfg: Config) -> None:
     weights.load_backbone(encoder.encoder, cfg.pretrained_path, cfg.resnet_pretrained, made_by="ssl_swav2D.py")
     weights.load_transformer(encoder, cfg.pretrained_path, cfg.trans_pretrained, made_by="mask_swav.py")
 
-    samples, store = prepare(cfg.data_path, canvas_size(height, width), cfg.cache_path, cfg.on_bad, max(1, cfg.workers))
+    size = canvas_size(height, width)
+    samples, store = prepare(
+        cfg.data_path, size, cfg.cache_path, cfg.on_bad, max(1, cfg.workers), target_shape=cfg.target_shape
+    )
     volumes = VolumeWindows(samples, store, slices, cfg.seed)
     views = VolumeViews(height, width, cfg.policy, cfg.seed)
     image_views = MultiCrop([(height, width)], [2], [(cfg.min_scale_images, 1.0)], cfg.policy, cfg.seed)

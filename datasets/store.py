@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from datasets.check import header_warnings
 from datasets.index import Sample, bad_files, describe, fingerprint, npy_header, scan
 from datasets.render import FORMAT, BadContent, content_size, render
 from utils.distributed import gather_objects, raise_everywhere, rank, world_size
@@ -41,13 +42,15 @@ def prepare(
     on_bad: Literal["error", "skip"] = "error",
     workers: int = 1,
     progress: bool = True,
+    target_shape: tuple[int, int, int] | None = None,
 ) -> tuple[list[Sample], SliceStore]:
-    """Scan data_path and build its cache: (samples, store), the same on every process.
+    """Scan data_path, check it by its headers, and build its cache: (samples, store), the same on every process.
 
     on_bad: what to do with files whose header is good but whose content is not (NaN or Inf, no contrast,
     broken image data): `error` raises one UserError that lists them, `skip` leaves them out and prints each on
-    process 0. workers: threads that build, per process. progress: show the building and, at the end, a table of the
-    data sets. The other arguments are those of SliceStore.
+    process 0. workers: threads that build, per process. progress: show what looks odd about the data (check_data.py
+    tells more), the building and, at the end, a table of the data sets. target_shape: slices, height and width of a
+    view of volumes, for these warnings. The other arguments are those of SliceStore.
     """
     samples: list[Sample] = []
     error = None
@@ -58,6 +61,9 @@ def prepare(
     raise_everywhere(error)
     if len(set(gather_objects(fingerprint(samples)))) > 1:
         raise UserError(f"data_path: processes see different files below {data_path}; give all the same data")
+    if progress and rank() == 0:
+        for line in header_warnings(samples, target_shape):
+            print(f"warning: {line}", file=sys.stderr, flush=True)
     store = SliceStore(samples, size, cache_path, on_bad)
     store.build(workers, progress)
     if progress and rank() == 0:
