@@ -128,19 +128,20 @@ class VolumeViews:
             )
         content, length = np.array(extents.tolist(), dtype=float), mask.sum(1).cpu()
         out = volumes.new_empty(views, B, D, self.height, self.width, dtype=torch.float32)
+        orders = self._orders(epoch, index.tolist()) if self.policy == "paper" else None
         for view in range(1, views + 1):
             u = Uniforms(self.seed, epoch, index.tolist(), view)
-            if self.policy == "paper":
-                draws = self._draw_paper(u, self._kinds(epoch, index.tolist(), view), S, content, length.numpy())
-            else:
+            if orders is None:
                 draws = self._draw_strong(u, S, content, length.numpy())
+            else:
+                kind = orders[:, (view - 1) % len(PAPER_TRANSFORMS)]
+                draws = self._draw_paper(u, kind, S, content, length.numpy())
             _transform(volumes, draws, out[view - 1], length)
         return out
 
-    def _kinds(self, epoch: int, index: Sequence[int], view: int) -> np.ndarray:
-        """[B] places in PAPER_TRANSFORMS: each sample's own order of them, which its views take in turn."""
-        orders = [stream(self.seed, epoch, i, SHARED).permutation(len(PAPER_TRANSFORMS)) for i in index]
-        return np.array([order[(view - 1) % len(order)] for order in orders])
+    def _orders(self, epoch: int, index: Sequence[int]) -> np.ndarray:
+        """[B, 7] places in PAPER_TRANSFORMS: the order in which the views of each sample take them."""
+        return np.stack([stream(self.seed, epoch, i, SHARED).permutation(len(PAPER_TRANSFORMS)) for i in index])
 
     def _draw_paper(
         self, u: Uniforms, kind: np.ndarray, canvas: int, content: np.ndarray, slices: np.ndarray

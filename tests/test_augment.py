@@ -334,12 +334,19 @@ def test_nothing_reads_from_the_device(policy):
 
 
 def test_paper_gives_the_first_seven_views_seven_different_transforms():
-    kinds = np.stack([VolumeViews(16, 16, "paper", 3)._kinds(2, range(500), view) for view in range(1, 9)])
-    assert (np.sort(kinds[:7], axis=0) == np.arange(7)[:, None]).all()
-    assert (kinds[7] == kinds[0]).all()
-    pairs = np.unique(kinds[:2], axis=1, return_counts=True)[1]
+    make = VolumeViews(16, 16, "paper", 3)
+    orders = make._orders(2, range(500))
+    assert (np.sort(orders, axis=1) == np.arange(7)).all()
+    pairs = np.unique(orders[:, :2], axis=0, return_counts=True)[1]
     assert len(pairs) == 42  # ordered pairs of different ones
     assert pairs.max() < 30  # binomial of mean 12, std 3.4
+    x, mask, extents, index = batch(B=8)
+    views = make(x, mask, extents, index, 2, views=8)
+    plain = x[:, :, 2:18, 2:18]
+    mirrored = [plain.flip(dims) for dims in ((-2,), (-1,), (-2, -1))]
+    flipped = [[any(torch.equal(view[b], m[b]) for m in mirrored) for b in range(8)] for view in views]
+    order = make._orders(2, index.tolist())
+    assert flipped == [[order[b, v % 7] == 0 for b in range(8)] for v in range(8)]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -398,8 +405,8 @@ def paper_draws(count: int) -> dict[str, np.ndarray]:
     """Parameters of `count` samples of a 20 x 20 canvas, 6 slices."""
     u = augment.Uniforms(0, 0, range(count), 1)
     views = VolumeViews(16, 16, "paper", 0)
-    kinds = views._kinds(0, range(count), 1)
-    return views._draw_paper(u, kinds, 20, np.full((count, 2), 20.0), np.full(count, 6))
+    kind = views._orders(0, range(count))[:, 0]
+    return views._draw_paper(u, kind, 20, np.full((count, 2), 20.0), np.full(count, 6))
 
 
 def test_paper_applies_exactly_one_transform_each_as_often():
