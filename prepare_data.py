@@ -34,9 +34,9 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from datasets.convert import Case, Options, attempt, source_key, whole_file
+from datasets.convert import Case, Options, attempt, outside, source_key, whole_file
 from datasets.convert_readers import BadFile, ReadOptions
-from datasets.convert_sources import Found, Source, assign_ids, find
+from datasets.convert_sources import Found, Source, assign_ids, clean, find
 from datasets.index import LABEL_FOLDERS, MONTAGE
 from utils import config as options
 from utils.errors import UserError
@@ -114,6 +114,9 @@ def main(cfg: Config) -> None:
     try:
         with _OnlyRun(dest):
             _convert_all(cfg, found, dest, settings)
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command goes on from what is in {dest}", file=sys.stderr)
+        raise SystemExit(130) from None
     finally:
         with contextlib.suppress(OSError):
             dest.rmdir()  # where nothing was converted: training would stop at an empty data set
@@ -122,22 +125,30 @@ def main(cfg: Config) -> None:
 def _convert_all(cfg: Config, found: Found, dest: Path, settings: Options) -> None:
     table = read_table(dest)
     ids = assign_ids(found.sources, {source: case.id for source, case in table.items()})
-    for source in found.sources:
-        if ids[source.name] != re.sub(r"[^A-Za-z0-9._-]+", "_", source.stem) and source.name not in table:
-            print(f"note: {source.name} gets the id {ids[source.name]}, since {source.stem} is not unique", flush=True)
+    _note(
+        [
+            f"{s.name} gets the id {ids[s.name]}, since {clean(s.stem)} is not unique"
+            for s in found.sources
+            if s.name not in table and ids[s.name] != clean(s.stem)
+        ]
+    )
     problems = list(found.problems)
     for problem in problems:
         print(f"problem: {problem}", file=sys.stderr, flush=True)
-    todo = []
+    todo, changed, notes = [], [], []
     for source in found.sources:
         case = table.get(source.name)
         try:
-            if not (case and case.key == source_key(source, settings) and _is_whole(case, dest)):
-                todo.append(source)
-            else:
+            key = source_key(source, settings)
+            if case and case.key == key and _is_whole(case, dest) and not _outside(case, settings):
                 case.modality = source.modality
+            else:
+                todo.append(source)
+                if case and case.key != key:
+                    changed.append(f"{source.name} or the options have changed, and {case.file} is made again")
         except BadFile as error:
             problems.append(str(error))
+    _note(changed)
     there = len(found.sources) - len(todo)
 
     saved = time.monotonic()
@@ -148,8 +159,7 @@ def _convert_all(cfg: Config, found: Found, dest: Path, settings: Options) -> No
                 for file in {old.file, old.label} - {result.file, result.label, ""}:
                     (dest / file).unlink(missing_ok=True)  # such as a label map that is gone from the source
                 table[source.name] = result
-                if result.notes:
-                    tqdm.write(f"note: {source.name}: {result.notes}", file=sys.stderr)
+                notes += [f"{source.name}: {result.notes}"] if result.notes else []
             else:
                 problems.append(result)
                 tqdm.write(f"problem: {result}", file=sys.stderr)
@@ -160,6 +170,7 @@ def _convert_all(cfg: Config, found: Found, dest: Path, settings: Options) -> No
         if table:
             write_table(table, dest)
 
+    _note(notes)
     cases = sorted(table.values(), key=lambda case: os.fsencode(case.id))
     if not cases:
         raise UserError(f"nothing was converted; {len(problems)} problems are listed above")
@@ -226,6 +237,8 @@ def _check_window(cfg: Config, sources: list[Source]) -> None:
     if cfg.window in ("keep", "none"):
         return
     found = Counter(s.modality or "unknown" for s in sources if s.format not in ("image", "dicom_image"))
+    if not found:
+        raise UserError("window: is for volumes, of which there are none; images are scaled by their percentiles")
     text = ", ".join(f"{count} of modality {name}" for name, count in found.most_common())
     if isinstance(cfg.window, str) and set(found) != {"CT"}:
         raise UserError(
@@ -275,6 +288,18 @@ def _results(
                     f"a worker was killed, most likely for want of memory, at one of {at_it}; run the same command "
                     "again with fewer --workers"
                 ) from None
+
+
+def _note(notes: list[str]) -> None:
+    """A few of many like notes; those on cases stand in cases.csv."""
+    for note in notes[:3]:
+        print(f"note: {note}")
+    if len(notes) > 3:
+        print(f"note: and {len(notes) - 3} more like this")
+
+
+def _outside(case: Case, settings: Options) -> bool:
+    return case.file.endswith(".npy") and outside(float(case.minimum), float(case.maximum), settings.window)
 
 
 def _is_whole(case: Case, dest: Path) -> bool:

@@ -137,6 +137,11 @@ def arrange(volume: Volume, plane: str) -> tuple[np.ndarray, str, tuple[float, .
     return view, PLANES[plane], spacing, plane
 
 
+def outside(low: float, high: float, window: tuple[float, float] | None) -> bool:
+    """Whether a window would make everything black or everything white."""
+    return window is not None and (high <= window[0] or low >= window[1])
+
+
 def _thickest(volume: Volume) -> str:
     if volume.spacing_mm is None:
         return "axial"
@@ -187,7 +192,7 @@ def _convert_volume(source: Source, case_id: str, dest: Path, options: Options) 
     low, high = sorted((volume.slope * low + volume.intercept, volume.slope * high + volume.intercept))
     if low == high:
         raise BadFile(f"is constant (all voxels are {low:g}), so there is nothing to learn from it; remove it")
-    if options.window and (high <= options.window[0] or low >= options.window[1]):
+    if outside(low, high, options.window):
         raise BadFile(
             f"its intensities, {low:g} to {high:g}, lie outside the window {list(options.window)}; correct --window, "
             "or convert it into a data set of its own"
@@ -309,6 +314,8 @@ def _convert_image(source: Source, case_id: str, dest: Path, options: Options) -
         raise BadFile(f"has {height} x {width} pixels, below {MIN_SIDE} in one direction; remove it")
     if height * width > MAX_IMAGE_PIXELS:
         raise BadFile(f"has {height} x {width} pixels, above {MAX_IMAGE_PIXELS}; reduce it or remove it")
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise BadFile("holds NaN or Inf; correct it or remove it")
     if low == high:
         raise BadFile(f"is constant (all pixels are {low:g}), so there is nothing to learn from it; remove it")
     case = Case(

@@ -289,9 +289,8 @@ def dicom_header(path: Path) -> Any:
 
 def has_position(header: Any) -> bool:
     """Whether the slices of this DICOM file know their place in space."""
-    return (header.get("ImagePositionPatient") is not None and header.get("ImageOrientationPatient") is not None) or (
-        "PerFrameFunctionalGroupsSequence" in header
-    )
+    lengths = [len(header.get(name) or ()) for name in ("ImagePositionPatient", "ImageOrientationPatient")]
+    return lengths == [3, 6] or "PerFrameFunctionalGroupsSequence" in header
 
 
 @dataclass(frozen=True)
@@ -327,7 +326,7 @@ def _frames(path: Path, header: Any) -> list[_Frame]:
                 if found:
                     value = found[0].get(name)
                     break
-        if value is None:
+        if value is None or value == "":
             if default is None:
                 raise BadFile(f"{path.name}: has no {name}, so its slices cannot be placed; export the series again")
             return default

@@ -23,7 +23,7 @@ FORMATS = {
     **dict.fromkeys(IMAGE_SUFFIXES, "image"),
 }  # fmt: skip
 COMPANIONS = {".raw", ".zraw"}  # pixels of .mhd and .nhdr headers
-SOME_DATA_NEED_POSITIONS = {"CT", "MR", "PT", "NM"}  # DICOM modalities of slices, never of single radiographs
+NEED_POSITIONS = {"CT", "MR", "PT", "NM"}  # DICOM modalities of slices, never of single radiographs
 MODALITIES = {"MRI": "MR", "PET": "PT"}  # other names of DICOM's modalities
 LOOKS_LIKE_LABEL = re.compile(r"(^|[_.-])(seg|segmentation|label|labels|mask|masks|gt)$", re.IGNORECASE)
 NNUNET_CHANNEL = re.compile(r"_\d{4}$")
@@ -126,6 +126,9 @@ def find(
     series = _series(dicom, found, progress)
     sources = [replace(s, modality=modality or s.modality) for s in paired + series]
     found.sources = sorted(sources, key=lambda s: os.fsencode(s.name))
+    twice = [name for name, count in Counter(s.name for s in sources).items() if count > 1]
+    if twice:
+        raise UserError(f"source: two of the places hold a {twice[0]}; give the folder above them instead")
     suspects = [s.name for s in sources if s.label is None and LOOKS_LIKE_LABEL.search(s.stem)]
     if suspects:
         found.notes.append(
@@ -151,7 +154,7 @@ def assign_ids(sources: Sequence[Source], known: dict[str, str]) -> dict[str, st
     taken = Counter(identifier.lower() for identifier in known.values())
     fresh = [s for s in sources if s.name not in ids]
     for proposal in (lambda s: s.stem, lambda s: split_suffix(s.name)[0].replace("/", "__"), _hashed):
-        wanted = {s.name: re.sub(r"[^A-Za-z0-9._-]+", "_", proposal(s)).lstrip(".") or "case" for s in fresh}
+        wanted = {s.name: clean(proposal(s)) for s in fresh}
         count = taken + Counter(identifier.lower() for identifier in wanted.values())
         for source in fresh:
             if count[wanted[source.name].lower()] == 1:
@@ -161,17 +164,29 @@ def assign_ids(sources: Sequence[Source], known: dict[str, str]) -> dict[str, st
     return ids
 
 
+def clean(text: str) -> str:
+    """The text with nothing in it that a file system could mind."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).lstrip(".") or "case"
+
+
 def _hashed(source: Source) -> str:
     return f"{source.stem}_{hashlib.sha256(os.fsencode(source.name)).hexdigest()[:8]}"
 
 
 def _list(places: Sequence[Path], found: Found) -> list[tuple[Path, str, Path]]:
     """(file, name, root) of every file that is not hidden."""
-    files = []
+    files: list[tuple[Path, str, Path]] = []
+    listed = set()
+
+    def add(file: Path, name: str, root: Path) -> None:
+        if file not in listed:  # places may overlap
+            listed.add(file)
+            files.append((file, name, root))
+
     for place in places:
         place = Path(os.path.abspath(place.expanduser()))
         if place.is_file():
-            files.append((place, f"{place.parent.name}/{place.name}", place.parent))
+            add(place, f"{place.parent.name}/{place.name}", place.parent)
             continue
         if not place.is_dir():
             raise UserError(f"source: {place} does not exist; give files or a folder")
@@ -190,7 +205,7 @@ def _list(places: Sequence[Path], found: Found) -> list[tuple[Path, str, Path]]:
             for name in sorted(names):
                 if not name.startswith(".") and not (name == MONTAGE and Path(parent) == place):
                     file = Path(parent) / name
-                    files.append((file, f"{place.name}/{file.relative_to(place).as_posix()}", place))
+                    add(file, f"{place.name}/{file.relative_to(place).as_posix()}", place)
     return files
 
 
@@ -231,6 +246,10 @@ def _pair(
             matches = wanted[folder, _star(labels, file.name, stem)]
         else:
             matches = wanted[folder.rpartition("/")[0], stem]
+            subset = folder.lower()[-2:]
+            if subset in ("tr", "ts"):  # imagesTs may have the same names as imagesTr
+                other = {"tr": "ts", "ts": "tr"}[subset]
+                matches = [i for i in matches if not sources[i].name.lower().split("/")[-2].endswith(f"images{other}")]
         if not matches:
             found.problems.append(f"{file}: is a label map without an image; copy its image, or remove it")
         for i in matches:
@@ -302,17 +321,21 @@ def _series(
         name, root = by_path[file]
         try:
             header = dicom_header(file)
+            modality = str(header.get("Modality") or "")
+            key = ()
+            if has_position(header) or modality in NEED_POSITIONS:
+                facing = tuple(round(float(x), 1) + 0.0 for x in header.get("ImageOrientationPatient") or ())
+                key = (str(header.get("SeriesInstanceUID") or root), facing, int(header.Rows), int(header.Columns))
         except BadFile as error:
             found.problems.append(f"{file}: {error}")
             continue
-        modality = str(header.get("Modality") or "")
-        if not has_position(header) and modality not in SOME_DATA_NEED_POSITIONS:
-            single.append(Source(name, split_suffix(file.name)[0], "dicom_image", (file,), modality))
+        except Exception as error:  # pydicom converts a value when it is asked for it
+            found.problems.append(f"{file}: has a damaged DICOM header ({error}); export it again or remove it")
             continue
-        orientation = header.get("ImageOrientationPatient")
-        facing = tuple(round(float(x), 1) + 0.0 for x in orientation) if orientation else ()
-        uid = str(header.get("SeriesInstanceUID") or root)
-        groups[uid, facing, header.Rows, header.Columns].append((file, name, modality))
+        if key:
+            groups[key].append((file, name, modality))
+        else:
+            single.append(Source(name, split_suffix(file.name)[0], "dicom_image", (file,), modality))
     per_folder = Counter(folder for members in groups.values() for folder in {m[0].parent for m in members})
     series = []
     for key, members in groups.items():

@@ -42,8 +42,9 @@ AXIAL = PATIENT.transpose(1, 0, 2)  # rows to the back, columns to the left, sli
 OTHER = dict(zip("RLAPSI", "LRPAIS", strict=True))
 
 
-def convert(source: Any, dest: Path, **settings: Any) -> Path:
-    prepare_data.main(Config(source=str(source), dest=str(dest), **{"workers": 1, **settings}))
+def convert(source: Path | list[Path], dest: Path, **settings: Any) -> Path:
+    places = [str(place) for place in source] if isinstance(source, list) else str(source)
+    prepare_data.main(Config(source=places, dest=str(dest), **{"workers": 1, **settings}))
     return dest
 
 
@@ -745,3 +746,43 @@ def test_a_cut_gzip_stream_is_called_truncated(tmp_path, capsys):
     with pytest.raises(UserError):
         convert(file, tmp_path / "out")
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_ct_series_without_positions_is_refused(tmp_path, capsys):
+    folder = write_series(tmp_path / "scan")
+    for file in folder.iterdir():
+        data = pydicom.dcmread(file)
+        del data.ImagePositionPatient
+        data.save_as(file)
+    with pytest.raises(UserError):
+        convert(folder, tmp_path / "out")
+    assert "has no ImagePositionPatient, so its slices cannot be placed" in capsys.readouterr().err
+
+
+def test_a_damaged_dicom_header_stops_its_own_file_only(tmp_path, capsys):
+    folder = write_series(tmp_path / "scan")
+    bad = folder / "000.dcm"
+    shutil.copytree(folder, tmp_path / "good")
+    bad.write_bytes(bad.read_bytes().replace(b"1.0\\0.0\\0.0\\0.0", b"1.0\\0.0\\0.0\\?.0"))
+    with pytest.raises(UserError):
+        convert([folder, tmp_path / "good"], tmp_path / "out")
+    assert "scan/000.dcm: has a damaged DICOM header" in capsys.readouterr().err
+    np.testing.assert_array_equal(load(tmp_path / "out"), AXIAL)
+
+
+def test_two_places_of_one_name_are_refused_and_overlapping_ones_are_not(tmp_path):
+    for root in ("a", "b"):
+        write_nifti(tmp_path / root / "images/x.nii", *stored("RAS"))
+    with pytest.raises(UserError, match="two of the places hold"):
+        convert([tmp_path / "a/images", tmp_path / "b/images"], tmp_path / "out")
+    assert len(list(convert([tmp_path / "a", tmp_path / "a/images"], tmp_path / "out").glob("*.npy"))) == 1
+
+
+def test_test_images_do_not_get_the_label_maps_of_training_images(tmp_path):
+    for folder in ("imagesTr", "imagesTs", "labelsTr"):
+        write_nifti(tmp_path / f"in/{folder}/case_1{'_0000' * ('images' in folder)}.nii.gz", *stored("RAS"))
+    cases = read_table(convert(tmp_path / "in", tmp_path / "out"))
+    assert {name: bool(case.label) for name, case in cases.items()} == {
+        "in/imagesTr/case_1_0000.nii.gz": True,
+        "in/imagesTs/case_1_0000.nii.gz": False,
+    }
