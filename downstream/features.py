@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from datasets.convert import arrange
+from datasets.convert_readers import BadFile, ReadOptions, read
 from datasets.index import IMAGE_SUFFIXES, LABEL_FOLDERS
 from datasets.loaders import Slices
 from datasets.store import prepare
@@ -79,7 +81,7 @@ def open_cases(
     """The cases of a data tree as training reads it, of a single folder of images or volumes, or of NIfTI files.
 
     Intensities, windows (`dataset.yaml`) and in-plane size are those of training (`datasets.render`); names are
-    relative to data_path. NIfTI files are turned, once, into axial slices in the cache (`read_nifti`). Folders of
+    relative to data_path. NIfTI files are turned, once, into NPY files in the cache (`read_nifti`). Folders of
     labels are not entered. on_bad: as in `datasets.store.prepare`. Raises UserError naming what cannot be used.
     """
     root = Path(data_path).expanduser()
@@ -217,21 +219,13 @@ def without_suffix(name: str) -> str:
 
 
 def read_nifti(path: Path) -> np.ndarray:
-    """[H, W, D] float32: axial slices from foot to head, the body's front at the top, its right side on the left.
-
-    Raises UserError for what is no readable NIfTI volume.
-    """
-    import nibabel  # only where there are NIfTI files
-
+    """[H, W, D] float32 of a NIfTI volume, turned as prepare_data.py turns it. Raises UserError, whatever is wrong."""
     try:
-        image = nibabel.as_closest_canonical(nibabel.load(path))
-        volume = np.asarray(image.dataobj, dtype=np.float32)
-    except Exception as error:  # nibabel and zlib fail in many ways on damaged files
-        reason = str(error) or type(error).__name__
-        raise UserError(f"{path}: cannot be read as NIfTI ({reason}); copy it again or remove it") from None
-    if volume.ndim != 3:
-        raise UserError(f"{path}: is {volume.ndim}D; save one channel or time point as a volume of its own")
-    return np.ascontiguousarray(volume[::-1, ::-1].transpose(1, 0, 2))  # from right, front, head as they grow
+        volume = read("nifti", (path,), ReadOptions())
+        view = arrange(volume, "auto")[0]
+    except BadFile as error:
+        raise UserError(f"{path}: {error}") from None
+    return np.ascontiguousarray(view, dtype=np.float32) * volume.slope + volume.intercept
 
 
 class SliceFeatures(NamedTuple):

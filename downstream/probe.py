@@ -1,7 +1,7 @@
 """How much do frozen features tell? k-nearest-neighbour and linear probes at several label fractions.
 
     python -m downstream.probe --data_path Training_Data --weights weights/swav3D_encoder.pth
-    python -m downstream.probe --data_path slices --level slice --labels labels.csv --label_fractions "[0.1,1]"
+    python -m downstream.probe --data_path slices --level slice --labels labels.csv --label_fractions "[0.05, 0.25, 1]"
 
 What a case shows is its folder (the data set: often the organ), or what a CSV says. docs/PROBES.md explains the output.
 """
@@ -63,10 +63,10 @@ class Config:
     """of f_intra: the last stage, or all four stages"""
     k: PositiveInt = 5
     """neighbours that vote, by cosine similarity; all labelled ones where there are fewer"""
-    label_fractions: list[PositiveFloat] = field(default_factory=lambda: [0.05, 0.25, 1.0])
-    """of the training cases whose labels are used; the classes by turns, the smaller part of the larger"""
     labelled: NonNegativeInt = 0
-    """this many training cases instead of fractions; 0: the fractions"""
+    """training cases whose labels are used, the classes by turns; 0: all"""
+    label_fractions: list[PositiveFloat] = field(default_factory=list)
+    """instead: these parts of the training cases, one after the other, the smaller ones within the larger"""
     seed: NonNegativeInt = 0
     """of random weights and the choice of labelled cases"""
 
@@ -129,8 +129,11 @@ def run(cfg: Config) -> dict[str, Any]:
     device = distributed.start(cfg.device, cfg.seed).device
     if cfg.level == "slice" and cfg.model == "joint":
         raise UserError("model: joint describes whole volumes; use --level volume, or --model intra for slices")
-    if any(fraction > 1 for fraction in cfg.label_fractions):
-        raise UserError(f"label_fractions: {cfg.label_fractions} must be at most 1; --labelled takes a number of cases")
+    if cfg.label_fractions and (cfg.labelled or max(cfg.label_fractions) > 1):
+        raise UserError(
+            f"label_fractions: {cfg.label_fractions} must be parts, at most 1, and stand without --labelled, which "
+            "takes a number of cases"
+        )
     cases = open_cases(cfg.data_path, cfg.size, cfg.slices, cfg.cache_path, cfg.on_bad)
     if cfg.labels:
         rows = read_labels(cfg.labels, cases.names, cfg.case_column, cfg.label_column, cfg.patient_column)
@@ -197,10 +200,8 @@ def vote(train: np.ndarray, labels: np.ndarray, test: np.ndarray, classes: int, 
 
 def _labelled_parts(cfg: Config, train: list[str], labels: dict[str, int]) -> dict[str, list[str]]:
     """Name suffix of the probes -> labelled training cases; each part is the beginning of every larger one."""
-    if cfg.labelled:
-        return {"": choose_by_turns(train, labels, cfg.labelled, cfg.seed)}
     if not cfg.label_fractions:
-        raise UserError("label_fractions: give at least one, e.g. [1.0]")
+        return {"": choose_by_turns(train, labels, cfg.labelled, cfg.seed)}
     return {
         f"@{fraction:g}": choose_by_turns(train, labels, max(1, round(fraction * len(train))), cfg.seed)
         for fraction in cfg.label_fractions

@@ -477,7 +477,7 @@ def test_nifti_is_read_as_the_same_anatomy_as_npy(tmp_path):
 
 
 def test_broken_nifti_is_one_clear_error(shared):
-    with pytest.raises(UserError, match=r"truncated.nii.gz: cannot be read as NIfTI"):
+    with pytest.raises(UserError, match=r"truncated\.nii\.gz: "):
         read_nifti(shared / "bad_input" / "truncated.nii.gz")
     with pytest.raises(UserError, match="mixes NIfTI"):
         open_cases(shared / "bad_input", 32)
