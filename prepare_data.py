@@ -173,7 +173,7 @@ def _convert_all(cfg: Config, found: Found, dest: Path, settings: Options) -> No
     _note(notes)
     cases = sorted(table.values(), key=lambda case: os.fsencode(case.id))
     if not cases:
-        raise UserError(f"nothing was converted; {len(problems)} problems are listed above")
+        raise UserError("nothing was converted, for the reasons above")
     description = describe_dataset(cases, found, cfg, dest)
     with whole_file(dest / "dataset.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(description, sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -181,8 +181,8 @@ def _convert_all(cfg: Config, found: Found, dest: Path, settings: Options) -> No
     print(summary(cases))
     failed = len(problems)
     print(
-        f"{dest}: {len(todo) - (failed - len(found.problems))} cases converted, {there} were there already, "
-        f"{failed} problems; look at {dest / MONTAGE}",
+        f"{dest}: {len(todo) - (failed - len(found.problems))} cases converted, {there} there already, "
+        f"problems: {failed}; look at {dest / MONTAGE}",
         flush=True,
     )
     gone = [case for source, case in table.items() if source not in ids]
@@ -192,7 +192,7 @@ def _convert_all(cfg: Config, found: Found, dest: Path, settings: Options) -> No
         print("note: CT without --window: training scales each volume by its percentiles, not by HU")
     if failed and cfg.on_error == "error":
         raise UserError(
-            f"{failed} problems are listed above, everything else was converted; correct them and run the same command "
+            f"problems: {failed}, listed above; everything else was converted. Correct them and run the same command "
             "again, or leave them out with --on_error skip"
         )
 
@@ -268,8 +268,8 @@ def _results(
                 break
         if bar.n == len(todo):
             return
-        # spawn: a fork of a process with threads can hang
-        with ProcessPoolExecutor(min(workers, len(todo) - bar.n), multiprocessing.get_context("spawn")) as pool:
+        # Forked from a server that imports everything once and has no threads, of which a fork makes no copy.
+        with ProcessPoolExecutor(min(workers, len(todo) - bar.n), multiprocessing.get_context("forkserver")) as pool:
             jobs: dict[Any, Source] = {}
             try:
                 while True:
