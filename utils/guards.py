@@ -7,6 +7,7 @@ import csv
 import hashlib
 import os
 import re
+import signal
 import socket
 import weakref
 from collections import Counter
@@ -157,6 +158,7 @@ def name_dead_worker(error: RuntimeError) -> None:
     died = DEAD_WORKER.search(str(error))
     if not died:
         return
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise again whenever another worker ends
     pids = [int(p) for p in died[1].split(",")]
     files = [r.dataset.name(i) for r in _readers for pid, i in r.now.tolist() if pid in pids]
     raise UserError(

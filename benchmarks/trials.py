@@ -1,0 +1,121 @@
+"""Training runs as processes of their own, to kill: forked from a server that has imported torch once.
+
+python -m benchmarks.trials STEPS_FILE mask_swav --epochs 2    # a script whose applied steps are noted; for torchrun
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+STAGES = ("ssl_{}2D", "mask_{}", "ssl_{}3D")
+SCRIPTS = [stage.format(method) for method in ("swav", "deepcluster") for stage in STAGES]
+
+
+def arguments(options: dict[str, Any]) -> list[str]:
+    """{"epochs": 2} -> ["--epochs", "2"]"""
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+
+
+def free_port() -> int:
+    with socket.socket() as asked:
+        asked.bind(("127.0.0.1", 0))
+        return asked.getsockname()[1]
+
+
+class Trial:
+    """A script with these options in `ranks` processes; `folder` receives log_<rank>.txt and steps_<rank>.txt."""
+
+    def __init__(self, script: str, options: dict[str, Any], folder: Path, ranks: int = 1) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.began = folder, time.monotonic()
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["benchmarks.trials", *SCRIPTS])
+        port = free_port() if ranks > 1 else 0
+        self.processes = []
+        for rank in range(ranks):
+            group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = {name: str(value) for name, value in group.items()} if ranks > 1 else {}
+            work = script, arguments(options), folder, rank, environment
+            self.processes.append(context.Process(target=_forked, args=work))
+            self.processes[-1].start()
+
+    def send(self, number: int, ranks: list[int] | None = None) -> None:
+        """A signal to some of the processes, by default to all; those that have ended do not mind."""
+        for rank in range(len(self.processes)) if ranks is None else ranks:
+            if self.processes[rank].is_alive():
+                os.kill(self.processes[rank].pid, number)
+
+    def wait(self, seconds: float = 300) -> list[int]:
+        """Exit codes, -signal for killed processes. Raises TimeoutError, after killing what still runs."""
+        until = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, until - time.monotonic()))
+        late = [process.pid for process in self.processes if process.is_alive()]
+        if late:
+            self.send(signal.SIGKILL)
+            raise TimeoutError(f"still running after {seconds} s; see {self.folder}")
+        return [process.exitcode for process in self.processes]
+
+    @property
+    def running(self) -> bool:
+        return any(process.is_alive() for process in self.processes)
+
+    @property
+    def steps(self) -> list[int]:
+        """Optimiser steps that each process has applied."""
+        return [len(read_steps(self.folder / f"steps_{rank}.txt")) for rank in range(len(self.processes))]
+
+    def log(self, rank: int = 0) -> str:
+        return (self.folder / f"log_{rank}.txt").read_text()
+
+
+def read_steps(path: Path) -> list[tuple[float, int]]:
+    """(seconds since the epoch, number of processes) of every applied step."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines()
+    return [(float(when), int(processes)) for when, processes in (line.split() for line in lines)]
+
+
+def _forked(script: str, args: list[str], folder: Path, rank: int, environment: dict[str, str]) -> None:
+    os.setsid()
+    os.environ.update(environment)
+    log = os.open(folder / f"log_{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    (folder / f"steps_{rank}.txt").unlink(missing_ok=True)
+    run(script, args, folder / f"steps_{rank}.txt")
+
+
+def run(script: str, args: list[str], steps: Path) -> None:
+    """The script as from the command line; every optimiser step that was applied adds a line to `steps`."""
+    import torch
+
+    from utils import config
+    from utils.distributed import world_size
+    from utils.precision import Precision
+
+    torch.set_num_threads(1)
+    apply = Precision.step
+
+    def noted(self: Precision, optimizer: torch.optim.Optimizer) -> None:
+        apply(self, optimizer)
+        with open(steps, "a") as file:
+            file.write(f"{time.time():.3f} {world_size()}\n")
+
+    Precision.step = noted
+    module = importlib.import_module(script)
+    config.main(module.main, module.Config, module.__doc__, args)
+
+
+if __name__ == "__main__":
+    run(sys.argv[2], sys.argv[3:], Path(f"{sys.argv[1]}.{os.environ.get('RANK', 0)}"))

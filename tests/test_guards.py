@@ -1,0 +1,262 @@
+"""Steps that must not be applied, processes that drift apart, workers that die: noticed, named, survived."""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import run_processes
+from tiny import losses, run, stop_after
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from objectives import DeepClusterV2, SwAV
+from objectives.learners import Learner
+from utils import checkpoint, guards, train
+from utils.errors import UserError
+from utils.precision import Precision
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def spoil(script: str, monkeypatch: pytest.MonkeyPatch, bad: set[int], what: str) -> None:
+    """Make the batch, the loss or the gradient of these steps (counted from 0) not finite."""
+    agree, backward, calls = train._agree, Precision.backward, []
+    image = "crops" if "2D" in script else "views"
+
+    def spoiled_batch(forward):
+        def wrapped(self: Learner, **batch: Any) -> dict[str, torch.Tensor]:
+            calls.append(1)
+            now = len(calls) - 1 in bad
+            if now and what == "batch":
+                views = batch[image][0] if image == "crops" else batch[image]
+                views.view(-1)[0] = float("nan")
+            found = forward(self, **batch)
+            return found | {"loss": found["loss"] * float("nan")} if now and what == "loss" else found
+
+        return wrapped
+
+    def spoiled_gradient(self: Precision, loss: torch.Tensor) -> None:
+        backward(self, loss)
+        if len(calls) - 1 in bad and what == "gradient":
+            list(learners[0].parameters())[-1].grad.view(-1)[0] = float("inf")
+
+    learners = []
+
+    def statistics(module: Learner) -> guards.BatchNormStatistics:
+        learners.append(module)
+        cls = type(module)
+        monkeypatch.setattr(cls, "forward", spoiled_batch(cls.forward))
+        return original(module)
+
+    original = guards.BatchNormStatistics
+    monkeypatch.setattr(guards, "BatchNormStatistics", statistics)
+    monkeypatch.setattr(Precision, "backward", spoiled_gradient)
+    assert train._agree is agree
+
+
+@pytest.mark.parametrize(
+    ("script", "what"),
+    [("ssl_swav2D", "batch"), ("ssl_deepcluster3D", "batch"), ("mask_swav", "loss"), ("mask_swav", "gradient")],
+)
+def test_a_bad_step_is_left_out_whole_and_its_files_are_noted(script, what, data, tmp_path, monkeypatch, capsys):
+    """Nothing of it stays: the state after the bad step is that before it."""
+    states: list[dict[str, torch.Tensor]] = []
+    report = guards.report_bad_step
+
+    def noted(*args: Any) -> str:
+        states.append(snapshot(cores[0]))
+        return report(*args)
+
+    cores: list[Learner] = []
+    remember = guards.BatchNormStatistics.remember
+
+    def before(self: guards.BatchNormStatistics) -> None:
+        states.append(snapshot(cores[0]))
+        remember(self)
+
+    monkeypatch.setattr(guards.BatchNormStatistics, "remember", before)
+    monkeypatch.setattr(guards, "report_bad_step", noted)
+    spoil(script, monkeypatch, {1}, what)
+    made = guards.BatchNormStatistics
+    monkeypatch.setattr(guards, "BatchNormStatistics", lambda module: cores.append(module) or made(module))
+    weights = run(script, data, tmp_path, epochs=1, **({"epoch_queue_starts": 0} if "swav2D" in script else {}))
+
+    assert all(v.isfinite().all() for v in weights.values())
+    before, after = states[1], states[2]  # of the second step
+    # Prototypes are brought to unit length in the forward pass, which changes the last bit of some.
+    different = [k for k in before if not torch.allclose(before[k].float(), after[k].float(), atol=1e-6)]
+    assert different == []
+    folder = tmp_path / "runs" / script
+    with open(folder / guards.BAD_STEPS, newline="") as file:
+        (line,) = csv.DictReader(file)
+    wanted = "the gradient" if what == "gradient" else "the loss"
+    assert (line["epoch"], line["step"], line["not_finite"]) == ("0", "1", wanted)
+    assert "case_" in line["files"] or "image_" in line["files"]
+    assert losses(folder)[0]["bad_steps"] == "1"
+    assert f"warning: {wanted} is not finite at epoch 0 step 1; this step was not applied (1 in a row" in (
+        capsys.readouterr().out
+    )
+
+
+def snapshot(core: Learner) -> dict[str, torch.Tensor]:
+    state = {name: value.clone() for name, value in core.state_dict().items()}
+    for name, memory in core.memory_state().items():
+        # Good embeddings of a bad step may be kept; those that are not finite may not.
+        state |= {f"{name}.{key}": torch.isfinite(value) for key, value in memory.items()}
+    return state
+
+
+def test_bad_steps_in_a_row_stop_the_run_and_the_count_goes_on_after_a_stop(data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        spoil("mask_swav", patch, {5, 6, 7}, "loss")
+        stop_after(6, patch)  # after the first bad one, in epoch 1
+        with pytest.raises(SystemExit):
+            run("mask_swav", data, tmp_path, epochs=3, max_bad_steps=3)
+    state = checkpoint.load(tmp_path / "runs" / "mask_swav")
+    assert (state["epoch"], state["seen"], state["bad_steps"], state["bad_in_a_row"]) == (1, 4, 1, 1)
+    spoil("mask_swav", monkeypatch, {0, 1}, "loss")
+    with pytest.raises(UserError, match=r"epoch 1 step 3;.*\(3 in a row, max_bad_steps 3\).*keeps the last good"):
+        run("mask_swav", data, tmp_path, epochs=3, max_bad_steps=3)
+    assert checkpoint.load(tmp_path / "runs" / "mask_swav")["seen"] == 4
+    assert not list((tmp_path / "weights").glob("*.pth"))
+
+
+def test_a_good_step_between_bad_ones_lets_the_run_go_on(data, tmp_path, monkeypatch):
+    spoil("mask_swav", monkeypatch, {0, 1, 3, 4}, "loss")
+    run("mask_swav", data, tmp_path, max_bad_steps=3)
+    first, second = losses(tmp_path / "runs" / "mask_swav")
+    assert (first["bad_steps"], second["bad_steps"]) == ("3", "1")
+    assert all(float(row["loss"]) > 0 for row in (first, second))
+
+
+def test_an_epoch_of_bad_steps_alone_has_no_means(data, tmp_path, monkeypatch):
+    spoil("mask_swav", monkeypatch, {0, 1, 2, 3}, "loss")
+    run("mask_swav", data, tmp_path, max_bad_steps=5)
+    first, second = losses(tmp_path / "runs" / "mask_swav")
+    assert first["bad_steps"] == "4"
+    assert first["loss"] == ""
+    assert float(second["loss"]) > 0
+
+
+def test_weights_that_are_not_finite_are_never_saved(data, tmp_path, monkeypatch):
+    step = Precision.step
+
+    def broken(self: Precision, optimizer: torch.optim.Optimizer) -> None:
+        step(self, optimizer)
+        optimizer.param_groups[0]["params"][0].data.view(-1)[0] = float("inf")
+
+    run("mask_swav", data, tmp_path, epochs=1)
+    good = (tmp_path / "runs" / "mask_swav" / checkpoint.LATEST).read_bytes()
+    monkeypatch.setattr(Precision, "step", broken)
+    with pytest.raises(UserError, match=r"in a row|weights are not finite"):
+        run("mask_swav", data, tmp_path, epochs=2)
+    assert (tmp_path / "runs" / "mask_swav" / checkpoint.LATEST).read_bytes() == good
+    with pytest.raises(UserError, match=r"1 of 2 weights are not finite \(weight is the first\)"):
+        guards.require_finite_weights(spoiled_linear())
+
+
+def spoiled_linear() -> nn.Module:
+    layer = nn.Linear(2, 2)
+    layer.weight.data[0, 0] = float("nan")
+    return layer
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_bad_value_in_any_gradient_is_found(value):
+    layers = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    optimizer = torch.optim.SGD(layers.parameters(), 0.1)
+    assert guards.gradients_are_finite(optimizer)  # none yet
+    for p in layers.parameters():
+        p.grad = torch.full_like(p, 1e30)  # whose squares overflow
+    assert guards.gradients_are_finite(optimizer)
+    layers[1].bias.grad[2] = value
+    assert not guards.gradients_are_finite(optimizer)
+
+
+def test_the_queue_and_the_bank_keep_nothing_that_is_not_finite():
+    z = torch.nn.functional.normalize(torch.randn(2, 3, 4), dim=-1)
+    broken = z.clone()
+    broken[1, 2, 0] = float("nan")
+    swav = SwAV(4, [2], queue_length=6)
+    swav.begin_epoch(0)
+    swav(z)
+    queue = swav.queue.clone()
+    swav(broken)
+    assert torch.equal(swav.queue[1], queue[1])
+    assert swav.queue.isfinite().all()
+    objective = DeepClusterV2(4, [2], samples=5)
+    objective.remember(z, torch.tensor([0, 1, 2]))
+    objective.remember(broken, torch.tensor([1, 2, 3]))
+    state = objective.memory_state()
+    assert state["seen"].tolist() == [True, True, True, False, False]
+    assert torch.equal(state["embeddings"][:, [1, 2]], z[:, [0, 1]])
+    assert state["embeddings"].isfinite().all()
+
+
+# ---- processes
+
+
+def differ(broken_rank: int) -> str:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    guards.require_equal_weights(module, "at first")
+    if torch.distributed.get_rank() == broken_rank:
+        module[1].running_var[1] += 1e-6
+    try:
+        guards.require_equal_weights(module, "after epoch 3")
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_process_with_other_weights_is_named_on_all():
+    said = run_processes(3, differ, 1)
+    assert len(set(said)) == 1
+    assert said[0].startswith("process 1 on ")
+    assert "other weights than the rest after epoch 3 (1 tensors, first 1.running_var)" in said[0]
+
+
+# ---- data-loading workers
+
+
+class Files(Dataset):
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, key: tuple[int, int]) -> int:
+        if key[1] == 4:
+            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
+        return key[1]
+
+    def name(self, index: int) -> str:
+        return f"case_{index}.npy"
+
+
+def read_until_a_worker_dies(said: Path) -> None:
+    files = guards.Reading(Files(), 2)
+    try:
+        list(DataLoader(files, batch_sampler=[[(0, i)] for i in range(6)], num_workers=2))
+    except RuntimeError as error:
+        try:
+            guards.name_dead_worker(error)
+        except UserError as named:
+            said.write_text(str(named))
+
+
+def test_a_worker_that_dies_names_the_file_it_was_reading(tmp_path):
+    process = multiprocessing.get_context("forkserver").Process(target=read_until_a_worker_dies, args=(tmp_path / "x",))
+    process.start()
+    process.join(100)
+    assert process.exitcode == 0
+    said = (tmp_path / "x").read_text()
+    assert said.startswith("a data-loading worker died while it read case_4.npy (")
+    assert "Killed" in said
+    assert "--workers" in said
+    guards.name_dead_worker(RuntimeError("something else"))  # is not its business

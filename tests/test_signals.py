@@ -1,0 +1,189 @@
+"""SIGTERM, SIGINT and SIGUSR1 end a run wherever it is: nothing lost, nothing torn, and 128 + signal as exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import losses, options
+
+import mask_swav
+import ssl_deepcluster3D
+from benchmarks.trials import Trial, arguments
+from datasets.store import SliceStore
+from objectives import deepcluster
+from objectives.deepcluster import DeepClusterV2
+from utils import checkpoint, config, signals, weights
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def main(script, args: dict) -> None:
+    config.main(script.main, script.Config, None, arguments(args))
+
+
+def signal_in(owner: object, name: str, monkeypatch: pytest.MonkeyPatch, call: int = 1) -> None:
+    """A real SIGTERM to this process in the given call of a function, which then goes on if it may."""
+    function: Callable = getattr(owner, name)
+    calls = []
+
+    def signalled(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, signalled)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "where"),
+    [
+        (SliceStore, "build", 1, "building the cache"),
+        (DeepClusterV2, "remember", 3, "filling the bank"),
+        (deepcluster, "kmeans_torch", 3, "k-means of the second epoch"),
+        (torch, "save", 1, "writing the first checkpoint"),
+        (torch, "save", 3, "writing the weights"),
+        (weights, "_commit", 1, "after training"),
+    ],
+)
+def test_a_signal_outside_of_steps_loses_and_tears_nothing(
+    owner, name, call, where, whole, data, tmp_path, monkeypatch
+):
+    args = options("ssl_deepcluster3D", data, tmp_path, **RANDOM)
+    with monkeypatch.context() as patch:
+        signal_in(owner, name, patch, call)
+        with pytest.raises(SystemExit) as stopped:
+            main(ssl_deepcluster3D, args)
+    assert stopped.value.code == 143, where
+    assert not list(tmp_path.rglob("*.tmp"))
+    for path in (tmp_path / "runs" / "ssl_deepcluster3D").glob("*.pth"):
+        checkpoint.read(path)
+    main(ssl_deepcluster3D, args)
+    written = {p.name: p.read_bytes() for p in (tmp_path / "weights").glob("*.pth")}
+    assert written == whole
+
+
+RANDOM = {"resnet_pretrained": "none", "trans_pretrained": "none", "lambda_intra": 0}
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> dict[str, bytes]:
+    """The weights of a run that nothing stopped."""
+    out = tmp_path_factory.mktemp("whole")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    main(ssl_deepcluster3D, options("ssl_deepcluster3D", data, out, **RANDOM))
+    torch.set_num_threads(threads)
+    return {p.name: p.read_bytes() for p in (out / "weights").glob("*.pth")}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("ranks", [[0, 1], [1]], ids=["all processes", "one process"])
+def test_all_processes_stop_together_after_the_same_step(number, ranks, data, tmp_path):
+    if number == signal.SIGINT and ranks == [1]:
+        pytest.skip("Ctrl-C reaches all processes")
+    args = options("mask_swav", data, tmp_path, resnet_pretrained="none", epochs=1000, batch_size=1)
+    trial = Trial("mask_swav", args, tmp_path / "trial", ranks=2)
+    wait_until(lambda: min(trial.steps) >= 5)
+    trial.send(number, ranks)
+    sent = time.monotonic()
+    assert trial.wait(30) == [128 + number] * 2, trial.log(0) + trial.log(1)
+    assert time.monotonic() - sent < 30
+    state = checkpoint.load(tmp_path / "runs" / "mask_swav")
+    steps = state["epoch"] * 4 + state["seen"] // 2
+    assert trial.steps == [steps, steps]  # none lost
+    assert f"stopped by signal {number} after epoch" in trial.log()
+
+
+def wait_until(fact: Callable[[], bool], seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not fact():
+        assert time.monotonic() < until, "took too long"
+        time.sleep(0.02)
+
+
+def test_torchrun_passes_a_signal_on_and_its_processes_save(data, tmp_path):
+    args = options("mask_swav", data, tmp_path, resnet_pretrained="none", epochs=1000, batch_size=1, workers=1)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "mask_swav.py"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "log.txt", "w") as log:
+        torchrun = subprocess.Popen([*launch, *arguments(args)], cwd=ROOT, stdout=log, stderr=log, env=env)
+    folder = tmp_path / "runs" / "mask_swav"
+    try:
+        wait_until(lambda: len(losses(folder)) >= 1 if (folder / "metrics.csv").exists() else False)
+        torchrun.send_signal(signal.SIGTERM)
+        torchrun.wait(40)
+    finally:
+        torchrun.kill()
+    said = (tmp_path / "log.txt").read_text()
+    assert "stopped by signal 15 after epoch" in said
+    assert checkpoint.load(folder)["epoch"] >= 1
+
+
+def test_a_second_ctrl_c_ends_at_once_but_not_the_one_that_torchrun_passes_on(monkeypatch):
+    with signals.handled(), signals.noted():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # torchrun's
+        assert signals.caught() == signal.SIGINT
+        monkeypatch.setattr(signals, "SAME_CTRL_C", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        signals._caught.clear()
+
+
+def test_a_signal_waits_for_the_end_of_what_must_not_be_torn():
+    reached = []
+
+    def write() -> None:
+        with signals.handled(), signals.noted():
+            with signals.noted():
+                signal.raise_signal(signal.SIGUSR1)
+            reached.append(1)
+            with pytest.raises(SystemExit), signals.obeyed():
+                reached.append(2)
+
+    with pytest.raises(SystemExit) as stopped:
+        write()
+    assert reached == [1]
+    assert stopped.value.code == 138
+
+
+def test_handlers_are_restored_and_a_forked_worker_ignores_signals():
+    before = [signal.getsignal(number) for number in signals.STOPS]
+    with signals.handled():
+        child = os.fork()
+        if not child:
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert signals.caught() == 0
+    assert [signal.getsignal(number) for number in signals.STOPS] == before
+
+
+def test_an_error_after_a_signal_is_the_signal(capsys):
+    """Of two processes the one that obeyed first takes its connections along."""
+
+    def script(_: mask_swav.Config) -> None:
+        with signals.noted():
+            signal.raise_signal(signal.SIGTERM)
+            raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(SystemExit) as stopped:
+        config.main(script, mask_swav.Config, None, [])
+    assert stopped.value.code == 143
+    assert "stopped by signal 15 (RuntimeError)" in capsys.readouterr().err
+
+    def broken(_: mask_swav.Config) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(RuntimeError):
+        config.main(broken, mask_swav.Config, None, [])
