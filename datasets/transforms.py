@@ -141,10 +141,17 @@ def _blur_axis(x: Tensor, std: Tensor, size: Tensor, axis: int) -> Tensor:
     weights = torch.exp(-(taps / std[:, None]).square() / 2) * (taps.abs() <= radii[:, None])
     weights = upload((weights / weights.sum(1, keepdim=True)).float(), x.device)
     place = torch.arange(-radius, voxels + radius) % (2 * size[:, None])
-    wide = _take(x, axis, torch.minimum(place, 2 * size[:, None] - 1 - place))
-    out = torch.zeros_like(x)
-    for k, weight in enumerate(weights.T[:, :, None, None, None]):
-        out.addcmul_(wide.narrow(axis, k, voxels), weight)
+    mirrored = torch.minimum(place, 2 * size[:, None] - 1 - place)
+    if int(size.min()) == voxels:  # all real: only the ends need looking up
+        ends = (_take(x, axis, mirrored[:, :radius]), _take(x, axis, mirrored[:, -radius:]))
+        wide = torch.cat((ends[0], x, ends[1]), dim=axis)
+    else:
+        wide = _take(x, axis, mirrored)
+    shifted = (wide.narrow(axis, k, voxels) for k in range(2 * radius + 1))
+    weights = weights.T[:, :, None, None, None]
+    out = next(shifted) * weights[0]
+    for weight, values in zip(weights[1:], shifted, strict=True):
+        out.addcmul_(values, weight)
     return out
 
 
