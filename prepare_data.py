@@ -110,10 +110,12 @@ def main(cfg: Config) -> None:
     if not found.sources and not found.problems:
         raise UserError(f"source: {places[0]} holds nothing to convert; docs/DATA.md lists the accepted formats")
     _check_window(cfg, found.sources)
-    dest.mkdir(parents=True, exist_ok=True)
     try:
+        dest.mkdir(parents=True, exist_ok=True)
         with _OnlyRun(dest):
             _convert_all(cfg, found, dest, settings)
+    except PermissionError as error:
+        raise UserError(f"dest: {dest} cannot be written ({error.strerror}); choose another folder") from None
     except KeyboardInterrupt:
         print(f"\nstopped; the same command goes on from what is in {dest}", file=sys.stderr)
         raise SystemExit(130) from None
@@ -149,6 +151,9 @@ def _convert_all(cfg: Config, found: Found, dest: Path, settings: Options) -> No
         except BadFile as error:
             problems.append(str(error))
     _note(changed)
+    ours = {case.id for case in table.values()}
+    replaced = [ids[s.name] for s in todo if ids[s.name] not in ours and (dest / f"{ids[s.name]}.npy").exists()]
+    _note([f"{name}.npy is there but not in {CASES} (a killed run's, or yours) and is replaced" for name in replaced])
     there = len(found.sources) - len(todo)
 
     saved = time.monotonic()

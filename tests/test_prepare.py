@@ -284,6 +284,25 @@ def test_a_series_is_ordered_by_position_and_rescaled_and_names_nobody(tmp_path)
             assert "secret" not in file.name.lower()
 
 
+@pytest.mark.parametrize("codes", ["IPL", "IPR", "ILP", "SAL", "PLI"])
+def test_a_series_may_be_acquired_in_any_plane(codes, tmp_path):
+    array, affine = stored(codes)  # rows, columns, slices
+    steps = (np.diag([-1, -1, 1]) @ affine[:3, :3]).T  # mm to the left, back and head
+    mm = np.linalg.norm(steps, axis=1)
+    (tmp_path / "scan").mkdir()
+    for k in range(array.shape[2]):
+        data = dicom_slice(
+            np.ascontiguousarray(array[:, :, k]),
+            ImagePositionPatient=(steps[2] * k).tolist(),
+            ImageOrientationPatient=[*steps[1] / mm[1], *steps[0] / mm[0]],
+            PixelSpacing=mm[:2].tolist(),
+        )
+        data.save_as(tmp_path / f"scan/{k}", enforce_file_format=True)
+    dest = convert(tmp_path / "scan", tmp_path / "out")
+    np.testing.assert_array_equal(load(dest), AXIAL)
+    assert settings(dest)["spacing_mm"] == [0.75, 0.5, 2.0]
+
+
 def test_two_series_in_one_folder_are_told_apart(tmp_path):
     write_series(tmp_path / "both", lambda k: f"{k}")
     write_series(tmp_path / "both", lambda k: f"1{k}", SeriesInstanceUID="9.9", RescaleIntercept=5, RescaleSlope=1)
@@ -476,6 +495,24 @@ def test_missing_halves_of_pairs_are_told(decathlon, tmp_path, capsys):
     assert "labelsTr/b.nii.gz: is listed in dataset.json but does not exist" in err
     assert "1 images have no label map" in out
     np.testing.assert_array_equal(load(tmp_path / "out", "b.npy"), AXIAL)
+
+
+def test_channels_of_every_format_are_chosen_alike(tmp_path):
+    both = np.stack([PATIENT, PATIENT + 7], axis=3)
+    write_nifti(tmp_path / "in/a.nii.gz", both)
+    write_nifti(tmp_path / "in/b.nii", both[:, :, :, None])
+    sitk.WriteImage(
+        sitk.GetImageFromArray(np.ascontiguousarray(both.transpose(2, 1, 0, 3)), True), tmp_path / "in/c.nrrd"
+    )
+    sitk.WriteImage(sitk.GetImageFromArray(np.ascontiguousarray(both.T), False), tmp_path / "in/d.mha")
+    write_nifti(tmp_path / "in/e.nii", PATIENT[..., None] + 7)
+    dest = convert(tmp_path / "in", tmp_path / "out", channel=1)
+    for name in "abcde":
+        np.testing.assert_array_equal(load(dest, f"{name}.npy"), AXIAL + 7)
+    np.save(tmp_path / "f.npy", both.transpose(3, 0, 1, 2))
+    np.testing.assert_array_equal(
+        load(convert(tmp_path / "f.npy", tmp_path / "f", channel=1, channel_axis=0)), PATIENT + 7
+    )
 
 
 @pytest.mark.parametrize("what", ["shape", "spacing", "fractions"])
