@@ -243,7 +243,7 @@ def read_until_a_worker_dies(said: Path) -> None:
     files = guards.Reading(Files(), 2)
     try:
         list(DataLoader(files, batch_sampler=[[(0, i)] for i in range(6)], num_workers=2))
-    except RuntimeError as error:
+    except (RuntimeError, OSError, EOFError) as error:
         try:
             guards.name_dead_worker(error)
         except UserError as named:
@@ -257,6 +257,5 @@ def test_a_worker_that_dies_names_the_file_it_was_reading(tmp_path):
     assert process.exitcode == 0
     said = (tmp_path / "x").read_text()
     assert said.startswith("a data-loading worker died while it read case_4.npy (")
-    assert "Killed" in said
-    assert "--workers" in said
+    assert "lower --workers" in said
     guards.name_dead_worker(RuntimeError("something else"))  # is not its business

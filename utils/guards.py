@@ -6,7 +6,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
-import re
 import signal
 import socket
 import weakref
@@ -24,7 +23,6 @@ from utils.errors import UserError
 
 BAD_STEPS = "bad_steps.csv"  # in a run's folder: epoch, step, reason, files of every step that was not applied
 NAMES_SHOWN = 16
-DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
 
 
 def gradients_are_finite(optimizer: Optimizer) -> Tensor:
@@ -153,16 +151,26 @@ class Reading(Dataset):
 _readers: weakref.WeakSet[Reading] = weakref.WeakSet()
 
 
-def name_dead_worker(error: RuntimeError) -> None:
-    """Raises UserError with the file that a data-loading worker was reading when it died, if that is what happened."""
-    died = DEAD_WORKER.search(str(error))
-    if not died:
+def name_dead_worker(error: Exception) -> None:
+    """Raises UserError with the file that a data-loading worker was reading when it died, if one did.
+
+    error: what the training process met: torch's own message, or a broken connection to that worker.
+    """
+    dead = [(r.dataset.name(i), pid) for r in _readers for pid, i in r.now.tolist() if pid > 0 and _died(pid)]
+    if not dead:
         return
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise again whenever another worker ends
-    pids = [int(p) for p in died[1].split(",")]
-    files = [r.dataset.name(i) for r in _readers for pid, i in r.now.tolist() if pid in pids]
     raise UserError(
-        f"a data-loading worker died while it read {', '.join(files) or 'its first file'} "
+        f"a data-loading worker died while it read {', '.join(name for name, _ in dead)} "
         f"({str(error).splitlines()[0]}). Killed: probably too little memory, lower --workers or --batch_size; "
         "otherwise check that file"
     ) from error
+
+
+def _died(pid: int) -> bool:
+    """Whether a child process has ended other than in order."""
+    try:
+        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:  # ended, and somebody asked how already
+        return True
+    return ended is not None and ended.si_status != 0

@@ -81,7 +81,7 @@ def fit(
     with signals.handled(), signals.noted():
         try:
             return _fit(learner, loader, optimizer, rate, config, run, data_fingerprint)
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:
             guards.name_dead_worker(error)
             raise
 
