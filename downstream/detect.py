@@ -51,7 +51,6 @@ from utils.precision import Precision
 
 FORMAT = 1  # of the prepared images; raise it when their content changes
 LEVELS = 5  # of both pyramids, each with its own anchor size
-PYRAMID_CHANNELS = 256
 STAGES = ("layer4", "layer3", "layer2", "layer1", "stem")  # in the order in which they are set free
 
 
@@ -91,6 +90,8 @@ class Config:
     """pixels of an image's longer side, up or down, aspect kept"""
     anchor_sizes: list[PositiveInt] = field(default_factory=lambda: [32, 64, 128, 256, 512])
     """side in pixels (of image_size) of the anchors of the five pyramid levels"""
+    pyramid_channels: PositiveInt = 256
+    """width of the feature pyramid"""
     proposals: PositiveInt = 1000
     """Faster R-CNN: regions of an image that its second stage looks at; half as many train it"""
     flip: bool = True
@@ -196,7 +197,7 @@ def build_model(cfg: Config, classes: int) -> nn.Module:
     if cfg.model == "fasterrcnn":
         names, widths = {f"layer{i}": str(i - 1) for i in range(1, 5)}, list(encoder.stage_features)
         return FasterRCNN(
-            BackboneWithFPN(encoder, names, widths, PYRAMID_CHANNELS),
+            BackboneWithFPN(encoder, names, widths, cfg.pyramid_channels),
             classes + 1,  # and the background
             rpn_anchor_generator=AnchorGenerator(tuple((size,) for size in cfg.anchor_sizes), ratios),
             rpn_post_nms_top_n_train=2 * cfg.proposals,
@@ -205,10 +206,10 @@ def build_model(cfg: Config, classes: int) -> nn.Module:
             **grey,
         )
     names, widths = {f"layer{i}": str(i - 2) for i in range(2, 5)}, list(encoder.stage_features[1:])
-    pyramid = LastLevelP6P7(PYRAMID_CHANNELS, PYRAMID_CHANNELS)
+    pyramid = LastLevelP6P7(cfg.pyramid_channels, cfg.pyramid_channels)
     thirds = tuple(tuple(int(size * 2 ** (i / 3)) for i in range(3)) for size in cfg.anchor_sizes)
     return RetinaNet(
-        BackboneWithFPN(encoder, names, widths, PYRAMID_CHANNELS, pyramid),
+        BackboneWithFPN(encoder, names, widths, cfg.pyramid_channels, pyramid),
         classes + 1,  # label 0 stays unused
         anchor_generator=AnchorGenerator(thirds, ratios),
         **grey,

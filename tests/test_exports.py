@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,28 +44,30 @@ def used(joint: JointEncoder) -> JointEncoder:
     return joint.eval()
 
 
-def make(arch: str, folder: Path) -> SimpleNamespace:
-    """Files of all three stages of one network: `first`, `second`, `third` and `third_encoder`."""
+def make(arch: str, folder: Path, stages: Sequence[str]) -> SimpleNamespace:
+    """A network, and files of it as the stages write them: `first`, `second`, `third` with `third_encoder`."""
     torch.manual_seed(0)
     joint = used(JointEncoder(arch, d_model=32, layers=1))
-    first = weights.record(ssl_swav2D.Config(arch=arch), [], {})
-    weights.save_resnet(joint.encoder, folder / "first.pth", first)
-    third = weights.record(ssl_swav3D.Config(arch=arch, d_model=32, layers=1), [], {})
-    learner = nn.Module()
-    learner.encoder, learner.mask_token, learner.decoder = joint, nn.Parameter(torch.zeros(32)), nn.Linear(32, 32)
-    weights.save_masked(learner, folder / "second.pth", third)
-    weights.save_joint(joint, folder / "third.pth", third)
-    return SimpleNamespace(arch=arch, folder=folder, joint=joint)
+    made_by = weights.record(ssl_swav3D.Config(arch=arch, d_model=32, layers=1), [], {})
+    if "first" in stages:
+        first = weights.record(ssl_swav2D.Config(arch=arch), [], {})
+        weights.save_resnet(joint.encoder, folder / "first.pth", first)
+    if "second" in stages:
+        learner = nn.Module()
+        learner.encoder, learner.mask_token, learner.decoder = joint, nn.Parameter(torch.zeros(32)), nn.Linear(32, 32)
+        weights.save_masked(learner, folder / "second.pth", made_by)
+    weights.save_joint(joint, folder / "third.pth", made_by)
+    return SimpleNamespace(folder=folder, joint=joint)
 
 
 @pytest.fixture(scope="module")
 def resnet18(tmp_path_factory) -> SimpleNamespace:
-    return make("resnet18", tmp_path_factory.mktemp("resnet18"))
+    return make("resnet18", tmp_path_factory.mktemp("resnet18"), ("first", "second", "third"))
 
 
 @pytest.fixture(scope="module")
 def resnet50(tmp_path_factory) -> SimpleNamespace:
-    return make("resnet50", tmp_path_factory.mktemp("resnet50"))
+    return make("resnet50", tmp_path_factory.mktemp("resnet50"), ("third",))
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +178,17 @@ def test_monai_flexible_unet_takes_the_file_as_its_encoder(resnet50, tmp_path):
     assert torch.equal(unet.encoder.conv1.weight, state["conv1.weight"])
 
 
+def test_torchvisions_own_detector_takes_the_file_as_its_body(resnet50, tmp_path):
+    from torchvision.models.detection import fasterrcnn_resnet50_fpn
+
+    export(resnet50, tmp_path, format="torchvision")
+    with torch.device("meta"):
+        detector = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=15)
+    state = torch.load(tmp_path / "third_torchvision.pth", weights_only=True)
+    detector.backbone.body.load_state_dict(state, assign=True)
+    assert torch.equal(detector.backbone.body.conv1.weight, state["conv1.weight"])
+
+
 @torch.no_grad()
 def test_the_exported_program_embeds_volumes_of_any_size(resnet18, tmp_path, monkeypatch):
     card = export(resnet18, tmp_path, format="joint")
@@ -192,7 +206,7 @@ def test_the_exported_program_embeds_volumes_of_any_size(resnet18, tmp_path, mon
 
 @torch.no_grad()
 def test_onnxruntime_gives_features_and_maps_of_any_size(resnet50, images, tmp_path, monkeypatch):
-    card = export(resnet50, tmp_path, "first", format="onnx")
+    card = export(resnet50, tmp_path, format="onnx")
     for x in (images, images[:1, :, :50, :40]):
         loaded = follow(card, tmp_path, monkeypatch, images=x.numpy())
         stages = resnet50.joint.encoder(x)
