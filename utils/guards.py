@@ -135,7 +135,7 @@ class Reading(Dataset):
 
     def __init__(self, dataset: Any, workers: int) -> None:
         self.dataset = dataset
-        self.now = torch.full((max(1, workers), 2), -1).share_memory_()  # process id and index, by worker
+        self.now = torch.full((max(1, workers), 2), -1).share_memory_()  # process id, index or -1, by worker
         _readers.add(self)
 
     def __len__(self) -> int:
@@ -143,9 +143,14 @@ class Reading(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         worker = get_worker_info()
-        if worker is not None:
-            self.now[worker.id, 0], self.now[worker.id, 1] = os.getpid(), key[1]
-        return self.dataset[key]
+        if worker is None:
+            return self.dataset[key]
+        note = self.now[worker.id]
+        note[0], note[1] = os.getpid(), key[1]
+        try:
+            return self.dataset[key]
+        finally:
+            note[1] = -1
 
 
 _readers: weakref.WeakSet[Reading] = weakref.WeakSet()
@@ -156,7 +161,7 @@ def name_dead_worker(error: Exception) -> None:
 
     error: what the training process met: torch's own message, or a broken connection to that worker.
     """
-    dead = [(r.dataset.name(i), pid) for r in _readers for pid, i in r.now.tolist() if pid > 0 and _died(pid)]
+    dead = [(r.dataset.name(i), pid) for r in _readers for pid, i in r.now.tolist() if i >= 0 and _died(pid)]
     if not dead:
         return
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise again whenever another worker ends
