@@ -436,18 +436,25 @@ def _read_luna16(cfg: Config) -> Luna:
     """Candidates and nodules of the scans below data_path."""
     scans = find_scans(cfg.data_path)
     path = Path(cfg.labels)
-    places, rows, kept = _read_places(path, "labels", "class"), [], []
-    lines: dict[tuple[str, tuple[float, ...]], int] = {}
-    unknown = set()
-    for line, (scan, xyz, label) in enumerate(places, start=2):
+    rows: list[tuple[str, tuple[float, float, float], int]] = []
+    names = []
+    lines: dict[tuple[str, tuple[float, float, float]], int] = {}
+    unknown, repeated = set(), 0
+    for line, (scan, xyz, label) in enumerate(_read_places(path, "labels", "class"), start=2):
         if label not in (0, 1):
             raise UserError(f"labels: {path}, line {line}: class must be 0 or 1, not {label:g}")
         if (scan, xyz) in lines:
-            raise UserError(f"labels: {path}: lines {lines[scan, xyz]} and {line} are the same candidate; keep one")
+            if cfg.on_bad == "error":
+                raise UserError(
+                    f"labels: {path}: lines {lines[scan, xyz]} and {line} are the same candidate; keep one, or leave "
+                    "repetitions out with --on_bad skip"
+                )
+            repeated += 1
+            continue
         lines[scan, xyz] = line
         if scan in scans:
             rows.append((scan, xyz, int(label)))
-            kept.append(line)
+            names.append(f"{scan}/{line}")
         else:
             unknown.add(scan)
     if unknown and (cfg.on_bad == "error" or not rows):
@@ -456,11 +463,12 @@ def _read_luna16(cfg: Config) -> Luna:
             f"{min(unknown)}; add them, or leave their candidates out with --on_bad skip"
         )
     if unknown:
-        print(f"warning: left out the candidates of {len(unknown)} scans that are not below {cfg.data_path}")
+        print(f"left out the candidates of {len(unknown)} scans that are not below {cfg.data_path}")
+    if repeated:
+        print(f"left out {repeated} candidates that stand in {path} twice")
     labels = np.array([label for *_, label in rows])
     if len(set(labels)) < 2:
         raise UserError(f"labels: the candidates in {path} are all of class {labels[0]}; both classes are needed")
-    names = [f"{scan}/{line}" for (scan, *_), line in zip(rows, kept, strict=True)]
     places = [(scan, xyz) for scan, xyz, _ in rows]
     cases = CandidateCrops(
         names, places, scans, cfg.crop_size, cfg.crop_slices, cfg.crop_mm, cfg.window, cfg.cache_path or cfg.data_path

@@ -408,9 +408,10 @@ def test_candidates_of_missing_scans_can_be_left_out(luna, tmp_path, capsys):
     (tmp_path / "candidates.csv").write_text((luna / "candidates.csv").read_text() + "9.9.9,0,0,0,1\n")
     run_luna(luna, tmp_path, labels=str(tmp_path / "candidates.csv"), on_bad="skip")
     assert "left out the candidates of 1 scans" in capsys.readouterr().out
-    (tmp_path / "twice.csv").write_text((luna / "candidates.csv").read_text() * 2)
-    with pytest.raises(UserError, match="line"):
-        run_luna(luna, tmp_path, labels=str(tmp_path / "twice.csv"))
+    twice = (luna / "candidates.csv").read_text() + "1.2.0,20,20,20,1\n1.2.0,20.0,20,20,1\n"
+    (tmp_path / "candidates.csv").write_text(twice)
+    with pytest.raises(UserError, match="lines 58 and 59 are the same candidate; keep one"):
+        run_luna(luna, tmp_path, labels=str(tmp_path / "candidates.csv"))
 
 
 # ------------------------------------------------------------------------------------------------ features
