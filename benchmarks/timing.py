@@ -24,9 +24,14 @@ PACKAGES = ("torch", "torchvision", "numpy", "scipy", "torchio", "SimpleITK")
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of every repetition of one piece of work, in the order in which they were taken."""
+    """Seconds of every repetition of one piece of work, in the order in which they were taken.
+
+    cpu_seconds: what this process computed meanwhile, over all its threads. On a machine that others use as well, and
+    with one thread, it says more than the clock on the wall; threads that wait for each other count, too.
+    """
 
     seconds: tuple[float, ...]
+    cpu_seconds: tuple[float, ...]
 
     @property
     def median(self) -> float:
@@ -46,7 +51,8 @@ class Timing:
 
     def record(self) -> dict[str, float | int]:
         """For the results file."""
-        return {"median_s": self.median, "iqr_s": self.iqr, "repeats": len(self.seconds)}
+        cpu = statistics.median(self.cpu_seconds)
+        return {"median_s": self.median, "iqr_s": self.iqr, "cpu_median_s": cpu, "repeats": len(self.seconds)}
 
 
 def measure(
@@ -62,15 +68,15 @@ def measure(
     for function in work.values():
         for _ in range(warmup):
             function()
-    seconds: dict[str, list[float]] = {name: [] for name in work}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
     for _ in range(repeats):
         for name, function in work.items():
             wait(device)
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             function()
             wait(device)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+            taken[name].append((time.perf_counter() - start, time.process_time() - cpu_start))
+    return {name: Timing(*zip(*pairs, strict=True)) for name, pairs in taken.items()}
 
 
 def wait(device: torch.device | str) -> None:
