@@ -252,6 +252,10 @@ def test_resampling_keeps_a_linear_ramp_and_the_extent(tmp_path):
     assert out.shape == (12, 8, 10)
     np.testing.assert_allclose(out[5, 1:-1, 5], np.arange(2.5, 14, 2)[:6], atol=1e-5)
     assert settings(dest)["spacing_mm"] == [1, 2, 1]
+    turned = write_nifti(tmp_path / "b.nii", ramp.transpose(1, 2, 0), np.diag([-1, -1, 1, 1]))
+    out = load(convert(turned, tmp_path / "slices", spacing_mm=[0, 0, 2]))
+    assert out.shape == (10, 12, 8)
+    np.testing.assert_allclose(out[5, 5, 1:-1], np.arange(2.5, 14, 2)[:6], atol=1e-5)
 
 
 def test_resampled_label_maps_hold_no_new_values_and_stay_on_their_image(tmp_path):
@@ -328,12 +332,12 @@ def test_copies_of_a_slice_count_once_and_several_slices_at_a_position_are_chann
     shutil.copy(folder / "4.dcm", folder / "copy.dcm")
     np.testing.assert_array_equal(load(convert(folder, tmp_path / "out")), AXIAL)
     (folder / "copy.dcm").unlink()
-    write_series(folder, lambda k: f"second_{k}.dcm", AcquisitionNumber=2, RescaleIntercept=5, RescaleSlope=1)
+    write_series(folder, lambda k: f"+{k}.dcm", AcquisitionNumber=2, RescaleIntercept=5, RescaleSlope=1)
     with pytest.raises(UserError):
         convert(folder, tmp_path / "4d")
     assert "is 4D (12 x 10 x 9 x 2)" in capsys.readouterr().err
     np.testing.assert_array_equal(load(convert(folder, tmp_path / "4d", channel=1)), AXIAL + 5)
-    (folder / "second_3.dcm").unlink()
+    (folder / "+3.dcm").unlink()
     with pytest.raises(UserError):
         convert(folder, tmp_path / "odd", channel=1)
     assert "1 of 9 slice positions hold another number of slices" in capsys.readouterr().err
