@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 from PIL import Image
 
+from utils.config import read_yaml
 from utils.errors import UserError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
@@ -242,10 +242,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / 'dataset.yml'}: is not read under this name; rename it to dataset.yaml")
     if not path.exists():
         return {}
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())}); correct it") from None
+    settings = read_yaml(path)
     if settings is None:
         return {}
     if not isinstance(settings, dict):

@@ -35,6 +35,9 @@ def parse(config_class: type, doc: str | None = None, args: list[str] | None = N
             raise UserError(f"{path}: must be a mapping of options, e.g. 'epochs: 20'")
     values = parser.parse_args(args)
     fields = {f.name: _plain(getattr(values, f.name)) for f in dataclasses.fields(config_class)}
+    for f in dataclasses.fields(config_class):
+        if fields[f.name] is None and "None" not in str(f.type):  # `epochs:` without a value, in YAML
+            parser.error(f"{f.name}: null is not a value of {f.type}")
     return config_class(**fields)
 
 
