@@ -262,6 +262,7 @@ def digest(path: Path, array: np.ndarray, settings: str = "") -> str:
 
 def test_dtype_byte_order_memory_order_and_slice_axis_do_not_change_the_digest(tmp_path: Path) -> None:
     volume = ct()
+    volume[:5] = 0
     plain = digest(tmp_path, volume)
     for other in (
         *(np.asfortranarray(volume), volume.astype(">i2"), volume.astype(">f8"), np.asfortranarray(volume, "<f4")),
@@ -407,9 +408,12 @@ def test_ct_must_look_like_hounsfield_units(tmp_path: Path, change, is_hu: bool)
 def test_negative_numbers_stored_as_unsigned_are_recognised(tmp_path: Path) -> None:
     save(tmp_path / "A/wrapped.npy", ct().view(np.uint16))
     save(tmp_path / "A/wrapped_float.npy", ct().view(np.uint16).astype(np.float32))
-    (first,) = [f for f in found(tmp_path) if f.check == "wrap-around"]
-    assert first.files == ["A/wrapped.npy", "A/wrapped_float.npy"]
-    assert "np.int16" in first.message
+    for i in range(10):
+        save(tmp_path / f"A/{i}.npy", ct())
+    dtypes, wrapped = found(tmp_path)  # and no second line that calls their intensities odd
+    assert dtypes.check == "mixed dtypes"
+    assert (wrapped.check, wrapped.files) == ("wrap-around", ["A/wrapped.npy", "A/wrapped_float.npy"])
+    assert "np.int16" in wrapped.message
 
 
 def test_sixteen_bit_pictures_and_masks_are_no_wrap_around(tmp_path: Path) -> None:
