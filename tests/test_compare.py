@@ -145,13 +145,21 @@ def test_files_hold_what_was_returned(tree, tmp_path):
 
 
 def test_initialisations_of_a_seed_share_split_and_labelled_cases(tree, weights, tmp_path):
-    run(tree, tmp_path, initialisations=["random", str(weights)], vary_split=True, labelled=[4], seeds=[0, 1])
+    run(tree, tmp_path, initialisations=["random", str(weights)], labelled=[4], seeds=[0, 1])
     splits: dict[int, set[str]] = {}
     for path in (tmp_path / "compare/cells").iterdir():
         seed = json.loads((path / "cell.json").read_text())["seed"]
         splits.setdefault(seed, set()).add((path / "split.json").read_text())
     assert [len(found) for found in splits.values()] == [1, 1]
     assert splits[0] != splits[1]
+    assert "share their test cases" not in (tmp_path / "compare/summary.txt").read_text()
+
+
+def test_one_split_for_all_seeds_is_said_to_be_one(tree, tmp_path):
+    run(tree, tmp_path, vary_split=False, labelled=[4], seeds=[0, 1])
+    splits = {path.read_text() for path in (tmp_path / "compare/cells").glob("*/split.json")}
+    assert len(splits) == 1
+    assert "all seeds share their test cases" in (tmp_path / "compare/summary.txt").read_text()
 
 
 def test_errors_come_before_the_first_cell_and_name_the_option(tree, weights, tmp_path, capsys):
@@ -162,7 +170,6 @@ def test_errors_come_before_the_first_cell_and_name_the_option(tree, weights, tm
         ({"initialisations": [str(weights), f"other={weights}"]}, "two are called other"),
         ({"seeds": [1, 1]}, r"seeds: \[1, 1\] must be at least one number, each once"),
         ({"options": {"seed": 3}}, "options: seed is set by compare itself"),
-        ({"options": {"split": "s.json"}, "vary_split": True}, "vary_split: the split comes from the file"),
     ):
         with pytest.raises(UserError, match=message):
             run(tree, tmp_path, **changes)
