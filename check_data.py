@@ -20,6 +20,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from datasets.check import Content, Finding, check, groups
 from datasets.index import Sample
+from datasets.store import unused_files
 from utils import config as options
 from utils.errors import UserError
 
@@ -34,6 +35,10 @@ class Config:
     """slices, height, width of a view, as you will train: volumes with fewer slices are named"""
     workers: NonNegativeInt = 0
     """threads that read; 0: one per CPU core"""
+    cache_path: str | None = None
+    """folder of the training scripts' working copies; null: .cache in data_path"""
+    clean_cache: bool = False
+    """delete working copies of files that have changed or are gone (while no training runs on other data there)"""
     report: str | None = None
     """JSON file to write everything to, with the names of all files"""
 
@@ -60,10 +65,25 @@ def main(cfg: Config) -> None:
             print()
     depth = "all read" if cfg.full else "headers only; --full true reads everything"
     print(f"{_count(errors, 'error')}, {_count(warnings, 'warning')}, {_count(samples, 'file')} ({depth})", flush=True)
+    if samples:
+        tidy_cache(unused_files(samples, cfg.cache_path), cfg.clean_cache)
     if cfg.report:
         write_report(Path(cfg.report), cfg, samples, findings, contents)
     if errors:
         raise SystemExit(1)
+
+
+def tidy_cache(unused: Sequence[Path], delete: bool) -> None:
+    """Say, or delete, what lies in the cache and no training on these data would read."""
+    if not unused:
+        return
+    size = sum(file.stat().st_size for file in unused) / 1e6
+    if delete:
+        for file in unused:
+            file.unlink(missing_ok=True)
+    done = "deleted" if delete else "of files that have changed or are gone; --clean_cache true deletes them"
+    copies = "working copy" if len(unused) == 1 else "working copies"
+    print(f"cache: {len(unused)} {copies} ({size:.1f} MB) {done}")
 
 
 def title(members: Sequence[Sample]) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets.index import Sample, inspect_tree
-from datasets.render import PERCENTILES, BadContent, _limits, _open_image, _open_volume
+from datasets.render import PERCENTILES, BadContent, intensity_limits, open_image, open_volume
 
 FEWEST = 8  # files that make a median and a deviation worth something
 DEVIATIONS = 5.0  # robust standard deviations: of normal values fewer than one in a million lie further out
@@ -321,7 +321,7 @@ def _probe(sample: Sample) -> bytes:
 def read_content(sample: Sample) -> Content:
     """Read a file once, block by block in the order in which it lies on disk. Raises BadContent as training would."""
     try:
-        source = _open_volume(sample) if sample.kind == "volume" else _open_image(sample)
+        source = open_volume(sample) if sample.kind == "volume" else open_image(sample)
         return _measure(source, sample)
     except OSError as error:
         raise BadContent(sample, f"cannot be read ({error}); copy it again or remove it", lasting=False) from None
@@ -358,7 +358,7 @@ def _measure(source: np.ndarray, sample: Sample) -> Content:
     low, high = float(lowest.min()), float(highest.max())
     usual = np.isfinite(low) and np.isfinite(high) and 0 < high - low <= 1e38
     if not usual or (sample.window and not (low < sample.window[1] and sample.window[0] < high)):
-        _limits(source, sample)  # reads it once more, to say what training would
+        intensity_limits(source, sample)  # reads it once more, to say what training would
     values = np.concatenate(sampled)
     shape = np.array(source.shape, dtype=np.int64)
     return Content(

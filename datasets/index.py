@@ -86,11 +86,29 @@ def scan(data_path: str | Path) -> list[Sample]:
     return samples
 
 
+def scan_usable(data_path: str | Path) -> tuple[list[Sample], list[str]]:
+    """(good samples in the order of `scan`, one line for each file that is not good).
+
+    Raises UserError for what concerns a whole data set, as `scan` does: without its dataset.yaml, for one, volumes
+    would be read as something else than they are.
+    """
+    samples, files, data_sets = _inspect_tree(data_path)
+    if data_sets:
+        raise bad_files(data_sets, f"data_path {Path(data_path).expanduser()}")
+    return samples, files
+
+
 def inspect_tree(data_path: str | Path) -> tuple[list[Sample], list[str]]:
-    """(good samples in the order of `scan`, one line with its remedy for each file or data set that is not good).
+    """(good samples in the order of `scan`, one line with its remedy for each data set or file that is not good).
 
     Raises UserError where there is no data tree at all.
     """
+    samples, files, data_sets = _inspect_tree(data_path)
+    return samples, data_sets + files
+
+
+def _inspect_tree(data_path: str | Path) -> tuple[list[Sample], list[str], list[str]]:
+    """(good samples, problems of single files, problems of whole data sets)."""
     root = Path(data_path).expanduser()
     if not root.exists():
         raise UserError(f"data_path: {root} does not exist; {GET_DATA}")
@@ -101,21 +119,22 @@ def inspect_tree(data_path: str | Path) -> tuple[list[Sample], list[str]]:
     except OSError as error:
         raise UserError(f"data_path: {root} cannot be listed ({error}); change its permissions") from None
     folders = [e for e in entries if e.is_dir() and e.name.lower() not in LABEL_FOLDERS]
-    problems = [
+    bad = [
         f"{e}: lies outside any data set; move it into a folder, e.g. {root / 'MyData' / e.name}"
         for e in entries
         if not e.is_dir() and _kind(e.name)
     ]
-    if not folders and not problems:
+    if not folders and not bad:
         raise UserError(f"data_path: {root} holds no data set ({_found(entries)}); {GET_DATA}")
 
     samples: list[Sample] = []
+    problems: list[str] = []
     for folder in folders:
         settings, files, more_problems = _scan_dataset(folder)
         problems += more_problems
         for result in _inspect_all(files, root, settings):
-            (samples if isinstance(result, Sample) else problems).append(result)
-    return samples, problems
+            (samples if isinstance(result, Sample) else bad).append(result)
+    return samples, bad, problems
 
 
 def volumes(samples: Sequence[Sample]) -> list[int]:

@@ -46,8 +46,8 @@ def render(sample: Sample, size: int) -> np.ndarray:
     Inf, no contrast and unreadable data.
     """
     try:
-        source = _open_volume(sample) if sample.kind == "volume" else _open_image(sample)
-        low, high = _limits(source, sample)
+        source = open_volume(sample) if sample.kind == "volume" else open_image(sample)
+        low, high = intensity_limits(source, sample)
     except OSError as error:
         raise BadContent(sample, f"cannot be read ({error}); copy it again or remove it", lasting=False) from None
     h, w = content_size(sample.height, sample.width, size)
@@ -65,7 +65,7 @@ def render(sample: Sample, size: int) -> np.ndarray:
     return out
 
 
-def _open_volume(sample: Sample) -> np.ndarray:
+def open_volume(sample: Sample) -> np.ndarray:
     """[D, H, W] memory map of a volume in its own dtype."""
     try:
         array = np.load(sample.path, mmap_mode="r", allow_pickle=False)
@@ -79,7 +79,7 @@ def _open_volume(sample: Sample) -> np.ndarray:
     return array
 
 
-def _open_image(sample: Sample) -> np.ndarray:
+def open_image(sample: Sample) -> np.ndarray:
     """[1, H, W] grey values of an image: its own if it has one channel of 8, 16 or 32 bits, else luminance."""
     try:
         with Image.open(sample.path, formats=IMAGE_FORMATS) as image:
@@ -93,8 +93,8 @@ def _open_image(sample: Sample) -> np.ndarray:
     return array[None]
 
 
-def _limits(source: np.ndarray, sample: Sample) -> tuple[float, float]:
-    """The intensities that become 0 and 1. Raises BadContent where none make sense."""
+def intensity_limits(source: np.ndarray, sample: Sample) -> tuple[float, float]:
+    """The intensities of [D, H, W] that become 0 and 1. Raises BadContent where none make sense."""
     unit = "voxels" if sample.kind == "volume" else "pixels"
     low, high, not_finite = math.inf, -math.inf, 0
     flat = _in_memory_order(source)

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from datasets.check import header_warnings
-from datasets.index import Sample, bad_files, describe, fingerprint, npy_header, scan
+from datasets.index import Sample, bad_files, describe, fingerprint, npy_header, scan, scan_usable
 from datasets.render import FORMAT, BadContent, content_size, render
 from utils.distributed import gather_objects, raise_everywhere, rank, world_size
 from utils.errors import UserError
@@ -46,19 +46,25 @@ def prepare(
 ) -> tuple[list[Sample], SliceStore]:
     """Scan data_path, check it by its headers, and build its cache: (samples, store), the same on every process.
 
-    on_bad: what to do with files whose header is good but whose content is not (NaN or Inf, no contrast,
+    on_bad: what to do with files that cannot be used, by their header or by their content (NaN or Inf, no contrast,
     broken image data): `error` raises one UserError that lists them, `skip` leaves them out and prints each on
     process 0. workers: threads that build, per process. progress: show what looks odd about the data (check_data.py
     tells more), the building and, at the end, a table of the data sets. target_shape: slices, height and width of a
     view of volumes, for these warnings. The other arguments are those of SliceStore.
     """
     samples: list[Sample] = []
+    bad: list[str] = []
     error = None
     try:
-        samples = scan(data_path)
+        samples, bad = scan_usable(data_path) if on_bad == "skip" else (scan(data_path), [])
+        if not samples:
+            raise UserError(f"no usable file is left below {data_path}; the first: {bad[0]}")
     except UserError as e:
         error = e
     raise_everywhere(error)
+    if rank() == 0:
+        for problem in bad:
+            print(f"warning: left out {problem}", file=sys.stderr)
     if len(set(gather_objects(fingerprint(samples)))) > 1:
         raise UserError(f"data_path: processes see different files below {data_path}; give all the same data")
     if progress and rank() == 0:

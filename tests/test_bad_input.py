@@ -211,7 +211,6 @@ def test_training_with_skip_ends_as_if_bad_files_were_not_there(tree: Path, tmp_
     assert losses(folders[0]) == losses(folders[1])
 
 
-@pytest.mark.xfail(strict=True, reason="prepare scans strictly, whatever on_bad says")
 def test_skip_also_leaves_out_what_its_header_gives_away(bad: Path, tree: Path) -> None:
     samples, _ = ready(put(bad, tree, *ALL, ACCEPTED))
     assert sorted(s.name for s in samples) == sorted([*GOOD, f"A/{ACCEPTED}"])
@@ -226,3 +225,10 @@ def test_files_of_other_formats_beside_good_ones_are_not_read(shared: Path, tree
 def test_no_specimen_is_forgotten(shared: Path, tmp_path: Path) -> None:
     there = {p.name for p in (shared / "bad_input").iterdir() if p.suffix in (".npy", ".png")}
     assert there == {*ALL, ACCEPTED} == {p.name for p in make(tmp_path / "made").iterdir()}
+
+
+def test_a_data_set_whose_settings_cannot_be_read_is_never_left_out(bad: Path, tree: Path) -> None:
+    """Without its dataset.yaml a CT would be trained on without its window."""
+    (tree / "B/dataset.yaml").write_text("window: [400, -1000]")
+    with pytest.raises(UserError, match=r"dataset\.yaml: window"):
+        prepare(put(bad, tree, *ALL), 24, on_bad="skip", progress=False)

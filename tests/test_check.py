@@ -529,3 +529,23 @@ def test_real_volumes_are_read_and_a_renamed_case_is_found(tmp_path: Path, share
     save(tmp_path / "Again/renamed.npy", np.load(first).astype(np.float64))
     twins = [finding for finding in found(tmp_path, workers=2) if finding.check == "duplicates"]
     assert [finding.files for finding in twins] == [["Again/renamed.npy", f"Hippocampus/{first.name}"]]
+
+
+def test_working_copies_of_changed_files_are_told_and_deleted_on_demand(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "A").mkdir()
+    for i in range(3):
+        np.save(tmp_path / f"A/{i}.npy", rng.random((16, 16, 80)))
+    prepare(tmp_path, 16, progress=False)
+    options = {"data_path": str(tmp_path), "target_shape": (8, 16, 16)}
+    check_data.main(check_data.Config(**options))
+    assert "cache" not in capsys.readouterr().out
+    (tmp_path / "A/0.npy").unlink()
+    np.save(tmp_path / "A/1.npy", rng.random((16, 16, 90)))
+    check_data.main(check_data.Config(**options))
+    assert "cache: 2 working copies (0.1 MB) of files that have changed or are gone" in capsys.readouterr().out
+    check_data.main(check_data.Config(**options, clean_cache=True))
+    assert "deleted" in capsys.readouterr().out
+    assert len(list((tmp_path / ".cache").rglob("*.npy"))) == 1

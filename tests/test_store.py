@@ -440,7 +440,7 @@ def test_a_verdict_is_kept_until_the_file_changes(tmp_path: Path, monkeypatch: p
     save(tmp_path / "A/2.npy", RNG.random((8, 8, 8)))
     message = refusal(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(render_module, "_open_volume", lambda _: pytest.fail("was read again"))
+        patch.setattr(render_module, "open_volume", lambda _: pytest.fail("was read again"))
         assert refusal(tmp_path) == message
     save(source, RNG.random((8, 8, 8)))
     os.utime(source, ns=(1, source.stat().st_mtime_ns + 1))
@@ -454,7 +454,7 @@ def test_a_disk_that_failed_to_answer_is_asked_again(tmp_path: Path, monkeypatch
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(render_module, "_open_volume", fail)
+        patch.setattr(render_module, "open_volume", fail)
         assert "Input/output error" in refusal(tmp_path)
     assert len(built(tmp_path, 16).samples) == 1
 
