@@ -182,7 +182,10 @@ def run(cfg: Config) -> dict[str, Any]:
         scores = classification_scores(truth, probability, items.classes)
         intervals = score_intervals(truth, probability, items.classes, people, cfg.bootstrap, cfg.seed)
     values, reasons = dict(scores.values), dict(scores.reasons)
-    if luna and len(known) > 1:
+    if luna and len(known) < 2:
+        values |= dict.fromkeys(FROC_NAMES, math.nan)
+        reasons |= dict.fromkeys(FROC_NAMES, reasons["auc"])
+    elif luna:
         froc_values, froc_reasons, froc_intervals = _test_froc(luna, parts.test, split, probability[:, 1], cfg)
         values |= froc_values
         reasons |= froc_reasons
@@ -430,6 +433,9 @@ class Luna(NamedTuple):
 
 
 NO_NODULE, EXCLUDED = -1, -2
+FROC_NAMES = ("cpm", *(f"sensitivity@{rate:g}" for rate in FROC_RATES))
+Place = tuple[str, tuple[float, float, float]]  # scan, world coordinates x, y, z in mm
+Sphere = tuple[str, tuple[float, float, float], float]  # scan, centre, radius in mm
 
 
 def _read_luna16(cfg: Config) -> Luna:
@@ -438,7 +444,7 @@ def _read_luna16(cfg: Config) -> Luna:
     path = Path(cfg.labels)
     rows: list[tuple[str, tuple[float, float, float], int]] = []
     names = []
-    lines: dict[tuple[str, tuple[float, float, float]], int] = {}
+    lines: dict[Place, int] = {}
     unknown, repeated = set(), 0
     for line, (scan, xyz, label) in enumerate(_read_places(path, "labels", "class"), start=2):
         if label not in (0, 1):
@@ -502,10 +508,6 @@ def _read_luna16(cfg: Config) -> Luna:
         for_test_only=test_only,
     )
     return Luna(items, hit, [scan for scan, *_ in nodules])
-
-
-Place = tuple[str, tuple[float, float, float]]  # scan, world coordinates x, y, z in mm
-Sphere = tuple[str, tuple[float, float, float], float]  # scan, centre, radius in mm
 
 
 def hit_nodules(places: Sequence[Place], nodules: Sequence[Sphere]) -> np.ndarray:
@@ -589,8 +591,7 @@ def _test_froc(
 
     def values(counts: np.ndarray | None = None) -> dict[str, float]:
         curve = froc(score, scan, hit, nodule_scan, len(number), counts)
-        named = {f"sensitivity@{rate:g}": float(s) for rate, s in zip(FROC_RATES, curve, strict=True)}
-        return {"cpm": float(curve.mean()), **named}
+        return dict(zip(FROC_NAMES, [float(curve.mean()), *curve.tolist()], strict=True))
 
     found = values()
     why = f"no nodule in the {len(number)} test scans"
@@ -611,8 +612,8 @@ def find_scans(data_path: str | Path) -> dict[str, Path]:
     return scans
 
 
-def _read_places(path: Path, option: str, value: str) -> list[tuple[str, tuple[float, float, float], float]]:
-    """(seriesuid, (x, y, z) in world mm, column `value`) of each line of a LUNA16 file."""
+def _read_places(path: Path, option: str, value: str) -> list[Sphere]:
+    """Scan, world coordinates and the column `value` of each line of a LUNA16 file."""
     rows = _read_csv(path, option)
     wanted = ("seriesuid", "coordX", "coordY", "coordZ", value)
     missing = [name for name in wanted if name not in rows[0]]

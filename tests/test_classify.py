@@ -364,6 +364,18 @@ def test_a_nodule_without_candidates_is_missed_and_an_excluded_finding_is_no_fal
     assert result["metrics"]["cpm"] == 0.5
 
 
+def test_froc_of_a_network_that_could_not_learn_is_nan_with_the_reason(luna, tmp_path):
+    lines = (luna / "candidates.csv").read_text().splitlines()
+    one = [line for line in lines if line[-2:] == ",0" or line.startswith(("series", "1.2.0"))]
+    (tmp_path / "candidates.csv").write_text("\n".join(one) + "\n")
+    split = {"train": ["1.2.1", "1.2.2"], "validation": [], "test": ["1.2.0", "1.2.3"]}
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    more = {"labels": str(tmp_path / "candidates.csv"), "split": str(tmp_path / "split.json")}
+    result = run_luna(luna, tmp_path, **more)
+    assert math.isnan(result["metrics"]["cpm"])
+    assert result["reasons"]["cpm"] == "the labelled training cases are all 'no nodule'"
+
+
 def test_world_coordinates_become_voxels_whatever_origin_spacing_and_direction(tmp_path):
     import SimpleITK
 
