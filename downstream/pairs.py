@@ -125,12 +125,12 @@ def number_classes(structures: Mapping[str, Sequence[int]]) -> dict[int, int]:
 
     So nested regions become the disjoint classes that a softmax needs, and unions of them are scored.
     """
+    for name, some in structures.items():
+        if not some or 0 in some:
+            raise UserError(f"structures: {name}: {some} must be label values other than 0, the background")
     values = sorted({0} | {value for some in structures.values() for value in some})
     belongs = {value: tuple(value in some for some in structures.values()) for value in values}
-    nowhere = (False,) * len(structures)
-    if belongs[0] != nowhere:
-        raise UserError("structures: 0 is the background and cannot be part of a structure")
-    signatures = [nowhere]
+    signatures = [belongs[0]]
     for value in values:
         if belongs[value] not in signatures:
             signatures.append(belongs[value])
@@ -180,6 +180,8 @@ def find_task(
         raise bad_files(problems, f"data_path {root}")
     declared = structures or (PRESETS[preset].structures if preset != "none" else None) or _declared(root, about)
     window = window if window is not None else about.get("window")
+    if window and not (len(window) == 2 and window[0] < window[1]):
+        raise UserError(f"window: {list(window)} must be two increasing numbers, e.g. [-160, 240]")
     known = bool(people) or preset != "none"  # one scan per patient in the data sets of the presets
     return Task(root.resolve().name, pairs, declared, tuple(window) if window else None, known)
 
@@ -248,6 +250,8 @@ def _preset_files(root: Path, preset: Preset) -> tuple[dict[str, tuple[tuple[Pat
     by_ending: dict[str, dict[str, Path]] = {ending: {} for ending in (*preset.channels, preset.label)}
     for path in sorted(root.rglob("*.nii*")):
         name = _case_name(path)
+        if name.startswith("."):
+            continue
         for ending, files in by_ending.items():
             if name.startswith(preset.prefix) and name.endswith(ending):
                 files[name.removesuffix(ending)] = path

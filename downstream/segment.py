@@ -122,6 +122,10 @@ def run(cfg: Config) -> dict[str, Any]:
     """
     began = time.monotonic()
     place = distributed.start(cfg.device, cfg.seed)
+    if place.world_size > 1:
+        raise UserError("segmentation trains in one process; start it with python, not with torchrun")
+    if cfg.size < 32:
+        raise UserError(f"size: {cfg.size} pixels; the encoder halves them five times, so at least 32 are needed")
     task = find_task(cfg.data_path, cfg.preset, cfg.structures, cfg.slice_axis, cfg.window, cfg.patients)
     split = _choose_split(cfg, task)
     labelled = choose_labelled(split.train, cfg.labelled, cfg.seed)
@@ -269,6 +273,8 @@ def load_case(pair: Pair, task: Task, size: int) -> Case:
     images = torch.zeros(len(classes), pair.channels, size, size, dtype=torch.float16)
     for channel, volume in enumerate(read_image(pair)):
         grey = torch.from_numpy(normalise(volume, task.window))[:, None]
+        if grey.min() == grey.max():  # read_image has refused constant volumes
+            raise UserError(f"{pair.images[0]}: its intensities lie outside the window {task.window}; correct it")
         resized = F.interpolate(grey, (h, w), mode="bilinear", antialias=True)[:, 0]
         images[:, channel, content[0], content[1]] = resized.clamp(0, 1).half()
     canvas = torch.zeros(len(classes), size, size, dtype=torch.uint8)

@@ -11,6 +11,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import segmentation_models_pytorch as smp
 import torch
 from torch import Tensor, nn
 
@@ -152,6 +153,19 @@ def test_mmwhs_and_brats_are_found_by_their_file_names(tmp_path):
         find_task(tmp_path / "brats", "brats2018")
 
 
+def test_channels_of_nnu_net_are_joined(tmp_path):
+    images, label = [ball(seed)[0] for seed in range(2)], ball(0)[1]
+    for channel, image in enumerate(images):
+        save_nifti(tmp_path / f"imagesTr/a_000{channel}.nii.gz", image)
+    save_nifti(tmp_path / "labelsTr/a.nii.gz", label)
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "whole": [1, 2], "core": 2}}))
+    task = find_task(tmp_path)
+    assert task.structures == {"whole": [1, 2], "core": [2]}
+    assert task.members == {"whole": [1, 2], "core": [2]}
+    [pair] = task.pairs
+    np.testing.assert_array_equal(read_image(pair), [pair.arrange(image) for image in images])
+
+
 def test_real_hippocampi_are_read(shared):
     task = find_task(shared / "hippocampus")
     assert len(task.pairs) == 180
@@ -251,6 +265,18 @@ def test_features_in_the_u_net_are_those_of_our_encoder(channels):
     assert logits.shape == (2, 3, 64, 64)
     for stage, ours in zip(seen[2:], encoder(images), strict=True):
         torch.testing.assert_close(stage, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_the_lines_of_the_documentation_give_the_features_of_our_encoder(tmp_path):
+    encoder = load_encoder("random", "resnet18", 0)
+    encoder(torch.rand(4, 1, 64, 64))  # BatchNorm statistics that are not the initial ones
+    save_resnet(encoder.eval(), tmp_path / "swav3D_encoder.pth", MADE_BY)
+    unet = smp.Unet("resnet18", encoder_weights=None, in_channels=3, classes=4)
+    unet.encoder.load_state_dict(torch.load(tmp_path / "swav3D_encoder.pth", weights_only=True))
+    grey = torch.rand(2, 1, 64, 64)
+    found = unet.eval().encoder((grey.repeat(1, 3, 1, 1) - 0.449) / 0.226)
+    for stage, ours in zip(found[2:], encoder(grey), strict=True):
+        torch.testing.assert_close(stage, ours, rtol=1e-4, atol=1e-4)
 
 
 def test_with_f_inter_slices_see_each_other_within_their_stretch_only():
@@ -468,6 +494,23 @@ class TestRefused:
         (root / "dataset.json").unlink()
         with pytest.raises(UserError, match="nothing says what the label values mean"):
             run(tiny(root, tmp_path))
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"structures": {"heart": [0, 1]}}, "heart: .* must be label values other than 0"),
+            ({"window": [200.0, 100.0]}, "window: .* must be two increasing numbers"),
+            ({"window": [1000.0, 2000.0]}, "c0.nii.gz: its intensities lie outside the window"),
+            ({"size": 16}, "at least 32"),
+            ({"fractions": [0.5, 0.5]}, "fractions: .* must be three numbers"),
+            ({"patients": "nobody.json"}, "nobody.json: no such file"),
+        ],
+    )
+    def test_options(self, decathlon, tmp_path, changes, message):
+        write_split(Split(["c0", "c1"], ["c2"], ["c3"]), tmp_path / "split.json")
+        split = None if "fractions" in changes else str(tmp_path / "split.json")
+        with pytest.raises(UserError, match=message):
+            run(tiny(decathlon, tmp_path, split=split, **changes))
 
     def test_weights_of_another_network(self, decathlon, tmp_path):
         save_resnet(GreyResNet("resnet18"), tmp_path / "a.pth", {"config": {"arch": "resnet34"}})
