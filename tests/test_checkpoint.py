@@ -1,6 +1,17 @@
-"""Checkpoints are whole or absent, and a run that was stopped ends as one that was not."""
+"""Checkpoints are whole, damaged and known to be so, or absent; a run that was stopped ends as one that was not."""
 
 from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,3 +112,178 @@ def test_a_folder_that_cannot_be_written_is_named(data, tmp_path):
     assert not (tmp_path / "runs").exists()  # before training, not after it
     with pytest.raises(UserError, match=r"dump_path: .*file.*cannot be written"):
         run("mask_swav", data, tmp_path, dump_path=str(tmp_path / "file" / "run"))
+
+
+# ---- the checksum, and what is never loaded
+
+
+def save(folder: Path, epoch: int, keep_as: str | None = None) -> Path:
+    state = {"learner": {"w": torch.arange(300.0)}, "epoch": epoch, "seen": 0, "sums": {"loss": 0.5}}
+    checkpoint.save(state, folder, keep_as)
+    return folder / checkpoint.LATEST
+
+
+def test_any_flipped_bit_and_any_cut_is_noticed(tmp_path):
+    path = save(tmp_path, 1)
+    whole = path.read_bytes()
+    draw = random.Random(0)
+    for at in [0, len(whole) - 1, *(draw.randrange(len(whole)) for _ in range(200))]:
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << draw.randrange(8)
+        path.write_bytes(flipped)
+        with pytest.raises(UserError, match=r"checkpoint\.pth: is (damaged|cut short)"):
+            checkpoint.read(path)
+    for length in [0, 1, len(whole) - 1, *(draw.randrange(len(whole)) for _ in range(100))]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"cut short|damaged"):
+            checkpoint.read(path)
+    path.write_bytes(whole)
+    assert checkpoint.read(path)[0]["epoch"] == 1
+
+
+def test_plain_torch_reads_a_checkpoint(tmp_path):
+    path = save(tmp_path, 3)
+    for mmap in (False, True):
+        state = torch.load(path, weights_only=True, mmap=mmap)
+        assert torch.equal(state["learner"]["w"], torch.arange(300.0))
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+
+
+class Plant:
+    def __reduce__(self):
+        return Path.touch, (Path("planted"),)
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [pickle.dumps(Plant(), 2), b"cbuiltins\nbytearray\n(L1000000000000L\ntR.", b"cbuiltins\neval\n(V1\ntR."],
+    ids=["runs something", "asks for a terabyte", "evaluates"],
+)
+def test_what_needs_more_than_tensors_is_refused(pickled, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = save(tmp_path, 1)
+    forge(path, {"archive/data.pkl": pickled})
+    with pytest.raises(UserError, match=r"checkpoint\.pth: needs more than tensors and plain values"):
+        checkpoint.read(path)
+    assert not Path("planted").exists()
+
+
+def test_a_compressed_record_that_claims_gigabytes_is_refused(tmp_path):
+    path = save(tmp_path, 1)
+    forge(path, {"archive/data/0": bytes(2**24)}, zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 2**16
+    with pytest.raises(UserError, match="compressed"):
+        checkpoint.read(path)
+
+
+def forge(path: Path, changed: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> None:
+    """Change records of a checkpoint and make its checksum right again."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()} | changed
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+    content = path.read_bytes()
+    path.write_bytes(content + checkpoint.SEAL + hashlib.sha256(content).hexdigest().encode())
+
+
+# ---- what stays in a folder
+
+
+def test_the_last_two_are_kept_and_those_for_good(tmp_path):
+    for epoch in range(1, 7):
+        save(tmp_path, epoch, f"checkpoint_epoch{epoch}.pth" if epoch % 3 == 0 else None)
+    kept = {path.name: checkpoint.read(path)[0]["epoch"] for path in tmp_path.iterdir()}
+    assert kept == {
+        "checkpoint.pth": 6,
+        "checkpoint_previous.pth": 5,
+        "checkpoint_epoch3.pth": 3,
+        "checkpoint_epoch6.pth": 6,
+    }
+
+
+def test_a_run_keeps_one_every_checkpoint_freq_epochs(data, tmp_path):
+    run("mask_swav", data, tmp_path, epochs=3, checkpoint_freq=1)
+    names = {path.name for path in (tmp_path / "runs" / "mask_swav").glob("*.pth")}
+    assert names == {
+        "checkpoint.pth",
+        "checkpoint_previous.pth",
+        "checkpoint_epoch1.pth",
+        "checkpoint_epoch2.pth",
+    }
+
+
+@pytest.mark.parametrize("cut", ["link", "replace"])
+def test_a_kill_between_any_two_file_operations_leaves_a_newest_checkpoint(cut, tmp_path, monkeypatch):
+    """Each link and each renaming is in turn the last thing that happens."""
+    for nth in range(1, 6):
+        folder = tmp_path / str(nth)
+        for epoch in (1, 2):
+            save(folder, epoch)
+        function, calls = getattr(os, cut), []
+
+        def die(*args, function=function, calls=calls, nth=nth):
+            function(*args)
+            calls.append(1)
+            if len(calls) == nth:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, cut, die)
+            with contextlib.suppress(KeyboardInterrupt):
+                save(folder, 3, "kept.pth")
+        assert checkpoint.load(folder)["epoch"] in (2, 3)
+        assert all(checkpoint.read(path) for path in folder.glob("*.pth"))
+
+
+def test_what_killed_processes_left_is_cleared_away(tmp_path):
+    save(tmp_path, 1)
+    for name in (".checkpoint.pth.1.tmp", ".checkpoint_previous.pth.2.tmp", ".other.pth.3.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    save(tmp_path, 2)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "checkpoint.pth",
+        "checkpoint_previous.pth",
+        ".other.pth.3.tmp",  # of another run that shares the folder
+    }
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    folder.mkdir()
+    try:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    if done.returncode:
+        pytest.skip(f"mounting a small disk was refused: {done.stderr.decode().strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path):
+    disk = tmp_path / "disk"
+    with small_disk(disk, "400m"):
+        run("mask_swav", data, tmp_path, epochs=1, dump_path=str(disk / "run"))
+        used = shutil.disk_usage(disk)
+        (disk / "filler").write_bytes(bytes(used.free - 2**20))
+        good = (disk / "run" / checkpoint.LATEST).read_bytes()
+        with pytest.raises(UserError, match=r"checkpoint\.pth: cannot be written \(No space left.*; free space"):
+            run("mask_swav", data, tmp_path, epochs=2, dump_path=str(disk / "run"))
+        assert (disk / "run" / checkpoint.LATEST).read_bytes() == good
+        assert not list((disk / "run").glob(".*"))
+        (disk / "filler").unlink()
+        run("mask_swav", data, tmp_path, epochs=2, dump_path=str(disk / "run"))
+
+
+def test_a_disk_that_turns_read_only_stops_the_run(data, tmp_path):
+    disk = tmp_path / "disk"
+    with small_disk(disk, "400m"):
+        run("mask_swav", data, tmp_path, epochs=1, dump_path=str(disk / "run"))
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\)"):
+            run("mask_swav", data, tmp_path, epochs=2, dump_path=str(disk / "run"))
+        assert checkpoint.load(disk / "run")["epoch"] == 1

@@ -200,7 +200,10 @@ def _temporary(path: Path) -> Iterator[Path]:
             leftover.unlink(missing_ok=True)
         yield temporary
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        cause: BaseException | None = error
+        while cause and not getattr(cause, "strerror", None):
+            cause = cause.__cause__ or cause.__context__
+        reason = cause.strerror if cause else str(error).splitlines()[0]
         raise UserError(f"{path}: cannot be written ({reason}); free space or choose another folder") from None
     finally:
         with contextlib.suppress(OSError):
