@@ -1,0 +1,52 @@
+"""torchrun starts processes again after one was lost, and they go on from the last checkpoint by themselves.
+
+Losing a whole node takes longer than a test may (time-outs of the connection and of torchrun's rendezvous): that is
+benchmarks/nodes.py, with two network namespaces. Here one machine loses a process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import losses, options, run
+
+from benchmarks.nodes import worker_of
+from benchmarks.trials import arguments, read_steps
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_a_lost_worker_is_started_again_and_the_run_ends_as_if_it_had_not_been(data, tmp_path):
+    """One process, so that the weights can be compared bit for bit with those of an unlaunched run."""
+    changes = {"resnet_pretrained": "none", "epochs": 12, "checkpoint_minutes": 0.001}
+    whole = run("mask_swav", data, tmp_path / "whole", **changes)
+    args = arguments(options("mask_swav", data, tmp_path / "elastic", **changes))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3"]
+    launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--rdzv-conf=last_call_timeout=1"]
+    launch += ["-m", "benchmarks.trials", str(tmp_path / "steps"), "mask_swav", *args]
+    steps = tmp_path / "steps.0"
+    with open(tmp_path / "log.txt", "w") as log:
+        torchrun = subprocess.Popen(launch, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        until = time.monotonic() + 120
+        while len(read_steps(steps)) < 6:
+            assert time.monotonic() < until
+            assert torchrun.poll() is None, (tmp_path / "log.txt").read_text()
+            time.sleep(0.02)
+        os.kill(worker_of(torchrun), signal.SIGKILL)
+        assert torchrun.wait(120) == 0, (tmp_path / "log.txt").read_text()
+    finally:
+        torchrun.kill()
+    said = (tmp_path / "log.txt").read_text()
+    assert said.count("continuing at epoch") == 1
+    assert losses(tmp_path / "elastic" / "runs" / "mask_swav") == losses(tmp_path / "whole" / "runs" / "mask_swav")
+    made = [(tmp_path / name / "weights" / "mask_swav.pth").read_bytes() for name in ("whole", "elastic")]
+    assert made[0] == made[1]
+    assert whole
