@@ -119,10 +119,6 @@ class Source:
 def main(cfg: Config) -> None:
     source = read(cfg.weights, cfg.arch)
     dest = Path(cfg.dest)
-    try:
-        dest.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"dest: {dest} cannot be made ({error.strerror}); choose another folder") from None
     for name in TARGETS if cfg.format == "all" else [cfg.format]:
         reason = _cannot(name, source)
         if reason and cfg.format != "all":
@@ -131,8 +127,13 @@ def main(cfg: Config) -> None:
             print(f"{name}: left out; {reason}", flush=True)
             continue
         channels = (cfg.channels or TARGETS[name].channels) if name in PLAIN else 1
-        files = write(name, source, dest / f"{source.path.stem}_{name}", channels, cfg.inflation)
-        write_card(describe(name, source, files, channels, cfg.inflation), dest / f"{source.path.stem}_{name}")
+        file = dest / f"{source.path.stem}_{name}"
+        try:
+            dest.mkdir(parents=True, exist_ok=True)
+            files = write(name, source, file, channels, cfg.inflation)
+            write_card(describe(name, source, files, channels, cfg.inflation), file)
+        except OSError as error:
+            raise UserError(f"dest: {file} cannot be written ({error.strerror}); choose another folder") from None
         print(f"wrote {', '.join(map(str, files))}", flush=True)
 
 
@@ -186,7 +187,10 @@ def write(name: str, source: Source, file: Path, channels: int, inflation: expor
 
 
 def describe(name: str, source: Source, files: list[Path], channels: int, inflation: str) -> dict[str, Any]:
-    """The card's content. It keeps the record's keys, so this project's loaders read an exported `.pth` too."""
+    """The card's content. It keeps the record's keys, so this project's loaders read an exported `.pth` too.
+
+    Paths are left out: a card is passed on, and they tell nothing but how somebody's disk is organised.
+    """
     target = TARGETS[name]
     width = source.joint.projection.out_features if name == "joint" else source.encoder.num_features
     filled = {"arch": source.arch, "channels": channels, "dims": target.dims, "file": files[0].stem, "width": width}
@@ -213,7 +217,8 @@ def describe(name: str, source: Source, files: list[Path], channels: int, inflat
     }
     if target.dims == 3:
         card["inflation"] = inflation
-    return card | {key: value for key, value in source.record.items() if key not in (*card, "sha256")}
+    config = {key: value for key, value in source.record["config"].items() if not key.endswith("_path")}
+    return card | {k: v for k, v in source.record.items() if k not in (*card, "sha256")} | {"config": config}
 
 
 def _licence(record: dict[str, Any]) -> str:
@@ -231,14 +236,14 @@ def write_card(card: dict[str, Any], file: Path) -> None:
     file.with_name(f"{file.name}.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     config = "\n".join(f"{key}: {json.dumps(value)}" for key, value in card["config"].items())
     data = card.get("data", {})
-    imports = sorted({"torch", card["library"]} if card["library"] != "onnxruntime" else {"onnxruntime"})
+    imports = [name for name in ("torch", card["library"]) if any(f"{name}." in line for line in card["use"])]
     lines = [
         f"# {file.name}",
         "",
         f"{card['arch']}, self-supervised on medical images and volumes, for {card['library']} ({card['format']}).",
         "",
         "```python",
-        f"import {', '.join(imports)}",
+        f"import {', '.join(dict.fromkeys(imports))}",
         "",
         *card["use"],
         "```",

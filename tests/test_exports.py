@@ -222,6 +222,7 @@ def test_the_card_names_files_by_checksum_and_what_made_them(resnet18, tmp_path)
         assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == digest
     assert card["source"]["sha256"] == hashlib.sha256((resnet18.folder / "third.pth").read_bytes()).hexdigest()
     assert (card["config"]["arch"], card["config"]["d_model"]) == ("resnet18", 32)
+    assert not [key for key in card["config"] if key.endswith("_path")]  # nobody else's business
     assert "mask_swav.pth" in card["licence"]  # the weights that it started from
     people = (tmp_path / "third_timm.md").read_text()
     for said in (*card["use"], *card["files"].values(), card["commit"], "(grey - 0.449) / 0.226", card["licence"]):
