@@ -187,3 +187,38 @@ def test_an_error_after_a_signal_is_the_signal(capsys):
 
     with pytest.raises(RuntimeError):
         config.main(broken, mask_swav.Config, None, [])
+
+
+STUBS = {
+    "scontrol": 'if [ "$1" = show ]; then echo node7; else echo "$@" >> "$CALLS"; fi',
+    "scancel": 'echo "$@" >> "$CALLS"; kill -TERM "$(cat "$CALLS.pid")"',
+    "srun": """echo "$@" >> "$CALLS"; echo $$ > "$CALLS.pid"
+        trap 'sleep 0.3; exit 143' TERM
+        [ -n "$LASTS" ] || exit 0
+        while true; do sleep 0.05; done""",
+}
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_the_slurm_script_stops_its_steps_waits_and_queues_itself_again(stopped, tmp_path):
+    """With stand-ins for SLURM's commands: what the script asks of them, and when."""
+    for name, text in STUBS.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
+    environment |= {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2"}
+    environment |= {"SLURM_GPUS_ON_NODE": "4", "LASTS": "yes" * stopped}
+    command = ["bash", str(ROOT / "scripts" / "slurm.sh"), "mask_swav.py", "--epochs", "3"]
+    script = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if stopped:
+        wait_until(lambda: (tmp_path / "calls.pid").exists() and (tmp_path / "calls.pid").read_text().strip() != "")
+        time.sleep(0.2)
+        script.send_signal(signal.SIGUSR1)
+    said = script.communicate(timeout=30)[0]
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert "--nnodes=1:2 --nproc_per_node=4 --max-restarts=3 --rdzv-backend=c10d" in calls[0]
+    assert "--rdzv-endpoint=node7:29400" in calls[0]
+    assert calls[0].endswith("mask_swav.py --epochs 3")
+    assert calls[1:] == (["--signal=TERM 42", "requeue 42"] if stopped else [])
+    assert script.returncode == (143 if stopped else 0)
+    assert ("queued again" in said) == stopped
