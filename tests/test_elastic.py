@@ -17,7 +17,7 @@ import pytest
 from tiny import losses, options, run
 
 from benchmarks.nodes import worker_of
-from benchmarks.trials import arguments, read_steps
+from benchmarks.trials import Trial, arguments, read_steps
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,3 +50,20 @@ def test_a_lost_worker_is_started_again_and_the_run_ends_as_if_it_had_not_been(d
     made = [(tmp_path / name / "weights" / "mask_swav.pth").read_bytes() for name in ("whole", "elastic")]
     assert made[0] == made[1]
     assert whole
+
+
+def test_a_process_that_does_not_answer_ends_the_others_after_the_time_out(data, tmp_path):
+    """As when its machine is cut off or hangs: no connection breaks."""
+    args = options("mask_swav", data, tmp_path, resnet_pretrained="none", epochs=1000, batch_size=1)
+    trial = Trial("mask_swav", args | {"timeout_minutes": 0.1}, tmp_path / "trial", ranks=2)
+    until = time.monotonic() + 120
+    while min(trial.steps) < 2:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    trial.send(signal.SIGSTOP, [1])
+    stopped = time.monotonic()
+    trial.processes[0].join(60)
+    trial.send(signal.SIGKILL)
+    assert trial.wait() == [1, -signal.SIGKILL]
+    assert time.monotonic() - stopped > 5
+    assert "Traceback" in trial.log()

@@ -157,16 +157,18 @@ def test_a_signal_waits_for_the_end_of_what_must_not_be_torn():
     assert stopped.value.code == 138
 
 
-def test_handlers_are_restored_and_a_forked_worker_ignores_signals():
-    before = [signal.getsignal(number) for number in signals.STOPS]
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 7), (signal.SIGTERM, -15), (signal.SIGINT, -2)])
+def test_a_forked_child_does_not_save_and_the_handlers_are_restored(number, code):
+    """Pools end their children by SIGTERM: it must do what it usually does."""
+    before = [signal.getsignal(stop) for stop in signals.STOPS]
     with signals.handled():
         child = os.fork()
         if not child:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
             os._exit(7)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
         assert signals.caught() == 0
-    assert [signal.getsignal(number) for number in signals.STOPS] == before
+    assert [signal.getsignal(stop) for stop in signals.STOPS] == before
 
 
 def test_an_error_after_a_signal_is_the_signal(capsys):

@@ -77,7 +77,10 @@ def _obey() -> None:
 
 def _handle(number: int, _: Any) -> None:
     global _interrupted
-    if os.getpid() != _owner:  # a forked data-loading worker: it leaves signals to the trainer
+    if os.getpid() != _owner:  # a forked child, which does not save anything
+        if number != signal.SIGUSR1:  # that one SLURM sends to all processes of a job, and means the trainer
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         return
     now = time.monotonic()
     if number == signal.SIGINT:
