@@ -303,7 +303,13 @@ def _suffix(name: str) -> str:
 
 def _walk(root: Path) -> Iterator[Path]:
     """All files but hidden ones and those in folders of labels, in order."""
-    for parent, folders, names in os.walk(root):
+    seen = set()
+    for parent, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:  # a link that leads back up
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(n for n in folders if not n.startswith(".") and n.lower() not in LABEL_FOLDERS)
         yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
 
@@ -311,21 +317,26 @@ def _walk(root: Path) -> Iterator[Path]:
 def _converted(nifti: list[Path], root: Path, cache: Path) -> Path:
     """A tree in the cache with an NPY file for every NIfTI file below root, and root's dataset.yaml files."""
     tree = cache / f"nifti_{_digest(root)}"
-    for source in [*nifti, *root.rglob("dataset.yaml")]:
-        target = tree / source.relative_to(root).parent / without_suffix(source.name)
-        convert = source.name != "dataset.yaml"
-        target = target.with_name(f"{target.name}.npy") if convert else target
+    wanted = set()
+    for source in [*nifti, *(file for file in _walk(root) if file.name == "dataset.yaml")]:
+        volume = source.name != "dataset.yaml"
+        name = f"{without_suffix(source.name)}.npy" if volume else source.name
+        target = tree / source.relative_to(root).parent / name
+        wanted.add(target)
         made_from = os.stat(source).st_mtime_ns
         if target.exists() and os.stat(target).st_mtime_ns == made_from:
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{uuid.uuid4().hex}{target.suffix}")
-        if convert:
+        if volume:
             np.save(temporary, read_nifti(source), allow_pickle=False)
         else:
             shutil.copy(source, temporary)
         os.utime(temporary, ns=(made_from, made_from))
         os.replace(temporary, target)
+    for file in list(_walk(tree)):
+        if file not in wanted:  # its source is gone
+            file.unlink()
     return tree
 
 

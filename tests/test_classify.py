@@ -488,6 +488,25 @@ def test_nifti_is_read_as_the_same_anatomy_as_npy(tmp_path):
     assert a.names == b.names == ["a.npy"]
 
 
+def test_nifti_follows_its_folder_and_its_window(tmp_path):
+    import nibabel
+
+    hu = np.linspace(-1200, 600, 12 * 10 * 9).reshape(12, 10, 9).astype(np.float32)
+    (tmp_path / "CT").mkdir()
+    for name in ("a", "b"):
+        nibabel.save(nibabel.Nifti1Image(hu, np.eye(4)), tmp_path / "CT" / f"{name}.nii.gz")
+    (tmp_path / "CT" / "dataset.yaml").write_text("window: [-1000, 400]\n")
+    cases = open_cases(tmp_path, 16)
+    assert cases.names == ["CT/a.npy", "CT/b.npy"]
+    assert (cases.read(0) == 0).any()
+    assert cases.store.samples[0].window == (-1000, 400)
+    (tmp_path / "CT" / "b.nii.gz").unlink()
+    (tmp_path / "CT" / "dataset.yaml").write_text("window: [0, 100]\n")
+    again = open_cases(tmp_path, 16)
+    assert again.names == ["CT/a.npy"]
+    assert again.store.samples[0].window == (0, 100)
+
+
 def test_broken_nifti_is_one_clear_error(shared):
     with pytest.raises(UserError, match=r"truncated\.nii\.gz: "):
         read_nifti(shared / "bad_input" / "truncated.nii.gz")
