@@ -463,14 +463,12 @@ def test_other_seeds_start_from_other_heads_whatever_the_weights(joint):
 # --- all of it ---
 
 
-def test_faster_rcnn_learns_discs_and_frames_in_48_steps(coco, tmp_path):
-    """AP50 untrained: 0.00. After 48 steps, 0.55 (seed 0, as here), 0.41 and 0.44 (seeds 1 and 2)."""
-    given = {"data_path": str(coco.parent), "annotations": str(coco), "dump_path": str(tmp_path / "run")} | SMALL
-    cfg = Config(
-        **given, cache_path=str(tmp_path), fractions=[0.6, 0.1, 0.3], base_lr=1e-3, epochs=2, steps_per_epoch=20
-    )
-    result = run(cfg)
-    assert result["metrics"]["ap50"] > 0.2
+def test_faster_rcnn_learns_discs_and_frames_in_40_steps(coco, tmp_path):
+    """AP50 untrained: 0.00; after 40 steps 0.92 with this seed, 0.71 with the next."""
+    given = SMALL | {"pyramid_channels": 128, "fractions": [0.6, 0.1, 0.3], "cache_path": str(tmp_path)}
+    given |= {"base_lr": 5e-4, "epochs": 2, "steps_per_epoch": 20}
+    result = run(Config(str(coco.parent), str(coco), dump_path=str(tmp_path / "run"), **given))
+    assert result["metrics"]["ap50"] > 0.4
     assert set(result["metrics"]) == {"map", "ap50", "map_disc", "ap50_disc", "map_frame", "ap50_frame"}
     split = json.loads((tmp_path / "run" / "split.json").read_text())
     assert result["images"] == len(split["test"]) == 18
