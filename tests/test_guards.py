@@ -145,6 +145,20 @@ def test_an_epoch_of_bad_steps_alone_has_no_means(data, tmp_path, monkeypatch):
     assert float(second["loss"]) > 0
 
 
+@pytest.mark.parametrize("scale", [2.0**16, 1.0])
+def test_an_overflow_of_the_loss_scale_is_no_bad_step_until_there_is_nothing_left_to_lower(
+    scale, data, tmp_path, monkeypatch
+):
+    spoil("mask_swav", monkeypatch, {1}, "gradient")
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **more: scaler(*args, init_scale=scale, **more))
+    run("mask_swav", data, tmp_path, epochs=1, precision="fp16")
+    (row,) = losses(tmp_path / "runs" / "mask_swav")
+    state = checkpoint.load(tmp_path / "runs" / "mask_swav")
+    assert row["bad_steps"] == ("0" if scale > 1 else "1")
+    assert state["scaler"]["scale"] == (scale / 2 if scale > 1 else 1.0)
+
+
 def test_weights_that_are_not_finite_are_never_saved(data, tmp_path, monkeypatch):
     step = Precision.step
 
