@@ -59,6 +59,8 @@ class EpochBatches:
         sampling_temperature: float = 1.0,
     ) -> None:
         joint = batch_size * run.world_size
+        if not sampling_temperature >= 1:
+            raise UserError(f"sampling_temperature: {sampling_temperature:g} is below 1, every sample once; raise it")
         if not len(groups):
             raise UserError(f"data_path: there are no {what} in it, which this stage trains on")
         if len(groups) < joint:

@@ -105,10 +105,16 @@ def test_too_few_samples_are_an_error_with_the_numbers() -> None:
 GROUPS = ["small"] * 4 + ["large"] * 400 + ["middle"] * 40  # 444 samples
 
 
+@pytest.mark.parametrize("temperature", [0.01, 0.99, float("nan")])
+def test_a_temperature_below_one_is_refused(temperature: float) -> None:
+    with pytest.raises(UserError, match=r"^sampling_temperature: .* is below 1"):
+        EpochBatches(GROUPS, 8, 3, run(0, 1), sampling_temperature=temperature)
+
+
 @pytest.mark.parametrize(
     ("temperature", "shares"),
     # 4, 400 and 40 to the power of 1 / T, as shares of 444; at T = 2: 2, 20 and 6.32 of 28.32.
-    [(1, (4, 400, 40)), (2, (31, 314, 99)), (1e9, (148, 148, 148))],
+    [(1, (4, 400, 40)), (2, (31, 314, 99)), (1e12, (148, 148, 148))],
 )
 def test_the_temperature_balances_data_sets(temperature: float, shares: tuple[int, ...]) -> None:
     several = [EpochBatches(GROUPS, 8, 3, run(r, 2), "volumes", temperature) for r in range(2)]
