@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import re
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -111,7 +112,6 @@ def main(cfg: Config) -> None:
         raise UserError(f"source: {places[0]} holds nothing to convert; docs/DATA.md lists the accepted formats")
     _check_window(cfg, found.sources)
     try:
-        dest.mkdir(parents=True, exist_ok=True)
         with _OnlyRun(dest):
             _convert_all(cfg, found, dest, settings)
     except PermissionError as error:
@@ -214,6 +214,8 @@ def _places(cfg: Config) -> tuple[list[Path], Path]:
     for place in places:
         if dest.resolve() == place.resolve() or place.resolve() in dest.resolve().parents:
             raise UserError(f"dest: {dest} lies inside source {place}, and would be converted again; choose another")
+        if dest.resolve() in place.resolve().parents:
+            raise UserError(f"source: {place} lies inside dest {dest}, where results may replace it; move it elsewhere")
     if cfg.spacing_mm and len(cfg.spacing_mm) != 3:
         raise UserError(f"spacing_mm: {cfg.spacing_mm} are not three numbers: rows, columns, slices")
     sides = sorted(min(pair) for pair in ("LR", "AP", "IS") for code in cfg.orientation.upper() if code in pair)
@@ -274,7 +276,8 @@ def _results(
         if bar.n == len(todo):
             return
         # Forked from a server that imports everything once and has no threads, of which a fork makes no copy.
-        with ProcessPoolExecutor(min(workers, len(todo) - bar.n), multiprocessing.get_context("forkserver")) as pool:
+        context = multiprocessing.get_context("forkserver")
+        with ProcessPoolExecutor(min(workers, len(todo) - bar.n), context, _end_with_the_run) as pool:
             jobs: dict[Any, Source] = {}
             try:
                 while True:
@@ -293,6 +296,16 @@ def _results(
                     f"a worker was killed, most likely for want of memory, at one of {at_it}; run the same command "
                     "again with fewer --workers"
                 ) from None
+
+
+def _end_with_the_run() -> None:
+    """In a worker: end when the main process does, even if that was killed. A pool's workers would wait for ever."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _note(notes: list[str]) -> None:
@@ -314,13 +327,17 @@ def _is_whole(case: Case, dest: Path) -> bool:
 
 
 class _OnlyRun:
-    """A lock on the folder; removes what killed runs left behind."""
+    """A lock on the folder, which is made if need be; removes what killed runs left behind."""
 
     def __init__(self, dest: Path) -> None:
         self.dest = dest
 
     def __enter__(self) -> None:
-        self.file = open(self.dest / ".prepare.lock", "w")
+        try:
+            self.dest.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.dest / ".prepare.lock", "w")
+        except OSError as error:
+            raise UserError(f"dest: {self.dest} cannot be written ({error.strerror}); choose another folder") from None
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

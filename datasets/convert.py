@@ -32,6 +32,7 @@ PLANES = {"axial": "PLS", "coronal": "ILP", "sagittal": "IPL"}
 OPPOSITE = dict(zip("RLAPSI", "LRPAIS", strict=True))
 THICKEST = 1.1  # slices lie along the axis whose spacing is this many times that of the others
 SPACING_TOLERANCE = 0.02  # of a label map against its image, as a share
+FEWEST_STEPS = 256  # of float32 that must lie between the lowest and the highest intensity of a float64 volume
 LABELS = "labels"  # the folder of label maps: one that datasets.index never reads as data
 
 
@@ -186,7 +187,7 @@ def _convert_volume(source: Source, case_id: str, dest: Path, options: Options) 
             f"has slices of {view.shape[0]} x {view.shape[1]} pixels, below {MIN_SIDE}; remove it, or choose another "
             "--slice_axis"
         )
-    label = _read_label(source, view, spacing, plane or "auto", options)
+    label = _read_label(source, volume, view, spacing, plane or "auto", options)
     original = volume.array.dtype.newbyteorder("=")
     low, high = _limits(view, options.nan_value)
     low, high = sorted((volume.slope * low + volume.intercept, volume.slope * high + volume.intercept))
@@ -198,6 +199,14 @@ def _convert_volume(source: Source, case_id: str, dest: Path, options: Options) 
             "or convert it into a data set of its own"
         )
     dtype = _smallest(original, volume.slope, volume.intercept, low, high)
+    if dtype.kind == "f" and dtype != original:
+        with np.errstate(all="ignore"):
+            step = float(np.spacing(dtype.type(max(abs(low), abs(high)))))
+        if not high - low >= FEWEST_STEPS * step:  # step is nan where float32 has no such number
+            raise BadFile(
+                f"its intensities, {low:.9g} to {high:.9g}, are too large or differ too little for {dtype}; subtract "
+                "an offset or scale them"
+            )
     shape = view.shape
     if any(options.spacing_mm):
         if spacing is None:
@@ -257,9 +266,14 @@ def _convert_volume(source: Source, case_id: str, dest: Path, options: Options) 
 
 
 def _read_label(
-    source: Source, image: np.ndarray, spacing: tuple[float, ...] | None, plane: str, options: Options
+    source: Source,
+    volume: Volume,
+    image: np.ndarray,
+    spacing: tuple[float, ...] | None,
+    plane: str,
+    options: Options,
 ) -> np.ndarray | None:
-    """[H, W, C] label map of an image arranged in `plane`, in an unsigned integer type where it fits."""
+    """[H, W, C] label map of a volume arranged as `image` in `plane`, in an unsigned integer type where it fits."""
     if source.label:
         path, key, format = source.label, "", source.label_format
     elif options.label_key:
@@ -269,20 +283,25 @@ def _read_label(
     try:
         if format in ("image", "dicom_image", "dicom"):
             raise BadFile("is not a volume, as its image is; give a label map of the image's shape")
-        volume = read(format, (path,), ReadOptions(array_axis=options.read.array_axis, array_key=key))
-        volume.codes = options.orientation or volume.codes
-        view, _, label_spacing, _ = arrange(volume, plane if volume.codes else "auto")
+        label = read(format, (path,), ReadOptions(array_axis=options.read.array_axis, array_key=key))
+        label.codes = options.orientation or label.codes
+        view, _, label_spacing, _ = arrange(label, plane if label.codes else "auto")
+        if label.codes != volume.codes:  # masks saved without their image's header lie differently by mistake
+            volume.notes.append(
+                f"label map stored as {label.codes or 'unknown'}, image as {volume.codes or 'unknown'}: each turned "
+                "by its own header, see whether they match"
+            )
         if view.shape != image.shape or not _close(label_spacing, spacing):
             raise BadFile(
                 f"{_x(view.shape)} voxels of {_x(label_spacing)} mm do not match its image, {_x(image.shape)} of "
                 f"{_x(spacing)} mm; find the label map that belongs to it, or remove this one"
             )
         low, high = _limits(view, None)
-        low, high = sorted((volume.slope * low + volume.intercept, volume.slope * high + volume.intercept))
+        low, high = sorted((label.slope * low + label.intercept, label.slope * high + label.intercept))
         dtype = np.result_type(np.min_scalar_type(round(low)), np.min_scalar_type(round(high)))
         out = np.empty(view.shape, dtype=dtype, order="F")
         for k in range(view.shape[2]):
-            values = view[:, :, k] * np.float64(volume.slope) + volume.intercept
+            values = view[:, :, k] * np.float64(label.slope) + label.intercept
             out[:, :, k] = np.rint(values)
             if np.abs(out[:, :, k] - values).max() > 1e-3:
                 raise BadFile("holds numbers that are not whole, so it is not a label map; remove it")

@@ -25,6 +25,7 @@ import numpy as np
 from datasets.index import npy_header
 
 SLICE_TOLERANCE = 0.1  # slice distances may differ from their median by this share of it
+PIXEL_TOLERANCE = 0.01  # pixel spacings of one series may differ by this share
 SAME_POSITION_MM = 0.01
 NOT_IMAGES = {"SEG", "RTSTRUCT", "RTPLAN", "RTDOSE", "SR", "PR", "KO", "REG", "DOC"}  # DICOM modalities
 
@@ -196,6 +197,12 @@ def read_dicom(files: tuple[Path, ...], options: ReadOptions) -> Volume:
     orientation = frames[0].orientation
     if any(np.abs(frame.orientation - orientation).max() > 0.01 for frame in frames):
         raise BadFile("holds slices of several orientations; put each orientation into a folder of its own")
+    spacings = np.array([frame.pixel_spacing for frame in frames])
+    if (np.abs(spacings - spacings[0]) > PIXEL_TOLERANCE * spacings[0]).any():
+        raise BadFile(
+            f"holds slices of several pixel spacings, {_x(spacings.min(0))} to {_x(spacings.max(0))} mm; convert the "
+            "slices of each by themselves"
+        )
     along_row, along_column = orientation  # unit vectors of growing column index and of growing row index
     normal = np.cross(along_row, along_column)
     frames.sort(key=lambda frame: (round(float(normal @ frame.position) / SAME_POSITION_MM), frame.number))

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from datasets.convert_readers import BadFile, dicom_header, has_position
 from datasets.index import IMAGE_SUFFIXES, LABEL_FOLDERS, MONTAGE, SIDE_FILES
 from utils.errors import UserError
@@ -25,7 +27,8 @@ FORMATS = {
 COMPANIONS = {".raw", ".zraw"}  # pixels of .mhd and .nhdr headers
 NEED_POSITIONS = {"CT", "MR", "PT", "NM"}  # DICOM modalities of slices, never of single radiographs
 MODALITIES = {"MRI": "MR", "PET": "PT"}  # other names of DICOM's modalities
-LOOKS_LIKE_LABEL = re.compile(r"(^|[_.-])(seg|segmentation|label|labels|mask|masks|gt)$", re.IGNORECASE)
+LOOKS_LIKE_LABEL = re.compile(r"(^|[_.-])(seg|segmentations?|labels?|masks?|gt)([_.-]?\d+)?$", re.IGNORECASE)
+SAME_FACING = 0.05  # scanners round the directions of the slices of one series differently
 NNUNET_CHANNEL = re.compile(r"_\d{4}$")
 
 
@@ -129,7 +132,11 @@ def find(
     twice = [name for name, count in Counter(s.name for s in sources).items() if count > 1]
     if twice:
         raise UserError(f"source: two of the places hold a {twice[0]}; give the folder above them instead")
-    suspects = [s.name for s in sources if s.label is None and LOOKS_LIKE_LABEL.search(s.stem)]
+    suspects = [
+        s.name
+        for s in sources
+        if s.label is None and any(map(LOOKS_LIKE_LABEL.search, (*s.name.split("/")[1:-1], s.stem)))
+    ]
     if suspects:
         found.notes.append(
             f"{len(suspects)} files look like label maps but are taken as images ({suspects[0]}); choose images and "
@@ -150,6 +157,7 @@ def assign_ids(sources: Sequence[Source], known: dict[str, str]) -> dict[str, st
     An id is the file's name; where several files want the same one, all of them get their whole path instead, and
     a hash of it should that not tell them apart. known: ids of earlier runs, which stay.
     """
+    known = {**known, "": split_suffix(MONTAGE)[0]}  # a name that is taken
     ids = {s.name: known[s.name] for s in sources if s.name in known}
     taken = Counter(identifier.lower() for identifier in known.values())
     fresh = [s for s in sources if s.name not in ids]
@@ -179,9 +187,16 @@ def _list(places: Sequence[Path], found: Found) -> list[tuple[Path, str, Path]]:
     listed = set()
 
     def add(file: Path, name: str, root: Path) -> None:
-        if file not in listed:  # places may overlap
-            listed.add(file)
-            files.append((file, name, root))
+        if file in listed:  # places may overlap
+            return
+        listed.add(file)
+        try:
+            name.encode()
+        except UnicodeEncodeError:  # as from archives of other systems
+            shown = os.fsencode(file).decode(errors="backslashreplace")
+            found.problems.append(f"{shown}: has a name that is not UTF-8, which no table can hold; rename it")
+            return
+        files.append((file, name, root))
 
     for place in places:
         place = Path(os.path.abspath(place.expanduser()))
@@ -251,7 +266,8 @@ def _pair(
                 other = {"tr": "ts", "ts": "tr"}[subset]
                 matches = [i for i in matches if not sources[i].name.lower().split("/")[-2].endswith(f"images{other}")]
         if not matches:
-            found.problems.append(f"{file}: is a label map without an image; copy its image, or remove it")
+            where = " in its folder" if labels else ""
+            found.problems.append(f"{file}: is a label map without an image{where}; copy its image, or remove it")
         for i in matches:
             if i in labelled:
                 found.problems.append(f"{file}: is a second label map of {sources[i].path}; remove one of them")
@@ -316,6 +332,7 @@ def _series(
     """DICOM files grouped into series by their headers, and single radiographs."""
     groups: dict[tuple[Any, ...], list[tuple[Path, str, str]]] = defaultdict(list)
     single = []
+    facings: dict[tuple[Any, ...], list[tuple[float, ...]]] = defaultdict(list)
     by_path = {file: (name, root) for file, name, root in files}
     for file in progress(list(by_path)):
         name, root = by_path[file]
@@ -324,8 +341,13 @@ def _series(
             modality = str(header.get("Modality") or "")
             key = ()
             if has_position(header) or modality in NEED_POSITIONS:
-                facing = tuple(round(float(x), 1) + 0.0 for x in header.get("ImageOrientationPatient") or ())
-                key = (str(header.get("SeriesInstanceUID") or root), facing, int(header.Rows), int(header.Columns))
+                uid, size = str(header.get("SeriesInstanceUID") or root), (int(header.Rows), int(header.Columns))
+                facing = tuple(float(x) for x in header.get("ImageOrientationPatient") or ())
+                known = facings[uid, size]
+                alike = [f for f in known if len(f) == len(facing) and np.allclose(f, facing, rtol=0, atol=SAME_FACING)]
+                if not alike:
+                    known.append(facing)
+                key = (uid, tuple(round(x, 1) + 0.0 for x in (*alike, facing)[0]), *size)
         except BadFile as error:
             found.problems.append(f"{file}: {error}")
             continue

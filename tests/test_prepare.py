@@ -112,14 +112,14 @@ def write_series(folder: Path, names: Callable[[int], str] = lambda k: f"{(k * 5
     """PATIENT as axial DICOM slices whose file names say nothing about their order."""
     folder.mkdir(parents=True, exist_ok=True)
     for k in range(PATIENT.shape[2]):
-        data = dicom_slice(
-            np.ascontiguousarray(AXIAL[:, :, k]),
-            ImagePositionPatient=[0, 0, 2.0 * k],
-            ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
-            PixelSpacing=[0.75, 0.5],
-            SliceThickness=1,
-            **{name: value(k) if callable(value) else value for name, value in fields.items()},
-        )
+        usual = {
+            "ImagePositionPatient": [0, 0, 2.0 * k],
+            "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
+            "PixelSpacing": [0.75, 0.5],
+            "SliceThickness": 1,
+        }
+        own = {name: value(k) if callable(value) else value for name, value in fields.items()}
+        data = dicom_slice(np.ascontiguousarray(AXIAL[:, :, k]), **{**usual, **own})
         data.save_as(folder / names(k), enforce_file_format=True)
     return folder
 
@@ -231,6 +231,20 @@ def test_whole_numbers_stay_whole_and_nothing_becomes_float64(array, slope, inte
     np.testing.assert_allclose(out, AXIAL * (array[0, 0, 0] / PATIENT[0, 0, 0]) * slope + intercept)
 
 
+@pytest.mark.parametrize(
+    ("values", "kept"),
+    [(1e9 + 1e-3 * PATIENT, False), (1e-300 * PATIENT, False), (1e300 * PATIENT, False), (1e-9 * PATIENT, True)],
+)
+def test_float64_that_float32_cannot_tell_apart_is_reported(values, kept, tmp_path, capsys):
+    np.save(tmp_path / "a.npy", values)
+    if kept:
+        np.testing.assert_allclose(load(convert(tmp_path / "a.npy", tmp_path / "out")), values, rtol=1e-6)
+        return
+    with pytest.raises(UserError, match="nothing was converted"):
+        convert(tmp_path / "a.npy", tmp_path / "out")
+    assert "a.npy: its intensities" in capsys.readouterr().err
+
+
 def test_nan_is_an_error_until_it_is_said_what_it_means(tmp_path, capsys):
     array = PATIENT.astype(np.float32)
     array[1, 2, 3] = np.nan
@@ -314,6 +328,22 @@ def test_two_series_in_one_folder_are_told_apart(tmp_path):
     volumes = sorted((np.load(file) for file in dest.glob("both_*.npy")), key=np.min)
     np.testing.assert_array_equal(volumes[0], AXIAL)
     np.testing.assert_array_equal(volumes[1], AXIAL + 5)
+
+
+def test_rounded_directions_do_not_split_a_series(tmp_path):
+    def oblique(k: int) -> list[float]:
+        sine = 0.25 + (-1) ** k * 1e-6  # on both sides of where rounding to one digit changes
+        return [1, 0, 0, 0, (1 - sine**2) ** 0.5, sine]
+
+    write_series(tmp_path / "in", ImageOrientationPatient=oblique)
+    np.testing.assert_array_equal(load(convert(tmp_path / "in", tmp_path / "out")), AXIAL)
+
+
+def test_slices_of_several_pixel_spacings_are_refused(tmp_path, capsys):
+    write_series(tmp_path / "in", PixelSpacing=lambda k: [0.75, 0.5] if k < 4 else [1.5, 1])
+    with pytest.raises(UserError, match="nothing was converted"):
+        convert(tmp_path / "in", tmp_path / "out")
+    assert "several pixel spacings, 0.75 x 0.5 to 1.5 x 1 mm" in capsys.readouterr().err
 
 
 def test_a_missing_slice_is_noticed_and_may_be_accepted(tmp_path, capsys):
@@ -536,6 +566,13 @@ def test_a_label_map_that_does_not_fit_its_image_stops_the_pair(what, decathlon,
     assert (tmp_path / "out/b.npy").exists()
 
 
+def test_label_maps_whose_header_lies_otherwise_are_noted(decathlon, tmp_path, capsys):
+    write_nifti(decathlon / "labelsTr/a.nii.gz", *stored("RAS", (PATIENT > 900).astype(np.uint8)))
+    dest = convert(decathlon, tmp_path / "out", channel=0)
+    assert "a.nii.gz: label map stored as RAS, image as LAS: each turned" in capsys.readouterr().out
+    np.testing.assert_array_equal(load(dest, "labels/a.npy"), AXIAL > 900)
+
+
 def test_brats_style_names_choose_one_modality_and_its_label_map(tmp_path):
     for patient in ("P1", "P2"):
         for kind in ("flair", "t1", "seg"):
@@ -546,9 +583,10 @@ def test_brats_style_names_choose_one_modality_and_its_label_map(tmp_path):
     np.testing.assert_array_equal(load(dest, "labels/P2_flair.npy"), AXIAL > 3)
 
 
-def test_label_maps_taken_for_images_are_noticed(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["a_seg", "segmentation-0", "mask/a", "segmentations/label_12"])
+def test_label_maps_taken_for_images_are_noticed(name, tmp_path, capsys):
     write_nifti(tmp_path / "in/a_t1.nii.gz", *stored("RAS"))
-    write_nifti(tmp_path / "in/a_seg.nii.gz", *stored("RAS"))
+    write_nifti(tmp_path / f"in/{name}.nii.gz", *stored("RAS"))
     convert(tmp_path / "in", tmp_path / "out")
     assert "1 files look like label maps" in capsys.readouterr().out
 
@@ -599,6 +637,23 @@ def test_a_killed_run_leaves_whole_files_only_and_the_next_one_finishes(tmp_path
     assert not list(dest.glob(".*"))
 
 
+def test_no_worker_outlives_a_killed_run(tmp_path):
+    volume = np.random.default_rng(1).integers(0, 999, (128, 128, 64), dtype=np.int16)
+    for k in range(40):
+        write_nifti(tmp_path / f"in/{k:02d}.nii", volume)
+    run = (
+        "import prepare_data as p; p.POOL_AFTER_SECONDS = -1.0; "
+        f"p.main(p.Config(source={str(tmp_path / 'in')!r}, dest={str(tmp_path / 'out')!r}, workers=2))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", run], cwd=Path(__file__).parents[1], stdout=subprocess.PIPE)
+    until = time.monotonic() + 60
+    while len(list((tmp_path / "out").glob("*.npy"))) < 3 and time.monotonic() < until:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)  # returns when nobody is left who holds its end of the pipe
+    assert 0 < len(list((tmp_path / "out").glob("*.npy"))) < 40
+
+
 def test_processes_write_what_one_process_writes(tmp_path, monkeypatch):
     for k in range(4):
         write_nifti(tmp_path / f"in/{k}.nii.gz", *stored("RAS", PATIENT + k))
@@ -645,6 +700,33 @@ def test_two_runs_do_not_write_to_one_folder_at_the_same_time(tmp_path):
     convert(file, tmp_path / "out")
 
 
+def test_no_source_is_replaced_by_its_own_conversion(tmp_path):
+    (tmp_path / "out/raw").mkdir(parents=True)
+    for place in (tmp_path / "out/a.npy", tmp_path / "out/raw"):
+        np.save(tmp_path / "out" / "a.npy", PATIENT)
+        with pytest.raises(UserError, match=r"^source: .* lies inside dest"):
+            convert(place, tmp_path / "out", array_axis=0)
+    np.testing.assert_array_equal(np.load(tmp_path / "out/a.npy"), PATIENT)
+
+
+def test_a_picture_called_montage_is_not_overwritten_by_the_montage(tmp_path):
+    (tmp_path / "in/sub").mkdir(parents=True)
+    Image.fromarray(AXIAL[:, :, 0].astype(np.uint8)).save(tmp_path / "in/sub/montage.png")
+    dest = convert(tmp_path / "in", tmp_path / "out")
+    assert (dest / "in__sub__montage.png").read_bytes() == (tmp_path / "in/sub/montage.png").read_bytes()
+
+
+def test_names_that_no_table_can_hold_are_told(tmp_path, capsys):
+    write_nifti(tmp_path / "in/a.nii", *stored("RAS"))
+    try:
+        shutil.copy(tmp_path / "in/a.nii", os.fsencode(tmp_path) + b"/in/M\xfcller.nii")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    dest = convert(tmp_path / "in", tmp_path / "out", on_error="skip")
+    assert "name that is not UTF-8" in capsys.readouterr().err
+    assert [case.id for case in read_table(dest).values()] == ["a"]
+
+
 def test_ids_are_unique_on_any_file_system_and_stay():
     def source(name: str) -> Source:
         return Source(name, Path(name).name.split(".")[0], "nifti", (Path(name),))
@@ -682,10 +764,10 @@ def test_wrong_options_are_named(tmp_path, capsys):
     for option, value in (("window", "bones"), ("spacing_mm", [1.0, 1.0]), ("orientation", "LRS"), ("labels", "seg")):
         with pytest.raises(UserError, match=f"^{option}: "):
             convert(tmp_path / "a.npy", tmp_path / "out", **{option: value})
-    for dest in (tmp_path / "labels", tmp_path / ".hidden", tmp_path / "in/out"):
+    for dest in (tmp_path / "labels", tmp_path / ".hidden", tmp_path / "in/out", tmp_path / "a.npy/below/a/file"):
         (tmp_path / "in").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=r"^dest: "):
-            convert(tmp_path / "in", dest)
+            convert(tmp_path / "a.npy" if "below" in dest.parts else tmp_path / "in", dest)
     with pytest.raises(UserError, match="does not exist"):
         convert(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(SystemExit) as stop:
