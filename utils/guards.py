@@ -28,12 +28,13 @@ NAMES_SHOWN = 16
 def gradients_are_finite(optimizer: Optimizer) -> Tensor:
     """Scalar bool on the device: no NaN or Inf in what the optimiser is about to apply. Does not wait for the device.
 
-    DistributedDataParallel has averaged the gradients already, so all processes find the same.
+    DistributedDataParallel has averaged the gradients already, so all processes find the same. A gradient whose norm
+    is beyond float32 (1.8e19) is not finite either: LARC divides by that norm.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not gradients:
         return torch.tensor(True)
-    return torch.stack(torch._foreach_norm(gradients, float("inf"))).max().isfinite()
+    return torch.stack(torch._foreach_norm(gradients)).isfinite().all()
 
 
 class BatchNormStatistics:
@@ -92,8 +93,8 @@ def report_bad_step(what: str, names: list[str], epoch: int, step: int, in_a_row
 def require_finite_weights(module: nn.Module) -> None:
     """Raises UserError where a weight is NaN or Inf: such a state must not replace a good checkpoint."""
     named = [(name, p) for name, p in module.named_parameters() if p.numel()]
-    largest = torch.stack(torch._foreach_norm([p.detach() for _, p in named], float("inf")))
-    bad = (~largest.isfinite()).nonzero().flatten().tolist()
+    norms = torch.stack(torch._foreach_norm([p.detach() for _, p in named]))
+    bad = (~norms.isfinite()).nonzero().flatten().tolist()
     if bad:
         raise UserError(
             f"{len(bad)} of {len(named)} weights are not finite ({named[bad[0]][0]} is the first), so nothing was "
