@@ -135,7 +135,8 @@ def find(
     suspects = [
         s.name
         for s in sources
-        if s.label is None and any(map(LOOKS_LIKE_LABEL.search, (*s.name.split("/")[1:-1], s.stem)))
+        if s.label is None
+        and (LOOKS_LIKE_LABEL.search(s.stem) or any(map(LOOKS_LIKE_LABEL.match, s.name.split("/")[1:-1])))
     ]
     if suspects:
         found.notes.append(

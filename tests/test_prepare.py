@@ -585,7 +585,7 @@ def test_brats_style_names_choose_one_modality_and_its_label_map(tmp_path):
 
 @pytest.mark.parametrize("name", ["a_seg", "segmentation-0", "mask/a", "segmentations/label_12"])
 def test_label_maps_taken_for_images_are_noticed(name, tmp_path, capsys):
-    write_nifti(tmp_path / "in/a_t1.nii.gz", *stored("RAS"))
+    write_nifti(tmp_path / "in/without_label/a_t1.nii.gz", *stored("RAS"))
     write_nifti(tmp_path / f"in/{name}.nii.gz", *stored("RAS"))
     convert(tmp_path / "in", tmp_path / "out")
     assert "1 files look like label maps" in capsys.readouterr().out
