@@ -62,6 +62,7 @@ class Bench:
         """Two epochs from the weights of the stages before; a checkpoint about every second step, own cache."""
         method = "swav" if "swav" in script else "deepcluster"
         chosen = {"checkpoint_minutes": 0.002, "checkpoint_freq": 1, "cache_path": str(out / "cache")}
+        chosen |= {"timeout_minutes": 0.5}  # a process that died before they met is missed by nobody but torchrun
         chosen |= {"resnet_pretrained": "none" if "2D" in script else f"resnet_{method}2D.pth"}
         if "3D" in script:
             chosen |= {"trans_pretrained": f"mask_{method}.pth"}
@@ -244,7 +245,8 @@ def main(config: Config) -> None:
             results[name] = part()
             results[name]["seconds"] = round(time.monotonic() - start)
             print("\n".join(table({name: results[name]})), flush=True)
-    print(f"wrote {timing.write('resilience', results)} after {(time.monotonic() - began) / 60:.0f} minutes")
+            path = timing.write("resilience", results)
+    print(f"wrote {path} after {(time.monotonic() - began) / 60:.0f} minutes")
 
 
 if __name__ == "__main__":
