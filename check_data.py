@@ -51,6 +51,7 @@ Row = tuple[str, float, float, float]  # what is measured, its minimum, median a
 def main(cfg: Config) -> None:
     if cfg.report and not Path(cfg.report).parent.is_dir():
         raise UserError(f"report: {Path(cfg.report).parent} is not a folder; create it or name another file")
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no text
     samples, findings, contents = check(cfg.data_path, cfg.full, cfg.target_shape, cfg.workers, sys.stderr.isatty())
     errors = [finding for finding in findings if finding.level == "error"]
     warnings = [finding for finding in findings if finding.level == "warning"]

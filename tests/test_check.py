@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -549,3 +552,20 @@ def test_working_copies_of_changed_files_are_told_and_deleted_on_demand(
     check_data.main(check_data.Config(**options, clean_cache=True))
     assert "deleted" in capsys.readouterr().out
     assert len(list((tmp_path / ".cache").rglob("*.npy"))) == 1
+
+
+def test_names_that_are_not_utf8_are_shown_all_the_same(tmp_path):
+    try:
+        (tmp_path / "D").mkdir()
+        with open(os.fsencode(tmp_path) + b"/D/M\xfcller.png", "wb") as file:
+            file.write(b"no image")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    done = subprocess.run(
+        [sys.executable, "check_data.py", "--data_path", str(tmp_path)],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+        capture_output=True,
+    )
+    assert done.returncode == 1
+    assert b"/D/M\\udcfcller.png: is not a readable" in done.stdout
