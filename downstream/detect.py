@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import math
 import os
 import time
@@ -41,6 +40,7 @@ from datasets.seeding import SHARED, SHUFFLE, stream
 from datasets.store import cache_folder
 from downstream.boxes import DICOM_SUFFIXES, Annotated, read_boxes
 from downstream.encoders import choose_arch, describe_weights, load_encoder
+from downstream.results import write_json
 from downstream.splits import Split, check_split, choose_labelled, make_split, read_split, write_split
 from models.resnet import ARCHITECTURES, GREY_MEAN, GREY_STD, GreyResNet
 from utils import checkpoint, distributed
@@ -162,6 +162,7 @@ def run(cfg: Config) -> dict[str, Any]:
     result = {
         "metrics": scores,
         "images": len(test),
+        "cases": len(test),
         "weights": label,
         "classes": classes,
         "labelled": labelled,
@@ -171,7 +172,7 @@ def run(cfg: Config) -> dict[str, Any]:
         "torch": torch.__version__,
         "config": options.to_dict(cfg),
     }
-    (out / "results.json").write_text(json.dumps(_without_nan(result), indent=1) + "\n")
+    write_json(result, out / "results.json")
     write_predictions(found, test, classes, out / "predictions.csv")
     print(f"wrote {out}/results.json and predictions.csv", flush=True)
     return result
@@ -496,15 +497,6 @@ def _print_table(scores: dict[str, float], test: list[Annotated], classes: list[
         wanted = set(range(1, len(classes) + 1)) if not suffix else {classes.index(name) + 1}
         boxes = sum(int(np.isin(image.labels[~image.crowd], list(wanted)).sum()) for image in test)
         print(f"{name:{width}s}  {boxes:6d}   {scores[f'ap50{suffix}']:6.3f}   {scores[f'map{suffix}']:6.3f}")
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no nan."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 if __name__ == "__main__":

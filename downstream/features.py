@@ -11,16 +11,14 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from scipy.ndimage import map_coordinates
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from datasets.convert import arrange
 from datasets.convert_readers import BadFile, ReadOptions, read
@@ -32,7 +30,6 @@ from models.resnet import GreyResNet, multi_scale, pooled
 from utils.errors import UserError
 
 SLICES_AT_ONCE = 64  # through the ResNet: 64 slices of 224 x 224 keep half a gigabyte of ResNet-50's maps
-AIR_HU = -1000.0
 SUFFIXES = (".nii.gz", ".nii", ".npy", *sorted(IMAGE_SUFFIXES))
 
 
@@ -103,116 +100,6 @@ def open_cases(
     return cases
 
 
-class CandidateCrops:
-    """Cubes around points of CT scans, as stacks of axial slices, cut once per scan into a cache.
-
-    places: scan and world coordinates (x, y, z in mm) of each crop.  scans: image file of each scan.
-    size, slices: pixels of a crop's slices, and their number, over the same `crop_mm` in all directions.
-    window: HU that become 0 and 1.  Outside the scan there is air.
-    Raises UserError for a scan that cannot be read and a point outside its scan, when its crops are cut.
-    """
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        places: Sequence[tuple[str, tuple[float, float, float]]],
-        scans: Mapping[str, Path],
-        size: int,
-        slices: int,
-        crop_mm: float,
-        window: Sequence[float],
-        cache_path: str | Path,
-    ):
-        if len(window) != 2 or window[0] >= window[1]:
-            raise UserError(f"window: {list(window)} must be two increasing numbers of HU, e.g. [-1000, 400]")
-        self.names, self.places, self.scans = list(names), places, scans
-        self.size, self.slices, self.crop_mm, self.window = size, slices, crop_mm, window
-        self.folder = Path(cache_path).expanduser() / ".cache" / f"crops_{size}px"
-        self.members: dict[str, list[int]] = {}
-        self.row = []  # of each crop in its scan's file
-        for i, (scan, _) in enumerate(places):
-            self.row.append(len(self.members.setdefault(scan, [])))
-            self.members[scan].append(i)
-        self.files: dict[str, Path] = {}
-
-    def prepare(self, indices: Iterable[int]) -> None:
-        """Cut the crops of all scans that these are in, so that reading them later meets no error."""
-        scans = sorted({self.places[i][0] for i in indices})
-        for scan in tqdm(scans, desc="cutting crops", unit="scan", disable=None):
-            self.files[scan] = self._cut(scan)
-
-    def read(self, index: int) -> np.ndarray:
-        scan = self.places[index][0]
-        if scan not in self.files:
-            self.files[scan] = self._cut(scan)
-        return np.load(self.files[scan], mmap_mode="r", allow_pickle=False)[self.row[index]].astype(np.float32)
-
-    def extent(self, index: int) -> tuple[int, int]:
-        return self.size, self.size
-
-    def _cut(self, scan: str) -> Path:
-        """The file [crops of the scan, D, S, S] float16, made where it is missing."""
-        path, points = self.scans[scan], [self.places[i][1] for i in self.members[scan]]
-        status = os.stat(path)
-        made_from = (status.st_size, status.st_mtime_ns, points, self.slices, self.crop_mm, tuple(self.window))
-        key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
-        target = self.folder / f"{scan}_{key}.npy"
-        if target.exists():
-            return target
-        volume, voxels, spacing = read_scan(path, points)
-        low, high = self.window
-        crops = np.empty((len(points), self.slices, self.size, self.size), dtype=np.float16)
-        for crop, name, voxel in zip(crops, (self.names[i] for i in self.members[scan]), voxels, strict=True):
-            if not all(-0.5 <= v <= n - 0.5 for v, n in zip(voxel, volume.shape, strict=True)):
-                raise UserError(
-                    f"{name}: lies outside {path} (voxel {np.round(voxel, 1).tolist()} of {list(volume.shape)}, slices "
-                    "first); coordinates must be world millimetres, x, y, z"
-                )
-            hu = cut_cube(volume, voxel, spacing, self.crop_mm, crop.shape)
-            crop[:] = ((hu - low) / (high - low)).clip(0, 1)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{uuid.uuid4().hex}.npy")
-        np.save(temporary, crops, allow_pickle=False)
-        os.replace(temporary, target)
-        return target
-
-
-def read_scan(path: Path, points: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A CT scan [D, H, W] in HU, the points (x, y, z in world mm) as voxel positions [n, 3], spacing in mm [3].
-
-    Positions and spacing are in array order (slice, row, column); a voxel's centre is at whole numbers. The image's
-    origin, spacing and direction are respected. Raises UserError where the file cannot be read.
-    """
-    import SimpleITK  # only where there are scans
-
-    try:
-        image = SimpleITK.ReadImage(str(path))
-        volume = SimpleITK.GetArrayFromImage(image)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"{path}: cannot be read ({reason}); copy the .mhd and its .raw again") from None
-    if volume.ndim != 3:
-        raise UserError(f"{path}: is {volume.ndim}D; a scan has three dimensions")
-    voxels = [image.TransformPhysicalPointToContinuousIndex(point)[::-1] for point in points]
-    return volume, np.array(voxels).reshape(-1, 3), np.array(image.GetSpacing()[::-1])
-
-
-def cut_cube(
-    volume: np.ndarray, voxel: Sequence[float], spacing: Sequence[float], side_mm: float, shape: Sequence[int]
-) -> np.ndarray:
-    """Linear resampling of a cube to `shape` [D, S, S] float32; AIR_HU outside the volume.
-
-    voxel: the cube's centre in array order.  spacing: mm, in array order.  side_mm: from the outer edge of the first
-    sample to that of the last.
-    """
-    axes = [
-        centre + ((np.arange(count) + 0.5) / count - 0.5) * side_mm / step
-        for centre, step, count in zip(voxel, spacing, shape, strict=True)
-    ]
-    grid = np.meshgrid(*axes, indexing="ij")
-    return map_coordinates(volume, grid, output=np.float32, order=1, mode="constant", cval=AIR_HU)
-
-
 def without_suffix(name: str) -> str:
     """`a/b.nii.gz` -> `a/b`, for all file types that hold cases; other endings stay."""
     return name.removesuffix(name[len(name) - len(_suffix(name)) :]) if _suffix(name) else name
@@ -273,6 +160,23 @@ def encode_volumes(encoder: JointEncoder, slices: SliceFeatures, batch_size: int
         tokens = encoder.projection(batch) * mask.unsqueeze(-1)
         embeddings.append(encoder.holistic(tokens, mask).cpu())
     return torch.cat(embeddings)
+
+
+def frozen_features(
+    encoder: GreyResNet | JointEncoder,
+    cases: Cases,
+    indices: Sequence[int],
+    features: Literal["pooled", "multi_scale"],
+    device: torch.device | str = "cpu",
+) -> np.ndarray:
+    """[cases, C]: the mean over slices of f_intra and, from a joint encoder, its volume embedding behind it."""
+    joint = isinstance(encoder, JointEncoder)
+    encoder.to(device)
+    slices = encode_slices(encoder.encoder if joint else encoder, cases, indices, device)
+    parts = [mean_of_cases(getattr(slices, features), slices.case)]
+    if joint:
+        parts.append(encode_volumes(encoder, slices))
+    return torch.cat(parts, dim=1).numpy()
 
 
 def pad(stacks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,6 @@ What a case shows is its folder (the data set: often the organ), or what a CSV s
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,23 +17,12 @@ import numpy as np
 import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from downstream.classify import (
-    Items,
-    LabelRow,
-    Scores,
-    choose_by_turns,
-    classification_scores,
-    draw_split,
-    fit_logistic_regression,
-    frozen_features,
-    label_items,
-    open_encoder,
-    read_labels,
-    score_intervals,
-    without_nan,
-)
+from downstream.classify import choose_by_turns, draw_split, fit_logistic_regression, open_encoder
 from downstream.encoders import describe_weights
-from downstream.features import encode_slices, open_cases
+from downstream.features import encode_slices, frozen_features, open_cases
+from downstream.labels import Items, LabelRow, label_items, read_labels
+from downstream.results import write_json
+from downstream.scores import Scores, classification_scores, score_intervals
 from downstream.splits import write_split
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet
@@ -180,7 +168,7 @@ def run(cfg: Config) -> dict[str, Any]:
             if scores.reasons:
                 result["reasons"][name] = scores.reasons
     result |= {"cases": len(split.test), "patients": len(set(people)), "weights": describe_weights(cfg.weights)}
-    (folder / "results.json").write_text(json.dumps(without_nan(result), indent=2) + "\n")
+    write_json(result, folder / "results.json")
     return result
 
 

@@ -14,30 +14,20 @@ import torch
 from PIL import Image
 
 from downstream import classify
-from downstream.classify import (
-    EXCLUDED,
-    NO_NODULE,
-    bootstrap,
-    choose_by_turns,
-    classification_scores,
-    fit_logistic_regression,
-    froc,
-    hit_nodules,
-    name_patients,
-    read_labels,
-)
+from downstream.classify import choose_by_turns, fit_logistic_regression
 from downstream.encoders import load_encoder, load_joint_encoder
 from downstream.features import (
-    cut_cube,
     encode_slices,
     encode_volumes,
     mean_of_cases,
     open_cases,
     pad,
     read_nifti,
-    read_scan,
     without_suffix,
 )
+from downstream.labels import name_patients, read_labels
+from downstream.luna16 import EXCLUDED, NO_NODULE, cut_cube, froc, hit_nodules, read_scan
+from downstream.scores import bootstrap, classification_scores
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,0 +1,92 @@
+"""Scores of a classification and their intervals over patients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from downstream.labels import some
+
+
+class Scores(NamedTuple):
+    """Metrics by name, and for those that are nan, or leave a class out, why."""
+
+    values: dict[str, float]
+    reasons: dict[str, str]
+
+    @classmethod
+    def undefined(cls, why: str) -> Scores:
+        names = ("auc", "average_precision", "accuracy", "balanced_accuracy")
+        return cls(dict.fromkeys(names, math.nan), dict.fromkeys(names, why))
+
+
+def classification_scores(truth: np.ndarray, probability: np.ndarray, classes: Sequence[str]) -> Scores:
+    """AUC, average precision, accuracy and balanced accuracy of one split.
+
+    truth: [n] class numbers.  probability: [n, K].  AUC and average precision are those of the second of two classes,
+    or the mean over more, each against the others; a class that the split has not is left out of the mean and named in
+    `reasons`. Balanced accuracy is the mean recall of the classes that are there.
+    All but the accuracy are nan, with the reason, where the split holds one class only.
+    """
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    predicted = probability.argmax(axis=1)
+    values = {"auc": math.nan, "average_precision": math.nan}
+    values["accuracy"] = float((predicted == truth).mean())
+    values["balanced_accuracy"] = math.nan
+    there = sorted(set(truth.tolist()))
+    if len(there) < 2:
+        why = f"the split holds only {classes[there[0]]!r}"
+        return Scores(values, {name: why for name, value in values.items() if math.isnan(value)})
+    values["balanced_accuracy"] = float(np.mean([(predicted[truth == k] == k).mean() for k in there]))
+    asked = [1] if len(classes) == 2 else there
+    values["auc"] = float(np.mean([roc_auc_score(truth == k, probability[:, k]) for k in asked]))
+    precision = [average_precision_score(truth == k, probability[:, k]) for k in asked]
+    values["average_precision"] = float(np.mean(precision))
+    absent = [name for k, name in enumerate(classes) if k not in there]
+    if not absent:
+        return Scores(values, {})
+    return Scores(values, dict.fromkeys(("auc", "average_precision", "balanced_accuracy"), f"without {some(absent)}"))
+
+
+def validation_score(truth: np.ndarray, probability: np.ndarray) -> tuple[float, float]:
+    """(AUC, minus the log loss), higher is better; the AUC of a validation set of one class counts as 0."""
+    classes = [str(k) for k in range(probability.shape[1])]
+    auc = classification_scores(truth, probability, classes).values["auc"]
+    likelihood = np.log(probability[np.arange(len(truth)), truth].clip(1e-7))
+    return 0.0 if math.isnan(auc) else round(auc, 6), float(likelihood.mean())
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], Mapping[str, float]], patients: int, repeats: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    """95 % percentile intervals over patients, drawn with replacement.
+
+    statistic: from how often each patient was drawn [patients] to metrics. Draws on which a metric is nan do not count
+    for it; where more than half are, so is its interval.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = [statistic(rng.multinomial(patients, [1 / patients] * patients)) for _ in range(repeats)]
+    intervals = {}
+    for name in drawn[0] if drawn else ():
+        values = np.array([metrics[name] for metrics in drawn])
+        defined = values[~np.isnan(values)]
+        enough = 2 * len(defined) > len(values)
+        intervals[name] = tuple(np.percentile(defined, [2.5, 97.5]).tolist()) if enough else (math.nan, math.nan)
+    return intervals
+
+
+def score_intervals(
+    truth: np.ndarray, probability: np.ndarray, classes: Sequence[str], people: Sequence[str], repeats: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    """`bootstrap` of `classification_scores`; people: the patient of each case."""
+    names, patient = np.unique(people, return_inverse=True)
+
+    def resampled(counts: np.ndarray) -> dict[str, float]:
+        drawn = np.repeat(np.arange(len(truth)), counts[patient])
+        return classification_scores(truth[drawn], probability[drawn], classes).values
+
+    return bootstrap(resampled, len(names), repeats, seed)
