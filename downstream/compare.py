@@ -25,17 +25,18 @@ from jsonargparse.typing import NonNegativeInt
 from scipy.stats import t as student
 
 from downstream.encoders import NAMED, choose_arch, describe_weights, load_encoder
+from downstream.results import write_json
 from utils import config as options
 from utils.errors import UserError
 
-MAIN_METRIC = {"segment": "mean.dice", "classify": "auc", "probe": "linear.balanced_accuracy"}
+MAIN_METRIC = {"segment": "mean.dice", "classify": "auc", "probe": "linear.balanced_accuracy", "detect": "ap50"}
 # Of a task's options: those that do not change what a cell computes.
-FREE = {"dump_path", "cache_path", "device", "overlays"}
+FREE = {"dump_path", "cache_path", "device", "overlays", "workers"}
 
 
 @dataclass
 class Config:
-    task: Literal["segment", "classify", "probe"]
+    task: Literal["segment", "classify", "probe", "detect"]
     """the script of downstream/ that is run"""
     initialisations: list[str] = field(default_factory=lambda: ["random", "imagenet"])
     """weights to start from: random, imagenet (left out where it is not in torch's cache), or files, as NAME=FILE"""
@@ -313,11 +314,7 @@ def _run(out: Path, name: str, task: Any, cell: Cell) -> dict[str, Any]:
         "metrics": _flat(found["metrics"]),
         "settings": settings,
     }
-    plain = result | {"metrics": {key: None if math.isnan(v) else v for key, v in result["metrics"].items()}}
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "cell.json.tmp"
-    temporary.write_text(json.dumps(plain, indent=1) + "\n")
-    temporary.replace(folder / "cell.json")
+    write_json(result, folder / "cell.json")
     return result
 
 

@@ -191,6 +191,29 @@ def test_a_wrong_metric_lists_those_there_are_and_a_damaged_cell_is_named(tree, 
         run(tree, tmp_path, seeds=[0], labelled=[0])
 
 
+def test_detection_is_compared_by_ap50(tmp_path):
+    pytest.importorskip("torchmetrics")
+    content: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "square"}]}
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        pixels = rng.integers(0, 100, (32, 32))
+        pixels[8:24, 8:24] += 120
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{i}.png")
+        content["images"].append({"id": i, "file_name": f"{i}.png"})
+        content["annotations"].append({"image_id": i, "category_id": 1, "bbox": [8, 8, 16, 16]})
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    task = {"data_path": str(tmp_path), "annotations": str(tmp_path / "boxes.json"), "arch": "resnet18"}
+    task |= {"image_size": 32, "pyramid_channels": 16, "proposals": 8, "epochs": 1, "device": "cpu", "workers": 2}
+    chosen = {"initialisations": ["random"], "labelled": [2], "seeds": [0], "dump_path": str(tmp_path / "compare")}
+    found = compare.run(compare.Config(task="detect", options=task, **chosen))
+    assert [line["metric"] for line in found["summary"]] == ["map", "map_square", "ap50", "ap50_square"]
+    (cell,) = found["cells"]
+    assert cell["cases"] == 1  # a fifth of six images
+    again = compare.run(compare.Config(task="detect", options=task | {"workers": 1}, **chosen))
+    assert again["cells"] == found["cells"]  # read, not run: threads do not change a result
+    assert "ap50: mean ± standard deviation" in (tmp_path / "compare/summary.txt").read_text()
+
+
 @pytest.mark.parametrize("name", list(MAIN_METRIC))
 def test_every_task_has_the_options_that_cells_set(name):
     task = importlib.import_module(f"downstream.{name}")
