@@ -37,8 +37,8 @@ class Config:
     """ResNet of the weights; null: as their .json says"""
     channels: Literal[0, 1, 3] = 0
     """input channels of a plain ResNet; 3 expects the grey image three times; 0: 1 for MONAI, 3 for the others"""
-    inflation: Literal["mean", "centre"] = "mean"
-    """2D kernels to 3D: spread over depth, or in the middle of it (docs/EXPORTS.md)"""
+    inflation: exports.Inflation = "centre"
+    """2D kernels to 3D: in the middle of the depth, or spread over it (docs/EXPORTS.md)"""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet, pooled
 
-Inflation = Literal["mean", "centre"]
+Inflation = Literal["centre", "mean"]
 SMALLEST_SIDE, FEWEST_SLICES = 33, 5  # below, the exported graph would need shapes of 1, which torch.export fixes
 
 
@@ -28,13 +28,13 @@ def plain_state(encoder: GreyResNet, channels: int) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in state.items()}
 
 
-def inflate(state: dict[str, Tensor], how: Inflation = "mean") -> dict[str, Tensor]:
+def inflate(state: dict[str, Tensor], how: Inflation = "centre") -> dict[str, Tensor]:
     """2D convolutions [O, I, k, k] -> 3D ones [O, I, k, k, k], the first k along depth; everything else as it is.
 
-    mean: each depth gets the 2D kernel / k (I3D, Carreira and Zisserman 2017). A volume that is constant along depth
-    then gives the 2D response wherever zero padding along depth is out of sight.
-    centre: the middle depth gets the 2D kernel, the others 0. The 2D response holds at the border too, and every slice
-    is seen alone until training fills the zeros.
+    centre: the middle depth gets the 2D kernel, the others 0. A volume that is constant along depth gives the 2D
+    response everywhere, and every slice is seen alone until training fills the zeros.
+    mean: each depth gets the 2D kernel / k (I3D, Carreira and Zisserman 2017). The 2D response then holds only where
+    zero padding along depth is out of sight: not in volumes of usual depth.
     """
 
     def one(weight: Tensor) -> Tensor:
