@@ -128,8 +128,12 @@ def _read_coco(path: Path, root: Path, problems: list[str]) -> Read:
         categories = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
         entries = {entry["id"]: entry for entry in content["images"]}
         names = {i: str(entry["file_name"]) for i, entry in entries.items()}
+        classes = [categories[i] for i in sorted(categories)]
     except (KeyError, TypeError) as error:
-        raise UserError(f"annotations: {path}: an entry lacks {error}; images have id and file_name") from None
+        raise UserError(
+            f"annotations: {path}: an entry of images or categories is not right ({error}); images have id and "
+            "file_name, categories id and name, and ids are all numbers or all texts"
+        ) from None
     for what, ids in (("categories", categories), ("images", entries)):
         if len(ids) < len(content[what]):
             raise UserError(f"annotations: {path}: two {what} have the same id; number them again")
@@ -143,6 +147,7 @@ def _read_coco(path: Path, root: Path, problems: list[str]) -> Read:
         where = f"annotation {entry.get('id', number) if isinstance(entry, dict) else number}"
         try:
             image, category, (x, y, w, h) = entry["image_id"], entry["category_id"], map(float, entry["bbox"])
+            hash((image, category))  # a list, say, raises TypeError
         except (KeyError, TypeError, ValueError):
             problems.append(f"{where}: needs image_id, category_id and bbox [x, y, width, height]; correct it")
             continue
@@ -159,7 +164,7 @@ def _read_coco(path: Path, root: Path, problems: list[str]) -> Read:
         patient = next((str(entries[i][key]) for key in ("patient_id", "patient") if key in entries[i]), name)
         image = Annotated(name, root / name, patient, entries[i].get("height", 0), entries[i].get("width", 0))
         images.append(image)
-    return images, marks, [categories[i] for i in sorted(categories)]
+    return images, marks, classes
 
 
 def _read_table(path: Path, root: Path, problems: list[str]) -> Read:

@@ -211,6 +211,8 @@ BAD_COCO = {
     "negative": ({"bbox": [5, 5, 4, -9]}, "has no area"),
     "not finite": ({"bbox": [5, 5, float("nan"), 9]}, "not finite"),
     "no box": ({"bbox": [5, 5]}, r"annotation 5: needs image_id, category_id and bbox"),
+    "list of images": ({"image_id": [1]}, "annotation 5: needs image_id, category_id"),
+    "list of classes": ({"category_id": [1]}, "annotation 5: needs image_id, category_id"),
     "unknown image": ({"image_id": 2}, "image_id 2 is not among the images"),
     "unknown class": ({"category_id": 8}, "category_id 8 is not among the categories"),
 }
@@ -233,6 +235,9 @@ BAD_FILES = {
     "twice": ({"images": [{"id": 1, "file_name": "a.png"}] * 2}, "two images have the same id"),
     "no name": ({"images": [{"id": 1}]}, "'file_name'"),
     "no list": ({"categories": None}, "has the lists images, annotations, categories"),
+    "list as image id": ({"images": [{"id": [1], "file_name": "a.png"}]}, "images or categories is not right"),
+    "list as class id": ({"categories": [{"id": {}, "name": "x"}]}, "images or categories is not right"),
+    "mixed class ids": ({"categories": [{"id": 1, "name": "x"}, {"id": "b", "name": "y"}]}, "ids are all numbers"),
 }
 
 
