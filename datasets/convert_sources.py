@@ -76,11 +76,17 @@ class Found:
                 out[int(number)] = str(name)
         return out
 
-    def modality(self, channel: int | None) -> str:
-        """Of the given channel; "" where dataset.json does not say, or says several and none was chosen."""
+    def modality(self, channel: int | None, stem: str) -> str:
+        """Of the channel that the end of nnU-Net's file names tells (_0000), or else of the given one.
+
+        "" where dataset.json does not say, or says several and none was chosen.
+        """
         names = self.description.get("modality") or self.description.get("channel_names")
         if not isinstance(names, dict) or not names:
             return ""
+        number = NNUNET_CHANNEL.search(stem)
+        if number and str(int(number[0][1:])) in names:
+            channel = int(number[0][1:])
         name = str(names.get(str(channel or 0), "")) if channel is not None or len(names) == 1 else ""
         return MODALITIES.get(name.upper(), name)
 
@@ -125,9 +131,9 @@ def find(
     if len(places) == 1 and (places[0] / "dataset.json").is_file():
         _read_description(places[0] / "dataset.json", found)
     paired = _pair(plain, label_files, images, labels, found)
-    modality = MODALITIES.get(modality.upper(), modality) or found.modality(channel)
+    modality = MODALITIES.get(modality.upper(), modality)
     series = _series(dicom, found, progress)
-    sources = [replace(s, modality=modality or s.modality) for s in paired + series]
+    sources = [replace(s, modality=modality or found.modality(channel, s.stem) or s.modality) for s in paired + series]
     found.sources = sorted(sources, key=lambda s: os.fsencode(s.name))
     twice = [name for name, count in Counter(s.name for s in sources).items() if count > 1]
     if twice:

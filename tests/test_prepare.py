@@ -519,6 +519,16 @@ def test_the_decathlon_layout_is_understood(decathlon, tmp_path, capsys):
     assert written["source"] == "Example; CC-BY"
 
 
+def test_every_file_of_nnunet_has_the_modality_of_its_channel(tmp_path):
+    for channel in ("0000", "0001"):
+        write_nifti(tmp_path / f"in/imagesTr/a_{channel}.nii.gz", *stored("LAS"))
+    (tmp_path / "in/dataset.json").write_text(json.dumps({"channel_names": {"0": "CT", "1": "PET"}}))
+    table = read_table(convert(tmp_path / "in", tmp_path / "out", channel=0))
+    assert {case.id: case.modality for case in table.values()} == {"a_0000": "CT", "a_0001": "PT"}
+    with pytest.raises(UserError, match=r"^window: .* only CT has"):
+        convert(tmp_path / "in", tmp_path / "out", window="lung")
+
+
 def test_missing_halves_of_pairs_are_told(decathlon, tmp_path, capsys):
     (decathlon / "labelsTr/b.nii.gz").unlink()
     (decathlon / "imagesTr/a.nii.gz").unlink()
