@@ -116,9 +116,9 @@ def main(cfg: Config) -> None:
             _convert_all(cfg, found, dest, settings)
     except PermissionError as error:
         raise UserError(f"dest: {dest} cannot be written ({error.strerror}); choose another folder") from None
-    except KeyboardInterrupt:
+    except SystemExit:  # Ctrl-C or SIGTERM, see utils/signals.py
         print(f"\nstopped; the same command goes on from what is in {dest}", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise
     finally:
         with contextlib.suppress(OSError):
             dest.rmdir()  # where nothing was converted: training would stop at an empty data set

@@ -647,6 +647,28 @@ def test_a_killed_run_leaves_whole_files_only_and_the_next_one_finishes(tmp_path
     assert not list(dest.glob(".*"))
 
 
+def test_a_stopped_run_keeps_what_it_did_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    for name in "abc":
+        write_nifti(tmp_path / f"in/{name}.nii", *stored("RAS"))
+    attempt = prepare_data.attempt
+
+    def stopped_at_b(source: Source, *args: Any) -> Any:
+        if source.stem == "b":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return attempt(source, *args)
+
+    monkeypatch.setattr(prepare_data, "attempt", stopped_at_b)
+    arguments = [f"--source={tmp_path / 'in'}", f"--dest={tmp_path / 'out'}", "--workers=1"]
+    with pytest.raises(SystemExit) as stop:
+        run_script(prepare_data.main, Config, None, arguments)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert "stopped; the same command goes on" in capsys.readouterr().err
+    assert [case.id for case in read_table(tmp_path / "out").values()] == ["a"]
+    monkeypatch.undo()
+    convert(tmp_path / "in", tmp_path / "out")
+    assert "2 cases converted, 1 there already" in capsys.readouterr().out
+
+
 def test_no_worker_outlives_a_killed_run(tmp_path):
     volume = np.random.default_rng(1).integers(0, 999, (128, 128, 64), dtype=np.int16)
     for k in range(40):
