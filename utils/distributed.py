@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.norm import convert_sync_batchnorm
+from utils import signals
 from utils.errors import UserError
 
 
@@ -58,7 +59,8 @@ def start(device: str = "auto", seed: int = 0, timeout_minutes: float = 10) -> R
     if on_gpu:
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes))
+        with signals.deadly():  # torchrun may want to start this process again while it still waits for the others
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes))
     return Run(rank(), world_size(), chosen)
 
 

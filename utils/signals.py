@@ -65,6 +65,20 @@ def obeyed() -> Iterator[None]:
         _noting = outer
 
 
+@contextlib.contextmanager
+def deadly() -> Iterator[None]:
+    """Within, signals end the process as if nobody handled them, even while it waits in foreign code.
+
+    For waits of unknown length with nothing to lose: Python's handlers run only when foreign code returns.
+    """
+    old = {number: signal.signal(number, signal.SIG_DFL) for number in STOPS} if _handled else {}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
 def caught() -> int:
     """The number of a signal that came, 0 when none did."""
     return max(_caught, default=0)
