@@ -358,8 +358,11 @@ def read_table(dest: Path) -> dict[str, Case]:
     if not path.exists():
         return {}
     names = {f.name for f in fields(Case)}
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error):
+        rows = [{}]
     if any(set(row) != names for row in rows):
         raise UserError(f"{path}: was not written by this version; move it away, and all cases are converted again")
     return {row["source"]: Case(**row) for row in rows}

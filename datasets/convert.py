@@ -215,6 +215,10 @@ def _convert_volume(source: Source, case_id: str, dest: Path, options: Options) 
             max(1, round(n * old / new)) if new else n
             for n, old, new in zip(view.shape, spacing, options.spacing_mm, strict=True)
         )
+        if min(shape[:2]) < MIN_SIDE:
+            raise BadFile(
+                f"would have slices of {shape[0]} x {shape[1]} pixels, below {MIN_SIDE}; correct --spacing_mm"
+            )
         spacing = tuple(n * old / m for n, old, m in zip(view.shape, spacing, shape, strict=True))
 
     def scaled(block: np.ndarray) -> np.ndarray:

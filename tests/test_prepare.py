@@ -272,6 +272,13 @@ def test_resampling_keeps_a_linear_ramp_and_the_extent(tmp_path):
     np.testing.assert_allclose(out[5, 5, 1:-1], np.arange(2.5, 14, 2)[:6], atol=1e-5)
 
 
+def test_a_spacing_that_leaves_no_picture_is_refused(tmp_path, capsys):
+    file = write_nifti(tmp_path / "a.nii", *stored("RAS"))
+    with pytest.raises(UserError, match="nothing was converted"):
+        convert(file, tmp_path / "out", spacing_mm=[50.0, 50.0, 0.0])
+    assert "a.nii: would have slices of 1 x 1 pixels" in capsys.readouterr().err
+
+
 def test_resampled_label_maps_hold_no_new_values_and_stay_on_their_image(tmp_path):
     blob = np.zeros((24, 20, 16), np.uint8)
     blob[4:14, 6:12, 5:11] = 4
@@ -712,6 +719,15 @@ def test_a_full_disk_is_told_and_what_was_done_is_kept(tmp_path, monkeypatch):
         convert(tmp_path / "in", tmp_path / "out")
     assert [case.id for case in read_table(tmp_path / "out").values()] == ["a"]
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["a.npy", "cases.csv"]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"id,source\n1,2\n"])
+def test_a_table_of_cases_that_is_damaged_is_named(content, tmp_path):
+    file = write_nifti(tmp_path / "a.nii", *stored("RAS"))
+    dest = convert(file, tmp_path / "out")
+    (dest / "cases.csv").write_bytes(content * 2)
+    with pytest.raises(UserError, match=r"cases.csv: was not written by this version"):
+        convert(file, dest)
 
 
 def test_a_label_map_that_is_gone_from_the_source_goes(tmp_path):
