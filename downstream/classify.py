@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,7 +28,7 @@ from downstream.labels import Items, label_items, read_labels
 from downstream.luna16 import FROC_NAMES, CandidateCrops, froc_scores, read_luna16
 from downstream.results import write_json
 from downstream.scores import Scores, classification_scores, score_intervals, validation_score
-from downstream.splits import Split, check_split, choose_labelled, make_split, read_split, write_split
+from downstream.splits import Split, choose_by_turns, choose_labelled, draw_split, write_split
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet, pooled
 from utils import config as options
@@ -141,7 +140,7 @@ def run(cfg: Config) -> dict[str, Any]:
     device = distributed.start(cfg.device, cfg.seed).device
     luna = read_luna16(cfg) if cfg.task == "luna16" else None
     items = luna.items if luna else _open_items(cfg)
-    split = draw_split(cfg.split, cfg.fractions, items.patients, cfg.split_seed)
+    split = draw_split(cfg.split, cfg.fractions, items.patients, cfg.split_seed, needed=("train", "test"))
     parts = _parts(cfg, items, split)
     encoder = open_encoder(cfg.weights, cfg.arch, cfg.model, cfg.seed)
     if isinstance(items.cases, CandidateCrops):
@@ -219,29 +218,6 @@ def _parts(cfg: Config, items: Items, split: Split) -> Parts:
     if not len(parts.train) or not len(parts.test):
         raise UserError("split: no labelled case is left for training, or none for the test; change the split")
     return parts
-
-
-def draw_split(file: str | None, fractions: Sequence[float], patients: Mapping[str, str], seed: int) -> Split:
-    """The split in a file, or one drawn by patient; checked. patients: of every case."""
-    split = read_split(file) if file else make_split(list(patients), list(patients.values()), fractions, seed)
-    check_split(split, patients)
-    for part in ("train", "test"):
-        if not getattr(split, part):
-            raise UserError(f"split: there is nothing in {part}; change {file or '--fractions'}")
-    return split
-
-
-def choose_by_turns(train: Sequence[str], labels: Mapping[str, int], count: int, seed: int) -> list[str]:
-    """`count` training cases (0: all) that take the classes by turns, so that few labels show every class.
-
-    Nested for one seed, as `choose_labelled`, whose order each class keeps. Raises UserError for more than there are.
-    """
-    choose_labelled(train, count, seed)  # checks the count
-    classes = sorted({labels[case] for case in train})
-    queues = [choose_labelled([case for case in train if labels[case] == k], 0, seed) for k in classes]
-    longest = max(map(len, queues))
-    turns = [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]
-    return turns[: count or len(turns)]
 
 
 def open_encoder(
@@ -368,11 +344,14 @@ def _finetune(
 
 @torch.no_grad()
 def _predict(model: Classifier, items: Items, part: np.ndarray, cfg: Config, device: torch.device) -> np.ndarray:
-    """[n, classes] probabilities."""
+    """[n, classes] probabilities. Raises UserError where training has diverged."""
     model.eval()
     batches = [part[first : first + cfg.batch_size] for first in range(0, len(part), cfg.batch_size)]
     logits = [model(*(t.to(device) for t in _load(items, batch))) for batch in batches]
-    return torch.cat(logits).softmax(dim=1).cpu().double().numpy()
+    probability = torch.cat(logits).softmax(dim=1).cpu().double().numpy()
+    if not np.isfinite(probability).all():
+        raise UserError("fine-tuning gives NaN or Inf; lower --base_lr, or give other weights")
+    return probability
 
 
 def _load(items: Items, batch: np.ndarray) -> tuple[Tensor, Tensor]:

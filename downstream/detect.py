@@ -41,7 +41,7 @@ from datasets.store import cache_folder
 from downstream.boxes import DICOM_SUFFIXES, Annotated, read_boxes
 from downstream.encoders import choose_arch, describe_weights, load_encoder
 from downstream.results import write_json
-from downstream.splits import Split, check_split, choose_labelled, make_split, read_split, write_split
+from downstream.splits import choose_labelled, draw_split, write_split
 from models.resnet import ARCHITECTURES, GREY_MEAN, GREY_STD, GreyResNet
 from utils import checkpoint, distributed
 from utils import config as options
@@ -138,7 +138,8 @@ def run(cfg: Config) -> dict[str, Any]:
     images, classes = read_boxes(cfg.annotations, cfg.data_path, cfg.classes, cfg.merge_iou)
     if cfg.empty == "drop":
         images = [image for image in images if len(image.boxes)]
-    split = _choose_split(cfg, images)
+    patients = {image.name: image.patient for image in images}
+    split = draw_split(cfg.split, cfg.fractions, patients, cfg.split_seed)
     labelled = choose_labelled(split.train, cfg.labelled, cfg.seed)
     label = describe_weights(cfg.weights)
     model = build_model(cfg, len(classes)).to(place.device)
@@ -465,16 +466,6 @@ def write_predictions(found: list[dict[str, Tensor]], test: list[Example], class
         for example, output in zip(test, found, strict=True):
             for box, value, label in zip(*(output[key].tolist() for key in ("boxes", "scores", "labels")), strict=True):
                 rows.writerow([example.image.name, classes[label - 1], f"{value:.4f}", *(f"{x:.1f}" for x in box)])
-
-
-def _choose_split(cfg: Config, images: list[Annotated]) -> Split:
-    patients = {image.name: image.patient for image in images}
-    if cfg.split is None:
-        split = make_split(list(patients), list(patients.values()), cfg.fractions, cfg.split_seed)
-    else:
-        split = read_split(cfg.split)
-    check_split(split, patients)
-    return split
 
 
 def _check_parts(parts: list[list[Annotated]], classes: list[str]) -> None:

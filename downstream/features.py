@@ -127,7 +127,10 @@ class SliceFeatures(NamedTuple):
 def encode_slices(
     encoder: GreyResNet, cases: Cases, indices: Sequence[int], device: torch.device | str = "cpu"
 ) -> SliceFeatures:
-    """f_intra of every slice of the cases at `indices`, on the CPU; the encoder is put in eval mode."""
+    """f_intra of every slice of the cases at `indices`, on the CPU; the encoder is put in eval mode.
+
+    Raises UserError where a feature is not finite.
+    """
     encoder.eval().to(device)
     last, scales, owners = [], [], []
     for images, case in _chunks(cases, indices):
@@ -135,6 +138,7 @@ def encode_slices(
         last.append(pooled(stages).cpu())
         scales.append(multi_scale(stages).cpu())
         owners.append(case)
+        _require_finite(last[-1])
     return SliceFeatures(torch.cat(last), torch.cat(scales), torch.cat(owners))
 
 
@@ -159,6 +163,7 @@ def encode_volumes(encoder: JointEncoder, slices: SliceFeatures, batch_size: int
         batch, mask = pad([part.to(device) for part in parts[first : first + batch_size]])
         tokens = encoder.projection(batch) * mask.unsqueeze(-1)
         embeddings.append(encoder.holistic(tokens, mask).cpu())
+        _require_finite(embeddings[-1])
     return torch.cat(embeddings)
 
 
@@ -177,6 +182,11 @@ def frozen_features(
     if joint:
         parts.append(encode_volumes(encoder, slices))
     return torch.cat(parts, dim=1).numpy()
+
+
+def _require_finite(features: Tensor) -> None:
+    if not features.isfinite().all():
+        raise UserError("weights: they give features that are NaN or Inf; the file is of a training that diverged")
 
 
 def pad(stacks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

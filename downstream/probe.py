@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from downstream.classify import choose_by_turns, draw_split, fit_logistic_regression, open_encoder
+from downstream.classify import fit_logistic_regression, open_encoder
 from downstream.encoders import describe_weights
 from downstream.features import encode_slices, frozen_features, open_cases
 from downstream.labels import Items, LabelRow, label_items, read_labels
 from downstream.results import write_json
 from downstream.scores import Scores, classification_scores, score_intervals
-from downstream.splits import write_split
+from downstream.splits import choose_by_turns, draw_split, write_split
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet
 from utils import config as options
@@ -128,7 +128,7 @@ def run(cfg: Config) -> dict[str, Any]:
     else:
         rows = [LabelRow(i, dataset, None) for i, dataset in enumerate(cases.datasets)]
     items = label_items(cases, rows, cfg.classes, None, cfg.patient_pattern, cfg.labels or cfg.data_path)
-    split = draw_split(cfg.split, cfg.fractions, items.patients, cfg.split_seed)
+    split = draw_split(cfg.split, cfg.fractions, items.patients, cfg.split_seed, needed=("train", "test"))
     of = dict(zip(items.names, items.labels.tolist(), strict=True))
     chosen = _labelled_parts(cfg, split.train, of)
     encoder = open_encoder(cfg.weights, cfg.arch, cfg.model, cfg.seed)

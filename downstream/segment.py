@@ -10,7 +10,6 @@ bottleneck what the slices around it show. Layouts, presets, metrics and expecte
 from __future__ import annotations
 
 import csv
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -34,7 +33,8 @@ from datasets.transforms import gamma, jitter, resample
 from downstream import metrics
 from downstream.encoders import choose_arch, describe_weights, has_transformer, load_encoder, load_joint_encoder
 from downstream.pairs import PRESETS, Pair, Task, find_task, read_image, read_label
-from downstream.splits import Split, check_split, choose_labelled, make_split, read_split, write_split
+from downstream.results import write_json
+from downstream.splits import choose_labelled, draw_split, write_split
 from models.encoder import JointEncoder
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, multi_scale
 from utils import checkpoint, distributed
@@ -127,7 +127,8 @@ def run(cfg: Config) -> dict[str, Any]:
     if cfg.size < 32:
         raise UserError(f"size: {cfg.size} pixels; the encoder halves them five times, so at least 32 are needed")
     task = find_task(cfg.data_path, cfg.preset, cfg.structures, cfg.slice_axis, cfg.window, cfg.patients)
-    split = _choose_split(cfg, task)
+    patients = {pair.case: pair.patient for pair in task.pairs}
+    split = draw_split(cfg.split, cfg.fractions, patients, cfg.split_seed)
     labelled = choose_labelled(split.train, cfg.labelled, cfg.seed)
     label = describe_weights(cfg.weights)
     model = build_model(cfg, task).to(place.device)
@@ -173,7 +174,7 @@ def run(cfg: Config) -> dict[str, Any]:
         "torch": torch.__version__,
         "config": options.to_dict(cfg),
     }
-    (out / "results.json").write_text(json.dumps(_without_nan(result), indent=1) + "\n")
+    write_json(result, out / "results.json")
     write_cases(scores, pairs, out / "cases.csv")
     print(f"wrote {out}/results.json and cases.csv", flush=True)
     return result
@@ -452,19 +453,6 @@ def write_cases(scores: dict[str, dict[str, dict[str, float]]], pairs: dict[str,
                 table.writerow([case, pairs[case].patient, structure, *(f"{values[m]:.6g}" for m in metrics.METRICS)])
 
 
-def _choose_split(cfg: Config, task: Task) -> Split:
-    patients = {pair.case: pair.patient for pair in task.pairs}
-    if cfg.split is not None:
-        split = read_split(cfg.split)
-    else:
-        split = make_split(list(patients), list(patients.values()), cfg.fractions, cfg.split_seed)
-    check_split(split, patients)
-    for part in ("train", "validation", "test"):
-        if not getattr(split, part):
-            raise UserError(f"{cfg.split or 'fractions'}: {part} has no case; each part needs one")
-    return split
-
-
 def _check_structures(task: Task, train: list[Case], validation: list[Case]) -> None:
     """Say which structures no labelled volume shows; refuse validation cases that show none at all."""
 
@@ -477,15 +465,6 @@ def _check_structures(task: Task, train: list[Case], validation: list[Case]) -> 
             print(f"warning: no labelled volume shows {name}; it cannot be learnt", flush=True)
     if shown(validation) == {0}:
         raise UserError("split: the validation volumes show no structure, so no epoch can be chosen by them")
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has neither nan nor inf: null."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -72,6 +72,25 @@ def check_split(split: Split, patients: Mapping[str, str]) -> None:
                 )
 
 
+def draw_split(
+    file: str | None,
+    fractions: Sequence[float],
+    patients: Mapping[str, str],
+    seed: int,
+    needed: Sequence[str] = ("train", "validation", "test"),
+) -> Split:
+    """The split in a file, or one drawn by patient; checked.
+
+    patients: of every case.  needed: parts that must not be empty. Raises UserError.
+    """
+    split = read_split(file) if file else make_split(list(patients), list(patients.values()), fractions, seed)
+    check_split(split, patients)
+    for part in needed:
+        if not getattr(split, part):
+            raise UserError(f"split: {part} has no case; change {file or '--fractions'}")
+    return split
+
+
 def write_split(split: Split, path: str | Path) -> None:
     """JSON where the name ends so, else YAML."""
     path = Path(path)
@@ -113,6 +132,19 @@ def choose_labelled(train: Sequence[str], count: int, seed: int) -> list[str]:
     ordered = sorted(train)
     order = np.random.default_rng(seed).permutation(len(ordered))
     return [ordered[i] for i in order[: count or len(ordered)]]
+
+
+def choose_by_turns(train: Sequence[str], labels: Mapping[str, int], count: int, seed: int) -> list[str]:
+    """`count` training cases (0: all) that take the classes by turns, so that few labels show every class.
+
+    Nested for one seed, as `choose_labelled`, whose order each class keeps. Raises UserError for more than there are.
+    """
+    choose_labelled(train, count, seed)  # checks the count
+    classes = sorted({labels[case] for case in train})
+    queues = [choose_labelled([case for case in train if labels[case] == k], 0, seed) for k in classes]
+    longest = max(map(len, queues))
+    turns = [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]
+    return turns[: count or len(turns)]
 
 
 def _repeated(names: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from downstream import classify
-from downstream.classify import choose_by_turns, fit_logistic_regression
+from downstream.classify import fit_logistic_regression
 from downstream.encoders import load_encoder, load_joint_encoder
 from downstream.features import (
     encode_slices,
@@ -28,6 +28,7 @@ from downstream.features import (
 from downstream.labels import name_patients, read_labels
 from downstream.luna16 import EXCLUDED, NO_NODULE, cut_cube, froc, hit_nodules, read_scan
 from downstream.scores import bootstrap, classification_scores
+from downstream.splits import choose_by_turns
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,6 +94,15 @@ def test_fine_tuning_learns_the_squares_and_depends_on_the_seed_only(images, tmp
     assert first["metrics"] == again["metrics"]
     assert (tmp_path / "a/run/cases.csv").read_text() == (tmp_path / "b/run/cases.csv").read_text()
     assert first["metrics"]["auc"] > 0.8
+
+
+def test_weights_or_steps_that_give_nan_are_one_clear_error(images, tmp_path):
+    state = load_encoder("random", "resnet18").torchvision_state()
+    torch.save(state | {"layer4.1.bn2.bias": torch.full((512,), math.nan)}, tmp_path / "nan.pth")
+    with pytest.raises(UserError, match="weights: they give features that are NaN"):
+        run(images, tmp_path, weights=str(tmp_path / "nan.pth"))
+    with pytest.raises(UserError, match="lower --base_lr"):
+        run(images, tmp_path, mode="finetune", epochs=1, batch_size=6, base_lr=1e20)
 
 
 def test_features_of_noise_score_about_one_half():
