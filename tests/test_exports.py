@@ -97,8 +97,13 @@ def features(loaded: SimpleNamespace, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("arch", "stem", "channels"), [("resnet18", "first", 1), ("resnet50", "third", 3)])
-@pytest.mark.parametrize("name", ["torchvision", "timm", "smp", "monai2d"])
+@pytest.mark.parametrize(
+    ("name", "arch", "stem", "channels"),
+    [
+        *((name, "resnet18", "first", 1) for name in ("torchvision", "timm", "smp", "monai2d")),
+        *((name, "resnet50", "third", 3) for name in ("torchvision", "timm", "smp")),
+    ],
+)
 def test_the_lines_of_the_card_load_the_file_and_give_our_features(
     name, arch, stem, channels, images, tmp_path, monkeypatch, request
 ):
