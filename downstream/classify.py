@@ -350,7 +350,7 @@ def _predict(model: Classifier, items: Items, part: np.ndarray, cfg: Config, dev
     logits = [model(*(t.to(device) for t in _load(items, batch))) for batch in batches]
     probability = torch.cat(logits).softmax(dim=1).cpu().double().numpy()
     if not np.isfinite(probability).all():
-        raise UserError("fine-tuning gives NaN or Inf; lower --base_lr, or give other weights")
+        raise UserError("fine-tuning gives NaN or Inf; lower --base_lr, or change --weights")
     return probability
 
 

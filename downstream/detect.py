@@ -361,7 +361,7 @@ def fit(
             with precision.autocast():
                 loss = sum(model(pixels, targets).values())
             if not math.isfinite(loss.item()):
-                raise UserError(f"the loss is {loss.item()} in epoch {epoch + 1}; lower --base_lr")
+                raise UserError(f"the loss is {loss.item()} in epoch {epoch + 1}; lower --base_lr, or change --weights")
             optimizer.zero_grad()
             precision.backward(loss)
             precision.step(optimizer)

@@ -318,7 +318,7 @@ def fit(
                 logits = model(images, lengths)
             loss = loss_of(logits.float(), classes[:, None])
             if not math.isfinite(loss.item()):
-                raise UserError(f"the loss is {loss.item()} in epoch {epoch + 1}; lower --base_lr")
+                raise UserError(f"the loss is {loss.item()} in epoch {epoch + 1}; lower --base_lr, or change --weights")
             optimizer.zero_grad()
             precision.backward(loss)
             precision.step(optimizer)
