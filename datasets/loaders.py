@@ -23,6 +23,7 @@ from datasets.index import Sample, slice_offsets, volumes
 from datasets.masks import draw_masks
 from datasets.seeding import FILLING, INTRA_SLICES, SHARED, SHUFFLE, SHUFFLE_DATASET, WINDOW, stream
 from datasets.store import SliceStore
+from utils import guards, signals
 from utils.distributed import Run
 from utils.errors import UserError
 
@@ -248,15 +249,15 @@ class VolumeWindows(Dataset):
 
 def _leave_signals_to_the_trainer(_: int) -> None:
     """torchrun and Ctrl-C signal the whole process group: a worker that died of it would tear the last step down."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in signals.STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _torch_loader(
     dataset: Dataset, batches: EpochBatches | CyclingBatches, workers: int, device: torch.device
 ) -> DataLoader:
     return DataLoader(
-        dataset,
+        guards.Reading(dataset, workers),
         batch_sampler=batches,
         num_workers=workers,
         pin_memory=device.type == "cuda",

@@ -175,6 +175,9 @@ class SliceStore:
                     self._make_for_a_while(waiting, bad, pool, workers, bar)
                 except UserError as e:
                     error = e
+                except BaseException:  # a signal: leave after the files at hand, not after all that were handed out
+                    pool.shutdown(cancel_futures=True)
+                    raise
                 raise_everywhere(error)
                 if not any(gather_objects(len(waiting))):
                     break

@@ -168,7 +168,7 @@ def name_dead_worker(error: Exception) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise again whenever another worker ends
     raise UserError(
         f"a data-loading worker died while it read {', '.join(name for name, _ in dead)} "
-        f"({str(error).splitlines()[0]}). Killed: probably too little memory, lower --workers or --batch_size; "
+        f"({(str(error) or type(error).__name__).splitlines()[0]}). Killed: probably too little memory, lower --workers or --batch_size; "
         "otherwise check that file"
     ) from error
 

@@ -216,7 +216,7 @@ def _save(state: dict[str, Tensor], path: Path, record: dict[str, Any]) -> None:
         return
     checkpoint.write({key: value.contiguous() for key, value in state.items()}, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    path.with_suffix(".json").write_text(json.dumps({**record, "sha256": digest}, indent=2) + "\n")
+    checkpoint.write_text(json.dumps({**record, "sha256": digest}, indent=2) + "\n", path.with_suffix(".json"))
     print(f"wrote {path}", flush=True)
 
 
