@@ -165,10 +165,11 @@ def name_dead_worker(error: Exception) -> None:
     dead = [(r.dataset.name(i), pid) for r in _readers for pid, i in r.now.tolist() if i >= 0 and _died(pid)]
     if not dead:
         return
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise again whenever another worker ends
     raise UserError(
         f"a data-loading worker died while it read {', '.join(name for name, _ in dead)} "
-        f"({(str(error) or type(error).__name__).splitlines()[0]}). Killed: probably too little memory, lower --workers or --batch_size; "
+        f"({reason}). Killed: probably too little memory, lower --workers or --batch_size; "
         "otherwise check that file"
     ) from error
 
