@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import pickle
 import random
@@ -17,6 +18,7 @@ import pytest
 import torch
 from tiny import losses, run, stop_after, write_data
 
+from models.resnet import GreyResNet
 from utils import checkpoint
 from utils.errors import UserError
 
@@ -287,3 +289,78 @@ def test_a_disk_that_turns_read_only_stops_the_run(data, tmp_path):
         with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\)"):
             run("mask_swav", data, tmp_path, epochs=2, dump_path=str(disk / "run"))
         assert checkpoint.load(disk / "run")["epoch"] == 1
+
+
+# ---- what a late review found
+
+
+def test_torchs_old_format_before_a_harmless_archive_is_refused(tmp_path):
+    """torch.load takes a file that does not begin as an archive for its old format, past all checks of the archive."""
+
+    class Large:
+        def __reduce__(self):
+            return bytearray, (10**9,)
+
+    old, harmless = io.BytesIO(), io.BytesIO()
+    torch.save({"learner": {}, "epoch": 1, "x": Large()}, old, _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(harmless, "w") as archive:
+        archive.writestr("x", "y")
+    content = old.getvalue() + harmless.getvalue()
+    path = tmp_path / checkpoint.LATEST
+    path.write_bytes(content + checkpoint.SEAL + hashlib.sha256(content).hexdigest().encode())
+    with pytest.raises(UserError, match=r"no archive of torch\.save"):
+        checkpoint.read(path)
+
+
+def changed(folder: Path, change) -> None:
+    """Write the newest checkpoint again, with its checksum, after change(state)."""
+    state = checkpoint.load(folder)
+    change(state)
+    (folder / checkpoint.LATEST).unlink()
+    checkpoint.save(state, folder)
+
+
+def test_a_checkpoint_of_another_precision_goes_on(data, tmp_path):
+    """`precision auto` was bf16 on the first GPU, without a scaler, and is fp16 on the next."""
+    run("mask_swav", data, tmp_path, epochs=1, precision="fp32")
+    changed(tmp_path / "runs" / "mask_swav", lambda state: state["config"].update(precision="fp16"))
+    run("mask_swav", data, tmp_path, epochs=2, precision="fp16")
+
+
+@pytest.mark.parametrize("lost", ["counted", "config", "optimizer", "learner"])
+def test_a_checkpoint_of_another_version_is_one_clear_error(lost, data, tmp_path):
+    run("mask_swav", data, tmp_path, epochs=1)
+    change = (lambda state: state["learner"].popitem()) if lost == "learner" else (lambda state: state.pop(lost))
+    changed(tmp_path / "runs" / "mask_swav", change)
+    with pytest.raises(UserError, match="does not fit this version of the project"):
+        run("mask_swav", data, tmp_path, epochs=2)
+
+
+def test_fewer_epochs_than_begun_are_refused(data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(6, patch)  # in the second epoch of four steps
+        with pytest.raises(SystemExit):
+            run("mask_swav", data, tmp_path, epochs=3)
+    with pytest.raises(UserError, match="has begun 2 epochs already, more than 1"):
+        run("mask_swav", data, tmp_path, epochs=1)
+    assert not (tmp_path / "weights" / "mask_swav.pth").exists()
+    run("mask_swav", data, tmp_path, epochs=2)
+
+
+def test_a_foreign_table_in_the_folder_is_named(data, tmp_path):
+    run("mask_swav", data, tmp_path, epochs=1)
+    (tmp_path / "runs" / "mask_swav" / "metrics.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match=r"metrics\.csv: is not this run's table"):
+        run("mask_swav", data, tmp_path, epochs=2)
+
+
+def test_an_overflow_while_the_bank_is_filled_does_not_reach_the_statistics(data, tmp_path, monkeypatch):
+    forward, calls = GreyResNet.forward, []
+
+    def sometimes(self, x):
+        calls.append(1)
+        return forward(self, x * float("nan") if len(calls) == 2 else x)
+
+    monkeypatch.setattr(GreyResNet, "forward", sometimes)
+    state = run("ssl_deepcluster2D", data, tmp_path, epochs=1)
+    assert all(value.isfinite().all() for value in state.values())

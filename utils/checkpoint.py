@@ -120,8 +120,11 @@ def read(path: Path) -> tuple[dict[str, Any], bytes]:
             # torch.save compresses nothing; a compressed record could claim any size.
             if any(i.compress_type or i.file_size != i.compress_size or i.file_size > size for i in archive.infolist()):
                 raise UserError(f"{path}: is not a checkpoint of this project (its records are compressed)")
+            # What does not begin as an archive torch.load reads in its old format, past these checks.
             pickled = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            if not all(_is_plain(archive.read(name)) for name in pickled):
+            if len(pickled) != 1 or min(i.header_offset for i in archive.infolist()):
+                raise UserError(f"{path}: is not a checkpoint of this project (no archive of torch.save)")
+            if not _is_plain(archive.read(pickled[0])):
                 raise UserError(f"{path}: needs more than tensors and plain values, which is never loaded")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, NotADirectoryError, UserError):

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -57,11 +58,12 @@ def main(script: Callable[[Any], None], config_class: type, doc: str | None, arg
         print(f"error: {error}", file=sys.stderr, flush=True)
         distributed.stop()
         raise SystemExit(2) from None
-    except Exception as error:
+    except Exception:
         if not signals.caught():
             raise  # without leaving the process group in order: lost processes could not answer
-        # Other processes obeyed the same signal a moment earlier.
-        print(f"stopped by signal {signals.caught()} ({type(error).__name__})", file=sys.stderr, flush=True)
+        # Mostly because other processes obeyed the same signal a moment earlier, but it may be a failure of its own.
+        traceback.print_exc()
+        print(f"stopped by signal {signals.caught()}; this step was not saved", file=sys.stderr, flush=True)
         raise SystemExit(128 + signals.caught()) from None
     distributed.stop()
 

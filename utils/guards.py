@@ -92,7 +92,8 @@ def report_bad_step(what: str, names: list[str], epoch: int, step: int, in_a_row
 
 def require_finite_weights(module: nn.Module) -> None:
     """Raises UserError where a weight is NaN or Inf: such a state must not replace a good checkpoint."""
-    named = [(name, p) for name, p in module.named_parameters() if p.numel()]
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    named = [(name, p) for name, p in tensors if p.numel() and p.is_floating_point()]
     norms = torch.stack(torch._foreach_norm([p.detach() for _, p in named]))
     bad = (~norms.isfinite()).nonzero().flatten().tolist()
     if bad:

@@ -9,8 +9,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-# torchrun, `kill` and SLURM's pre-emption send SIGTERM, Ctrl-C sends SIGINT, SLURM's --signal option usually SIGUSR1.
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# torchrun, `kill` and SLURM's pre-emption send SIGTERM, Ctrl-C sends SIGINT, SLURM's --signal option usually SIGUSR1,
+# a terminal that closes SIGHUP.
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAME_CTRL_C = 3.0  # seconds in which a second SIGINT is the first again: torchrun passes on what its children got too
 
 _caught: list[int] = []
@@ -31,7 +32,7 @@ def handled() -> Iterator[None]:
         return
     _caught.clear()
     _owner = os.getpid()
-    old = {number: signal.signal(number, _handle) for number in STOPS}
+    old = {number: signal.signal(number, _handle) for number in _wanted()}
     _handled = 1
     try:
         yield
@@ -71,7 +72,7 @@ def deadly() -> Iterator[None]:
 
     For waits of unknown length with nothing to lose: Python's handlers run only when foreign code returns.
     """
-    old = {number: signal.signal(number, signal.SIG_DFL) for number in STOPS} if _handled else {}
+    old = {number: signal.signal(number, signal.SIG_DFL) for number in _wanted()} if _handled else {}
     try:
         yield
     finally:
@@ -82,6 +83,11 @@ def deadly() -> Iterator[None]:
 def caught() -> int:
     """The number of a signal that came, 0 when none did."""
     return max(_caught, default=0)
+
+
+def _wanted() -> list[signal.Signals]:
+    """STOPS without the hang-up that nohup has switched off."""
+    return [n for n in STOPS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
 
 def _obey() -> None:

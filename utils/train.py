@@ -81,7 +81,7 @@ def fit(
     with signals.handled(), signals.noted():
         try:
             return _fit(learner, loader, optimizer, rate, config, run, data_fingerprint)
-        except (RuntimeError, OSError, EOFError) as error:
+        except (RuntimeError, OSError, EOFError, UserError) as error:  # a save may meet the worker's death as well
             guards.name_dead_worker(error)
             raise
 
@@ -101,12 +101,22 @@ def _fit(
     at = Progress()
     state = checkpoint.load(folder)
     if state:
-        others = _check_same_run(state, config, run, data_fingerprint, folder)
-        core.load_state_dict(state["learner"])
-        core.load_memory_state(state["memory"])
-        optimizer.load_state_dict(state["optimizer"])
-        precision.scaler.load_state_dict(state["scaler"])
-        at = Progress(**{f.name: state[f.name] for f in fields(Progress)})
+        try:
+            others = _check_same_run(state, config, run, data_fingerprint, folder)
+            core.load_state_dict(state["learner"])
+            core.load_memory_state(state["memory"])
+            optimizer.load_state_dict(state["optimizer"])
+            if state["scaler"]:  # empty when `precision auto` meant another format on the device before
+                precision.scaler.load_state_dict(state["scaler"])
+            at = Progress(**{f.name: state[f.name] for f in fields(Progress)})
+        except torch.OutOfMemoryError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            raise UserError(
+                f"dump_path: the checkpoint in {folder} does not fit this version of the project ({reason}); go on "
+                "with the version that wrote it, or choose another --dump_path"
+            ) from None
     log = Log(folder, config, run, at.epoch)
     log.say(
         f"{'continuing' if state else 'starting'} at epoch {at.epoch} of {config.epochs}, {loader.steps} steps "
@@ -228,18 +238,17 @@ def fill_memory(core: Learner, loader: Any, precision: Precision) -> None:
     norms = [m for m in core.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     frozen = {id(p) for p in core.parameters() if not p.requires_grad}
     norms = [m for m in norms if id(m.weight) not in frozen]
-    before = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
+    before = [(m, [b.clone() for b in m.buffers()]) for m in norms]  # momentum 0 would not do: 0 * NaN is NaN
     for m in norms:
         m.train()
-        m.momentum = 0.0
     try:
         for batch in loader.epoch(FILLING):
             with precision.autocast():
                 core.remember(**batch)
     finally:
-        for m, (momentum, batches) in zip(norms, before, strict=True):
-            m.momentum = momentum
-            m.num_batches_tracked.copy_(batches)
+        for m, buffers in before:
+            for now, was in zip(m.buffers(), buffers, strict=True):
+                now.copy_(was)
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
@@ -289,8 +298,9 @@ def _check_same_run(state: dict[str, Any], config: Any, run: Run, data_fingerpri
         changed.append(f"batch_size: {batches[0]} -> {batches[1]} (x processes: {joint[0]} -> {joint[1]})")
     if state["data"] != data_fingerprint:
         changed.append("the files below data_path")
-    if state["epoch"] > config.epochs:
-        raise UserError(f"epochs: {folder} has {state['epoch']} epochs already, more than {config.epochs}")
+    if (state["epoch"], state["seen"]) > (config.epochs, 0):
+        begun = state["epoch"] + (state["seen"] > 0)
+        raise UserError(f"epochs: {folder} has begun {begun} epochs already, more than {config.epochs}")
     if changed:
         raise UserError(
             f"dump_path: {folder} holds a run made with other options ({'; '.join(changed)}); "
@@ -322,6 +332,8 @@ class Log:
                 self._write([row for row in rows if int(row["epoch"]) < first_epoch])
         except OSError as error:
             raise UserError(f"dump_path: {folder} cannot be written ({error.strerror})") from None
+        except (KeyError, TypeError, ValueError, csv.Error) as error:
+            raise UserError(f"{self.path}: is not this run's table ({error}); move it away") from None
 
     def say(self, text: str) -> None:
         if self.run.is_main:
