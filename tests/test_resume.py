@@ -91,7 +91,7 @@ def test_two_processes_go_on_where_one_stopped(data, tmp_path, monkeypatch):
 )
 def test_which_batches_may_go_on(before, after, says, tmp_path):
     options = {"batch_size": before[0], "base_lr": 0.5, "epochs": 3}
-    state = {"config": options, "processes": before[1], "data": "x", "epoch": 1}
+    state = {"config": options, "processes": before[1], "data": "x", "epoch": 1, "seen": 0}
     config = _config(**(options | {"batch_size": after[0]}))
     place = Run(0, after[1], torch.device("cpu"))
     if says is None:
