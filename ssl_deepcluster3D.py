@@ -99,7 +99,9 @@ class Config:
     epochs: PositiveInt = 100
     """passes over the data"""
     batch_size: PositiveInt = 4
-    """volumes per process"""
+    """volumes per process and forward pass"""
+    accumulate: PositiveInt = 1
+    """batches whose gradients are added up before an update; assignments and BatchNorm still see one at a time"""
     sampling_temperature: PositiveFloat = 1.0
     """1: every sample once per epoch; more: small data sets more often, n ** (1 / temperature) draws of n samples"""
     base_lr: PositiveFloat = 0.3
@@ -114,7 +116,7 @@ class Config:
     """weight decay"""
 
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """auto: bf16 or fp16 by GPU, fp32 on a CPU"""
+    """auto: bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train"""
     workers: NonNegativeInt = 4

@@ -38,6 +38,7 @@ def options(script: str, data: Path, out: Path, **changes: Any) -> dict[str, Any
         "pretrained_path": str(out / "weights"),
         "arch": "resnet18",
         "device": "cpu",
+        "precision": "fp32",
         "workers": 0,
         "epochs": 2,
         "warmup_epochs": 0,

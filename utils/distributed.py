@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -174,6 +175,11 @@ def wrap(module: nn.Module, run: Run) -> nn.Module:
         return DistributedDataParallel(
             module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
         )
+
+
+def gradients_stay_local(module: nn.Module, stay: bool) -> AbstractContextManager[None]:
+    """A context whose backward passes add to this process's gradients only; the next pass outside joins them all."""
+    return module.no_sync() if stay and isinstance(module, DistributedDataParallel) else nullcontext()
 
 
 def unwrap(module: nn.Module) -> nn.Module:

@@ -51,21 +51,30 @@ class LARC(Optimizer):
             weights = [p for p in group["params"] if p.grad is not None]
             if not weights:
                 continue
-            gradients = [p.grad.clone() for p in weights]
+            gradients = [p.grad for p in weights]
+            momenta = [self._momentum(w) for w in weights]
+            torch._foreach_mul_(momenta, group["momentum"])
             if group["adapt"]:
-                self._adapt(weights, gradients, group)
-            elif group["weight_decay"]:
-                torch._foreach_add_(gradients, weights, alpha=group["weight_decay"])
-            for weight, gradient in zip(weights, gradients, strict=True):
-                state = self.state[weight]
-                if "momentum" not in state:
-                    state["momentum"] = gradient  # the first step is the gradient itself
-                else:
-                    state["momentum"].mul_(group["momentum"]).add_(gradient)
-            torch._foreach_add_(weights, [self.state[w]["momentum"] for w in weights], alpha=-group["lr"])
+                ratios, decays = self._adapt(weights, gradients, group)
+                torch._foreach_addcmul_(momenta, gradients, ratios)
+                torch._foreach_addcmul_(momenta, weights, decays)
+            else:
+                torch._foreach_add_(momenta, gradients)
+                if group["weight_decay"]:
+                    torch._foreach_add_(momenta, weights, alpha=group["weight_decay"])
+            torch._foreach_add_(weights, momenta, alpha=-group["lr"])
+
+    def _momentum(self, weight: torch.Tensor) -> torch.Tensor:
+        state = self.state[weight]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(weight)  # so the first step is the gradient itself
+        return state["momentum"]
 
     @staticmethod
-    def _adapt(weights: list[torch.Tensor], gradients: list[torch.Tensor], group: dict[str, Any]) -> None:
+    def _adapt(
+        weights: list[torch.Tensor], gradients: list[torch.Tensor], group: dict[str, Any]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Scalars on the device, per tensor: r, and r * weight_decay. Nothing waits for it."""
         w_norm = torch.stack(torch._foreach_norm(weights))
         g_norm = torch.stack(torch._foreach_norm(gradients))
         decay = group["weight_decay"]
@@ -73,10 +82,8 @@ class LARC(Optimizer):
         if group["clip"] and group["lr"] > 0:
             ratio = (ratio / group["lr"]).clamp(max=1)
         moves = (w_norm > 0) & (g_norm > 0)
-        ratio = torch.where(moves, ratio, torch.ones_like(ratio))
-        decays = list(torch.where(moves, torch.full_like(ratio, decay), torch.zeros_like(ratio)).unbind())
-        torch._foreach_add_(gradients, torch._foreach_mul(weights, decays))
-        torch._foreach_mul_(gradients, list(ratio.unbind()))
+        decays = torch.where(moves, ratio * decay, 0)
+        return list(torch.where(moves, ratio, 1).unbind()), list(decays.unbind())
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -12,13 +12,13 @@ from utils.errors import UserError
 class Precision:
     """autocast and loss scaling for `auto`, `bf16`, `fp16` or `fp32`.
 
-    auto: bf16 where the GPU computes in it, fp16 with a loss scaler on older GPUs, fp32 on a CPU (where half
-    precision is many times slower). Weights, optimiser, losses and Sinkhorn stay in float32 or above.
+    auto: bf16 where the GPU or CPU computes in it, fp16 with a loss scaler on older GPUs, fp32 on older CPUs (where
+    half precision is many times slower). Weights, optimiser, losses and Sinkhorn stay in float32 or above.
     """
 
     def __init__(self, wanted: str, device: torch.device) -> None:
         if wanted == "auto":
-            wanted = ("bf16" if torch.cuda.is_bf16_supported(False) else "fp16") if device.type == "cuda" else "fp32"
+            wanted = _fastest(device)
         formats = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
         if wanted not in formats:
             raise UserError(f"precision: {wanted!r} is not one of auto, {', '.join(formats)}")
@@ -41,3 +41,10 @@ class Precision:
     def step(self, optimizer: Optimizer) -> None:
         self.scaler.step(optimizer)  # unscales first; skipped when the scaled gradients overflowed
         self.scaler.update()
+
+
+def _fastest(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if native and torch.backends.mkldnn.is_available() else "fp32"

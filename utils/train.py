@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -153,21 +154,37 @@ def _fit(
         first_step, first_seen = loader.batches.step_at(at.seen), at.seen
         bar = log.bar(at.epoch, loader.steps, first_step)
         began = waiting = time.monotonic()
-        waited = 0.0
-        for step, batch in enumerate(loader.epoch(at.epoch, at.seen), start=first_step):
-            waited += time.monotonic() - waiting
-            now = at.epoch * loader.steps + step
+        step = first_step
+        incoming = loader.epoch(at.epoch, at.seen)
+        batch = next(incoming, None)
+        waited = time.monotonic() - waiting
+        while batch is not None:
+            statistics.remember()
+            parts = min(config.accumulate, loader.steps - step)  # batches of this update
+            totals: dict[str, Tensor] = {}
+            joint, names = 0, []
+            for part in range(parts):
+                now = at.epoch * loader.steps + step
+                seed_dropout(config.seed, now, run.rank)
+                with distributed.gradients_stay_local(learner, part + 1 < parts):
+                    with precision.autocast():
+                        losses = learner(**batch)
+                    precision.backward(losses["loss"] / parts)
+                core.cancel_gradients(now)
+                samples = sum(batch["counts"])
+                joint += samples
+                for name, value in losses.items():
+                    totals[name] = totals.get(name, 0) + value.detach().float() * samples
+                names.append(partial(loader.names, batch))
+                step += 1
+                waiting = time.monotonic()
+                batch = next(incoming, None)  # read and augmented while the device still computes
+                waited += time.monotonic() - waiting
             for group in optimizer.param_groups:
                 group["lr"] = rate(now)
-            seed_dropout(config.seed, now, run.rank)
-            statistics.remember()
-            with precision.autocast():
-                losses = learner(**batch)
-            precision.backward(losses["loss"])
-            core.cancel_gradients(now)
             due = (time.monotonic() - saved_at) / 60 > config.checkpoint_minutes
-            agreed = _agree(losses, guards.gradients_are_finite(optimizer), due, run)
-            joint = sum(batch["counts"])
+            means = {name: value / joint for name, value in totals.items()}
+            agreed = _agree(means, guards.gradients_are_finite(optimizer), due, run)
             at.seen += joint
             # In half precision gradients overflow now and then: the scaler leaves that step out and lowers its factor.
             if agreed.finite and (agreed.gradients_finite or precision.may_overflow()):
@@ -182,19 +199,19 @@ def _fit(
                 at.bad_in_a_row += 1
                 what = "the gradient" if agreed.finite else "the loss"
                 counted = at.bad_in_a_row, config.max_bad_steps
-                said = guards.report_bad_step(what, loader.names(batch), at.epoch, step, *counted, folder)
+                files = [name for of_batch in names for name in of_batch()]
+                said = guards.report_bad_step(what, files, at.epoch, step - 1, *counted, folder)
                 if at.bad_in_a_row >= config.max_bad_steps:
                     _give_up(said, folder)
             optimizer.zero_grad(set_to_none=True)
-            bar.update()
+            bar.update(parts)
             bar.set_postfix({name: f"{value:.4g}" for name, value in agreed.means.items()}, refresh=False)
-            if (agreed.stop or agreed.save) and step + 1 < loader.steps:  # the epoch's end saves anyway
+            if (agreed.stop or agreed.save) and step < loader.steps:  # the epoch's end saves anyway
                 save()
                 saved_at = time.monotonic()
                 if agreed.stop:
                     bar.close()
-                    _stop(log, agreed.stop, at.epoch, step)
-            waiting = time.monotonic()
+                    _stop(log, agreed.stop, at.epoch, step - 1)
         bar.close()
         seconds = time.monotonic() - began
         at.last = {name: value / at.counted for name, value in at.sums.items()}
@@ -271,8 +288,8 @@ class Agreed:
 
 
 def _agree(losses: dict[str, Tensor], gradients_finite: Tensor, due: bool, run: Run) -> Agreed:
-    """Two collectives and one wait for the device per step."""
-    values = torch.stack([v.detach().float() for v in losses.values()]) / run.world_size
+    """Two collectives and the one wait for the device of an update, when the next batch is on its way already."""
+    values = torch.stack(list(losses.values())) / run.world_size
     flags = torch.tensor([float(signals.caught()), float(due and run.is_main)]).to(values.device)
     flags = torch.cat([flags, (~gradients_finite).to(flags).view(1)])
     joint = torch.cat([distributed.all_sum(values), distributed.all_max(flags)]).tolist()
