@@ -302,9 +302,10 @@ class ImageLoader:
 class VolumeLoader:
     """Stages 2 and 3: two views of volumes, with what the stage's learner needs beside them.
 
-    `counts` are the volumes of each process in this step's joint batch. mask_ratio > 0 adds `hidden` [V, B, D] (stage
-    2, or stage 3 with L_mask). intra_slices > 0 adds `picked` [B, S] and `slice_index` [B * S] (stage 3).
-    images_per_step > 0 adds `images` [V, M, H, W] and `image_index` [M] from the 2D data sets; their indices follow
+    `counts` are the volumes of each process in this step's joint batch, `rows` the places of the real slices in the
+    flattened `mask` [B, D] (how many there are only the CPU can tell without a wait for the device). mask_ratio > 0
+    adds `hidden` [V, B, D] (stage 2, or stage 3 with L_mask). intra_slices > 0 adds `picked` [B, S] and `slice_index`
+    [B * S] (stage 3). images_per_step > 0 adds `images` [V, M, H, W] and `image_index` [M] from the 2D data sets; their indices follow
     those of all slices of all volumes.
     """
 
@@ -355,7 +356,8 @@ class VolumeLoader:
             index, length = raw["index"], raw["length"]  # on the CPU, where the small draws are made
             D, device = raw["volume"].shape[1], self.run.device
             mask = torch.arange(D) < length.unsqueeze(1)
-            batch = _to({"mask": mask, "index": index, "views": raw["volume"], "counts": counts}, device)
+            rows = mask.flatten().nonzero().squeeze(1)
+            batch = _to({"mask": mask, "rows": rows, "index": index, "views": raw["volume"], "counts": counts}, device)
             batch["views"] = self.views(batch["views"], mask, raw["extent"], index, epoch)
             if self.mask_ratio:
                 hidden = [

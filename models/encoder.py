@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,9 +18,16 @@ class JointEncoder(nn.Module):
     The names of the three parts are the prefixes of the exported weights.
     """
 
-    def __init__(self, arch: str = "resnet50", d_model: int = 640, layers: int = 4, dropout: float = 0.1) -> None:
+    def __init__(
+        self,
+        arch: str = "resnet50",
+        d_model: int = 640,
+        layers: int = 4,
+        dropout: float = 0.1,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
-        self.encoder = GreyResNet(arch)
+        self.encoder = GreyResNet(arch, recompute)
         self.projection = nn.Linear(sum(self.encoder.stage_features), d_model)
         self.transformer = SliceTransformer(d_model, layers, dropout=dropout)
         init_orthogonal(self.projection)
@@ -28,21 +37,31 @@ class JointEncoder(nn.Module):
         stages = self.encoder(images)
         return pooled(stages), self.projection(multi_scale(stages))
 
-    def tokens(self, volumes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def tokens(self, volumes: Tensor, mask: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[B, D, H, W] and mask [B, D] -> features of the real slices [n, C4] and slice embeddings [B, D, d].
 
         Padded slices never enter the ResNet, so they cost nothing and do not touch BatchNorm; their embedding is 0.
+        rows: `real_rows(mask)`, for callers that know it without waiting for the device.
         """
-        features, embedded = self.slices(volumes[mask].unsqueeze(1))
-        tokens = embedded.new_zeros(*mask.shape, embedded.shape[1])
-        tokens[mask] = embedded
-        return features, tokens
+        rows = real_rows(mask) if rows is None else rows
+        features, embedded = self.slices(volumes.flatten(0, 1)[rows].unsqueeze(1))
+        return features, spread(embedded, rows, mask.shape)
 
     def holistic(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Slice embeddings [B, D, d] -> the volume's embedding [B, d], unit length."""
         context = self.transformer(tokens, mask).float()
         mean = context.sum(dim=1) / mask.sum(dim=1, keepdim=True)
         return F.normalize(mean, dim=1)
+
+
+def real_rows(mask: Tensor) -> Tensor:
+    """mask [..., D] bool -> where it is True [n], counted through the flattened mask."""
+    return mask.flatten().nonzero().squeeze(1)
+
+
+def spread(embedded: Tensor, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Embeddings [n, d] to their places among `shape` slices [*shape, d]; 0 elsewhere. The opposite of picking rows."""
+    return embedded.new_zeros(math.prod(shape), embedded.shape[1]).index_copy(0, rows, embedded).view(*shape, -1)
 
 
 @torch.no_grad()

@@ -9,27 +9,60 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    """All-reduce whose gradient is the all-reduce of the gradients: every process uses the sum."""
+class _JointBatchNorm(torch.autograd.Function):
+    """Normalise with the joint batch's mean and deviation, by torch's own kernels; no temporary wider than x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, n: float) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, invstd)
+        ctx.n = n
+        return _affine(x, mean, invstd, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient)
-        return gradient
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, invstd = ctx.saved_tensors
+        # As if the statistics were constants: gradient * weight * invstd, sum(gradient * normalised), sum(gradient).
+        by_x, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, mean, invstd.square().reciprocal(), mean, invstd, False, 0.0, [True] * 3
+        )
+        joint = torch.stack((by_weight, by_bias))
+        dist.all_reduce(joint)  # every process's loss depends on every process's input through the statistics
+        along, shift = joint * (weight * invstd / ctx.n)
+        return by_x.sub_(_affine(x, mean, invstd, along, shift)), by_weight, by_bias, None, None, None
+
+
+def _affine(x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(x - mean) * invstd * weight + bias per channel, in x's format and memory layout."""
+    return torch.native_batch_norm(x, weight, bias, mean, invstd.square().reciprocal(), False, 0.0, 0.0)[0]
+
+
+def _joint_statistics(x: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Mean and sum of squares around it [C], float32, and values per channel, of all processes: equal on each."""
+    n = x.numel() // x.shape[1]
+    mean, variance = (x.new_zeros(x.shape[1], dtype=torch.float32) for _ in range(2))
+    if n == 1:
+        mean.copy_(x.detach().flatten())  # the kernel below would divide by n - 1
+    elif n:
+        torch.batch_norm_update_stats(x.detach(), mean, variance, 1.0)  # momentum 1: writes the batch's own
+    own = torch.cat((mean.new_tensor([n]), mean, variance * (n - 1)))
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own)
+    total, mean, squares = parts[0][0], *parts[0][1:].chunk(2)
+    for part in parts[1:]:  # Chan, Golub and LeVeque 1979: squares around the joint mean, so nothing cancels
+        m, (other_mean, other_squares) = part[0], part[1:].chunk(2)
+        joint = (total + m).clamp(min=1)
+        apart = other_mean - mean
+        mean = mean + apart * (m / joint)
+        squares = squares + other_squares + apart.square() * (total * m / joint)
+        total = total + m
+    return mean, squares, float(total)
 
 
 class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """SyncBatchNorm for gloo: PyTorch's own accepts GPU tensors only.
 
     x [N, C, ...] -> same shape. Mean and variance are those of the joint batch of all processes, which may bring
-    different N; the variance is taken around the joint mean (two passes), so it cannot cancel.
+    different N. One collective forward and one backward, each of 2 C values.
     """
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -40,23 +73,17 @@ class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(x)
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
-        axes = [0, *range(2, x.dim())]
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        count = torch.full((1,), x.numel() / x.shape[1], dtype=torch.float32, device=x.device)
-        dist.all_reduce(count)
-        values = x.float()
-        mean = _SumOverProcesses.apply(values.sum(axes)) / count
-        centred = values - mean.view(shape)
-        variance = _SumOverProcesses.apply(centred.square().sum(axes)) / count
+        mean, squares, n = _joint_statistics(x)
         if self.track_running_stats:
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)
                 momentum = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
-                self.running_mean.lerp_(mean.detach(), momentum)
-                self.running_var.lerp_(variance.detach() * count / (count - 1).clamp(min=1), momentum)
-        scale = torch.rsqrt(variance + self.eps) * (self.weight if self.affine else 1)
-        out = centred * scale.view(shape)
-        return (out + self.bias.view(shape) if self.affine else out).to(x.dtype)
+                self.running_mean.lerp_(mean, momentum)
+                self.running_var.lerp_(squares / max(1.0, n - 1), momentum)
+        invstd = torch.rsqrt(squares / n + self.eps)
+        weight = self.weight if self.affine else torch.ones_like(mean)
+        bias = self.bias if self.affine else torch.zeros_like(mean)
+        return _JointBatchNorm.apply(x, weight, bias, mean, invstd, n)
 
 
 def convert_sync_batchnorm(module: nn.Module) -> nn.Module:

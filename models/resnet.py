@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 GREY_MEAN, GREY_STD = 0.449, 0.226  # ImageNet's means and deviations, averaged over the three channels
 ARCHITECTURES = (
@@ -35,10 +39,12 @@ class GreyResNet(nn.Module):
     forward: [N, 1, H, W] intensities in 0..1 -> stages, a list of four [N, C_i, H / 2^(i+2), W / 2^(i+2)] maps.
     The stem normalises with ImageNet's statistics averaged over the channels, as pretrained weights expect.
     Parameter names are torchvision's; `conv1.weight` has one input channel (see `fold_grey`).
+    recompute: keep only the input of each residual block for the backward pass, which then computes the rest again:
+    a third more time, a fraction of the memory, the same gradients.
     Raises ValueError when `arch` is not one of `ARCHITECTURES`.
     """
 
-    def __init__(self, arch: str = "resnet50") -> None:
+    def __init__(self, arch: str = "resnet50", recompute: bool = False) -> None:
         super().__init__()
         if arch not in ARCHITECTURES:
             raise ValueError(f"arch: {arch!r} is not one of {', '.join(ARCHITECTURES)}")
@@ -47,24 +53,52 @@ class GreyResNet(nn.Module):
         net.conv1.in_channels = 1
         self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
+        self.recompute = recompute
         self.num_features = net.fc.in_features  # channels of the last stage, 2048 for ResNet-50
         expansion = self.num_features // 512
         self.stage_features = tuple(width * expansion for width in (64, 128, 256, 512))
+        self.to(memory_format=torch.channels_last)  # a quarter to a third faster on CPUs and on tensor cores
 
     def forward(self, images: Tensor) -> list[Tensor]:
         x = (images - GREY_MEAN) / GREY_STD
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         stages = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)
+            for block in layer:
+                x = self._again(block, x) if self.recompute and torch.is_grad_enabled() else block(x)
             stages.append(x)
         return stages
 
+    @staticmethod
+    def _again(block: nn.Module, x: Tensor) -> Tensor:
+        def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+            return nullcontext(), _statistics_stay(block)
+
+        return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
     def torchvision_state(self) -> dict[str, Tensor]:
-        """Flat state dict in torchvision's layout with a three-channel stem and without `fc`."""
-        state = {name: value.detach().cpu().clone() for name, value in self.state_dict().items()}
+        """Flat state dict in torchvision's layout with a three-channel stem and without `fc`, tensors contiguous."""
+        state = {name: plain(value) for name, value in self.state_dict().items()}
         state["conv1.weight"] = unfold_grey(state["conv1.weight"])
         return state
+
+
+@contextmanager
+def _statistics_stay(module: nn.Module) -> Iterator[None]:
+    """BatchNorm's running statistics moved in the first forward pass; the second one must leave them alone."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    for m in norms:
+        m.track_running_stats = False
+    try:
+        yield
+    finally:
+        for m in norms:
+            m.track_running_stats = True
+
+
+def plain(value: Tensor) -> Tensor:
+    """A contiguous copy on the CPU: weights are files for other programs, which need not know channels-last."""
+    return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def pooled(stages: list[Tensor]) -> Tensor:
@@ -74,4 +108,4 @@ def pooled(stages: list[Tensor]) -> Tensor:
 
 def multi_scale(stages: list[Tensor]) -> Tensor:
     """Global averages of all stages, each of unit length, joined: [N, C1 + C2 + C3 + C4] (3840 for ResNet-50)."""
-    return torch.cat([F.normalize(stage.float().mean(dim=(2, 3)), dim=1) for stage in stages], dim=1)
+    return torch.cat([F.normalize(stage.mean(dim=(2, 3), dtype=torch.float32), dim=1) for stage in stages], dim=1)

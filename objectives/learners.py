@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.encoder import JointEncoder
+from models.encoder import JointEncoder, real_rows, spread
 from models.resnet import GreyResNet, pooled
 from objectives.deepcluster import DeepClusterV2
 from objectives.masked import interpolate_masked
@@ -104,10 +104,12 @@ class MaskedSlices(Learner):
         self.encoder.encoder.eval()  # frozen: its BatchNorm statistics must not move either
         return self
 
-    def targets(self, views: Tensor, mask: Tensor) -> Tensor:
-        """[V, B, D, H, W] -> frozen slice embeddings [V * B, D, d], no gradient."""
+    def targets(self, views: Tensor, mask: Tensor, rows: Tensor | None = None) -> Tensor:
+        """[V, B, D, H, W] -> frozen slice embeddings [V * B, D, d], no gradient; rows as `JointClustering`'s."""
+        if rows is not None:
+            rows = (torch.arange(len(views), device=rows.device).unsqueeze(1) * mask.numel() + rows).flatten()
         with torch.no_grad():
-            return self.encoder.tokens(views.flatten(0, 1), mask.repeat(len(views), 1))[1].float()
+            return self.encoder.tokens(views.flatten(0, 1), mask.repeat(len(views), 1), rows)[1].float()
 
     def forward(
         self,
@@ -116,8 +118,9 @@ class MaskedSlices(Learner):
         hidden: Tensor,
         index: Tensor | None = None,
         counts: list[int] | None = None,
+        rows: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        targets = self.targets(views, mask)
+        targets = self.targets(views, mask, rows)
         mask, hidden = mask.repeat(len(views), 1), hidden.flatten(0, 1)
         return masked_loss(self.encoder.transformer, self.mask_token, self.decoder, targets, mask, hidden)
 
@@ -136,8 +139,9 @@ def masked_loss(
     guessed = interpolate_masked(targets, mask & ~hidden)
     # Volumes of different length hide different numbers of slices; every hidden slice of all processes counts once.
     share = world_size() / (all_sum(hidden.sum().float()).clamp(min=1) * targets.shape[-1])
-    loss = (predicted - targets)[hidden].square().sum() * share
-    interpolation = (guessed - targets)[hidden].square().sum() * share
+    only = hidden.unsqueeze(-1)
+    loss = ((predicted - targets) * only).square().sum() * share
+    interpolation = ((guessed - targets) * only).square().sum() * share
     return {"loss": loss, "interpolation": interpolation}
 
 
@@ -148,6 +152,7 @@ class JointClustering(Learner):
     and slice_index [B * S] their global indices; optionally images [V, M, H, W] with image_index [M], and hidden
     [V, B, D] for L_mask. A slice at the same position of two views is a positive pair.
     A branch whose lambda is 0 costs nothing: without L_inter and L_mask only the picked slices are encoded.
+    rows [n]: `real_rows(mask)`, where the caller knows it without waiting for the device.
     """
 
     def __init__(
@@ -179,32 +184,33 @@ class JointClustering(Learner):
             encoder.transformer.requires_grad_(False)
 
     def _encode(
-        self, views: Tensor, mask: Tensor, picked: Tensor, images: Tensor | None
+        self, views: Tensor, mask: Tensor, picked: Tensor, images: Tensor | None, rows: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """-> slice embeddings [V, B, D, d] and intra features [V, B * S + M, C4], None where no branch needs them."""
         V, B, D = views.shape[:3]
         need_tokens = bool(self.lambda_inter or self.lambda_mask)
         need_intra = bool(self.lambda_intra)
-        wanted = mask.clone() if need_tokens else torch.zeros_like(mask)
-        if need_intra:
-            wanted.scatter_(1, picked, True)
-        both = wanted.expand(V, B, D)
-        batch = [views[both]]  # [n, H, W], ordered by view, volume, slice
+        first = torch.arange(B, device=views.device).unsqueeze(1) * D
+        if not need_tokens:
+            rows = (first + picked).flatten()
+        elif rows is None:
+            rows = real_rows(mask)
+        both = (torch.arange(V, device=views.device).unsqueeze(1) * (B * D) + rows).flatten()
+        batch = [views.flatten(0, 2)[both]]  # [n, H, W], ordered by view, volume, slice
         if need_intra and images is not None:
             batch.append(images.flatten(0, 1))
         features, embedded = self.encoder.slices(torch.cat(batch).unsqueeze(1))
-        slices = int(both.sum())
+        slices = len(both)
         tokens = intra = None
         if need_tokens:
-            tokens = embedded.new_zeros(V, B, D, embedded.shape[1])
-            tokens[both] = embedded[:slices]
+            tokens = spread(embedded[:slices], both, (V, B, D))
         if need_intra:
-            where = torch.full((V, B, D), -1, device=mask.device)
-            where[both] = torch.arange(slices, device=mask.device)
-            rows = where.gather(2, picked.expand(V, -1, -1)).flatten(1)  # [V, B * S]
-            intra = features[rows]
-            if images is not None:
-                intra = torch.cat([intra, features[slices:].unflatten(0, (V, -1))], dim=1)
+            seen = features[:slices].unflatten(0, (V, -1))
+            if need_tokens:
+                where = torch.zeros(B * D, dtype=torch.long, device=views.device)
+                where = where.index_copy(0, rows, torch.arange(len(rows), device=views.device))
+                seen = seen[:, where[first + picked].flatten()]
+            intra = seen if images is None else torch.cat([seen, features[slices:].unflatten(0, (V, -1))], dim=1)
         return tokens, intra
 
     def embed(
@@ -218,8 +224,10 @@ class JointClustering(Learner):
         image_index: Tensor | None = None,
         hidden: Tensor | None = None,
         counts: list[int] | None = None,
+        rows: Tensor | None = None,
     ) -> dict[str, Embedded]:
-        return self._embed(*self._encode(views, mask, picked, images), mask, index, slice_index, image_index, counts)
+        tokens, intra = self._encode(views, mask, picked, images, rows)
+        return self._embed(tokens, intra, mask, index, slice_index, image_index, counts)
 
     def _embed(
         self,
@@ -255,8 +263,9 @@ class JointClustering(Learner):
         image_index: Tensor | None = None,
         hidden: Tensor | None = None,
         counts: list[int] | None = None,
+        rows: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        tokens, intra = self._encode(views, mask, picked, images)
+        tokens, intra = self._encode(views, mask, picked, images, rows)
         losses = {}
         embedded = self._embed(tokens, intra, mask, index, slice_index, image_index, counts)
         for name, arguments in embedded.items():

@@ -45,7 +45,9 @@ def image_loader(store: SliceStore, policy: str, workers: int = 0, rank: int = 0
 
 def tensors(batch: dict[str, Any]) -> dict[str, Tensor]:
     """What a learner gets, with the samples of the batch along axis 0 (views and crops along axis 1)."""
-    flat = {name: value for name, value in batch.items() if name != "counts"}
+    if "mask" in batch:
+        assert torch.equal(batch["rows"], batch["mask"].flatten().nonzero().squeeze(1))
+    flat = {name: value for name, value in batch.items() if name not in ("counts", "rows")}
     flat |= {f"crops {i}": crop.transpose(0, 1) for i, crop in enumerate(flat.pop("crops", []))}
     return {
         name: value.transpose(0, 1) if name in ("views", "hidden", "images") else value for name, value in flat.items()

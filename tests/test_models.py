@@ -239,7 +239,8 @@ def test_gradients_reach_every_part_and_the_offset_network_too() -> None:
     x = random(2, 11, WIDTH).requires_grad_()
     module(x, torch.cat([first(11, 11), first(7, 11)])).square().sum().backward()
     for name, parameter in module.named_parameters():
-        assert parameter.grad.abs().max() > 1e-7, name
+        if name != "bias.2.bias":  # equal for all points of a softmax, so its gradient is rounding alone
+            assert parameter.grad.abs().max() > 1e-7, name
     x.grad = None
     module(x[1:], first(7, 11))[:, :7].square().sum().backward()
     assert x.grad[1, :7].abs().min() > 0

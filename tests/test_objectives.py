@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch.testing import assert_close
 from datasets.masks import draw_masks
 from models.encoder import JointEncoder
 from models.resnet import pooled
-from objectives import DeepClusterV2, ImageClustering, JointClustering, MaskedSlices, SwAV
+from objectives import DeepClusterV2, ImageClustering, JointClustering, MaskedSlices, SwAV, bank
 from objectives.deepcluster import UNASSIGNED
-from objectives.kmeans import assign, choose_backend, kmeans_faiss, kmeans_torch
+from objectives.kmeans import _sum_clusters, assign, choose_backend, fast_products, kmeans_faiss, kmeans_torch
 from objectives.learners import masked_loss
 from objectives.masked import interpolate_masked
 from objectives.sinkhorn import sinkhorn
@@ -274,12 +275,48 @@ def test_torch_and_faiss_agree_on_clustered_points() -> None:
     assert objectives[0] > assign(points, F.normalize(start, dim=1))[1].mean() + 0.02  # it did improve on the start
 
 
-def test_backend_choice() -> None:
+@pytest.mark.parametrize("K", [4, 120])
+def test_products_in_half_precision_cluster_as_well(K: int) -> None:
+    centres = unit(60, 64)
+    points = F.normalize(centres.repeat(50, 1) + 0.1 * random(3000, 64, seed=1), dim=1)
+    mean_cosine = []
+    for products in (None, torch.bfloat16, torch.float16):
+        centroids = kmeans_torch(points, points[:K], 10, products=products)
+        assert_close(centroids.norm(dim=1), torch.ones(K))
+        assert len(assign(points, centroids)[0].unique()) == K
+        mean_cosine.append(float(assign(points, centroids)[1].mean()))
+    assert mean_cosine[1:] == pytest.approx([mean_cosine[0]] * 2, rel=2e-3)
+    nearest, cosine = assign(points, centroids, torch.bfloat16)
+    assert_close(cosine, (points * centroids[nearest]).sum(dim=1))  # not rounded, whatever the products were
+
+
+def test_half_precision_is_for_large_problems_on_devices_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert fast_products(10**5 * 3000, cpu) == expected
+        assert fast_products(10**3 * 300, cpu) is None
+
+
+@pytest.mark.parametrize(("n", "K"), [(1, 1), (7, 3), (200, 3), (200, 150)])
+def test_sums_of_clusters_equal_a_loop(n: int, K: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = random(n, 5).double()
+    assignment = torch.randint(K, (n,), generator=torch.Generator().manual_seed(1))
+    for sums_at_once in (1, 10, 2**12):
+        monkeypatch.setattr("objectives.kmeans.SUMS_AT_ONCE", sums_at_once)
+        sums, counts = _sum_clusters(points, assignment, K)
+        assert_close(sums, torch.stack([points[assignment == k].sum(dim=0) for k in range(K)]))
+        assert counts.tolist() == [int((assignment == k).sum()) for k in range(K)]
+
+
+def test_backend_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("faiss")
-    assert choose_backend("torch", 1) == "torch"
-    assert choose_backend("auto", 100, limit_bytes=100) == "faiss"
-    assert choose_backend("auto", 101, limit_bytes=100) == "torch"
-    assert choose_backend("faiss", 101, limit_bytes=100) == "faiss"
+    assert [choose_backend(name) for name in ("auto", "torch", "faiss")] == ["torch", "torch", "faiss"]
+    monkeypatch.setitem(sys.modules, "faiss", None)  # importing it raises ImportError
+    assert choose_backend("auto") == "torch"
+    with pytest.raises(UserError, match="pip install faiss-cpu"):
+        choose_backend("faiss")
 
 
 def remember_joint(objective: DeepClusterV2, rows: slice) -> None:
@@ -288,7 +325,8 @@ def remember_joint(objective: DeepClusterV2, rows: slice) -> None:
         objective.remember(unit(2, 4, 4, seed=seed)[:, rows], torch.tensor(index)[rows])
 
 
-def bank_on_two_processes(state: dict[str, Tensor]) -> dict[str, Any]:
+def bank_on_two_processes(state: dict[str, Tensor], at_once: int) -> dict[str, Any]:
+    bank.GATHERED_AT_ONCE = at_once
     written, loaded = deepcluster(7, 3), deepcluster(7, 3)
     remember_joint(written, slice(rank() * 2, rank() * 2 + 2))
     loaded.load_memory_state(state)
@@ -302,7 +340,9 @@ def bank_on_two_processes(state: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def test_bank_state_is_the_same_on_any_number_of_processes() -> None:
+@pytest.mark.parametrize("at_once", [1, 20, 2**24])
+def test_bank_state_is_the_same_on_any_number_of_processes(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("objectives.bank.GATHERED_AT_ONCE", at_once)
     alone = deepcluster(7, 3)
     remember_joint(alone, slice(None))
     state = alone.memory_state()
@@ -312,7 +352,7 @@ def test_bank_state_is_the_same_on_any_number_of_processes() -> None:
     again = deepcluster(7, 3)
     again.load_memory_state(state)
     assert_close(again.memory_state(), state)
-    results = run_processes(2, bank_on_two_processes, state)
+    results = run_processes(2, bank_on_two_processes, state, at_once)
     assert [out["own"] for out in results] == [4, 3]
     for out in results:
         assert_close(out["written"], state)
@@ -536,7 +576,7 @@ BATCH: dict[str, Tensor] = {
 @pytest.mark.parametrize(
     ("lambda_intra", "lambda_inter", "lambda_mask", "encoded"),
     [
-        (1.0, 0.0, 0.0, 2 * 3 + 2 * 3),  # the three distinct picked slices and the images of two views
+        (1.0, 0.0, 0.0, 2 * 4 + 2 * 3),  # the picked slices, one of them twice, and the images of two views
         (0.0, 1.0, 0.0, 2 * 7),  # the real slices, no images
         (0.0, 0.0, 1.0, 2 * 7),
         (1.0, 0.0, 1.0, 2 * 7 + 2 * 3),

@@ -5,6 +5,7 @@ Every function works in a plain `python script.py` (one process, no launcher) as
 
 from __future__ import annotations
 
+import ctypes
 import os
 import warnings
 from collections.abc import Callable
@@ -59,10 +60,25 @@ def start(device: str = "auto", seed: int = 0, timeout_minutes: float = 10) -> R
     chosen = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(chosen)
+    else:
+        _keep_freed_memory()
     if "RANK" in os.environ and not dist.is_initialized():
         with signals.deadly():  # torchrun may want to start this process again while it still waits for the others
             dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes))
     return Run(rank(), world_size(), chosen)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc hand large blocks from one step to the next instead of giving them back to the system and asking anew.
+
+    New pages must be zeroed by the kernel: a quarter of a ResNet-50's step in float32 on two cores. Other C libraries
+    have no such switch and stay as they are.
+    """
+    libc = ctypes.CDLL(None) if os.name == "posix" else None
+    if hasattr(libc, "mallopt"):
+        trim_threshold, mmap_max = -1, -4
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def stop() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.encoder import JointEncoder
-from models.resnet import GreyResNet, pooled
+from models.resnet import GreyResNet, plain, pooled
 
 Inflation = Literal["centre", "mean"]
 SMALLEST_SIDE, FEWEST_SLICES = 33, 5  # below, the exported graph would need shapes of 1, which torch.export fixes
@@ -24,7 +24,7 @@ def plain_state(encoder: GreyResNet, channels: int) -> dict[str, Tensor]:
     """
     state = encoder.torchvision_state()
     if channels == 1:
-        state["conv1.weight"] = encoder.conv1.weight.detach().cpu().clone()
+        state["conv1.weight"] = plain(encoder.conv1.weight)
     return {name: value.contiguous() for name, value in state.items()}
 
 

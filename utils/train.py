@@ -30,6 +30,8 @@ from utils.precision import Precision
 # (batch_size has a rule of its own below, of data_path the content is compared; more epochs may follow.)
 FREE = {
     "workers",
+    "recompute",
+    "compile",
     "checkpoint_freq",
     "checkpoint_minutes",
     "max_bad_steps",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from datasets.index import Sample, describe, fingerprint
 from models.encoder import JointEncoder
-from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, fold_grey
+from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, fold_grey, plain
 from utils import checkpoint
 from utils.config import to_dict
 from utils.distributed import rank
@@ -85,15 +85,15 @@ def joint_state(encoder: JointEncoder) -> dict[str, Tensor]:
     state = {f"encoder.{key}": value for key, value in encoder.encoder.torchvision_state().items()}
     for part in ("projection", "transformer"):
         tensors = getattr(encoder, part).state_dict()
-        state |= {f"{part}.{key}": value.detach().cpu().clone() for key, value in tensors.items()}
+        state |= {f"{part}.{key}": plain(value) for key, value in tensors.items()}
     return state
 
 
 def save_masked(learner: nn.Module, path: Path, record: dict[str, Any]) -> None:
     """Stage 2: the joint encoder with `mask_token` and `decoder.`."""
     state = joint_state(learner.encoder)
-    state["mask_token"] = learner.mask_token.detach().cpu().clone()
-    state |= {f"decoder.{key}": value.detach().cpu().clone() for key, value in learner.decoder.state_dict().items()}
+    state["mask_token"] = plain(learner.mask_token)
+    state |= {f"decoder.{key}": plain(value) for key, value in learner.decoder.state_dict().items()}
     _save(state, path, record)
 
 
