@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from utils.distributed import all_gather, rank, world_size
+
+GATHERED_AT_ONCE = 2**24  # numbers of all processes that a device holds while the bank is gathered
 
 
 class MemoryBank:
@@ -13,17 +17,29 @@ class MemoryBank:
 
     Not a module: its content differs between processes on purpose, so DistributedDataParallel and `state_dict` must
     not see it. `state` gathers it into one tensor that any number of processes can load.
-    Memory: crops * N * d * 4 bytes / processes.
+    Memory: crops * N * d * 4 bytes / processes; `state`, as much as the whole bank on the CPU of every process.
     """
 
     def __init__(self, samples: int, crops: int, dim: int) -> None:
         own = len(range(rank(), samples, world_size()))
         self.samples = samples
-        self.embeddings = torch.zeros(crops, own, dim)
-        self.seen = torch.zeros(own, dtype=torch.bool)
+        # One row more than samples, for what a batch holds but this process does not keep: `write` then has the same
+        # shapes in every step, so the host need not wait for the device to learn them.
+        self._embeddings = torch.zeros(crops, own + 1, dim)
+        self._seen = torch.zeros(own + 1, dtype=torch.bool)
+
+    @property
+    def embeddings(self) -> Tensor:
+        """[crops, own samples, d]"""
+        return self._embeddings[:, :-1]
+
+    @property
+    def seen(self) -> Tensor:
+        """[own samples] bool, whether a sample has an embedding"""
+        return self._seen[:-1]
 
     def to(self, device: torch.device) -> None:
-        self.embeddings, self.seen = self.embeddings.to(device), self.seen.to(device)
+        self._embeddings, self._seen = self._embeddings.to(device), self._seen.to(device)
 
     @torch.no_grad()
     def write(self, z: Tensor, index: Tensor, counts: list[int] | None = None) -> None:
@@ -34,16 +50,14 @@ class MemoryBank:
         """
         joint_z = all_gather(z.detach().float().transpose(0, 1), counts).transpose(0, 1)  # [crops, joint batch, d]
         joint_index = all_gather(index, counts)
-        own = joint_index % world_size() == rank()
-        rows, z_own = joint_index[own] // world_size(), joint_z[:, own]
-        # Scatter in reverse order is not defined to be sequential on a GPU: drop repeats explicitly.
-        rows, inverse = rows.unique(return_inverse=True)
-        first = torch.full_like(rows, inverse.numel())
-        first.scatter_reduce_(0, inverse, torch.arange(inverse.numel(), device=rows.device), "amin")
-        newest = z_own[:, first].to(self.embeddings)
-        good = newest.isfinite().all(dim=2).all(dim=0)
-        self.embeddings[:, rows] = torch.where(good.unsqueeze(1), newest, self.embeddings[:, rows])
-        self.seen[rows] |= good
+        ordered, order = joint_index.sort(stable=True)
+        kept = torch.ones_like(ordered, dtype=torch.bool)
+        kept[1:] = ordered[1:] != ordered[:-1]  # the first of a sample that is repeated
+        z = joint_z[:, order].to(self._embeddings)
+        kept &= (ordered % world_size() == rank()) & z.isfinite().all(dim=2).all(dim=0)
+        rows = torch.where(kept, ordered // world_size(), len(self.seen))
+        self._embeddings.index_copy_(1, rows, z)
+        self._seen.index_fill_(0, rows, True)
 
     def seen_everywhere(self) -> Tensor:
         """[N] bool on the CPU, equal on every process."""
@@ -64,11 +78,20 @@ class MemoryBank:
         self.seen.copy_(state["seen"][rank() :: world_size()])
 
     def _join(self, own: Tensor) -> Tensor:
-        """[c, own rows, ...] of every process -> [c, N, ...] on the CPU, rows back in index order."""
-        world = world_size()
-        rows = -(-self.samples // world)
-        padded = own.new_zeros(own.shape[0], rows, *own.shape[2:])
-        padded[:, : own.shape[1]] = own
-        parts = all_gather(padded.transpose(0, 1)).view(world, rows, own.shape[0], *own.shape[2:])
-        joint = parts.transpose(0, 1).reshape(world * rows, own.shape[0], *own.shape[2:])
-        return joint[: self.samples].transpose(0, 1).cpu().contiguous()
+        """[c, own rows, ...] of every process -> [c, N, ...] on the CPU, rows back in index order.
+
+        Row by row of all processes, in blocks, so that the device needs no room for the whole.
+        """
+        world, each = world_size(), -(-self.samples // world_size())
+        joint = torch.empty(own.shape[0], self.samples, *own.shape[2:], dtype=own.dtype)
+        block = max(1, GATHERED_AT_ONCE // (world * own.shape[0] * math.prod(own.shape[2:])))
+        for start in range(0, each, block):
+            rows = min(block, each - start)
+            part = own[:, start : start + rows].transpose(0, 1)
+            if len(part) < rows:  # the last row, which this process does not have
+                part = torch.cat([part, part.new_zeros(1, *part.shape[1:])])
+            parts = all_gather(part.contiguous()).view(world, rows, *part.shape[1:])
+            in_order = parts.transpose(0, 1).flatten(0, 1).transpose(0, 1)  # [c, rows * world, ...]
+            target = joint[:, start * world : (start + rows) * world]
+            target.copy_(in_order[:, : target.shape[1]])
+        return joint

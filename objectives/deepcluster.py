@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from datasets.seeding import KMEANS, stream
 from models.heads import Prototypes
 from objectives.bank import MemoryBank
-from objectives.kmeans import assign, choose_backend, gather_rows, kmeans_faiss, kmeans_torch
+from objectives.kmeans import assign, choose_backend, fast_products, gather_rows, kmeans_faiss, kmeans_torch
 from utils.distributed import all_gather, all_sum, world_size
 from utils.errors import UserError
 
@@ -26,7 +26,8 @@ class DeepClusterV2(nn.Module):
     CE(z . C^T / temperature, assignment of the sample), over the views of assigned samples.
 
     `begin_epoch` clusters the bank: head h uses the embeddings of crop h mod assign_crops, the centroids become the
-    prototypes (which no gradient changes), and every sample that has an embedding gets an assignment.
+    prototypes (which no gradient changes), and every sample that has an embedding gets an assignment. Memory beside
+    the bank: what `kmeans_torch` says, and while some samples have no embedding yet, a copy of one crop's others.
     samples: N, the number of global indices at this level.  kmeans_backend: `auto`, `faiss` or `torch`.
     """
 
@@ -48,7 +49,7 @@ class DeepClusterV2(nn.Module):
         self.bank = MemoryBank(samples, assign_crops, dim)
         self.register_buffer("assignments", torch.full((len(sizes), samples), UNASSIGNED, dtype=torch.int32))
         self.temperature, self.kmeans_iterations, self.seed = temperature, kmeans_iterations, seed
-        self.backend = choose_backend(kmeans_backend, samples * dim * 4)
+        self.backend = choose_backend(kmeans_backend)
         self.assign_crops = assign_crops
 
     def _apply(self, fn, recurse=True):
@@ -66,7 +67,7 @@ class DeepClusterV2(nn.Module):
             return
         seen = self.bank.seen_everywhere()
         rows = seen.nonzero().squeeze(1)  # global indices, equal on every process
-        own = self.bank.seen
+        own, complete = self.bank.seen, bool(self.bank.seen.all())
         device = self.bank.embeddings.device
         self.assignments.fill_(UNASSIGNED)
         for h, head in enumerate(self.prototypes.heads):
@@ -76,17 +77,19 @@ class DeepClusterV2(nn.Module):
                     f"nmb_prototypes: {K} prototypes but only {len(rows)} samples have an embedding; "
                     "use fewer prototypes, more data or a smaller batch"
                 )
-            points = self.bank.embeddings[h % self.assign_crops]
+            every = self.bank.embeddings[h % self.assign_crops]
+            points = every if complete else every[own]
             rng = stream(self.seed, epoch, h, 0, KMEANS)
             start = rows[torch.from_numpy(np.sort(rng.choice(len(rows), K, replace=False)))].to(device)
-            start = gather_rows(points, start)
+            start = gather_rows(every, start)
             if self.backend == "faiss":
-                centroids = kmeans_faiss(points[own], start, self.kmeans_iterations, int(rng.integers(2**31)))
+                centroids = kmeans_faiss(points, start, self.kmeans_iterations, int(rng.integers(2**31)))
             else:
-                centroids = kmeans_torch(points[own], start, self.kmeans_iterations)
+                products = fast_products(len(rows) * K, device)
+                centroids = kmeans_torch(points, start, self.kmeans_iterations, products=products)
             head.weight.copy_(centroids)
-            found = torch.full((len(points),), UNASSIGNED, dtype=torch.long, device=device)
-            found[own] = assign(points[own], centroids)[0]
+            found = torch.full((len(every),), UNASSIGNED, dtype=torch.long, device=device)
+            found[own] = assign(points, centroids)[0]
             self.assignments[h] = self._all_rows(found).to(self.assignments)
 
     def _all_rows(self, own: Tensor) -> Tensor:

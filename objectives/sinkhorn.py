@@ -9,11 +9,12 @@ from utils.distributed import all_max, all_sum
 
 
 @torch.no_grad()
-def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
+def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3, taking_part: Tensor | None = None) -> Tensor:
     """Sinkhorn-Knopp codes of the joint batch of all processes.
 
     scores: [B, K] cosines, this process's share (B may differ between processes, even 0).  epsilon: > 0, smaller is
-    harder.  Returns [B, K], rows sum to 1, in the dtype of the scores but at least float32.
+    harder.  taking_part: [B] bool, rows that there are; the others get codes of 0 and change nothing. None: all.
+    Returns [B, K], rows sum to 1, in the dtype of the scores but at least float32.
     Raises ValueError unless scores is 2D and epsilon > 0.
 
     Source: Caron et al. 2020 (SwAV), section 3.1 and appendix A. Departs: the global maximum is subtracted first and
@@ -24,9 +25,14 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
         raise ValueError(f"scores must be [B, K] and epsilon > 0, got {tuple(scores.shape)} and {epsilon}")
     out_dtype = torch.promote_types(scores.dtype, torch.float32)
     logits = scores.double() / epsilon
-    largest = logits.max() if logits.numel() else logits.new_tensor(-torch.inf)
+    if taking_part is not None:
+        logits = logits.masked_fill(~taking_part.unsqueeze(1), -torch.inf)
+    largest = logits.max() if logits.numel() else logits.new_full((), -torch.inf)
     Q = torch.exp(logits - all_max(largest))
     for _ in range(iterations):
         Q /= all_sum(Q.sum(dim=0, keepdim=True))  # every prototype gets the same mass
-        Q /= Q.sum(dim=1, keepdim=True)  # every embedding gives away exactly one
+        given = Q.sum(dim=1, keepdim=True)
+        if taking_part is not None:
+            given = given.where(taking_part.unsqueeze(1), 1)  # not 0 / 0
+        Q /= given  # every embedding gives away exactly one
     return Q.to(out_dtype)

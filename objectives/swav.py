@@ -79,13 +79,16 @@ class SwAV(nn.Module):
     def _assign(self, crop: int, z: Tensor, scores: list[Tensor], counts: list[int] | None) -> list[Tensor]:
         """Codes [B, K] per head for one assigning crop: z [B, d], scores per head [B, K]. Updates the queue."""
         queue = self.queue[crop]
-        use_queue = self.queue_on and bool(queue[-1].any())  # the last row is zero until the queue is full
         # Sinkhorn does not care which process scores which row of the queue.
-        share = queue[rank() :: world_size()] if use_queue else queue[:0]
+        share = queue[rank() :: world_size()] if self.queue_on else queue[:0]
+        taking_part = None
+        if self.queue_on:  # the last row is zero until the queue is full; asking the device would be waiting for it
+            full = queue[-1].any().expand(len(share))
+            taking_part = torch.cat([full, torch.ones(len(z), dtype=torch.bool, device=z.device)])
         codes = []
         for head, own in zip(self.prototypes.heads, scores, strict=True):
             joint = torch.cat([share @ head.weight.T.to(share.dtype), own])
-            codes.append(sinkhorn(joint, self.epsilon, self.sinkhorn_iterations)[len(share) :])
+            codes.append(sinkhorn(joint, self.epsilon, self.sinkhorn_iterations, taking_part)[len(share) :])
         if self.queue_on and self.training:
             newest = all_gather(z.to(queue.dtype), counts)
             longer = torch.cat([newest, queue])[: len(queue)]
