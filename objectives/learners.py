@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.encoder import JointEncoder, real_rows, spread
+from models.folding import FrozenSlices, slices_digest
 from models.resnet import GreyResNet, pooled
 from objectives.deepcluster import DeepClusterV2
 from objectives.masked import interpolate_masked
@@ -85,7 +86,8 @@ class ImageClustering(Learner):
 class MaskedSlices(Learner):
     """Stage 2: predict the frozen slice embeddings of hidden slices from the visible ones.
 
-    views [V, B, D, H, W], mask [B, D] real slices, hidden [V, B, D] slices to predict.
+    mask [B, D] real slices, hidden [V, B, D] slices to predict, and views [V, B, D, H, W] or, where they are known
+    already, the targets: their embeddings [V, B, D, d]. rows as `JointClustering`'s.
     Loss: mean squared error over hidden slices and features. `interpolation`: what linear interpolation between the
     nearest visible slices scores on the same slices: a model that is not below it has learnt nothing.
     """
@@ -98,30 +100,42 @@ class MaskedSlices(Learner):
         self.decoder = nn.Linear(d_model, d_model)
         self.encoder.encoder.requires_grad_(False)
         self.encoder.projection.requires_grad_(False)
+        self._frozen: FrozenSlices | None = None
 
     def train(self, mode: bool = True) -> MaskedSlices:
         super().train(mode)
         self.encoder.encoder.eval()  # frozen: its BatchNorm statistics must not move either
         return self
 
+    def begin_epoch(self, epoch: int, resumed: bool = False) -> None:
+        super().begin_epoch(epoch, resumed)
+        self._frozen = FrozenSlices(self.encoder)  # anew, as the weights may have come from a checkpoint meanwhile
+
     def targets(self, views: Tensor, mask: Tensor, rows: Tensor | None = None) -> Tensor:
-        """[V, B, D, H, W] -> frozen slice embeddings [V * B, D, d], no gradient; rows as `JointClustering`'s."""
+        """[V, B, D, H, W] -> frozen slice embeddings [V, B, D, d] float32, no gradient."""
+        frozen = self._frozen or FrozenSlices(self.encoder)
         if rows is not None:
             rows = (torch.arange(len(views), device=rows.device).unsqueeze(1) * mask.numel() + rows).flatten()
-        with torch.no_grad():
-            return self.encoder.tokens(views.flatten(0, 1), mask.repeat(len(views), 1), rows)[1].float()
+        return frozen(views.flatten(0, 1), mask.repeat(len(views), 1), rows).unflatten(0, views.shape[:2])
+
+    def targets_digest(self) -> str:
+        """Changes with every weight that the targets depend on."""
+        return slices_digest(self.encoder)
 
     def forward(
         self,
-        views: Tensor,
         mask: Tensor,
         hidden: Tensor,
+        views: Tensor | None = None,
+        targets: Tensor | None = None,
         index: Tensor | None = None,
         counts: list[int] | None = None,
         rows: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        targets = self.targets(views, mask, rows)
-        mask, hidden = mask.repeat(len(views), 1), hidden.flatten(0, 1)
+        if targets is None:
+            targets = self.targets(views, mask, rows)
+        mask = mask.repeat(len(targets), 1)
+        targets, hidden = targets.flatten(0, 1).float(), hidden.flatten(0, 1)
         return masked_loss(self.encoder.transformer, self.mask_token, self.decoder, targets, mask, hidden)
 
 
