@@ -1,0 +1,463 @@
+"""A training step of stages 1 and 3: against the plain way to write it, against the bare ResNet, and where time goes.
+
+    python -m benchmarks.step                                        # CPU, (64, 128, 128), 2 views: about 6 minutes
+    python -m benchmarks.step --device cuda --batch_size 16 --workers 8
+
+Pieces that take turns in the same process:
+  ours       loader's augmentation, both views through f_intra and f_inter, SwAV at both levels, backward, LARC
+  bare       torchvision's three-channel ResNet-50, forward and backward on the same number of slices, tuned the same
+             way (channels-last, the same precision): nothing that trains a ResNet-50 on these slices can be faster
+  reference  the plain way with public packages: that ResNet channels-first in float32, four layers of the
+             `deformable-attention` package along the feature axis (as the method's released code calls it), TorchIO on
+             the CPU, SwAV's swapped prediction, LARC with a loop over parameters. Left out where a package is missing.
+`ranks` compares two processes that train together (gloo, a core each) with two that know nothing of each other.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from benchmarks import timing
+from benchmarks.data import write_raw
+from datasets.augment import MultiCrop, VolumeViews
+from datasets.loaders import ImageLoader, Slices, VolumeLoader, VolumeWindows, canvas_size
+from datasets.store import prepare
+from models.encoder import JointEncoder
+from models.heads import ProjectionHead
+from models.resnet import GreyResNet
+from objectives import ImageClustering, JointClustering, SwAV
+from utils import config as options
+from utils import distributed, guards, optim
+from utils.distributed import Run
+from utils.precision import Precision
+
+PROTOTYPES = 16  # few: the phantoms are few, and their cost does not show beside a ResNet
+INTRA_PROTOTYPES = 300
+BETWEEN = "between steps"  # the other pieces' turn
+
+
+@dataclass
+class Config:
+    parts: list[Literal["stage3", "stage1", "ranks"]] = ("stage3", "stage1", "ranks")
+    """what to measure"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where"""
+    arch: str = "resnet50"
+    """torchvision ResNet"""
+    target_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = (64, 128, 128)
+    """slices, height and width of a view"""
+    batch_size: PositiveInt = 1
+    """volumes per step; a GPU wants 16"""
+    images: PositiveInt = 16
+    """images per step of stage 1; a GPU wants 128"""
+    workers: NonNegativeInt = 0
+    """data-loading processes"""
+    precisions: list[Literal["fp32", "bf16"]] = ("fp32", "bf16")
+    """number formats; a CPU without bf16 units is better off with fp32 alone"""
+    compile: bool = False
+    """ours and bare with torch.compile"""
+    repeats: PositiveInt = 3
+    """measurements of each piece"""
+    steps: NonNegativeInt = 0
+    """steps of an end-to-end run with all that training does, for slices per second and data wait; 0: none"""
+
+
+def main(cfg: Config) -> None:
+    run = distributed.start(cfg.device)
+    root = Path(tempfile.mkdtemp(prefix="benchmark_step_"))
+    results: dict[str, Any] = {"arch": cfg.arch, "view": list(cfg.target_shape), "compile": cfg.compile}
+    try:
+        write_raw(root / "data", (160, 160, 72), "int16", max(4, 3 * cfg.batch_size))
+        for part in cfg.parts:
+            print(f"\n{part}, {timing.device_name(run.device)}")
+            results[part] = {"stage3": stage3, "stage1": stage1, "ranks": ranks}[part](root / "data", cfg, run)
+    finally:
+        shutil.rmtree(root)
+    print(f"\nwrote {timing.write('step', results, run.device)}")
+
+
+# ----------------------------------------------------------------------------------------------------------- our steps
+
+
+def volume_loader(root: Path, cfg: Config, run: Run) -> VolumeLoader:
+    slices, height, width = cfg.target_shape
+    samples, store = prepare(root, canvas_size(height, width), target_shape=cfg.target_shape, progress=False)
+    views = VolumeViews(height, width, "strong", 0)
+    return VolumeLoader(
+        VolumeWindows(samples, store, slices, 0), views, cfg.batch_size, cfg.workers, 0, run, intra_slices=8
+    )
+
+
+def joint_learner(cfg: Config) -> JointClustering:
+    encoder = JointEncoder(cfg.arch)
+    head = ProjectionHead(encoder.encoder.num_features)
+    learner = JointClustering(encoder, head, SwAV(128, [INTRA_PROTOTYPES]), SwAV(640, [PROTOTYPES]))
+    if cfg.compile:
+        encoder.encoder.compile()
+    return learner
+
+
+class Split:
+    """Which part of a step the time goes to. `enter` says what begins now; on a GPU events say when it was done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.marks: list[tuple[str, Any]] = []
+
+    def enter(self, part: str) -> None:
+        if self.device.type == "cuda":
+            at = torch.cuda.Event(enable_timing=True)
+            at.record()
+        else:
+            at = time.perf_counter()
+        self.marks.append((part, at))
+
+    def watch(self, module: nn.Module, part: str) -> None:
+        """Count a module's forward pass as `part`, and go on with the part before."""
+
+        def before(*_: Any) -> None:
+            outer.append(self.marks[-1][0] if self.marks else "other")
+            self.enter(part)
+
+        outer: list[str] = []
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(lambda *_: self.enter(outer.pop()))
+
+    def seconds(self) -> dict[str, float]:
+        """By part since the last call; the last mark ends the last part."""
+        timing.wait(self.device)
+        spent: dict[str, float] = defaultdict(float)
+        for (part, start), (_, end) in zip(self.marks, self.marks[1:], strict=False):
+            spent[part] += start.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - start
+        self.marks.clear()
+        spent.pop(BETWEEN, None)
+        return dict(spent)
+
+
+class Ours:
+    """Training steps as `utils.train` makes them, without its log and checkpoints."""
+
+    def __init__(self, learner: nn.Module, loader: Any, precision: str, run: Run) -> None:
+        self.learner, self.loader, self.run = distributed.wrap(learner, run).train(), loader, run
+        self.precision = Precision(precision, run.device)
+        self.optimizer: Optimizer = optim.LARC(optim.parameter_groups(self.learner, 1e-6), 0.3)
+        self.split = Split(run.device)
+        self.batches = self._batches()
+        core = distributed.unwrap(self.learner)
+        for name, part in watched(core).items():
+            for module in part:
+                self.split.watch(module, name)
+        for views in {"views", "image_views", "crops"} & vars(loader).keys():
+            setattr(loader, views, self._augmenting(getattr(loader, views)))
+        self.batch = next(self.batches)
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
+        epoch = 0
+        while True:
+            yield from self.loader.epoch(epoch)
+            epoch += 1
+
+    def _augmenting(self, views: Callable) -> Callable:
+        def call(*arguments: Any) -> Any:
+            self.split.enter("augmentation")
+            result = views(*arguments)
+            self.split.enter("data wait")
+            return result
+
+        return call
+
+    def step(self) -> None:
+        self.split.enter("other")
+        with self.precision.autocast():
+            loss = self.learner(**self.batch)["loss"]
+        self.split.enter("backward")
+        self.precision.backward(loss)
+        self.split.enter("data wait")
+        self.batch = next(self.batches)
+        self.split.enter("optimiser")
+        if bool(guards.gradients_are_finite(self.optimizer)):
+            self.precision.step(self.optimizer)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.split.enter(BETWEEN)
+
+
+def watched(core: nn.Module) -> dict[str, list[nn.Module]]:
+    """Parts of a step by name -> modules whose forward pass they are."""
+    if isinstance(core, JointClustering):
+        parts = {"f_intra": [core.encoder.encoder, core.encoder.projection], "f_inter": [core.encoder.transformer]}
+        return parts | {"objective": [core.head, core.intra, core.inter]}
+    return {"f_intra": [core.encoder], "objective": [core.head, core.intra]}
+
+
+def bare_resnet(cfg: Config, images: list[Tensor], precision: str, device: torch.device) -> Callable[[], None]:
+    """Forward and backward of torchvision's network on images [n, 3, H, W] of each size, tuned as ours."""
+    net = torchvision.models.get_model(cfg.arch, weights=None)
+    net.fc = nn.Identity()
+    net = net.to(device, memory_format=torch.channels_last).train()
+    images = [x.contiguous(memory_format=torch.channels_last) for x in images]
+    if cfg.compile:
+        net.compile()
+    number = Precision(precision, device)
+
+    def step() -> None:
+        with number.autocast():
+            loss = sum(net(x).float().square().mean() for x in images)
+        loss.backward()
+        net.zero_grad(set_to_none=True)
+
+    return step
+
+
+def compare(work: dict[str, Callable[[], object]], ours: dict[str, Ours], cfg: Config, device: torch.device) -> dict:
+    """Times and ratios of pieces that take turns; where the time of our steps goes."""
+    for one in ours.values():
+        one.split.seconds()
+    times = timing.measure(work, cfg.repeats, warmup=1, device=device)
+    result: dict[str, Any] = {name: t.record() for name, t in times.items()}
+    for name, t in times.items():
+        line = f"{name:16s} {t.median:8.3f} s"
+        against = {"bare": f"bare {name.split()[-1]}", "reference": "reference"} if name.startswith("ours") else {}
+        for what, other in against.items():
+            if other in times:
+                ratio = t.over(times[other]) if what == "bare" else times[other].over(t)
+                result[f"{name} over bare" if what == "bare" else f"reference over {name}"] = ratio
+                line += f", {ratio:.2f} x bare" if what == "bare" else f"; the reference takes {ratio:.2f} x as long"
+        print(line, flush=True)
+    for name, one in ours.items():
+        spent = one.split.seconds()
+        total = sum(spent.values())
+        result[f"{name} split"] = {part: seconds / total for part, seconds in sorted(spent.items())}
+        print(f"  {name}: " + ", ".join(f"{part} {seconds / total:.1%}" for part, seconds in sorted(spent.items())))
+    return result
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def stage3(root: Path, cfg: Config, run: Run) -> dict[str, Any]:
+    slices, height, width = cfg.target_shape
+    count = 2 * cfg.batch_size * slices
+    ours = {}
+    work: dict[str, Callable[[], object]] = {}
+    memory = {}
+    for precision in cfg.precisions:
+        torch.manual_seed(0)
+        one = Ours(joint_learner(cfg), volume_loader(root, cfg, run), precision, run)
+        images = torch.rand(count, 3, height, width, device=run.device)
+        bare = bare_resnet(cfg, [images], precision, run.device)
+        ours[f"ours {precision}"] = one
+        work |= {f"ours {precision}": one.step, f"bare {precision}": bare}
+        if run.device.type == "cuda":
+            memory[precision] = {"ours": peak(one.step), "bare": peak(bare)}
+    if (reference := plain_step(cfg, run.device)) is not None:
+        work["reference"] = reference
+    result = {"slices": count, **compare(work, ours, cfg, run.device)}
+    if memory:
+        result["peak_gib"] = memory
+        for precision, of in memory.items():
+            result[f"memory over bare {precision}"] = ratio = of["ours"] / of["bare"]
+            print(f"peak memory {precision}: ours {of['ours']:.2f} GiB, bare {of['bare']:.2f} GiB, {ratio:.2f} x")
+    if cfg.steps:
+        result["end to end"] = {name: end_to_end(one, cfg, count, run.device) for name, one in ours.items()}
+    return result
+
+
+def end_to_end(one: Ours, cfg: Config, slices: int, device: torch.device) -> dict[str, float]:
+    """Slices per second of `steps` steps in a row, from the cache on, and the share of time that data made it wait."""
+    one.step()
+    one.split.seconds()
+    timing.wait(device)
+    began = time.perf_counter()
+    for _ in range(cfg.steps):
+        one.step()
+    timing.wait(device)
+    seconds = time.perf_counter() - began
+    spent = one.split.seconds()
+    figures = {
+        "slices_per_second": slices * cfg.steps / seconds,
+        "data_wait": spent.get("data wait", 0) / sum(spent.values()),
+    }
+    print(f"end to end, {one.precision.name}: {figures['slices_per_second']:.0f} slices/s, "
+          f"data wait {figures['data_wait']:.1%}")  # fmt: skip
+    return figures
+
+
+def stage1(root: Path, cfg: Config, run: Run) -> dict[str, Any]:
+    large, small = cfg.target_shape[1], cfg.target_shape[1] // 2
+    samples, store = prepare(root, canvas_size(large, small), progress=False)
+    ours, work = {}, {}
+    for precision in cfg.precisions:
+        torch.manual_seed(0)
+        crops = MultiCrop([(large, large), (small, small)], [2, 4], [(0.3, 1.0), (0.05, 0.3)], "strong", 0)
+        loader = ImageLoader(Slices(samples, store, 32), crops, cfg.images, cfg.workers, 0, run)
+        encoder = GreyResNet(cfg.arch)
+        if cfg.compile:
+            encoder.compile()
+        learner = ImageClustering(encoder, ProjectionHead(encoder.num_features), SwAV(128, [INTRA_PROTOTYPES]))
+        one = Ours(learner, loader, precision, run)
+        sizes = [(2 * cfg.images, large), (4 * cfg.images, small)]
+        images = [torch.rand(n, 3, side, side, device=run.device) for n, side in sizes]
+        ours[f"ours {precision}"] = one
+        work |= {f"ours {precision}": one.step, f"bare {precision}": bare_resnet(cfg, images, precision, run.device)}
+    plain = [torch.rand(n, 3, side, side, device=run.device) for n, side in sizes]
+    work["reference"] = plain_images(cfg, plain, run.device)
+    return {"images": cfg.images, "crops": sizes, **compare(work, ours, cfg, run.device)}
+
+
+def peak(step: Callable[[], object]) -> float:
+    """GiB allocated at most during a step, weights and what belongs to the step included."""
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    base = torch.cuda.memory_allocated()
+    step()
+    return (torch.cuda.max_memory_allocated() - base) / 2**30
+
+
+# ------------------------------------------------------------------------------------------------------- the plain way
+
+
+def plain_larc(parameters: list[nn.Parameter], lr: float) -> Callable[[], None]:
+    """LARC and momentum as a loop over parameters."""
+    momenta = [torch.zeros_like(p) for p in parameters]
+
+    def step() -> None:
+        with torch.no_grad():
+            for p, m in zip(parameters, momenta, strict=True):
+                w, g = p.norm(), p.grad.norm()
+                rate = 0.001 * w / (g + 1e-6 * w + 1e-8) if w > 0 and g > 0 else 1.0
+                m.mul_(0.9).add_((p.grad + 1e-6 * p) * rate)
+                p.add_(m, alpha=-lr)
+                p.grad = None
+
+    return step
+
+
+def plain_swav(scores: Tensor) -> Tensor:
+    """scores [2, B, K] -> the swapped prediction of two views, three Sinkhorn iterations."""
+    with torch.no_grad():
+        codes = torch.exp(scores / 0.05)
+        for _ in range(3):
+            codes = codes / codes.sum(dim=1, keepdim=True) / codes.shape[2]
+            codes = codes / codes.sum(dim=2, keepdim=True) / codes.shape[1]
+        codes = codes * codes.shape[1]
+    return -0.5 * sum((codes[i] * F.log_softmax(scores[1 - i] / 0.1, dim=1)).sum(dim=1).mean() for i in range(2))
+
+
+def plain_step(cfg: Config, device: torch.device) -> Callable[[], None] | None:
+    """The step of stage 3 with public packages; None where one of them is missing."""
+    if missing := [p for p in ("deformable_attention", "torchio") if importlib.util.find_spec(p) is None]:
+        print(f"no reference: {', '.join(missing)} not installed (pip install -r requirements-dev.txt)")
+        return None
+    import torchio as tio
+    from deformable_attention import DeformableAttention1D
+
+    slices, height, width = cfg.target_shape
+    transforms = tio.OneOf(
+        [
+            tio.RandomFlip(axes=(0, 1, 2), flip_probability=1),
+            tio.RandomAffine(),
+            tio.RandomAnisotropy(),
+            tio.RandomBlur(),
+            tio.RandomNoise(),
+            tio.RandomBiasField(),
+            tio.RandomGamma(),
+        ]
+    )
+    volumes = torch.rand(cfg.batch_size, 1, height, width, slices)
+    net = torchvision.models.get_model(cfg.arch, weights=None)
+    features = net.fc.in_features
+    net.fc = nn.Identity()
+    project, intra_head = nn.Linear(features, 640), ProjectionHead(features)
+    attention = nn.ModuleList(
+        DeformableAttention1D(dim=slices, downsample_factor=4, offset_scale=2, offset_kernel_size=6) for _ in range(4)
+    )
+    inter, intra = nn.Linear(640, PROTOTYPES, bias=False), nn.Linear(128, INTRA_PROTOTYPES, bias=False)
+    parts = nn.ModuleList([net, project, intra_head, attention, inter, intra]).to(device).train()
+    update = plain_larc(list(parts.parameters()), 0.3)
+
+    def step() -> None:
+        views = torch.stack([torch.stack([transforms(v) for v in volumes]) for _ in range(2)]).to(device)
+        images = views.squeeze(2).permute(0, 1, 4, 2, 3).flatten(0, 2).unsqueeze(1).repeat(1, 3, 1, 1)
+        pooled = net(images)
+        tokens = project(pooled).view(2 * cfg.batch_size, slices, 640)
+        for layer in attention:
+            tokens = layer(tokens) + tokens
+        z = F.normalize(tokens.mean(dim=1), dim=1)
+        w = F.normalize(intra_head(pooled), dim=1).view(2, -1, 128)[:, : 8 * cfg.batch_size]
+        loss = plain_swav(inter(z).view(2, cfg.batch_size, -1)) + plain_swav(intra(w))
+        loss.backward()
+        update()
+
+    return step
+
+
+def plain_images(cfg: Config, images: list[Tensor], device: torch.device) -> Callable[[], None]:
+    """The step of stage 1 in float32, channels first, without augmentation."""
+    net = torchvision.models.get_model(cfg.arch, weights=None)
+    head, net.fc = ProjectionHead(net.fc.in_features), nn.Identity()
+    prototypes = nn.Linear(128, INTRA_PROTOTYPES, bias=False)
+    parts = nn.ModuleList([net, head, prototypes]).to(device).train()
+    update = plain_larc(list(parts.parameters()), 0.3)
+
+    def step() -> None:
+        z = F.normalize(head(torch.cat([net(x) for x in images])), dim=1)
+        plain_swav(prototypes(z)[: 2 * cfg.images].view(2, cfg.images, -1)).backward()
+        update()
+
+    return step
+
+
+# --------------------------------------------------------------------------------------------------------------- ranks
+
+
+def ranks(root: Path, cfg: Config, run: Run) -> dict[str, Any]:
+    """Median step of two processes that train one model, over that of two that train one each; a core each."""
+    if run.device.type != "cpu":
+        print("ranks: compares processes on CPU cores, not run on a GPU")
+        return {}
+    medians = {}
+    for together in (False, True, False, True):
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(_one_rank, (root, cfg, together, folder), nprocs=2)
+            seconds = [float(Path(folder, str(r)).read_text()) for r in range(2)]
+        medians.setdefault("together" if together else "apart", []).append(max(seconds))
+    best = {name: min(values) for name, values in medians.items()}
+    ratio = best["together"] / best["apart"]
+    print(
+        f"two processes, {cfg.precisions[-1]}: together {best['together']:.2f} s a step, apart {best['apart']:.2f} s, "
+        f"{ratio:.2f} x (the rest is communication and waiting for each other)"
+    )
+    return {"precision": cfg.precisions[-1], "seconds": medians, "together over apart": ratio}
+
+
+def _one_rank(rank: int, root: Path, cfg: Config, together: bool, folder: str) -> None:
+    torch.set_num_threads(1)
+    run = distributed.start("cpu")
+    if together:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+        run = Run(rank, 2, run.device)
+    torch.manual_seed(0)
+    one = Ours(joint_learner(cfg), volume_loader(root, cfg, run), cfg.precisions[-1], run)
+    seconds = timing.measure({"step": one.step}, cfg.repeats, warmup=1)["step"].median
+    Path(folder, str(rank)).write_text(str(seconds))
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    options.main(main, Config, __doc__)
