@@ -22,6 +22,7 @@ from jsonargparse.typing import (
 )
 
 from datasets.augment import VolumeViews
+from datasets.embeddings import EmbeddingLoader
 from datasets.index import fingerprint
 from datasets.loaders import VolumeLoader, VolumeWindows, canvas_size
 from datasets.store import prepare
@@ -31,6 +32,7 @@ from objectives import MaskedSlices
 from objectives.masked import fit_projection
 from utils import config as options
 from utils import distributed, optim, train, weights
+from utils.precision import Precision
 
 
 @dataclass
@@ -64,6 +66,8 @@ class Config:
     """share of a volume's slices that are hidden"""
     mask_style: Literal["random", "span"] = "random"
     """hide slices anywhere, or one contiguous run of them"""
+    cached_views: NonNegativeInt = 0
+    """0: new views in every epoch; n: epoch e sees version e mod n of a volume, embedded once and kept in the cache"""
 
     epochs: PositiveInt = 100
     """passes over the data"""
@@ -133,6 +137,9 @@ def main(cfg: Config) -> None:
     if cfg.projection_init == "pca":
         fit_projection(encoder, volumes, (height, width), run)
     learner = MaskedSlices(encoder)
+    if cfg.cached_views:
+        precision = Precision(cfg.precision, run.device)
+        loader = EmbeddingLoader(loader, learner, cfg.cached_views, cfg.d_model, cfg.workers, precision)
     wrapped = distributed.wrap(learner, run)
 
     optimizer = optim.LARC(optim.parameter_groups(learner, cfg.wd), cfg.base_lr)

@@ -9,7 +9,7 @@ go on anywhere.
 from __future__ import annotations
 
 import signal
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -253,8 +253,12 @@ def _leave_signals_to_the_trainer(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _torch_loader(
-    dataset: Dataset, batches: EpochBatches | CyclingBatches, workers: int, device: torch.device
+def torch_loader(
+    dataset: Dataset,
+    batches: EpochBatches | CyclingBatches,
+    workers: int,
+    device: torch.device,
+    collate: Callable[[list[Any]], Any] | None = None,
 ) -> DataLoader:
     return DataLoader(
         guards.Reading(dataset, workers),
@@ -263,6 +267,7 @@ def _torch_loader(
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=_leave_signals_to_the_trainer,
+        collate_fn=collate,
     )
 
 
@@ -284,13 +289,13 @@ class ImageLoader:
     ) -> None:
         self.dataset, self.crops, self.run = dataset, crops, run
         self.batches = EpochBatches(dataset.groups, batch_size, seed, run, "images and slices", sampling_temperature)
-        self.loader = _torch_loader(dataset, self.batches, workers, run.device)
+        self.loader = torch_loader(dataset, self.batches, workers, run.device)
         self.samples, self.steps = self.batches.samples, self.batches.steps
 
     def epoch(self, epoch: int, seen: int = 0) -> Iterator[dict[str, Any]]:
         self.batches.epoch, self.batches.seen = epoch, seen
         for raw, (_, counts) in zip(self.loader, self.batches.plan(seen), strict=True):
-            batch = _to({"image": raw["image"], "index": raw["index"]}, self.run.device)
+            batch = to_device({"image": raw["image"], "index": raw["index"]}, self.run.device)
             # Parameters are drawn on the CPU, so what they are drawn from stays there.
             crops = self.crops(batch["image"], raw["extent"], raw["index"], epoch)
             yield {"crops": crops, "index": batch["index"], "counts": counts}
@@ -305,8 +310,8 @@ class VolumeLoader:
     `counts` are the volumes of each process in this step's joint batch, `rows` the places of the real slices in the
     flattened `mask` [B, D] (how many there are only the CPU can tell without a wait for the device). mask_ratio > 0
     adds `hidden` [V, B, D] (stage 2, or stage 3 with L_mask). intra_slices > 0 adds `picked` [B, S] and `slice_index`
-    [B * S] (stage 3). images_per_step > 0 adds `images` [V, M, H, W] and `image_index` [M] from the 2D data sets; their indices follow
-    those of all slices of all volumes.
+    [B * S] (stage 3). images_per_step > 0 adds `images` [V, M, H, W] and `image_index` [M] from the 2D data sets;
+    their indices follow those of all slices of all volumes.
     """
 
     def __init__(
@@ -328,7 +333,7 @@ class VolumeLoader:
         self.mask_ratio, self.mask_style, self.intra_slices = mask_ratio, mask_style, intra_slices
         self.batches = EpochBatches(dataset.groups, batch_size, seed, run, "volumes", sampling_temperature)
         self.samples, self.steps = self.batches.samples, self.batches.steps
-        self.loader = _torch_loader(dataset, self.batches, workers, run.device)
+        self.loader = torch_loader(dataset, self.batches, workers, run.device)
         self.slice_offsets = torch.from_numpy(slice_offsets([dataset.samples[i] for i in dataset.items]))
         self.total_slices = int(self.slice_offsets[-1])
 
@@ -339,7 +344,7 @@ class VolumeLoader:
             self.image_batches = CyclingBatches(
                 pictures.groups, images_per_step, seed, run, self.steps, sampling_temperature
             )
-            self.image_loader = _torch_loader(self.image_dataset, self.image_batches, workers, run.device)
+            self.image_loader = torch_loader(self.image_dataset, self.image_batches, workers, run.device)
             self.image_views = image_views
         self.intra_samples = self.total_slices + (len(pictures) if self.image_dataset else 0)
         images_now = images_per_step if self.image_dataset else 0
@@ -357,23 +362,26 @@ class VolumeLoader:
             D, device = raw["volume"].shape[1], self.run.device
             mask = torch.arange(D) < length.unsqueeze(1)
             rows = mask.flatten().nonzero().squeeze(1)
-            batch = _to({"mask": mask, "rows": rows, "index": index, "views": raw["volume"], "counts": counts}, device)
+            batch = to_device(
+                {"mask": mask, "rows": rows, "index": index, "views": raw["volume"], "counts": counts}, device
+            )
             batch["views"] = self.views(batch["views"], mask, raw["extent"], index, epoch)
             if self.mask_ratio:
-                hidden = [
-                    draw_masks(length, index, self.mask_ratio, self.mask_style, self.seed, epoch, view + 1, D)
-                    for view in range(len(batch["views"]))
-                ]
-                batch["hidden"] = torch.stack(hidden).to(device)
+                batch["hidden"] = self.hidden(index, length, epoch, len(batch["views"])).to(device)
             if self.intra_slices:
                 picked = self._pick(index, length, epoch)
                 where = self.slice_offsets[index].unsqueeze(1) + raw["start"].unsqueeze(1) + picked
-                batch |= _to({"picked": picked, "slice_index": where.flatten()}, device)
+                batch |= to_device({"picked": picked, "slice_index": where.flatten()}, device)
             if pictures is not None:
                 more = next(pictures)
-                batch |= _to({"images": more["image"], "image_index": self.total_slices + more["index"]}, device)
+                batch |= to_device({"images": more["image"], "image_index": self.total_slices + more["index"]}, device)
                 batch["images"] = self.image_views(batch["images"], more["extent"], more["index"], epoch)[0]
             yield batch
+
+    def hidden(self, index: Tensor, length: Tensor, epoch: int, views: int) -> Tensor:
+        """[views, B, D] bool: the slices of every window that are hidden in this epoch."""
+        D, how = self.dataset.slices, (self.mask_ratio, self.mask_style, self.seed, epoch)
+        return torch.stack([draw_masks(length, index, *how, view, D) for view in range(1, views + 1)])
 
     def _pick(self, index: Tensor, length: Tensor, epoch: int) -> Tensor:
         """[B, intra_slices] real slices of every window, different ones as far as there are enough."""
@@ -390,5 +398,5 @@ class VolumeLoader:
         return names
 
 
-def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -222,7 +222,7 @@ class SliceStore:
         sample, target = self.samples[index], self.files[index]
         verdict = target.with_suffix(".bad")
         try:
-            with _claim(target) as temporary:
+            with claim(target) as temporary:
                 if temporary is None:
                     return False
                 try:
@@ -279,11 +279,14 @@ class SliceStore:
         free = shutil.disk_usage(self.folder).free
         if need > free:
             raise UserError(
-                f"{self.folder}: the cache of prepared slices needs {_size(need)} for {len(todo)} files, but only "
-                f"{_size(free)} are free; free some space, or name another folder with --cache_path"
+                f"{self.folder}: the cache of prepared slices needs {shown_size(need)} for {len(todo)} files, but only "
+                f"{shown_size(free)} are free; free some space, or name another folder with --cache_path"
             )
         if progress and rank() == 0:
-            print(f"preparing {len(todo)} files: {_size(need)} in {self.folder} ({_size(free)} free)", flush=True)
+            print(
+                f"preparing {len(todo)} files: {shown_size(need)} in {self.folder} ({shown_size(free)} free)",
+                flush=True,
+            )
 
     def _cannot_write(self, error: OSError) -> UserError:
         return UserError(
@@ -302,19 +305,21 @@ def cache_folder(data_path: Path, cache_path: str | Path | None = None) -> Path:
 
 
 def unused_files(samples: list[Sample], cache_path: str | Path | None = None) -> list[Path]:
-    """Cache files, of whatever size of slices, whose source has changed or is gone."""
+    """Cache files, slices of whatever size and embeddings of whatever weights, whose source has changed or is gone."""
     keys = {_key(sample) for sample in samples}
-    folders = cache_folder(samples[0].data_path, cache_path).glob("slices_*px_v*")
+    cache = cache_folder(samples[0].data_path, cache_path)
+    folders = [*cache.glob("slices_*px_v*"), *cache.glob("embeddings_*_v*")]
     return [
         file
         for folder in sorted(folders)
         for file in sorted(folder.iterdir())
-        if not file.name.startswith(".") and not (file.stem in keys and folder.name.endswith(f"_v{FORMAT}"))
+        if not file.name.startswith(".")
+        and not (file.stem.split("_")[0] in keys and folder.name.endswith(f"_v{FORMAT}"))
     ]
 
 
 @contextlib.contextmanager
-def _claim(target: Path) -> Iterator[Path | None]:
+def claim(target: Path) -> Iterator[Path | None]:
     """The temporary file in which this thread alone may write what becomes `target`; None: another is at it.
 
     The lock lies on that file, and the system ends it with its process, however that dies. On a file system without
@@ -343,7 +348,7 @@ def _is_open_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _size(count: int) -> str:
+def shown_size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 

@@ -1,0 +1,220 @@
+"""Frozen slice embeddings of a fixed number of augmented versions of every volume, computed once and kept on disk.
+
+Version v of a volume is what epoch v sees of it without this cache: its window and its two views, drawn with epoch v.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from datasets.loaders import Key, VolumeLoader, VolumeWindows, to_device, torch_loader
+from datasets.render import FORMAT
+from datasets.store import NPY_HEADER, claim, shown_size
+from utils.distributed import raise_everywhere
+from utils.errors import UserError
+from utils.precision import Precision
+
+LAYOUT = 1  # of the files; a new number makes all of them anew
+VIEWS = 2
+SEAL_BYTES = 4  # CRC-32 of what precedes it, at the end of each file
+
+
+class Embedder(Protocol):
+    """What turns views into embeddings: stage 2's learner."""
+
+    def targets(self, views: Tensor, mask: Tensor) -> Tensor:
+        """[V, B, D, H, W] and mask [B, D] -> [V, B, D, d], no gradient."""
+
+    def targets_digest(self) -> str:
+        """Changes with every weight that the targets depend on."""
+
+
+class Embeddings(Dataset):
+    """Versions of volumes: their embeddings where they are on disk and whole, otherwise what they are made of.
+
+    (epoch, index) -> `targets` [2, D, d] float16, 0 at padded slices, length and index; or what `windows` returns for
+    the epoch whose version this is.
+    """
+
+    def __init__(self, windows: VolumeWindows, versions: int, width: int, folder: Path) -> None:
+        self.windows, self.versions, self.width, self.folder = windows, versions, width, folder
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        epoch, index = key
+        version, length = epoch % self.versions, self.length(index)
+        path = self.path(version, index)
+        found = read(path)
+        if found is None:
+            return self.windows[version, index]
+        if found.shape != (VIEWS, length, self.width):
+            raise UserError(f"{path}: holds {tuple(found.shape)}, not a cached embedding; delete its folder")
+        targets = found.new_zeros(VIEWS, self.windows.slices, self.width)
+        targets[:, :length] = found
+        return {"targets": targets, "length": length, "index": index}
+
+    def name(self, index: int) -> str:
+        return self.windows.name(index)
+
+    def length(self, index: int) -> int:
+        return min(self.windows.samples[self.windows.items[index]].slices, self.windows.slices)
+
+    def path(self, version: int, index: int) -> Path:
+        """The name begins as that of the volume's file in the store and so changes with the volume, too."""
+        source = self.windows.store.files[self.windows.items[index]].stem
+        return self.folder / f"{source}_{index}_{version}.npy"
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file, by its name."""
+        size = {
+            index: NPY_HEADER + 2 * VIEWS * self.length(index) * self.width + SEAL_BYTES for index in range(len(self))
+        }
+        return {self.path(v, index).name: size[index] for v in range(self.versions) for index in size}
+
+
+def read(path: Path) -> Tensor | None:
+    """The array of a file; None where there is no file or not the whole of it (a power failure, a full disk)."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); delete it, then start again") from None
+    body, seal = content[:-SEAL_BYTES], content[-SEAL_BYTES:]
+    if not body or zlib.crc32(body).to_bytes(SEAL_BYTES, "little") != seal:
+        return None
+    return torch.from_numpy(np.load(io.BytesIO(body), allow_pickle=False))
+
+
+def write(array: Tensor, path: Path) -> None:
+    """The opposite of `read`, in one rename; np.load reads the file, too. Raises UserError where that fails."""
+    buffer = io.BytesIO()
+    np.save(buffer, array.numpy(), allow_pickle=False)
+    body = buffer.getvalue()
+    try:
+        with claim(path) as temporary:
+            if temporary is None:  # another run is writing the same
+                return
+            try:
+                temporary.write_bytes(body + zlib.crc32(body).to_bytes(SEAL_BYTES, "little"))
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise _cannot_write(path.parent, error) from None
+
+
+class EmbeddingLoader:
+    """Stage 2 from cached embeddings: a `VolumeLoader`'s batches with `targets` [2, B, D, d] in place of `views`.
+
+    versions: n > 0; epoch e sees version e mod n of every volume, with fresh hidden slices.  width: d.
+    precision: what the embeddings are computed in.
+    What is not on disk yet is computed when its turn comes and written: by any process, for all and for later runs.
+    So nothing depends on what was there, on the number of workers and processes, or on interruptions.
+    """
+
+    def __init__(
+        self, volumes: VolumeLoader, embedder: Embedder, versions: int, width: int, workers: int, precision: Precision
+    ) -> None:
+        self.volumes, self.embedder, self.versions, self.width = volumes, embedder, versions, width
+        self.workers, self.precision, self.run = workers, precision, volumes.run
+        self.batches, self.samples, self.steps = volumes.batches, volumes.samples, volumes.steps
+        self.dataset: Embeddings | None = None
+        self.loader: DataLoader | None = None
+
+    def epoch(self, epoch: int, seen: int = 0) -> Iterator[dict[str, Any]]:
+        if self.loader is None:
+            self._open()
+        self.batches.epoch, self.batches.seen = epoch, seen
+        for samples, (_, counts) in zip(self.loader, self.batches.plan(seen), strict=True):
+            self._complete(samples, epoch % self.versions)
+            index, length = (torch.tensor([sample[name] for sample in samples]) for name in ("index", "length"))
+            batch = {
+                "mask": torch.arange(self.volumes.dataset.slices) < length.unsqueeze(1),
+                "index": index,
+                "targets": torch.stack([sample["targets"] for sample in samples], dim=1),
+                "hidden": self.volumes.hidden(index, length, epoch, VIEWS),
+                "counts": counts,
+            }
+            yield to_device(batch, self.run.device)
+
+    def names(self, batch: dict[str, Any]) -> list[str]:
+        return self.volumes.names(batch)
+
+    def _open(self) -> None:
+        """Only with the first epoch, when the weights are those of the checkpoint that the run goes on from."""
+        windows, views, store = self.volumes.dataset, self.volumes.views, self.volumes.dataset.store
+        of_views = views.height, views.width, views.policy, views.ranges, views.seed
+        depends_on = (LAYOUT, windows.slices, windows.seed, store.size, *of_views, self.precision.name)
+        digest = hashlib.sha256(repr((*depends_on, self.embedder.targets_digest())).encode()).hexdigest()[:16]
+        folder = store.folder.parent / f"embeddings_{digest}_v{FORMAT}"
+        self.dataset = Embeddings(windows, self.versions, self.width, folder)
+        error = None
+        try:
+            self._prepare_folder(folder)
+        except UserError as e:
+            error = e
+        raise_everywhere(error)
+        self.loader = torch_loader(self.dataset, self.batches, self.workers, self.run.device, collate=list)
+
+    def _prepare_folder(self, folder: Path) -> None:
+        """Make the folder and say how much will lie there; UserError where the disk has no room for it."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            there, free = {entry.name for entry in os.scandir(folder)}, shutil.disk_usage(folder).free
+        except OSError as error:
+            raise _cannot_write(folder, error) from None
+        sizes = self.dataset.sizes()
+        need = sum(size for name, size in sizes.items() if name not in there)
+        if need > free:
+            raise UserError(
+                f"cached_views: {self.versions} versions of {self.samples} volumes need {shown_size(need)} more in "
+                f"{folder}, but only {shown_size(free)} are free; lower --cached_views, free some space, or name "
+                "another folder with --cache_path"
+            )
+        if self.run.is_main:
+            print(
+                f"cached_views: embeddings of {self.versions} versions of {self.samples} volumes, "
+                f"{shown_size(sum(sizes.values()))} in {folder}; {shown_size(need)} are still to be made "
+                f"({shown_size(free)} free)",
+                flush=True,
+            )
+
+    def _complete(self, samples: list[dict[str, Any]], version: int) -> None:
+        """Compute, add and keep the embeddings of those samples that came without."""
+        missing = [sample for sample in samples if "targets" not in sample]
+        # On a CPU one by one: the last bits of a matrix product depend on its number of rows, and what lies on the
+        # disk should not depend on the batch in which it was made.
+        together = 1 if self.run.device.type == "cpu" else len(missing)
+        for first in range(0, len(missing), max(1, together)):
+            part = missing[first : first + together]
+            raw = default_collate(part)
+            mask = torch.arange(raw["volume"].shape[1]) < raw["length"].unsqueeze(1)
+            moved = to_device({"volume": raw["volume"], "mask": mask}, self.run.device)
+            views = self.volumes.views(moved["volume"], mask, raw["extent"], raw["index"], version)
+            with self.precision.autocast():
+                targets = self.embedder.targets(views, moved["mask"]).half().cpu()
+            for sample, own in zip(part, targets.unbind(1), strict=True):
+                sample["targets"] = own
+                write(own[:, : sample["length"]], self.dataset.path(version, sample["index"]))
+
+
+def _cannot_write(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cached_views: {folder} cannot be written ({error.strerror or error}); free some space, lower "
+        "--cached_views, or name another folder with --cache_path"
+    )

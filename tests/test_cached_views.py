@@ -1,0 +1,310 @@
+"""Cached embeddings change nothing but the time: batches, losses and weights are those of the epochs they stand for."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from processes import run_processes
+from tiny import losses, options, run, stop_after, write_data
+from torch import Tensor
+
+import mask_deepcluster
+from check_data import tidy_cache
+from datasets.augment import VolumeViews
+from datasets.embeddings import EmbeddingLoader, read, write
+from datasets.index import scan
+from datasets.loaders import VolumeLoader, VolumeWindows
+from datasets.store import SliceStore, prepare, unused_files
+from objectives import MaskedSlices
+from utils.distributed import Run
+from utils.errors import UserError
+from utils.precision import Precision
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+JOINT = 4  # volumes per step over all processes
+CPU = torch.device("cpu")
+
+
+class Rows:
+    """An embedder that any batch may call: 3 numbers of every slice, each from that slice alone."""
+
+    def __init__(self, weights: str = "a") -> None:
+        self.weights, self.calls = weights, 0
+
+    def targets(self, views: Tensor, mask: Tensor) -> Tensor:
+        self.calls += 1
+        numbers = torch.stack([views.mean(dim=(3, 4)), views.std(dim=(3, 4)), views.amax(dim=(3, 4))], dim=-1)
+        return numbers * mask.unsqueeze(-1)
+
+    def targets_digest(self) -> str:
+        return self.weights
+
+
+def loaders(
+    store: SliceStore,
+    embedder: Any,
+    versions: int = 2,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    slices: int = 10,
+    policy: str = "strong",
+    seed: int = 3,
+    width: int = 24,
+    precision: str = "fp32",
+    temperature: float = 1,
+) -> tuple[VolumeLoader, EmbeddingLoader]:
+    plain = VolumeLoader(
+        VolumeWindows(store.samples, store, slices, seed),
+        VolumeViews(20, width, policy, seed),
+        JOINT // world,
+        workers,
+        seed,
+        Run(rank, world, CPU),
+        mask_ratio=0.2,
+        sampling_temperature=temperature,
+    )
+    return plain, EmbeddingLoader(plain, embedder, versions, 3, workers, Precision(precision, CPU))
+
+
+@pytest.fixture
+def store(data: Path, tmp_path: Path) -> SliceStore:
+    """The tiny tree with a cache of its own."""
+    return prepare(data, 30, tmp_path / "cache", progress=False)[1]
+
+
+def cached(store: SliceStore) -> list[Path]:
+    return sorted(store.folder.parent.glob("embeddings_*/*.npy"))
+
+
+def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value) if isinstance(value, Tensor) else found[name] == value, name
+
+
+# ---- batches
+
+
+@pytest.mark.parametrize("policy", ["paper", "strong"])
+def test_epochs_see_the_embeddings_of_their_version_and_masks_of_their_own(policy, store):
+    plain, loader = loaders(store, Rows(), policy=policy)
+    for epoch in range(5):
+        steps = 0
+        version = {}
+        for batch in plain.epoch(epoch % 2):
+            embedded = Rows().targets(batch["views"], batch["mask"]).unbind(1)
+            version |= dict(zip(batch["index"].tolist(), embedded, strict=True))
+        for batch, expected in zip(loader.epoch(epoch), plain.epoch(epoch), strict=True):
+            assert set(batch) == {"mask", "index", "hidden", "counts", "targets"}
+            for name in ("mask", "index", "hidden"):
+                assert torch.equal(batch[name], expected[name])
+            assert batch["counts"] == expected["counts"]
+            targets = torch.stack([version[i] for i in batch["index"].tolist()], dim=1)
+            assert torch.equal(batch["targets"], targets.half())
+            steps += 1
+        assert steps == loader.steps == 2
+    assert len(cached(store)) == 2 * 8
+
+
+def test_after_n_epochs_neither_images_nor_network_are_needed(store):
+    embedder = Rows()
+    _, loader = loaders(store, embedder)
+    first = [list(loader.epoch(epoch)) for epoch in range(2)]
+    for file in store.files:
+        file.unlink()
+    calls = embedder.calls
+    again = [list(loader.epoch(epoch, seen)) for epoch, seen in ((2, 0), (3, 4))]
+    assert embedder.calls == calls
+    targets = {int(i): t for batch in first[0] for i, t in zip(batch["index"], batch["targets"].unbind(1), strict=True)}
+    for batch in again[0]:
+        for i, t in zip(batch["index"], batch["targets"].unbind(1), strict=True):
+            assert torch.equal(t, targets[int(i)])
+    assert sum(len(batch["index"]) for batch in again[1]) == 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_do_not_depend_on_what_was_in_the_cache(workers, store):
+    _, loader = loaders(store, Rows())
+    expected = list(loader.epoch(1))
+    files = cached(store)
+    files[0].unlink()
+    whole = files[1].read_bytes()
+    files[1].write_bytes(whole[: len(whole) // 2])
+    files[2].write_bytes(b"")
+    files[3].write_bytes(bytes(len(files[3].read_bytes())))
+    flipped = bytearray(files[4].read_bytes())
+    flipped[200] ^= 1
+    files[4].write_bytes(flipped)
+    before = {file: file.stat().st_mtime_ns for file in files[5:]}
+    embedder = Rows()
+    for found, batch in zip(loaders(store, embedder, workers=workers)[1].epoch(1), expected, strict=True):
+        same(found, batch)
+    assert embedder.calls == 5
+    assert files[1].read_bytes() == whole
+    assert before == {file: file.stat().st_mtime_ns for file in files[5:]}
+    assert not list(store.folder.parent.rglob("*.tmp"))
+
+
+def test_processes_fill_one_cache_and_share_it(store):
+    expected = list(loaders(store, Rows())[1].epoch(0))
+    shutil.rmtree(cached(store)[0].parent)
+    embedders = Rows(), Rows()
+    two = [loaders(store, embedders[rank], rank=rank, world=2)[1] for rank in range(2)]
+    for *parts, batch in zip(*(loader.epoch(0) for loader in two), expected, strict=True):
+        for name in ("index", "mask"):
+            assert torch.equal(torch.cat([part[name] for part in parts]), batch[name])
+        for name in ("targets", "hidden"):
+            assert torch.equal(torch.cat([part[name] for part in parts], dim=1), batch[name])
+    assert [embedder.calls for embedder in embedders] == [4, 4]
+    other = Rows()
+    list(loaders(store, other)[1].epoch(2))
+    assert other.calls == 0
+
+
+def test_small_data_sets_that_repeat_are_embedded_once_per_version(tmp_path):
+    root = write_data(tmp_path / "data")
+    (root / "Few").mkdir()
+    shutil.copy(root / "Volumes" / "case_0.npy", root / "Few" / "a.npy")
+    store = prepare(root, 30, progress=False)[1]
+    embedder = Rows()
+    plain, loader = loaders(store, embedder, temperature=100, versions=1)
+    seen = [i for epoch in range(6) for batch in loader.epoch(epoch) for i in batch["index"].tolist()]
+    assert max(map(seen.count, set(seen))) > 6
+    assert embedder.calls == len(set(seen)) == len(cached(store))
+    assert plain.samples == 9
+
+
+def test_what_embeddings_depend_on_names_their_folder(store):
+    def folder(embedder: Any = None, **changes: Any) -> str:
+        loader = loaders(store, embedder or Rows(), **changes)[1]
+        next(loader.epoch(0))
+        return loader.dataset.folder.name
+
+    changes = [{"slices": 9}, {"policy": "paper"}, {"seed": 4}, {"width": 20}, {"precision": "bf16"}]
+    assert len({folder(), folder(Rows("b")), *(folder(**change) for change in changes)}) == 2 + len(changes)
+    assert folder(versions=3) == folder(workers=2) == folder(rank=1, world=2) == folder()
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 3), (2, 64, 640)])
+def test_a_file_gives_back_what_was_written_and_numpy_reads_it(shape, tmp_path):
+    array = torch.randn(shape, generator=torch.Generator().manual_seed(0)).half()
+    write(array, tmp_path / "a.npy")
+    assert torch.equal(read(tmp_path / "a.npy"), array)
+    assert np.array_equal(np.load(tmp_path / "a.npy", allow_pickle=False), array.numpy())
+    assert [file.name for file in tmp_path.iterdir()] == ["a.npy"]
+
+
+@pytest.mark.parametrize("length", [0, 1, 4, 5, 100, 100_000])
+def test_a_file_of_zeros_is_not_whole(length, tmp_path):
+    (tmp_path / "a.npy").write_bytes(bytes(length))
+    assert read(tmp_path / "a.npy") is None
+
+
+def test_the_size_on_disk_is_the_one_that_was_said(store, capsys):
+    _, loader = loaders(store, Rows())
+    list(loader.epoch(0))
+    assert "2 versions of 8 volumes, 0.0 MB in" in capsys.readouterr().out
+    sizes = loader.dataset.sizes()
+    assert len(sizes) == 16
+    assert all(sizes[file.name] == file.stat().st_size for file in cached(store))
+
+
+def test_a_disk_without_room_and_a_folder_that_cannot_be_made_are_the_users_to_put_right(store, monkeypatch):
+    usage = shutil.disk_usage("/")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        with pytest.raises(UserError, match=r"cached_views: 2 versions of 8 volumes need .* lower --cached_views"):
+            next(loaders(store, Rows())[1].epoch(0))
+    _, loader = loaders(store, Rows())
+    batches = loader.epoch(0)
+    next(batches)
+    shutil.rmtree(loader.dataset.folder)
+    with pytest.raises(UserError, match=r"cached_views: .* cannot be written .*--cache_path"):
+        next(batches)
+    loader.dataset.folder.write_bytes(b"a file in its place")
+    with pytest.raises(UserError, match=r"cached_views: .* cannot be written"):
+        next(loaders(store, Rows())[1].epoch(0))
+
+
+def test_check_data_knows_embeddings_of_volumes_that_have_changed(tmp_path, capsys):
+    root = write_data(tmp_path / "data")
+    store = prepare(root, 30, progress=False)[1]
+    list(loaders(store, Rows())[1].epoch(0))
+    assert unused_files(scan(root)) == []
+    changed = root / "Volumes" / "case_3.npy"
+    os.utime(changed, ns=(1, 1))
+    unused = unused_files(scan(root))
+    assert sorted(file.parent.name.split("_")[0] for file in unused) == ["embeddings", "slices"]
+    tidy_cache(unused, delete=True)
+    assert "2 working copies" in capsys.readouterr().out
+    assert len(cached(store)) == 7
+
+
+# ---- runs
+
+
+@pytest.fixture(scope="module")
+def uncached(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("uncached")
+    run("mask_swav", data, out, epochs=3)
+    return out
+
+
+def losses_of(out: Path) -> list[tuple[float, float]]:
+    return [(float(row["loss"]), float(row["interpolation"])) for row in losses(out / "runs" / "mask_swav")]
+
+
+def test_the_first_n_epochs_have_the_losses_of_a_run_without_cache(uncached, data, tmp_path):
+    run("mask_swav", data, tmp_path, epochs=3, cached_views=2, cache_path=str(tmp_path / "cache"))
+    found, expected = losses_of(tmp_path), losses_of(uncached)
+    # float16 keeps 11 bits of an embedding: relative 5e-4 each, and less of their mean
+    assert found[:2] == [pytest.approx(row, rel=5e-4) for row in expected[:2]]
+    assert found[2] != pytest.approx(expected[2], rel=5e-3)  # version 0 again
+
+
+def test_a_run_ends_with_the_same_bytes_with_and_without_a_cache_and_after_a_stop(data, tmp_path, monkeypatch):
+    changes = {"epochs": 3, "cached_views": 2, "cache_path": str(tmp_path / "cache")}
+    whole = run("mask_swav", data, tmp_path / "whole", **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskedSlices, "targets", lambda *_: pytest.fail("the cache was full"))
+        again = run("mask_swav", data, tmp_path / "again", workers=2, **changes)
+    shutil.rmtree(next((tmp_path / "cache").glob("*/embeddings_*")))
+    with monkeypatch.context() as patch:
+        stop_after(6, patch)  # in the middle of the second epoch
+        with pytest.raises(SystemExit):
+            run("mask_swav", data, tmp_path / "stopped", **changes)
+    stopped = run("mask_swav", data, tmp_path / "stopped", **changes)
+    for other in (again, stopped):
+        assert whole.keys() == other.keys()
+        assert all(torch.equal(other[name], value) for name, value in whole.items())
+    assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "again") == losses_of(tmp_path / "stopped")
+
+
+def run_one(data: Path, out: Path, changes: dict[str, Any]) -> None:
+    chosen = options("mask_deepcluster", data, out, resnet_pretrained="none", **changes)
+    mask_deepcluster.main(mask_deepcluster.Config(**chosen))
+
+
+def test_two_processes_have_the_losses_of_one(data, tmp_path):
+    changes = {"epochs": 3, "cached_views": 2, "dropout": 0.0, "cache_path": str(tmp_path / "cache")}
+    run_processes(2, run_one, data, tmp_path / "two", changes | {"batch_size": 1})
+    made = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").glob("*/embeddings_*/*")}
+    run_one(data, tmp_path / "one", changes)
+    assert made == {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").glob("*/embeddings_*/*")}
+    found, expected = (losses(tmp_path / which / "runs" / "mask_deepcluster") for which in ("two", "one"))
+    assert len(expected) == 3
+    for a, b in zip(found, expected, strict=True):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
+    config = json.loads((tmp_path / "one" / "weights" / "mask_deepcluster.json").read_text())["config"]
+    assert config["cached_views"] == 2
