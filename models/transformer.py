@@ -10,11 +10,12 @@ along the feature axis and its weights are tied to one slice count.)
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class AttentionMaps(NamedTuple):
@@ -22,6 +23,42 @@ class AttentionMaps(NamedTuple):
 
     positions: Tensor  # [B, groups, n] sampled positions in slices
     weights: Tensor  # [B, heads, D, n] attention of every slice over the sampled points
+
+
+class _ScalarNetwork(torch.autograd.Function):
+    """W2 relu(W1 s + b1) + b2 of many scalars: s [1, N], W1 and b1 [H, 1], W2 [O, H], b2 [O, 1] -> [O, N].
+
+    What `nn.Sequential` computes, but the H hidden values of a scalar exist only while its block is computed, and are
+    computed again for the gradient. Kept, they would be H times as large as s, and a CPU would spend most of the
+    attention's time on moving them. Not in half precision, which gains nothing here.
+    """
+
+    @staticmethod
+    def blocks(x: Tensor, hidden: int) -> tuple[Tensor, ...]:
+        """x [rows, N] in parts whose hidden values fit a core's cache (1 MiB), or a GPU's memory (256 MiB)."""
+        return x.split((2**18 if x.device.type == "cpu" else 2**26) // hidden, dim=1)
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, W1: Tensor, b1: Tensor, W2: Tensor, b2: Tensor) -> Tensor:
+        ctx.save_for_backward(s, W1, b1, W2)
+        with torch.autocast(s.device.type, enabled=False):
+            parts = _ScalarNetwork.blocks(s, len(W1))
+            return torch.cat([torch.addmm(b2, W2, torch.addmm(b1, W1, part).relu_()) for part in parts], dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        s, W1, b1, W2 = ctx.saved_tensors
+        of_s, of_W1, of_b1, of_W2 = torch.empty_like(s), W1.new_zeros(()), b1.new_zeros(()), W2.new_zeros(())
+        with torch.autocast(s.device.type, enabled=False):
+            parts = (_ScalarNetwork.blocks(x, len(W1)) for x in (s, grad, of_s))
+            for part, of_out, of_part in zip(*parts, strict=True):
+                hidden = torch.addmm(b1, W1, part).relu_()
+                of_W2 = of_W2 + of_out @ hidden.T
+                of_hidden = (W2.T @ of_out).mul_(hidden.sign_())  # the sign of what ReLU lets pass is 1, else 0
+                torch.mm(W1.T, of_hidden, out=of_part)
+                of_W1, of_b1 = of_W1 + of_hidden @ part.T, of_b1 + of_hidden.sum(dim=1, keepdim=True)
+        return of_s, of_W1, of_b1, of_W2, grad.sum(dim=1, keepdim=True)
 
 
 class DeformableAttention1D(nn.Module):
@@ -67,13 +104,25 @@ class DeformableAttention1D(nn.Module):
         """q [B, D, d] (zero at padded slices), lengths [B] -> positions [B, G, n] in slices, valid [B, n]."""
         D = q.shape[1]
         q = F.pad(q, (0, 0, 0, -D % self.stride)).transpose(1, 2)  # [B, d, n * stride]
-        offsets = self.offset_head(F.gelu(self.offset_conv(q)))  # [B, G, n]
+        with torch.autocast(
+            q.device.type, enabled=False
+        ):  # small, where half precision costs accuracy and gains no time
+            offsets = self.offset_head(F.gelu(self.offset_conv(q.to(self.offset_conv.weight.dtype))))  # [B, G, n]
         centres = torch.arange(offsets.shape[2], device=q.device) * self.stride
         offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))  # positions never in half precision
         positions = centres + (self.stride - 1) / 2 + self.offset_scale * torch.tanh(offsets)
         last = (lengths - 1).view(-1, 1, 1).to(positions.dtype)
         positions = torch.minimum(positions.clamp(min=0), last)
         return positions, centres < lengths.view(-1, 1)
+
+    def position_bias(self, signed_log: Tensor) -> Tensor:
+        """`bias` of every entry: signed_log [B, G, D, n] -> [B, heads, D, n]."""
+        if torch.compiler.is_compiling():  # torch.compile fuses it itself, torch.export wants no number of blocks
+            return self.bias(signed_log.unsqueeze(-1)).permute(0, 1, 4, 2, 3).flatten(1, 2)
+        first, _, last = self.bias
+        flat = signed_log.to(first.weight.dtype).reshape(1, -1)
+        out = _ScalarNetwork.apply(flat, first.weight, first.bias.unsqueeze(1), last.weight, last.bias.unsqueeze(1))
+        return out.view(-1, *signed_log.shape).permute(1, 2, 0, 3, 4).flatten(1, 2)
 
     def forward(self, x: Tensor, mask: Tensor, return_maps: bool = False) -> Tensor | tuple[Tensor, AttentionMaps]:
         B, D, d = x.shape
@@ -93,8 +142,7 @@ class DeformableAttention1D(nn.Module):
         )  # [B, heads, D or n, d / heads]
         distance = slices.view(-1, 1) - positions.unsqueeze(2)  # [B, G, D, n]
         signed_log = distance.sign() * torch.log1p(distance.abs())
-        bias = self.bias(signed_log.unsqueeze(-1).to(x.dtype))  # [B, G, D, n, heads / G]
-        bias = bias.permute(0, 1, 4, 2, 3).flatten(1, 2)  # [B, heads, D, n]
+        bias = self.position_bias(signed_log)
         scores = (q @ k.transpose(-1, -2)).to(positions.dtype) * self.scale + bias.to(positions.dtype)
         weights = scores.masked_fill(~valid.view(B, 1, 1, -1), float("-inf")).softmax(dim=-1)
         out = self.dropout(weights).to(v.dtype) @ v  # [B, heads, D, d / heads]

@@ -283,6 +283,87 @@ def test_gradients_of_positions_equal_differences_in_float32() -> None:
         assert float(bias.grad[group]) == pytest.approx(expected, rel=0.02, abs=2e-3)
 
 
+def plain_attention(module: DeformableAttention1D, x: Tensor, mask: Tensor) -> Tensor:
+    """The same formula for one volume, group and head at a time, by indexing and without tricks."""
+    out = torch.zeros_like(x)
+    width, per_group = module.width, module.heads // module.groups
+    for b, length in enumerate(mask.sum(dim=1).tolist()):
+        q = module.to_q(x[b]) * mask[b].unsqueeze(1)
+        padded = nn.functional.pad(q, (0, 0, 0, -len(q) % module.stride))
+        offsets = module.offset_head(nn.functional.gelu(module.offset_conv(padded.T)))  # [G, n]
+        heads = []
+        points = -(-length // module.stride)
+        centres = torch.arange(points) * module.stride + (module.stride - 1) / 2
+        positions = (centres + module.offset_scale * offsets[:, :points].tanh()).clamp(0, length - 1)
+        below = positions.floor().long().clamp(max=max(length - 2, 0))
+        part = (positions - below).unsqueeze(2)
+        groups = x[b].unflatten(1, (module.groups, width))
+        sampled = [
+            groups[below[g], g] * (1 - part[g]) + groups[(below[g] + 1).clamp(max=len(q) - 1), g] * part[g]
+            for g in range(module.groups)
+        ]
+        keys, values = module.to_kv(torch.cat(sampled, dim=1)).chunk(2, dim=1)
+        size = x.shape[2] // module.heads
+        for h in range(module.heads):
+            own = slice(h * size, (h + 1) * size)
+            distance = torch.arange(len(q)).unsqueeze(1) - positions[h // per_group]
+            bias = module.bias((distance.sign() * distance.abs().log1p()).unsqueeze(2))[..., h % per_group]
+            scores = q[:, own] @ keys[:, own].T / size**0.5 + bias
+            heads.append(scores.softmax(dim=1) @ values[:, own])
+        out[b] = module.to_out(torch.cat(heads, dim=1))
+    return out
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(8, 8), (8, 2)])
+def test_attention_and_its_gradients_equal_the_plain_formula(heads: int, groups: int) -> None:
+    module = shake(attention(heads=heads, groups=groups))
+    mask = torch.cat([first(19, 19), first(10, 19)])
+    weight = random(2, 19, WIDTH, seed=1) * mask.unsqueeze(2)
+    found = {}
+    for formula in (module, lambda x, mask: plain_attention(module, x, mask)):
+        module.zero_grad()
+        x = random(2, 19, WIDTH).requires_grad_()
+        out = formula(x, mask)
+        (out * weight).sum().backward()
+        found[formula] = out[mask], x.grad, {name: p.grad.clone() for name, p in module.named_parameters()}
+    ours, plain = found.values()
+    assert_close(ours, plain, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_the_position_bias_equal_the_network_at_once(dtype: torch.dtype) -> None:
+    """Also under autocast, where the network by itself would compute in half precision."""
+    module = shake(attention(heads=8, groups=2))
+    signed_log, weight = random(2, 2, 100, 50), random(2, 8, 100, 50, seed=1)  # 20,000 scalars are three blocks
+    found = []
+    for blocks in (True, False):
+        module.zero_grad()
+        leaf = signed_log.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=blocks and dtype == torch.bfloat16):
+            plain = module.bias(leaf.unsqueeze(-1)).permute(0, 1, 4, 2, 3).flatten(1, 2)
+            out = module.position_bias(leaf) if blocks else plain
+        (out * weight).sum().backward()
+        found.append((out, leaf.grad, [p.grad.clone() for p in module.bias.parameters()]))
+    assert_close(*found, rtol=1e-4, atol=1e-3)
+
+
+def test_the_exported_attention_takes_more_slices_than_one_block_holds() -> None:
+    module = attention()
+    sizes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    program = torch.export.export(
+        module, (random(2, 12, WIDTH), first(9, 12).repeat(2, 1)), dynamic_shapes=(sizes,) * 2
+    )
+    x, mask = random(3, 90, WIDTH), first(80, 90).repeat(3, 1)
+    with torch.no_grad():
+        assert_close(
+            program.module()(
+                x,
+                mask,
+            ),
+            module(x, mask),
+        )
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
