@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.resnet import GreyResNet, multi_scale, pooled
+from models.resnet import GreyResNet, multi_scale, pooled, wide
 from models.transformer import SliceTransformer
 
 
@@ -49,7 +49,7 @@ class JointEncoder(nn.Module):
 
     def holistic(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Slice embeddings [B, D, d] -> the volume's embedding [B, d], unit length."""
-        context = self.transformer(tokens, mask).float()
+        context = wide(self.transformer(tokens, mask))
         mean = context.sum(dim=1) / mask.sum(dim=1, keepdim=True)
         return F.normalize(mean, dim=1)
 

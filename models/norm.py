@@ -76,7 +76,8 @@ class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         mean, squares, n = _joint_statistics(x)
         if self.track_running_stats:
             with torch.no_grad():
-                self.num_batches_tracked.add_(1)
+                if self.num_batches_tracked is not None:
+                    self.num_batches_tracked.add_(1)
                 momentum = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
                 self.running_mean.lerp_(mean, momentum)
                 self.running_var.lerp_(squares / max(1.0, n - 1), momentum)

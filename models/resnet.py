@@ -87,18 +87,24 @@ class GreyResNet(nn.Module):
 def _statistics_stay(module: nn.Module) -> Iterator[None]:
     """BatchNorm's running statistics moved in the first forward pass; the second one must leave them alone."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    before = [(m.momentum, m.num_batches_tracked) for m in norms]
     for m in norms:
-        m.track_running_stats = False
+        m.momentum, m.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for m in norms:
-            m.track_running_stats = True
+        for m, (momentum, tracked) in zip(norms, before, strict=True):
+            m.momentum, m.num_batches_tracked = momentum, tracked
 
 
 def plain(value: Tensor) -> Tensor:
     """A contiguous copy on the CPU: weights are files for other programs, which need not know channels-last."""
     return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32 at least: norms, means and losses never in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def pooled(stages: list[Tensor]) -> Tensor:
@@ -108,4 +114,5 @@ def pooled(stages: list[Tensor]) -> Tensor:
 
 def multi_scale(stages: list[Tensor]) -> Tensor:
     """Global averages of all stages, each of unit length, joined: [N, C1 + C2 + C3 + C4] (3840 for ResNet-50)."""
-    return torch.cat([F.normalize(stage.mean(dim=(2, 3), dtype=torch.float32), dim=1) for stage in stages], dim=1)
+    dtype = torch.promote_types(stages[0].dtype, torch.float32)  # as `wide`, without a copy of the maps
+    return torch.cat([F.normalize(stage.mean(dim=(2, 3), dtype=dtype), dim=1) for stage in stages], dim=1)

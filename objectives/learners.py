@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.encoder import JointEncoder, real_rows, spread
 from models.folding import FrozenSlices, slices_digest
-from models.resnet import GreyResNet, pooled
+from models.resnet import GreyResNet, pooled, wide
 from objectives.deepcluster import DeepClusterV2
 from objectives.masked import interpolate_masked
 from objectives.swav import SwAV
@@ -76,7 +76,7 @@ class ImageClustering(Learner):
 
     def embed(self, crops: list[Tensor], index: Tensor, counts: list[int] | None = None) -> dict[str, Embedded]:
         features = [pooled(self.encoder(size.flatten(0, 1).unsqueeze(1))) for size in crops]
-        z = F.normalize(self.head(torch.cat(features)).float(), dim=1)
+        z = F.normalize(wide(self.head(torch.cat(features))), dim=1)
         return {"intra": (z.unflatten(0, (-1, len(index))), index, counts)}
 
     def forward(self, crops: list[Tensor], index: Tensor, counts: list[int] | None = None) -> dict[str, Tensor]:
@@ -149,7 +149,7 @@ def masked_loss(
 ) -> dict[str, Tensor]:
     """targets [B, D, d], mask and hidden [B, D] -> loss and interpolation over the joint batch's hidden slices."""
     tokens = torch.where(hidden.unsqueeze(-1), mask_token.to(targets.dtype), targets)
-    predicted = decoder(transformer(tokens, mask)).float()
+    predicted = wide(decoder(transformer(tokens, mask)))
     guessed = interpolate_masked(targets, mask & ~hidden)
     # Volumes of different length hide different numbers of slices; every hidden slice of all processes counts once.
     share = world_size() / (all_sum(hidden.sum().float()).clamp(min=1) * targets.shape[-1])
@@ -259,7 +259,7 @@ class JointClustering(Learner):
             z = self.encoder.holistic(tokens.flatten(0, 1), mask.repeat(V, 1))
             found["inter"] = (z.unflatten(0, (V, -1)), index, counts)
         if self.intra is not None:
-            z = F.normalize(self.head(intra.flatten(0, 1)).float(), dim=1).unflatten(0, (len(intra), -1))
+            z = F.normalize(wide(self.head(intra.flatten(0, 1))), dim=1).unflatten(0, (len(intra), -1))
             both = slice_index if image_index is None else torch.cat([slice_index, image_index])
             per_volume, images = len(slice_index) // len(index), len(both) - len(slice_index)
             joint = counts and [per_volume * n + images for n in counts]
@@ -287,7 +287,7 @@ class JointClustering(Learner):
         total = sum(getattr(self, f"lambda_{name}") * value for name, value in losses.items())
         if self.lambda_mask:
             V = len(tokens)
-            targets = tokens.detach().flatten(0, 1).float()
+            targets = wide(tokens.detach().flatten(0, 1))
             masked = masked_loss(
                 self.encoder.transformer,
                 self.mask_token,

@@ -1,0 +1,203 @@
+"""Speed changes leave results equal: channels-last, one grey channel, recomputation, accumulation, half precision."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from models.encoder import JointEncoder
+from models.heads import ProjectionHead
+from models.resnet import GREY_MEAN, GREY_STD, GreyResNet
+from objectives import JointClustering, SwAV
+from utils import optim, train
+from utils.precision import Precision
+
+STEPS = 5
+
+
+def batch(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(seed)
+    mask = torch.arange(6) < torch.tensor([[6], [4], [6]])
+    return {
+        "views": torch.rand(2, 3, 6, 32, 32, generator=draw).to(dtype),
+        "mask": mask,
+        "rows": mask.flatten().nonzero().squeeze(1),
+        "index": torch.arange(3),
+        "picked": torch.randint(0, 4, (3, 2), generator=draw),
+        "slice_index": torch.arange(6),
+        "counts": [3],
+    }
+
+
+def learner(recompute: bool = False) -> JointClustering:
+    torch.manual_seed(0)
+    encoder = JointEncoder("resnet18", 32, layers=1, dropout=0.0, recompute=recompute)
+    return JointClustering(encoder, ProjectionHead(512, 32, 16), SwAV(16, [5]), SwAV(32, [3]), lambda_intra=0.7).train()
+
+
+class PlainResNet(nn.Module):
+    """torchvision's own network, three channels, channels first."""
+
+    def __init__(self, ours: GreyResNet) -> None:
+        super().__init__()
+        self.net = torchvision.models.resnet18(weights=None)
+        self.net.fc = nn.Identity()
+        self.net.to(ours.conv1.weight.dtype).load_state_dict(ours.torchvision_state())
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        net, stages = self.net, []
+        x = ((images - GREY_MEAN) / GREY_STD).repeat(1, 3, 1, 1)
+        x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+        for layer in (net.layer1, net.layer2, net.layer3, net.layer4):
+            x = layer(x)
+            stages.append(x)
+        return stages
+
+
+def plain_larc(groups: list[dict[str, Any]], momenta: dict[nn.Parameter, Tensor], lr: float) -> None:
+    """The formula of `optim.LARC`, a tensor at a time."""
+    for group in groups:
+        for p in group["params"]:
+            g = p.grad
+            if group.get("adapt", True) and p.norm() > 0 and g.norm() > 0:
+                decay = group["weight_decay"]
+                g = 0.001 * p.norm() / (g.norm() + decay * p.norm() + 1e-8) * (g + decay * p)
+            momenta[p] = 0.9 * momenta[p] + g if p in momenta else g.clone()
+            p.data -= lr * momenta[p]
+            p.grad = None
+
+
+def losses(module: nn.Module, lr: float = 1.0) -> Iterator[float]:
+    optimizer = optim.LARC(optim.parameter_groups(module, 1e-4), lr)
+    for step in range(STEPS):
+        loss = module(**batch(step % 2, next(module.parameters()).dtype))["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield float(loss.detach())
+
+
+def test_loss_curve_is_that_of_the_plain_network_and_the_plain_optimiser(one_thread: None) -> None:
+    """In float64, where rounding does not grow with the steps as it does in float32 on so small a batch."""
+    ours = learner().double()
+    plain = copy.deepcopy(ours)
+    plain.encoder.encoder = PlainResNet(ours.encoder.encoder)
+    groups, momenta, expected = optim.parameter_groups(plain, 1e-4), {}, []
+    for step in range(STEPS):
+        loss = plain(**batch(step % 2, torch.float64))["loss"]
+        loss.backward()
+        # LARC's step depends on the tensor's norm, which three equal channels change: update the stem as a grey one.
+        conv1 = plain.encoder.encoder.net.conv1.weight
+        plain_larc([{**g, "params": [p for p in g["params"] if p is not conv1]} for g in groups], momenta, 1.0)
+        grey = conv1.detach().sum(dim=1, keepdim=True).requires_grad_()
+        grey.grad = conv1.grad[:, :1].clone()
+        momentum = {grey: momenta["grey"]} if "grey" in momenta else {}
+        plain_larc([{**groups[0], "params": [grey]}], momentum, 1.0)
+        momenta["grey"] = momentum[grey]
+        conv1.data, conv1.grad = (grey.detach() / 3).repeat(1, 3, 1, 1), None
+        expected.append(float(loss.detach()))
+    found = list(losses(ours))
+    assert abs(found[0] - found[-1]) > 0.05  # it learns, so equal curves mean something
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_float32_and_bf16_stay_near_float64(one_thread: None) -> None:
+    """The first loss and its gradient; later ones part, as they do between any two roundings of so small a batch."""
+    found = {}
+    for name, dtype in (("fp64", torch.float64), ("fp32", torch.float32), ("bf16", torch.float32)):
+        module = learner().to(dtype)
+        with Precision("bf16" if name == "bf16" else "fp32", torch.device("cpu")).autocast():
+            loss = module(**batch(0, dtype))["loss"]
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in module.encoder.encoder.parameters()]).double()
+        found[name] = float(loss.detach()), gradient
+    exact, direction = found["fp64"]
+    for name, loss_tolerance, cosine in (("fp32", 1e-5, 0.9999), ("bf16", 5e-3, 0.8)):
+        loss, gradient = found[name]
+        assert loss == pytest.approx(exact, rel=loss_tolerance)
+        assert torch.cosine_similarity(gradient, direction, dim=0) > cosine, name
+
+
+def test_recomputing_changes_no_bit(one_thread: None) -> None:
+    usual, again = learner(), learner(recompute=True)
+    assert list(losses(usual)) == list(losses(again))
+    for (name, a), b in zip(usual.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert int(usual.encoder.encoder.bn1.num_batches_tracked) == STEPS
+
+
+def test_recomputing_keeps_less_for_the_backward_pass() -> None:
+    kept = {}
+    for recompute in (False, True):
+        net, sizes = GreyResNet("resnet18", recompute), []
+
+        def pack(x: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            net(torch.rand(2, 1, 64, 64))
+        kept[recompute] = sum(sizes)
+    assert kept[True] < 0.5 * kept[False]
+
+
+def test_weights_leave_the_network_contiguous() -> None:
+    """Inside they lie channels-last; other programs (safetensors among them) expect the plain order."""
+    net = GreyResNet("resnet18")
+    assert net.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert all(value.is_contiguous() for value in net.torchvision_state().values())
+
+
+def test_what_an_epoch_leaves_over_is_an_update_of_its_own(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four batches, three to an update; the log has the mean over all of them."""
+    updates: list[Precision] = []
+    parts: list[float] = []
+    step, backward = Precision.step, Precision.backward
+
+    def note_step(self: Precision, optimizer: torch.optim.Optimizer) -> None:
+        updates.append(self)
+        step(self, optimizer)
+
+    def note_backward(self: Precision, loss: Tensor) -> None:
+        parts.append(float(loss.detach()))
+        backward(self, loss)
+
+    monkeypatch.setattr(Precision, "step", note_step)
+    monkeypatch.setattr(Precision, "backward", note_backward)
+    tiny.run("mask_swav", data, tmp_path, epochs=1, accumulate=3, dropout=0.0, projection_init="orthogonal")
+    assert len(parts) == 4
+    assert len(updates) == 2
+    row = tiny.losses(tmp_path / "runs" / "mask_swav")[0]
+    mean = sum(value * batches for value, batches in zip(parts, (3, 3, 3, 1), strict=True)) / 4
+    assert float(row["loss"]) == pytest.approx(mean, rel=1e-4)
+
+
+def test_accumulation_adds_gradients_up_and_divides_by_the_number_of_batches(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[Tensor]] = {}
+    monkeypatch.setattr(train.Precision, "step", lambda self, optimizer: found.append(gradient(optimizer)))
+
+    def gradient(optimizer: torch.optim.Optimizer) -> Tensor:
+        return torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]])
+
+    for name, accumulate in (("one", 1), ("two", 2)):  # nothing is applied, so both see the same weights throughout
+        found = seen[name] = []
+        out = tmp_path / name
+        options = {"epochs": 1, "accumulate": accumulate, "dropout": 0.0, "projection_init": "orthogonal"}
+        tiny.run("mask_swav", data, out, **options)
+    first, second, third, fourth = seen["one"]
+    assert len(seen["two"]) == 2
+    assert_close(seen["two"][0], (first + second) / 2, rtol=1e-4, atol=1e-7)
+    assert_close(seen["two"][1], (third + fourth) / 2, rtol=1e-4, atol=1e-7)
