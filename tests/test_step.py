@@ -11,14 +11,15 @@ import pytest
 import tiny
 import torch
 import torchvision
+from syncs import no_waiting
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from models.encoder import JointEncoder
 from models.heads import ProjectionHead
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet
-from objectives import JointClustering, SwAV
-from utils import optim, train
+from objectives import DeepClusterV2, ImageClustering, JointClustering, MaskedSlices, SwAV
+from utils import guards, optim, train
 from utils.precision import Precision
 
 STEPS = 5
@@ -201,3 +202,36 @@ def test_accumulation_adds_gradients_up_and_divides_by_the_number_of_batches(
     assert len(seen["two"]) == 2
     assert_close(seen["two"][0], (first + second) / 2, rtol=1e-4, atol=1e-7)
     assert_close(seen["two"][1], (third + fourth) / 2, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("stage", ["images", "masked", "joint swav", "joint deepcluster", "slices only"])
+def test_a_step_does_not_wait_for_the_device(stage: str) -> None:
+    """Forward, backward, the guards and the optimiser; the loop asks for the losses once, when all of it is queued."""
+    torch.manual_seed(0)
+    given = batch(0)
+    if stage == "images":
+        encoder = GreyResNet("resnet18")
+        module = ImageClustering(encoder, ProjectionHead(512, 32, 16), SwAV(16, [5]))
+        given = {"crops": [torch.rand(2, 4, 32, 32), torch.rand(2, 4, 16, 16)], "index": torch.arange(4), "counts": [4]}
+    elif stage == "masked":
+        module = MaskedSlices(JointEncoder("resnet18", 32, layers=1))
+        given = {name: given[name] for name in ("views", "mask", "rows", "index", "counts")}
+    else:
+        make = (lambda d, k, n: DeepClusterV2(d, [k], n)) if "deepcluster" in stage else (lambda d, k, n: SwAV(d, [k]))
+        lambdas = {"lambda_inter": 0.0} if stage == "slices only" else {"lambda_mask": 0.5}
+        encoder = JointEncoder("resnet18", 32, layers=1)
+        module = JointClustering(encoder, ProjectionHead(512, 32, 16), make(16, 5, 8), make(32, 3, 3), **lambdas)
+        given |= {"images": torch.rand(2, 2, 32, 32), "image_index": torch.tensor([6, 7])}
+    if stage not in ("images", "slices only"):
+        given["hidden"] = (torch.arange(6) == 2).expand(2, 3, 6)
+    module.train()
+    optimizer = optim.LARC(optim.parameter_groups(module, 1e-6), 0.1)
+    statistics = guards.BatchNormStatistics(module)
+    for _ in range(2):
+        with no_waiting():
+            statistics.remember()
+            module(**given)["loss"].backward()
+            module.cancel_gradients(0)
+            guards.gradients_are_finite(optimizer)
+            optimizer.step()
+            optimizer.zero_grad()
