@@ -202,6 +202,9 @@ def _load(
         raise UserError(
             f"{line}, wrong shape {len(wrong)}: {detail}. Were arch, d_model and layers the same when it was made?"
         )
+    broken = [k for k in own if k in state and state[k].is_floating_point() and not bool(state[k].isfinite().all())]
+    if broken:
+        raise UserError(f"{path}: {_some(broken)} hold NaN or Inf; the run that made this file went wrong, take another")
     module.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
     if rank() == 0:
         print(line, flush=True)
