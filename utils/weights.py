@@ -204,7 +204,7 @@ def _load(
         )
     broken = [k for k in own if k in state and state[k].is_floating_point() and not bool(state[k].isfinite().all())]
     if broken:
-        raise UserError(f"{path}: {_some(broken)} hold NaN or Inf; the run that made this file went wrong, take another")
+        raise UserError(f"{path}: {_some(broken)} hold NaN or Inf; what made this file went wrong, take another")
     module.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
     if rank() == 0:
         print(line, flush=True)
