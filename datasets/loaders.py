@@ -367,7 +367,7 @@ class VolumeLoader:
             )
             batch["views"] = self.views(batch["views"], mask, raw["extent"], index, epoch)
             if self.mask_ratio:
-                batch |= _to({"hidden": self.hidden(index, length, epoch, len(batch["views"]))}, device)
+                batch |= to_device({"hidden": self.hidden(index, length, epoch, len(batch["views"]))}, device)
             if self.intra_slices:
                 picked = self._pick(index, length, epoch)
                 where = self.slice_offsets[index].unsqueeze(1) + raw["start"].unsqueeze(1) + picked
