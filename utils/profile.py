@@ -1,0 +1,95 @@
+"""Where the time of a step goes: named spans, timed on the device that does the work.
+
+    with profile.recording(device) as spans:
+        with profile.span("forward"):
+            ...
+    spans.seconds()                       # {"forward": 1.2, ...}
+
+Outside `recording` a span does nothing and costs a function call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
+from typing import Any
+
+import torch
+
+_NOTHING = nullcontext()
+_current: Spans | None = None
+
+
+class Spans:
+    """Seconds of every span, without those of the spans inside it, so that they add up to the whole.
+
+    On a GPU a span's edges are events in the stream: between them lie its kernels and what the GPU waited for the host
+    meanwhile. They are read by `seconds` alone, so nothing waits for the device within a step. On a CPU: the clock.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._open: list[list[tuple[Any, Any]]] = [[]]  # edges of the spans inside each span that is open
+        self._closed: list[tuple[str, tuple[Any, Any], list[tuple[Any, Any]]]] = []
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        began = self._now()
+        self._open.append([])
+        try:
+            yield
+        finally:
+            edges = began, self._now()
+            inside = self._open.pop()
+            self._open[-1].append(edges)
+            self._closed.append((name, edges, inside))
+
+    def seconds(self) -> dict[str, float]:
+        """Of each name since the last call, in the order in which the names first ended. Waits for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        total: dict[str, float] = {}
+        for name, edges, inside in self._closed:
+            own = self._between(*edges) - sum(self._between(*part) for part in inside)
+            total[name] = total.get(name, 0.0) + own
+        self._open, self._closed = [[]], []
+        return total
+
+    def _between(self, began: Any, ended: Any) -> float:
+        return began.elapsed_time(ended) / 1000 if self.device.type == "cuda" else ended - began
+
+
+@contextmanager
+def recording(device: torch.device) -> Iterator[Spans]:
+    """Spans of this process are timed while the context lasts."""
+    global _current
+    before, _current = _current, Spans(device)
+    try:
+        yield _current
+    finally:
+        _current = before
+
+
+def span(name: str) -> AbstractContextManager[None]:
+    """A part of a step, timed while `recording`."""
+    return _current.span(name) if _current else _NOTHING
+
+
+def spanned(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, each call of which is a span."""
+
+    @wraps(function)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        with span(name):
+            return function(*args, **kwargs)
+
+    return timed
