@@ -44,12 +44,12 @@ class Embedder(Protocol):
 class Embeddings(Dataset):
     """Versions of volumes: their embeddings where they are on disk and whole, otherwise what they are made of.
 
-    (epoch, index) -> `targets` [2, D, d] float16, 0 at padded slices, length and index; or what `windows` returns for
-    the epoch whose version this is.
+    (epoch, index) -> `targets` [2, D, d], 0 at padded slices, length and index; or what `windows` returns for the epoch
+    whose version this is.
     """
 
-    def __init__(self, windows: VolumeWindows, versions: int, width: int, folder: Path) -> None:
-        self.windows, self.versions, self.width, self.folder = windows, versions, width, folder
+    def __init__(self, windows: VolumeWindows, versions: int, width: int, dtype: torch.dtype, folder: Path) -> None:
+        self.windows, self.versions, self.width, self.dtype, self.folder = windows, versions, width, dtype, folder
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -61,8 +61,8 @@ class Embeddings(Dataset):
         found = read(path)
         if found is None:
             return self.windows[version, index]
-        if found.shape != (VIEWS, length, self.width):
-            raise UserError(f"{path}: holds {tuple(found.shape)}, not a cached embedding; delete its folder")
+        if (found.dtype, found.shape) != (self.dtype, (VIEWS, length, self.width)):
+            raise UserError(f"{path}: holds {found.dtype} {tuple(found.shape)}, no such embeddings; delete its folder")
         targets = found.new_zeros(VIEWS, self.windows.slices, self.width)
         targets[:, :length] = found
         return {"targets": targets, "length": length, "index": index}
@@ -80,10 +80,12 @@ class Embeddings(Dataset):
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file, by its name."""
-        size = {
-            index: NPY_HEADER + 2 * VIEWS * self.length(index) * self.width + SEAL_BYTES for index in range(len(self))
+        slice_bytes = VIEWS * self.width * self.dtype.itemsize
+        return {
+            self.path(version, index).name: NPY_HEADER + self.length(index) * slice_bytes + SEAL_BYTES
+            for index in range(len(self))
+            for version in range(self.versions)
         }
-        return {self.path(v, index).name: size[index] for v in range(self.versions) for index in size}
 
 
 def read(path: Path) -> Tensor | None:
@@ -122,7 +124,8 @@ class EmbeddingLoader:
     """Stage 2 from cached embeddings: a `VolumeLoader`'s batches with `targets` [2, B, D, d] in place of `views`.
 
     versions: n > 0; epoch e sees version e mod n of every volume, with fresh hidden slices.  width: d.
-    precision: what the embeddings are computed in.
+    precision: what the embeddings are computed in. They are stored in float32 where that is fp32, otherwise in float16,
+    which holds bf16 and fp16 results: nothing is lost.
     What is not on disk yet is computed when its turn comes and written: by any process, for all and for later runs.
     So nothing depends on what was there, on the number of workers and processes, or on interruptions.
     """
@@ -132,6 +135,7 @@ class EmbeddingLoader:
     ) -> None:
         self.volumes, self.embedder, self.versions, self.width = volumes, embedder, versions, width
         self.workers, self.precision, self.run = workers, precision, volumes.run
+        self.dtype = torch.float32 if precision.dtype == torch.float32 else torch.float16
         self.batches, self.samples, self.steps = volumes.batches, volumes.samples, volumes.steps
         self.dataset: Embeddings | None = None
         self.loader: DataLoader | None = None
@@ -162,7 +166,7 @@ class EmbeddingLoader:
         depends_on = (LAYOUT, windows.slices, windows.seed, store.size, *of_views, self.precision.name)
         digest = hashlib.sha256(repr((*depends_on, self.embedder.targets_digest())).encode()).hexdigest()[:16]
         folder = store.folder.parent / f"embeddings_{digest}_v{FORMAT}"
-        self.dataset = Embeddings(windows, self.versions, self.width, folder)
+        self.dataset = Embeddings(windows, self.versions, self.width, self.dtype, folder)
         error = None
         try:
             self._prepare_folder(folder)
@@ -207,7 +211,7 @@ class EmbeddingLoader:
             moved = to_device({"volume": raw["volume"], "mask": mask}, self.run.device)
             views = self.volumes.views(moved["volume"], mask, raw["extent"], raw["index"], version)
             with self.precision.autocast():
-                targets = self.embedder.targets(views, moved["mask"]).half().cpu()
+                targets = self.embedder.targets(views, moved["mask"]).to("cpu", self.dtype)
             for sample, own in zip(part, targets.unbind(1), strict=True):
                 sample["targets"] = own
                 write(own[:, : sample["length"]], self.dataset.path(version, sample["index"]))

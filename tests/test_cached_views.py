@@ -108,10 +108,23 @@ def test_epochs_see_the_embeddings_of_their_version_and_masks_of_their_own(polic
                 assert torch.equal(batch[name], expected[name])
             assert batch["counts"] == expected["counts"]
             targets = torch.stack([version[i] for i in batch["index"].tolist()], dim=1)
-            assert torch.equal(batch["targets"], targets.half())
+            assert torch.equal(batch["targets"], targets)
             steps += 1
         assert steps == loader.steps == 2
     assert len(cached(store)) == 2 * 8
+
+
+def test_half_precision_is_stored_in_float16_which_holds_it(store):
+    class Rounded(Rows):
+        def targets(self, views: Tensor, mask: Tensor) -> Tensor:
+            assert torch.is_autocast_enabled("cpu")
+            return super().targets(views, mask).bfloat16().float()
+
+    plain, loader = loaders(store, Rounded(), precision="bf16")
+    for batch, expected in zip(loader.epoch(0), plain.epoch(0), strict=True):
+        targets = Rows().targets(expected["views"], expected["mask"]).bfloat16()
+        assert batch["targets"].dtype == torch.float16
+        assert torch.equal(batch["targets"].float(), targets.float())
 
 
 def test_after_n_epochs_neither_images_nor_network_are_needed(store):
@@ -196,9 +209,9 @@ def test_what_embeddings_depend_on_names_their_folder(store):
 # ---- files
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 3), (2, 64, 640)])
-def test_a_file_gives_back_what_was_written_and_numpy_reads_it(shape, tmp_path):
-    array = torch.randn(shape, generator=torch.Generator().manual_seed(0)).half()
+@pytest.mark.parametrize(("shape", "dtype"), [((2, 1, 3), torch.float16), ((2, 64, 640), torch.float32)])
+def test_a_file_gives_back_what_was_written_and_numpy_reads_it(shape, dtype, tmp_path):
+    array = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     write(array, tmp_path / "a.npy")
     assert torch.equal(read(tmp_path / "a.npy"), array)
     assert np.array_equal(np.load(tmp_path / "a.npy", allow_pickle=False), array.numpy())
@@ -268,8 +281,8 @@ def losses_of(out: Path) -> list[tuple[float, float]]:
 def test_the_first_n_epochs_have_the_losses_of_a_run_without_cache(uncached, data, tmp_path):
     run("mask_swav", data, tmp_path, epochs=3, cached_views=2, cache_path=str(tmp_path / "cache"))
     found, expected = losses_of(tmp_path), losses_of(uncached)
-    # float16 keeps 11 bits of an embedding: relative 5e-4 each, and less of their mean
-    assert found[:2] == [pytest.approx(row, rel=5e-4) for row in expected[:2]]
+    # The last bits of the projection depend on how many slices it gets at once.
+    assert found[:2] == [pytest.approx(row, rel=1e-5) for row in expected[:2]]
     assert found[2] != pytest.approx(expected[2], rel=5e-3)  # version 0 again
 
 
