@@ -90,6 +90,15 @@ def test_swav_uses_prototypes_equally_when_it_can() -> None:
     assert_close(q.sum(dim=0), torch.full((20,), 10.0), rtol=1e-3, atol=0)
 
 
+def test_rows_that_take_no_part_change_nothing() -> None:
+    scores = unit(10, 16) @ PROTOTYPES.T
+    rows = torch.tensor([0, 3, 4, 9])
+    q = sinkhorn(scores, taking_part=torch.zeros(10, dtype=torch.bool).index_fill(0, rows, True))
+    assert torch.equal(q[rows], sinkhorn(scores[rows]))
+    assert q.sum() == pytest.approx(4)
+    assert torch.equal(sinkhorn(scores, taking_part=torch.ones(10, dtype=torch.bool)), sinkhorn(scores))
+
+
 def test_frozen_prototypes_move_only_after_their_steps() -> None:
     objective = swav(5, freeze_prototypes_niters=2)
     weight = objective.prototypes.heads[0].weight
