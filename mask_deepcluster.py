@@ -104,6 +104,12 @@ class Config:
     """steps in a row with a loss or gradient that is not finite (none is applied) after which the run stops"""
     timeout_minutes: PositiveFloat = 10
     """minutes that processes wait for one that does not answer before they end, for torchrun to start them again"""
+    tensorboard: bool = False
+    """also write curves and augmented views for TensorBoard, to dump_path/tensorboard"""
+    wandb_project: str | None = None
+    """project of Weights & Biases to log to as well (WANDB_MODE=offline needs no network); null: none"""
+    profile: bool = False
+    """also write where the time goes: seconds per epoch, columns time_* of metrics.csv"""
     cache_path: str | None = None
     """folder for the working copy of the data; null: .cache in data_path"""
     on_bad: Literal["error", "skip"] = "error"

@@ -65,7 +65,7 @@ class Config:
     kmeans_iterations: PositiveInt = 10
     """of spherical k-means, once per epoch and head"""
     kmeans_backend: Literal["auto", "faiss", "torch"] = "auto"
-    """faiss (on one process), torch (spread over the processes), or faiss where it is installed and the data fit"""
+    """torch (on the training device, spread over the processes), faiss (on one process's CPU); auto is torch"""
 
     epochs: PositiveInt = 100
     """passes over the data"""
@@ -106,6 +106,12 @@ class Config:
     """steps in a row with a loss or gradient that is not finite (none is applied) after which the run stops"""
     timeout_minutes: PositiveFloat = 10
     """minutes that processes wait for one that does not answer before they end, for torchrun to start them again"""
+    tensorboard: bool = False
+    """also write curves and augmented views for TensorBoard, to dump_path/tensorboard"""
+    wandb_project: str | None = None
+    """project of Weights & Biases to log to as well (WANDB_MODE=offline needs no network); null: none"""
+    profile: bool = False
+    """also write where the time goes: seconds per epoch, columns time_* of metrics.csv"""
     cache_path: str | None = None
     """folder for the working copy of the data; null: .cache in data_path"""
     on_bad: Literal["error", "skip"] = "error"

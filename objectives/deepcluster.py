@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,7 @@ class DeepClusterV2(nn.Module):
     """
 
     fills_memory = True  # the bank needs a pass over the data before the first epoch
+    observer: Callable[..., None] | None = None  # sees what every training step computes (diagnostics.Diagnostics)
 
     def __init__(
         self,
@@ -105,7 +108,8 @@ class DeepClusterV2(nn.Module):
         V = len(z)
         targets = self.assignments[:, index].long()  # [heads, B]
         loss = z.new_zeros((), dtype=torch.float32)
-        for scores, target in zip(self.prototypes(z.flatten(0, 1)), targets, strict=True):
+        every = self.prototypes(z.flatten(0, 1))
+        for scores, target in zip(every, targets, strict=True):
             repeated = target.repeat(V)
             assigned = all_sum((repeated != UNASSIGNED).sum().float()).clamp(min=1)
             summed = F.cross_entropy(
@@ -115,6 +119,8 @@ class DeepClusterV2(nn.Module):
             loss = loss + summed * world_size() / assigned
         if self.training:
             self.remember(z, index, counts)
+            if self.observer is not None:
+                self.observer(z.detach(), every[0].detach().unflatten(0, (V, -1)), index, counts)
         return loss / len(targets)
 
     def memory_state(self) -> dict[str, Tensor]:

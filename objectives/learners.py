@@ -20,6 +20,7 @@ from objectives.deepcluster import DeepClusterV2
 from objectives.masked import interpolate_masked
 from objectives.swav import SwAV
 from utils.distributed import all_sum, world_size
+from utils.profile import span
 
 Objective = SwAV | DeepClusterV2
 Embedded = tuple[Tensor, Tensor, list[int] | None]  # unit embeddings [V, n, d], index [n], n of every process
@@ -80,7 +81,9 @@ class ImageClustering(Learner):
         return {"intra": (z.unflatten(0, (-1, len(index))), index, counts)}
 
     def forward(self, crops: list[Tensor], index: Tensor, counts: list[int] | None = None) -> dict[str, Tensor]:
-        return {"loss": self.intra(*self.embed(crops, index, counts)["intra"])}
+        embedded = self.embed(crops, index, counts)["intra"]
+        with span("objective"):
+            return {"loss": self.intra(*embedded)}
 
 
 class MaskedSlices(Learner):
@@ -283,7 +286,8 @@ class JointClustering(Learner):
         losses = {}
         embedded = self._embed(tokens, intra, mask, index, slice_index, image_index, counts)
         for name, arguments in embedded.items():
-            losses[name] = getattr(self, name)(*arguments)
+            with span("objective"):
+                losses[name] = getattr(self, name)(*arguments)
         total = sum(getattr(self, f"lambda_{name}") * value for name, value in losses.items())
         if self.lambda_mask:
             V = len(tokens)
@@ -296,6 +300,6 @@ class JointClustering(Learner):
                 mask.repeat(V, 1),
                 hidden.flatten(0, 1),
             )
-            losses["mask"] = masked["loss"]
+            losses |= {"mask": masked["loss"], "interpolation": masked["interpolation"]}
             total = total + self.lambda_mask * masked["loss"]
         return {"loss": total, **losses}

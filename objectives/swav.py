@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class SwAV(nn.Module):
     """
 
     fills_memory = False
+    observer: Callable[..., None] | None = None  # sees what every training step computes (diagnostics.Diagnostics)
 
     def __init__(
         self,
@@ -73,6 +75,8 @@ class SwAV(nn.Module):
                     if view != crop:
                         log_p = (head[view] / self.temperature).log_softmax(dim=1)
                         loss = loss - (q * log_p).sum() * (world_size() / joint)
+        if self.observer is not None and self.training:
+            self.observer(z.detach(), scores[0].detach(), index, counts, assignments[0])
         return loss / (self.assign_crops * (V - 1) * len(scores))
 
     @torch.no_grad()

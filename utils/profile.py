@@ -1,9 +1,9 @@
 """Where the time of a step goes: named spans, timed on the device that does the work.
 
-    with profile.recording(device) as spans:
+    with profile.recording(device):
         with profile.span("forward"):
             ...
-    spans.seconds()                       # {"forward": 1.2, ...}
+        profile.seconds()  # {"forward": 1.2, ...}
 
 Outside `recording` a span does nothing and costs a function call.
 """
@@ -69,10 +69,10 @@ class Spans:
 
 
 @contextmanager
-def recording(device: torch.device) -> Iterator[Spans]:
+def recording(device: torch.device, on: bool = True) -> Iterator[Spans | None]:
     """Spans of this process are timed while the context lasts."""
     global _current
-    before, _current = _current, Spans(device)
+    before, _current = _current, Spans(device) if on else None
     try:
         yield _current
     finally:
@@ -82,6 +82,11 @@ def recording(device: torch.device) -> Iterator[Spans]:
 def span(name: str) -> AbstractContextManager[None]:
     """A part of a step, timed while `recording`."""
     return _current.span(name) if _current else _NOTHING
+
+
+def seconds() -> dict[str, float]:
+    """`Spans.seconds` of what is being recorded; nothing outside `recording`."""
+    return _current.seconds() if _current else {}
 
 
 def spanned(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

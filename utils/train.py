@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from datasets.seeding import DROPOUT, FILLING, stream
+from objectives.diagnostics import Monitor
 from objectives.learners import Learner
-from utils import checkpoint, distributed, guards, signals
+from utils import checkpoint, distributed, guards, profile, signals
 from utils.config import to_dict
 from utils.distributed import Run
 from utils.errors import UserError
@@ -28,6 +29,9 @@ FREE = {
     "workers",
     "recompute",
     "compile",
+    "tensorboard",
+    "wandb_project",
+    "profile",
     "checkpoint_freq",
     "checkpoint_minutes",
     "max_bad_steps",
@@ -72,12 +76,16 @@ def fit(
 ) -> dict[str, float]:
     """Train to `config.epochs`, going on from the checkpoint in `config.dump_path` when there is one.
 
-    Writes there: config.yaml, metrics.csv (a line per epoch), checkpoints, and guards.BAD_STEPS where there were any.
+    Writes there: config.yaml, metrics.csv (a line per epoch), warnings.csv and guards.BAD_STEPS where there were any,
+    checkpoints, and what `tensorboard` and `wandb_project` ask for.
     Returns the last epoch's means. A step whose loss or gradient is not finite is not applied, and its files are named.
     Raises UserError after `config.max_bad_steps` of them in a row; SystemExit (128 + signal) after a signal, once the
     step is finished and saved.
     """
-    with signals.handled(), signals.noted():
+    with signals.handled(), signals.noted(), profile.recording(run.device, config.profile):
+        if config.profile:
+            for name in {"crops", "views", "image_views"} & vars(loader).keys():
+                setattr(loader, name, profile.spanned("augment", getattr(loader, name)))
         try:
             return _fit(learner, loader, optimizer, rate, config, run, data_fingerprint)
         except (RuntimeError, OSError, EOFError, UserError) as error:  # a save may meet the worker's death as well
@@ -98,12 +106,14 @@ def _fit(
     core: Learner = distributed.unwrap(learner)
     precision = Precision(config.precision, run.device)
     at = Progress()
+    monitor = Monitor(core, loader, config, run.device)
     state = checkpoint.load(folder)
     if state:
         try:
             others = _check_same_run(state, config, run, data_fingerprint, folder)
             core.load_state_dict(state["learner"])
             core.load_memory_state(state["memory"])
+            monitor.load(state["diagnostics"])
             optimizer.load_state_dict(state["optimizer"])
             if state["scaler"]:  # empty when `precision auto` meant another format on the device before
                 precision.scaler.load_state_dict(state["scaler"])
@@ -116,7 +126,7 @@ def _fit(
                 f"dump_path: the checkpoint in {folder} does not fit this version of the project ({reason}); go on "
                 "with the version that wrote it, or choose another --dump_path"
             ) from None
-    log = Log(folder, config, run, at.epoch)
+    log = Log(folder, config, run, at.epoch, monitor.chance)
     log.say(
         f"{'continuing' if state else 'starting'} at epoch {at.epoch} of {config.epochs}, {loader.steps} steps "
         f"each, {run.world_size} process(es) on {run.device.type}, {precision.name}; log and checkpoints in {folder}"
@@ -126,10 +136,11 @@ def _fit(
 
     def save(keep: bool = False) -> None:
         guards.require_finite_weights(core)
-        memory = core.memory_state()  # all processes take part
+        memory, figures = core.memory_state(), monitor.state()  # all processes take part
         state = {
             "learner": core.state_dict(),
             "memory": memory,
+            "diagnostics": figures,
             "optimizer": optimizer.state_dict(),
             "scaler": precision.scaler.state_dict(),
             **asdict(at),
@@ -154,8 +165,11 @@ def _fit(
         began = waiting = time.monotonic()
         step = first_step
         incoming = loader.epoch(at.epoch, at.seen)
-        batch = next(incoming, None)
+        with profile.span("data"):
+            batch = next(incoming, None)
         waited = time.monotonic() - waiting
+        if batch is not None and at.seen == 0:
+            log.views(at.epoch, batch)
         while batch is not None:
             statistics.remember()
             parts = min(config.accumulate, loader.steps - step)  # batches of this update
@@ -165,9 +179,10 @@ def _fit(
                 now = at.epoch * loader.steps + step
                 seed_dropout(config.seed, now, run.rank)
                 with distributed.gradients_stay_local(learner, part + 1 < parts):
-                    with precision.autocast():
+                    with precision.autocast(), profile.span("forward"):
                         losses = learner(**batch)
-                    precision.backward(losses["loss"] / parts)
+                    with profile.span("backward"):
+                        precision.backward(losses["loss"] / parts)
                 core.cancel_gradients(now)
                 samples = sum(batch["counts"])
                 joint += samples
@@ -176,7 +191,8 @@ def _fit(
                 names.append(partial(loader.names, batch))
                 step += 1
                 waiting = time.monotonic()
-                batch = next(incoming, None)  # read and augmented while the device still computes
+                with profile.span("data"):
+                    batch = next(incoming, None)  # read and augmented while the device still computes
                 waited += time.monotonic() - waiting
             for group in optimizer.param_groups:
                 group["lr"] = rate(now)
@@ -186,7 +202,8 @@ def _fit(
             at.seen += joint
             # In half precision gradients overflow now and then: the scaler leaves that step out and lowers its factor.
             if agreed.finite and (agreed.gradients_finite or precision.may_overflow()):
-                precision.step(optimizer)
+                with profile.span("optimizer"):
+                    precision.step(optimizer)
                 at.bad_in_a_row = 0
                 at.counted += joint
                 for name, value in agreed.means.items():
@@ -202,8 +219,7 @@ def _fit(
                 if at.bad_in_a_row >= config.max_bad_steps:
                     _give_up(said, folder)
             optimizer.zero_grad(set_to_none=True)
-            bar.update(parts)
-            bar.set_postfix({name: f"{value:.4g}" for name, value in agreed.means.items()}, refresh=False)
+            bar.advance(parts, agreed.means, rate(now), joint, waited)
             if (agreed.stop or agreed.save) and step < loader.steps:  # the epoch's end saves anyway
                 save()
                 saved_at = time.monotonic()
@@ -214,7 +230,10 @@ def _fit(
         seconds = time.monotonic() - began
         at.last = {name: value / at.counted for name, value in at.sums.items()}
         lr = rate((at.epoch + 1) * loader.steps - 1)
-        log.row(at.epoch, at.last, lr, seconds, waited, at.seen - first_seen, at.bad_steps)
+        figures, warnings = monitor.finish(at.epoch, at.last)
+        figures |= {f"time_{name}": value for name, value in profile.seconds().items()}
+        log.row(at.epoch, at.last, lr, seconds, waited, at.seen - first_seen, at.bad_steps, figures)
+        log.warn(at.epoch, warnings)
         guards.require_equal_weights(core, f"after epoch {at.epoch}")
         at.epoch += 1
         at.seen = at.counted = at.bad_steps = 0
@@ -224,12 +243,14 @@ def _fit(
         saved_at = time.monotonic()
         if not is_last and (stop := _stop_of_any(run)):
             _stop(log, stop, at.epoch - 1, loader.steps - 1)
+    log.close()
     return at.last
 
 
 def _stop(log: Log, stop: int, epoch: int, step: int) -> NoReturn:
     """Leave after a signal, once the step is saved, all processes together."""
     log.say(f"stopped by signal {stop} after epoch {epoch} step {step}; run the same command to go on")
+    log.close()
     distributed.stop()
     raise SystemExit(128 + stop)
 
