@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -67,3 +68,14 @@ def no_waiting() -> Iterator[None]:
     """
     with _Functions(), _Operators():
         yield
+
+
+@contextmanager
+def pretended_gpu() -> Iterator[torch.device]:
+    """Tensors and modules made inside claim to be on a GPU; they have shapes but no values.
+
+    What mixes devices, asks for a value or for a shape that depends on values raises torch's own errors. Forward only.
+    """
+    device = torch.device("cuda", 0)
+    with FakeTensorMode(), device:
+        yield device

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from syncs import HostWaits, no_waiting
+from syncs import HostWaits, no_waiting, pretended_gpu
 from torch import Tensor
 
 from models.transformer import SliceTransformer
@@ -122,3 +122,29 @@ def test_the_transformer_does_not_wait(half: bool) -> None:
     net, x, mask = SliceTransformer(32, 2, hidden=48), torch.randn(2, 9, 32), torch.arange(9) < torch.tensor([[9], [5]])
     with no_waiting(), torch.autocast("cpu", torch.bfloat16, enabled=half):
         net(x.requires_grad_(), mask).float().square().mean().backward()
+
+
+def test_a_pretended_gpu_finds_mixed_devices_and_values_asked_for() -> None:
+    with pretended_gpu(), pytest.raises(RuntimeError, match="devices"):
+        torch.zeros(3) + torch.zeros(3, device="cpu")
+    with pretended_gpu(), pytest.raises(RuntimeError):
+        bool(torch.zeros(3).any())
+
+
+@pytest.mark.parametrize("empty", ["reseed", "keep"])
+@pytest.mark.parametrize("products", [None, torch.bfloat16])
+def test_kmeans_stays_on_the_device(empty: str, products: torch.dtype | None) -> None:
+    with pretended_gpu() as device:
+        points = torch.empty(5000, 64)
+        assert kmeans_torch(points, points[:50], 2, empty=empty, products=products).device == device
+
+
+def test_objectives_and_transformer_stay_on_the_device() -> None:
+    with pretended_gpu() as device:
+        z, index = torch.empty(3, 4, 8), torch.empty(4, dtype=torch.long)
+        swav = SwAV(8, [5, 3], queue_length=8)
+        swav.begin_epoch(0)
+        assert swav(z).device == device
+        assert DeepClusterV2(8, [5, 3], samples=20, kmeans_backend="torch")(z, index).device == device
+        net = SliceTransformer(32, 2, hidden=48)
+        assert net(torch.empty(2, 9, 32), torch.empty(2, 9, dtype=torch.bool)).device == device
