@@ -137,7 +137,8 @@ class EmbeddingLoader:
         self.workers, self.precision, self.run = workers, precision, volumes.run
         self.dtype = torch.float32 if precision.dtype == torch.float32 else torch.float16
         self.batches, self.samples, self.steps = volumes.batches, volumes.samples, volumes.steps
-        self.dataset: Embeddings | None = None
+        self.dataset, self.views = volumes.dataset, volumes.views
+        self.cache: Embeddings | None = None
         self.loader: DataLoader | None = None
 
     def epoch(self, epoch: int, seen: int = 0) -> Iterator[dict[str, Any]]:
@@ -148,7 +149,7 @@ class EmbeddingLoader:
             self._complete(samples, epoch % self.versions)
             index, length = (torch.tensor([sample[name] for sample in samples]) for name in ("index", "length"))
             batch = {
-                "mask": torch.arange(self.volumes.dataset.slices) < length.unsqueeze(1),
+                "mask": torch.arange(self.dataset.slices) < length.unsqueeze(1),
                 "index": index,
                 "targets": torch.stack([sample["targets"] for sample in samples], dim=1),
                 "hidden": self.volumes.hidden(index, length, epoch, VIEWS),
@@ -161,19 +162,19 @@ class EmbeddingLoader:
 
     def _open(self) -> None:
         """Only with the first epoch, when the weights are those of the checkpoint that the run goes on from."""
-        windows, views, store = self.volumes.dataset, self.volumes.views, self.volumes.dataset.store
+        windows, views, store = self.dataset, self.volumes.views, self.dataset.store
         of_views = views.height, views.width, views.policy, views.ranges, views.seed
         depends_on = (LAYOUT, windows.slices, windows.seed, store.size, *of_views, self.precision.name)
         digest = hashlib.sha256(repr((*depends_on, self.embedder.targets_digest())).encode()).hexdigest()[:16]
         folder = store.folder.parent / f"embeddings_{digest}_v{FORMAT}"
-        self.dataset = Embeddings(windows, self.versions, self.width, self.dtype, folder)
+        self.cache = Embeddings(windows, self.versions, self.width, self.dtype, folder)
         error = None
         try:
             self._prepare_folder(folder)
         except UserError as e:
             error = e
         raise_everywhere(error)
-        self.loader = torch_loader(self.dataset, self.batches, self.workers, self.run.device, collate=list)
+        self.loader = torch_loader(self.cache, self.batches, self.workers, self.run.device, collate=list)
 
     def _prepare_folder(self, folder: Path) -> None:
         """Make the folder and say how much will lie there; UserError where the disk has no room for it."""
@@ -182,7 +183,7 @@ class EmbeddingLoader:
             there, free = {entry.name for entry in os.scandir(folder)}, shutil.disk_usage(folder).free
         except OSError as error:
             raise _cannot_write(folder, error) from None
-        sizes = self.dataset.sizes()
+        sizes = self.cache.sizes()
         need = sum(size for name, size in sizes.items() if name not in there)
         if need > free:
             raise UserError(
@@ -209,12 +210,12 @@ class EmbeddingLoader:
             raw = default_collate(part)
             mask = torch.arange(raw["volume"].shape[1]) < raw["length"].unsqueeze(1)
             moved = to_device({"volume": raw["volume"], "mask": mask}, self.run.device)
-            views = self.volumes.views(moved["volume"], mask, raw["extent"], raw["index"], version)
+            views = self.views(moved["volume"], mask, raw["extent"], raw["index"], version)
             with self.precision.autocast():
                 targets = self.embedder.targets(views, moved["mask"]).to("cpu", self.dtype)
             for sample, own in zip(part, targets.unbind(1), strict=True):
                 sample["targets"] = own
-                write(own[:, : sample["length"]], self.dataset.path(version, sample["index"]))
+                write(own[:, : sample["length"]], self.cache.path(version, sample["index"]))
 
 
 def _cannot_write(folder: Path, error: OSError) -> UserError:

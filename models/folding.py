@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.encoder import JointEncoder, real_rows, spread
-from models.resnet import GreyResNet, multi_scale
+from models.resnet import GreyResNet, multi_scale, wide
 
 # Pixels per call of the ResNet. A CPU is fastest while the maps fit its caches (16 to 64 slices of 128 x 128 are
 # equal, 128 cost a seventh more); a GPU wants enough of them to hide what launching its kernels takes.
@@ -53,7 +53,7 @@ class FrozenSlices:
         images = volumes.flatten(0, 1)[rows].unsqueeze(1)  # [n, 1, H, W]
         count = max(1, CHUNK_PIXELS[images.device.type] // images[0].numel())
         embedded = [self.projection(multi_scale(self.resnet(part))) for part in images.split(count)]
-        return spread(torch.cat(embedded).float(), rows, mask.shape)
+        return spread(wide(torch.cat(embedded)), rows, mask.shape)
 
 
 def slices_digest(encoder: JointEncoder) -> str:

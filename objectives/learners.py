@@ -119,7 +119,8 @@ class MaskedSlices(Learner):
         frozen = self._frozen or FrozenSlices(self.encoder)
         if rows is not None:
             rows = (torch.arange(len(views), device=rows.device).unsqueeze(1) * mask.numel() + rows).flatten()
-        return frozen(views.flatten(0, 1), mask.repeat(len(views), 1), rows).unflatten(0, views.shape[:2])
+        with span("f_intra"):
+            return frozen(views.flatten(0, 1), mask.repeat(len(views), 1), rows).unflatten(0, views.shape[:2])
 
     def targets_digest(self) -> str:
         """Changes with every weight that the targets depend on."""
@@ -138,7 +139,7 @@ class MaskedSlices(Learner):
         if targets is None:
             targets = self.targets(views, mask, rows)
         mask = mask.repeat(len(targets), 1)
-        targets, hidden = targets.flatten(0, 1).float(), hidden.flatten(0, 1)
+        targets, hidden = wide(targets.flatten(0, 1)), hidden.flatten(0, 1)
         return masked_loss(self.encoder.transformer, self.mask_token, self.decoder, targets, mask, hidden)
 
 

@@ -199,7 +199,7 @@ def test_what_embeddings_depend_on_names_their_folder(store):
     def folder(embedder: Any = None, **changes: Any) -> str:
         loader = loaders(store, embedder or Rows(), **changes)[1]
         next(loader.epoch(0))
-        return loader.dataset.folder.name
+        return loader.cache.folder.name
 
     changes = [{"slices": 9}, {"policy": "paper"}, {"seed": 4}, {"width": 20}, {"precision": "bf16"}]
     assert len({folder(), folder(Rows("b")), *(folder(**change) for change in changes)}) == 2 + len(changes)
@@ -228,7 +228,7 @@ def test_the_size_on_disk_is_the_one_that_was_said(store, capsys):
     _, loader = loaders(store, Rows())
     list(loader.epoch(0))
     assert "2 versions of 8 volumes, 0.0 MB in" in capsys.readouterr().out
-    sizes = loader.dataset.sizes()
+    sizes = loader.cache.sizes()
     assert len(sizes) == 16
     assert all(sizes[file.name] == file.stat().st_size for file in cached(store))
 
@@ -242,10 +242,10 @@ def test_a_disk_without_room_and_a_folder_that_cannot_be_made_are_the_users_to_p
     _, loader = loaders(store, Rows())
     batches = loader.epoch(0)
     next(batches)
-    shutil.rmtree(loader.dataset.folder)
+    shutil.rmtree(loader.cache.folder)
     with pytest.raises(UserError, match=r"cached_views: .* cannot be written .*--cache_path"):
         next(batches)
-    loader.dataset.folder.write_bytes(b"a file in its place")
+    loader.cache.folder.write_bytes(b"a file in its place")
     with pytest.raises(UserError, match=r"cached_views: .* cannot be written"):
         next(loaders(store, Rows())[1].epoch(0))
 
