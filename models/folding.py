@@ -13,8 +13,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from models.encoder import JointEncoder, real_rows, spread
 from models.resnet import GreyResNet, multi_scale, wide
 
-# Pixels per call of the ResNet. A CPU is fastest while the maps fit its caches (16 to 64 slices of 128 x 128 are
-# equal, 128 cost a seventh more); a GPU wants enough of them to hide what launching its kernels takes.
+# Pixels per call of the ResNet, which bound its memory. A CPU is fastest with 16 to 64 slices of 128 x 128 (4 and 128
+# take a tenth longer or more); a GPU wants enough of them to hide what launching its kernels takes.
 CHUNK_PIXELS = {"cpu": 2**19, "cuda": 2**25}
 
 
