@@ -32,7 +32,9 @@ ONE_PROTOTYPE = 1.5  # perplexity of the usage, in prototypes
 JUMP = 0.2  # rise of the loss over an epoch, in ln K
 DOMINATES = 0.9  # share of the largest of several data sets among the samples of an epoch
 STALE = 2  # epochs that a queue spans: every sample stands in it twice, once as weights of the epoch before saw it
-SETTLING_EPOCHS = 1  # after the warm-up, before figures that take time are judged
+LASTING = ("_collapse", "_chance")  # conditions that must hold for two epochs in a row: one bad epoch often passes
+SETTLING_EPOCHS = 1  # after the warm-up, before what takes time to learn is judged
+SETTLING_STEPS = 100  # and steps, with prototypes that move: a demonstration of a few steps has learnt little, and may
 
 
 class Diagnostics:
@@ -285,6 +287,7 @@ class Monitor:
                 len(origin), head.out_features, head.in_features, objective.temperature, device, origin
             )
         self.raised: list[str] = []  # conditions that hold and were reported
+        self.suspected: list[str] = []  # those of the epoch before that count when they last
         self.losses: dict[str, float] = {}  # of the epoch before
 
     @property
@@ -319,18 +322,19 @@ class Monitor:
                     "--mask_ratio or take --mask_style span, which interpolation cannot solve"
                 )
         found |= dominating(self.loader)
-        new = [(name, text) for name, text in found.items() if name not in self.raised]
-        self.raised = list(found)
+        lasting = [name for name in found if name.endswith(LASTING)]
+        held = {n: text for n, text in found.items() if n not in lasting or n in self.suspected}
+        new = [(name, text) for name, text in held.items() if name not in self.raised]
+        self.raised, self.suspected = list(held), lasting
         return columns, new
 
     def _settled(self, epoch: int) -> bool:
-        return epoch >= self.config.warmup_epochs + SETTLING_EPOCHS
+        steps = (epoch + 1) * self.loader.steps - getattr(self.config, "freeze_prototypes_niters", 0)
+        return epoch >= self.config.warmup_epochs + SETTLING_EPOCHS and steps >= SETTLING_STEPS
 
     def _judge(self, level: Level, epoch: int, loss: float, figures: dict[str, float]) -> dict[str, str]:
         K, found = level.prototypes, {}
-        steps = (epoch + 1) * self.loader.steps
-        thawed = steps > 2 * getattr(self.config, "freeze_prototypes_niters", 0)
-        if self._settled(epoch) and thawed and loss > AT_CHANCE * level.chance:
+        if self._settled(epoch) and loss > AT_CHANCE * level.chance:
             if figures["target_entropy"] > UNIFORM:
                 why = f"the targets are almost uniform (entropy {figures['target_entropy']:.2f} ln K): lower --epsilon"
             else:
@@ -344,7 +348,7 @@ class Monitor:
             signs.append(f"effective rank {figures['rank']:.2f}")
         if used < min(ONE_PROTOTYPE, (1 + K) / 2):
             signs.append(f"as few as {used:.2f} of {K} prototypes in use")
-        if signs and epoch >= min(1, self.config.epochs - 1):
+        if signs:
             found["collapse"] = (
                 f"the embeddings are collapsing: {', '.join(signs)}; start again with a lower --base_lr, "
                 + ("a lower --epsilon or --temperature, or a longer queue" if level.swav else "or fewer prototypes")
@@ -371,12 +375,14 @@ class Monitor:
     def state(self) -> dict[str, Any]:
         """For the checkpoint; all processes call it together."""
         observers = {name: observer.state() for name, observer in self.observers.items()}
-        return {"observers": observers, "raised": list(self.raised), "losses": dict(self.losses)}
+        told = {"raised": list(self.raised), "suspected": list(self.suspected), "losses": dict(self.losses)}
+        return {"observers": observers, **told}
 
     def load(self, state: dict[str, Any]) -> None:
         for name, observer in self.observers.items():
             observer.load(state["observers"][name])
-        self.raised, self.losses = list(state["raised"]), dict(state["losses"])
+        self.raised, self.suspected = list(state["raised"]), list(state["suspected"])
+        self.losses = dict(state["losses"])
 
 
 def level(name: str, objective: SwAV | DeepClusterV2, loader: Any, config: Any) -> Level:
