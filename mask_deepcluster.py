@@ -31,7 +31,7 @@ from models.resnet import ARCHITECTURES
 from objectives import MaskedSlices
 from objectives.masked import fit_projection
 from utils import config as options
-from utils import distributed, optim, train, weights
+from utils import distributed, memory, optim, train, weights
 from utils.precision import Precision
 
 
@@ -92,6 +92,8 @@ class Config:
     """auto: bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train"""
+    fit_batch: NonNegativeFloat = 0.0
+    """GiB: find the largest batch_size whose step fits into this much memory, say it, and stop; 0: train"""
     workers: NonNegativeInt = 4
     """data-loading processes per training process"""
     seed: NonNegativeInt = 31
@@ -149,6 +151,9 @@ def main(cfg: Config) -> None:
     wrapped = distributed.wrap(learner, run)
 
     optimizer = optim.LARC(optim.parameter_groups(learner, cfg.wd), cfg.base_lr)
+    if cfg.fit_batch:
+        memory.fit_batch(wrapped, loader, optimizer, cfg, run)
+        return
     rate = train.schedule(cfg, loader.steps)
     result = train.fit(wrapped, loader, optimizer, rate, cfg, run, fingerprint(samples))
 

@@ -23,7 +23,7 @@ from models.resnet import ARCHITECTURES, GreyResNet
 from objectives import ImageClustering, SwAV
 from objectives.sizes import QueueLength, prototype_counts, queue_size
 from utils import config as options
-from utils import distributed, optim, train, weights
+from utils import distributed, memory, optim, train, weights
 
 
 @dataclass
@@ -100,6 +100,8 @@ class Config:
     """compile the ResNet with torch.compile; worth a try on a GPU (no gain on a CPU), the first steps take a minute"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train"""
+    fit_batch: NonNegativeFloat = 0.0
+    """GiB: find the largest batch_size whose step fits into this much memory, say it, and stop; 0: train"""
     workers: NonNegativeInt = 4
     """data-loading processes per training process"""
     seed: NonNegativeInt = 31
@@ -159,6 +161,9 @@ def main(cfg: Config) -> None:
     learner = distributed.wrap(ImageClustering(encoder, head, intra), run)
 
     optimizer = optim.LARC(optim.parameter_groups(learner, cfg.wd), cfg.base_lr)
+    if cfg.fit_batch:
+        memory.fit_batch(learner, loader, optimizer, cfg, run)
+        return
     rate = train.schedule(cfg, loader.steps)
     result = train.fit(learner, loader, optimizer, rate, cfg, run, fingerprint(samples))
 

@@ -37,6 +37,7 @@ FREE = {
     "max_bad_steps",
     "timeout_minutes",
     "device",
+    "fit_batch",
     "data_path",
     "cache_path",
     "dump_path",

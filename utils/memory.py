@@ -1,0 +1,234 @@
+"""How large a batch fits: the memory of real training steps at a few batch sizes, and the line through them."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.optim import Optimizer
+
+from utils import config as options
+from utils import distributed, guards
+from utils.distributed import Run
+from utils.errors import UserError
+from utils.precision import Precision
+
+ROOT = Path(__file__).parents[1]
+GIB = 2**30
+PROBE = "JOINT_SSL_MEMORY_PROBE"  # environment variable: this process measures one batch size
+FOUND = "memory probe: "  # begins the line in which such a process says what it needed
+STEPS = 3  # the first has no gradients and momenta of one before, the second has all, the third finds them in place
+SPARE = 0.9  # share of the free memory that a probe may be expected to need
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The largest batch size within a limit; memory as a function of the batch is base + per_sample * batch (bytes)."""
+
+    batch_size: int  # 0: not even one sample fits
+    measured: bool  # that batch size was run; otherwise the line says so
+    base: float
+    per_sample: float
+    points: dict[int, int]  # batch size -> bytes, of those that ran
+
+    def predict(self, batch_size: int) -> float:
+        return self.base + self.per_sample * batch_size
+
+
+def fit_batch(learner: torch.nn.Module, loader: Any, optimizer: Optimizer, config: Any, run: Run) -> None:
+    """Say the largest batch_size whose step needs at most `config.fit_batch` GiB; nothing is trained or written.
+
+    Every batch size is tried in a process of its own, which builds what the script builds and makes real steps. On a
+    GPU its memory is what the allocator reserved at most, and the context; on a CPU the most that was resident. Memory
+    of data-loading processes comes on top. Raises UserError where there are several processes, or nothing fits.
+    """
+    if os.environ.get(PROBE):
+        print(f"{FOUND}{json.dumps(_peak(learner, loader, optimizer, config, run))}", flush=True)
+        return
+    if run.world_size > 1:
+        raise UserError("fit_batch: start the script without torchrun; what fits in one process fits in each of many")
+    limit = config.fit_batch * GIB
+    most = loader.samples
+    before = torch.cuda.mem_get_info(run.device)[0] if run.device.type == "cuda" else 0
+    print(
+        f"fit_batch: looking for the largest batch_size within {config.fit_batch:g} GiB on {run.device.type}",
+        flush=True,
+    )
+
+    def probe(batch_size: int) -> int | None:
+        used = measure(config, batch_size, before)
+        print(f"  batch_size {batch_size}: {'does not fit' if used is None else f'{used / GIB:.2f} GiB'}", flush=True)
+        return used
+
+    fit = search(probe, limit, most, free_memory(run.device))
+    if not fit.batch_size:
+        raise UserError(
+            f"fit_batch: one sample needs {fit.predict(1) / GIB:.2f} GiB, more than {config.fit_batch:g}; use a "
+            "smaller view or --arch" + (", or --recompute true" if hasattr(config, "recompute") else "")
+        )
+    how = "measured" if fit.measured else "extrapolated"
+    bound = f"; the data have no more than {most} samples" if fit.batch_size == most else ""
+    print(
+        f"fit_batch: --batch_size {fit.batch_size} needs {fit.predict(fit.batch_size) / GIB:.2f} of "
+        f"{config.fit_batch:g} GiB ({how}; {fit.base / GIB:.2f} GiB + {fit.per_sample / GIB:.4f} per sample{bound}). "
+        "Nothing was trained.",
+        flush=True,
+    )
+
+
+def search(probe: Callable[[int], int | None], limit: float, most: int, available: float) -> Fit:
+    """The largest batch size up to `most` that needs at most `limit` bytes.
+
+    probe: batch size -> bytes, None where the machine had not enough.  available: bytes that a probe may take; a
+    batch size expected to need more is not run, and the answer is then read from the line through those that were.
+    """
+    room = min(limit, available * SPARE)
+    points: dict[int, int] = {}
+    too_large = most + 1  # the smallest batch size known not to fit
+
+    def run(batch_size: int) -> None:
+        nonlocal too_large
+        used = probe(batch_size)
+        if used is not None:
+            points[batch_size] = used
+        if used is None or used > limit:
+            too_large = min(too_large, batch_size)
+
+    run(1)
+    size = 2
+    # Doubling until the batch, and no longer what every step needs, makes up most of the memory.
+    while size < too_large and 1 in points and points[1] <= limit:
+        base, each = line(points)
+        if len(points) > 2 and each * max(points) > base and base + each * size > room / 2:
+            break
+        if len(points) > 1 and base + each * size > room:
+            break
+        run(size)
+        size *= 2
+    measured = lambda: max((b for b, used in points.items() if used <= limit), default=0)  # noqa: E731
+    while True:
+        base, each = line(points)
+        fits = measured()
+        if not fits or too_large == fits + 1:
+            break
+        guess = most if each <= 0 else int((limit - base) / each)
+        guess = min(max(guess, fits), too_large - 1)
+        if guess == fits or base + each * guess > available * SPARE:
+            return Fit(guess, guess == fits, base, each, points)
+        run(guess)
+    return Fit(measured(), True, base, each, points)
+
+
+def line(points: dict[int, int]) -> tuple[float, float]:
+    """(base, per sample) in bytes through the two largest batch sizes: small ones hide it in slack."""
+    if len(points) < 2:
+        return float(next(iter(points.values()), math.inf)), 0.0
+    (small, less), (large, more) = sorted(points.items())[-2:]
+    each = max(0.0, (more - less) / (large - small))
+    return more - each * large, each
+
+
+def measure(config: Any, batch_size: int, free_before: int = 0) -> int | None:
+    """Bytes that training with this batch size needs, from a process of its own; None where it ran out of memory.
+
+    config: of one of the entry scripts.  free_before: of the GPU, so that the process's context counts.
+    Raises RuntimeError with what the process said when it failed otherwise.
+    """
+    values = options.to_dict(config) | {"batch_size": batch_size, "fit_batch": config.fit_batch or 1.0}
+    # Neither changes the memory of a step: the projection would be fitted anew for every probe, and what is cached is
+    # first computed from images, in the memory that this takes without a cache.
+    values |= {
+        name: value for name, value in (("projection_init", "orthogonal"), ("cached_views", 0)) if name in values
+    }
+    code = "import sys; from utils import memory; memory.probe(*sys.argv[1:])"
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with tempfile.TemporaryDirectory() as folder:
+        values["dump_path"] = folder
+        command = [sys.executable, "-c", code, inspect.getfile(type(config)), json.dumps(values)]
+        environment = os.environ | {PROBE: "1", "PYTHONPATH": os.pathsep.join(paths)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    found = [text for text in done.stdout.splitlines() if text.startswith(FOUND)]
+    if found:
+        peak, reserved, free = json.loads(found[-1].removeprefix(FOUND))
+        return peak + max(0, free_before - free - reserved)
+    if done.returncode == -9 or "OutOfMemoryError" in done.stderr or "can't allocate memory" in done.stderr:
+        return None
+    raise RuntimeError(f"a step with batch_size {batch_size} failed:\n{done.stderr.strip()}")
+
+
+def probe(script: str, values: str) -> None:
+    """In a process of its own: run an entry script's `main` up to its line for `fit_batch`."""
+    sys.path.insert(0, str(Path(script).parent))
+    module = __import__(Path(script).stem)
+    module.main(module.Config(**json.loads(values)))
+
+
+def _peak(learner: torch.nn.Module, loader: Any, optimizer: Optimizer, config: Any, run: Run) -> tuple[int, int, int]:
+    """A few steps as `train.fit` makes them -> bytes at their peak; of a GPU: reserved and free at the end."""
+    core = distributed.unwrap(learner)
+    precision = Precision(config.precision, run.device)
+    _begin(core, config)
+    learner.train()
+    statistics = guards.BatchNormStatistics(core)
+    batches = (batch for epoch in range(STEPS + 1) for batch in loader.epoch(epoch))
+    batch = next(batches)
+    for _ in range(STEPS):
+        statistics.remember()
+        with precision.autocast():
+            losses = learner(**batch)
+        precision.backward(losses["loss"])
+        core.cancel_gradients(0)
+        batch = next(batches)  # made while the device still computes, so both are in memory
+        if bool(guards.gradients_are_finite(optimizer)):
+            precision.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    return peak_memory(run.device)
+
+
+def _begin(core: Any, config: Any) -> None:
+    """An epoch that has all that takes memory: queues in use, k-means over full banks."""
+    for _, objective in core.objectives():
+        if objective.fills_memory:
+            crops, samples, dim = (objective.assign_crops, objective.bank.samples, objective.bank.embeddings.shape[2])
+            embeddings = F.normalize(torch.randn(crops, samples, dim), dim=2)
+            objective.bank.load({"embeddings": embeddings, "seen": torch.ones(samples, dtype=torch.bool)})
+    gc.collect()
+    core.begin_epoch(getattr(config, "epoch_queue_starts", 0))
+
+
+def peak_memory(device: torch.device) -> tuple[int, int, int]:
+    """Most bytes so far: reserved on the GPU (and what is reserved and free now), or resident of this process."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        free = torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.max_memory_reserved(device), torch.cuda.memory_reserved(device), free
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent had resident when it started this process
+        kib = next(text.split()[1] for text in status.read_text().splitlines() if text.startswith("VmHWM:"))
+        return 1024 * int(kib), 0, 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0, 0
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that a new process could take."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        kib = next(text.split()[1] for text in meminfo.read_text().splitlines() if text.startswith("MemAvailable:"))
+        return 1024.0 * int(kib)
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 2
