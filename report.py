@@ -193,12 +193,12 @@ def parts_of(level: embed.Level, members: list[int], names: list[str]) -> list[t
 
 
 def compare_options(runs: list[Run]) -> list[tuple[str, list[str], bool]]:
-    """(option, its value in every run or –, whether the runs that have it differ), in the order of the scripts."""
+    """(option, its value in every run or -, whether the runs that have it differ), in the order of the scripts."""
     names = dict.fromkeys(name for run in runs for name in run.config)
     rows = []
     for name in names:
-        values = [json.dumps(run.config[name], ensure_ascii=False) if name in run.config else "–" for run in runs]
-        rows.append((name, [value.strip('"') for value in values], len(set(values) - {"–"}) > 1))
+        values = [json.dumps(run.config[name], ensure_ascii=False) if name in run.config else "-" for run in runs]
+        rows.append((name, [value.strip('"') for value in values], len(set(values) - {"-"}) > 1))
     return rows
 
 

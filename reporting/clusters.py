@@ -66,7 +66,4 @@ def flatten(z: Tensor, method: MapMethod, seed: int) -> tuple[np.ndarray, str]:
         return places, f"principal components; they hold {first:.0f} % and {second:.0f} % of the variance"
     perplexity = min(30.0, (len(x) - 1) / 3)
     places = TSNE(2, perplexity=perplexity, init="random", metric="cosine", random_state=seed).fit_transform(x)
-    return (
-        places,
-        f"t-SNE of cosine distances, perplexity {perplexity:.0f}; axes have no unit, distances between groups no meaning",
-    )
+    return places, f"t-SNE of cosine distances, perplexity {perplexity:.0f}; distances between groups mean nothing"

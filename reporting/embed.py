@@ -56,7 +56,7 @@ class Level:
         of = self.samples[sample]
         if of.kind == "image":
             return of.name
-        return f"{of.name} slice {start}" if stop - start == 1 else f"{of.name} slices {start}–{stop - 1}"
+        return f"{of.name} slice {start}" if stop - start == 1 else f"{of.name} slices {start}-{stop - 1}"
 
     def dataset(self, index: int) -> str:
         return self.samples[self.items[index][0]].dataset
@@ -261,18 +261,18 @@ def data_of(samples: list[Sample]) -> list[dict[str, Any]]:
             "kind": kind,
             "files": len(members),
             "slices": sum(s.slices for s in members),
-            "depth": _range([s.slices for s in members]) if kind == "volume" else "–",
+            "depth": _range([s.slices for s in members]) if kind == "volume" else "-",
             "height": _range([s.height for s in members]),
             "width": _range([s.width for s in members]),
             "size_mb": sum(s.size_bytes for s in members) / 1e6,
-            "modality": members[0].modality or "–",
+            "modality": members[0].modality or "-",
         }
         for (dataset, kind), members in groups.items()
     ]
 
 
 def _range(values: list[int]) -> str:
-    return str(min(values)) if min(values) == max(values) else f"{min(values)}–{max(values)}"
+    return str(min(values)) if min(values) == max(values) else f"{min(values)}-{max(values)}"
 
 
 def folder_of(samples: list[Sample]) -> Path:

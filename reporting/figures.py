@@ -29,7 +29,7 @@ KNOWN = {
     "prediction_entropy": ("Entropy of the predictions", "share of ln K; at 1 the network says nothing"),
     "agreement": (
         "Agreement of two views",
-        "share of samples whose two views have the same prototype; higher is better",
+        "share of samples whose views have the same prototype; higher is better",
     ),
     "positives": ("Pairs in the same cluster", "share of pairs of different samples that share a prototype"),
     "nmi": ("Assignments kept since the last epoch", "normalised mutual information; 1: nothing moved"),
@@ -37,7 +37,7 @@ KNOWN = {
     "rank": ("Effective rank (RankMe)", "dimensions that the embeddings use; higher is better"),
     "origin": ("Nearest neighbours from the same data set", "share of k-NN votes that name the data set of origin"),
     "origin_chance": ("… by chance", "what always naming the largest data set scores"),
-    "skill": ("Masked-prediction skill", "1 − error / error of interpolation; above 0: something was learned"),
+    "skill": ("Masked-prediction skill", "1 - error / error of interpolation; above 0: something was learned"),
     "lr": ("Learning rate", "at the end of the epoch"),
     "seconds": ("Time of an epoch", "seconds"),
     "samples_per_second": ("Throughput", "samples per second"),
@@ -53,11 +53,12 @@ def curves(runs: Sequence[Run]) -> list[tuple[str, list[Figure]]]:
     charts: dict[tuple[int, str], list[tuple[int, str]]] = {}  # (stage of a loss, name) -> run, column
     for r, run in enumerate(runs):
         for column in run.metrics:
-            if column != "epoch":
+            if column not in ("epoch", "intra_chance", "inter_chance"):  # ln K is drawn beside the loss
                 charts.setdefault(_chart(run, column), []).append((r, column))
     groups: dict[str, list[Figure]] = {"Losses": [], "Diagnostics": [], "Schedule and machine": []}
     for (stage, name), columns in sorted(charts.items(), key=lambda item: (item[0][0], _place(item[0][1]))):
-        heading = "Losses" if stage else "Schedule and machine" if name in LAST else "Diagnostics"
+        machine = name in LAST or name.startswith("time_")
+        heading = "Losses" if stage else "Schedule and machine" if machine else "Diagnostics"
         groups[heading].append(_curve(runs, stage, name, columns))
     return [(heading, figures) for heading, figures in groups.items() if figures]
 
@@ -65,8 +66,8 @@ def curves(runs: Sequence[Run]) -> list[tuple[str, list[Figure]]]:
 def _chart(run: Run, column: str) -> tuple[int, str]:
     if column in LOSSES:  # those of other stages are other quantities
         return int(run.stage), "loss" if column == "interpolation" else column
-    for level in ("intra_", "inter_"):
-        column = column.removeprefix(level)
+    for prefix in ("intra_", "inter_", "mask_"):
+        column = column.removeprefix(prefix)
     return 0, "origin" if column == "origin_chance" else column
 
 
@@ -98,15 +99,20 @@ def _curve(runs: Sequence[Run], stage: int, name: str, columns: list[tuple[int, 
             data.append(_line(ends, [k, k], f"{run.name} · ln K = {k:.2f}", line | {"dash": "dot", "width": 1.5}))
     seen = [(trace["name"], next((y for y in reversed(trace["y"]) if y is not None), None)) for trace in data]
     last = "; ".join(f"{label} {value:.4g}" for label, value in seen if value is not None)
-    layout = {"xaxis": {"title": {"text": "epoch"}}, "yaxis": {"rangemode": "normal"}, "hovermode": "x unified"}
+    axis = {"type": "log"} if stage == 2 or name == "mask" else {"rangemode": "normal" if stage else "tozero"}
+    layout = {"xaxis": {"title": {"text": "epoch"}, "nticks": 7}, "yaxis": axis, "hovermode": "x unified"}
     return _figure(title, note, f"{title} over the epochs. Last values: {last}.", data, layout, 280)
 
 
 def _ln_k(run: Run, name: str) -> float | None:
     """What a network that knows nothing scores, mean over heads; None for the sum of stage 3 or without prototypes."""
-    if run.state is None or (run.stage == 3 and name == "loss"):
+    if run.stage == 3 and name == "loss":
         return None
     level = "intra" if name == "loss" else name
+    if f"{level}_chance" in run.metrics:
+        return run.metrics[f"{level}_chance"][-1]
+    if run.state is None:
+        return None
     heads = [len(value) for key, value in run.state["learner"].items() if key.startswith(f"{level}.prototypes.heads.")]
     return sum(map(math.log, heads)) / len(heads) if heads else None
 
@@ -154,15 +160,16 @@ def attention_maps(seen: Attention) -> list[Figure]:
             "colorscale": SCALE,
             "zmin": 0,
             "hovertemplate": "slice %{y} reads slice %{x}: %{z:.1f} %<extra></extra>",
-            "colorbar": {"title": {"text": "%"}, "thickness": 10, "len": 0.9},
+            "colorbar": {"title": {"text": "%"}, "thickness": 8, "xpad": 2},
         }
         layout = {
             "xaxis": {"title": {"text": "slice that is read"}, "constrain": "domain"},
             "yaxis": {"title": {"text": "slice that reads"}, "autorange": "reversed", "scaleanchor": "x"},
         }
         near = float(np.mean([over[i, max(0, i - 2) : i + 3].sum() for i in range(D)]))
-        alt = f"Attention of layer {number}: {near:.0%} of it goes to slices at most two away."
-        figures.append(_figure(f"Layer {number}: attention", alt, alt, [trace], layout, 320))
+        note = f"{near:.0%} goes to slices at most two away"
+        alt = f"Attention of layer {number}: {note}."
+        figures.append(_figure(f"Layer {number}: attention", note, alt, [trace], layout, 280))
     for number, maps in enumerate(seen.maps, start=1):
         positions = maps.positions[0]  # [G, n]
         stride = -(-D // positions.shape[1])
@@ -186,8 +193,9 @@ def attention_maps(seen: Attention) -> list[Figure]:
             "showlegend": False,
         }
         size = float(np.abs(offsets).mean())
-        alt = f"Offsets of layer {number}: {size:.2f} slices on average, up to {np.abs(offsets).max():.2f}."
-        figures.append(_figure(f"Layer {number}: offsets", alt, alt, data, layout, 280))
+        note = f"{size:.1f} slices on average, at most {np.abs(offsets).max():.1f}"
+        alt = f"Offsets of layer {number}: {note}."
+        figures.append(_figure(f"Layer {number}: offsets", note, alt, data, layout, 240))
     return figures
 
 
@@ -202,12 +210,11 @@ def masked_error(error: MaskedError) -> Figure:
     note = f"mean {model:.4g} against {guess:.4g}; better on {better:.0%} of the slices"
     layout = {
         "xaxis": {"title": {"text": "slice"}},
-        "yaxis": {"title": {"text": "mean squared error"}, "rangemode": "tozero"},
+        "yaxis": {"title": {"text": "mean squared error, log"}, "type": "log"},
         "hovermode": "x unified",
     }
-    return _figure(
-        _plain(error.sample.name), note, f"Masked-slice error of {error.sample.name}: {note}.", data, layout, 280
-    )
+    alt = f"Masked-slice error of {error.sample.name}: {note}."
+    return _figure(error.sample.name, note, alt, data, layout, 280)
 
 
 def _line(

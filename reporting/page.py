@@ -39,7 +39,7 @@ def render(template: str, output: Path, **values: Any) -> int:
 
 
 class Thumbnails:
-    """Pictures of items, each once however often a page shows it: `add` gives the name under which the page finds it."""
+    """Pictures, each once however often a page shows it: `add` gives the name under which the page finds it."""
 
     def __init__(self) -> None:
         self.uris: dict[str, str] = {}

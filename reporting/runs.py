@@ -13,6 +13,7 @@ from utils import checkpoint
 from utils.config import read_yaml
 from utils.errors import UserError
 from utils.guards import BAD_STEPS
+from utils.log import METRICS, WARNINGS
 
 Stage = Literal[1, 2, 3]
 STAGES: dict[Stage, str] = {1: "stage 1, images and slices", 2: "stage 2, masked slices", 3: "stage 3, joint"}
@@ -71,7 +72,7 @@ def _read_run(folder: Path, name: str) -> Run:
     if not isinstance(config, dict) or "data_path" not in config or "arch" not in config:
         raise UserError(f"{path}: is not the configuration of one of the six training scripts")
     notes = []
-    metrics = read_metrics(folder / "metrics.csv")
+    metrics = read_metrics(folder / METRICS)
     if not metrics:
         notes.append("No epoch is finished yet, so there are no curves.")
     state, _ = _read_checkpoint(folder, notes)
@@ -134,17 +135,28 @@ def _read_record(config: dict[str, Any], notes: list[str]) -> dict[str, Any] | N
 
 
 def read_warnings(folder: Path) -> list[str]:
-    """Lines of warnings.txt, and how many steps were not applied."""
-    said = []
-    try:
-        said = [line for line in (folder / "warnings.txt").read_text("utf-8", "replace").splitlines() if line.strip()]
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise UserError(f"{folder / 'warnings.txt'}: cannot be read ({error.strerror})") from None
-    bad = folder / BAD_STEPS
-    if bad.is_file():
-        with open(bad, newline="", encoding="utf-8", errors="replace") as file:
-            count = sum(1 for _ in csv.DictReader(file))
-        said.append(f"{count} step(s) were not applied, because loss or gradient was not finite: see {BAD_STEPS}")
+    """What a run warned of, with its epoch, and how many steps were not applied. Raises UserError for a broken file."""
+    said = [f"epoch {int(row['epoch']) + 1}: {row['text']}" for row in _rows(folder / WARNINGS, ("epoch", "text"))]
+    bad = len(_rows(folder / BAD_STEPS, ("epoch", "step")))
+    if bad:
+        steps = "1 step was" if bad == 1 else f"{bad} steps were"
+        said.append(f"{steps} not applied, because loss or gradient was not finite; {BAD_STEPS} names the files")
     return said
+
+
+def _rows(path: Path, needed: tuple[str, ...]) -> list[dict[str, str]]:
+    """Lines of a table in which the needed columns stand, those of numbers checked; [] where there is no file."""
+    try:
+        with open(path, newline="", encoding="utf-8", errors="replace") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            int(row["epoch"])
+            if any(row.get(column) is None for column in needed):
+                raise ValueError(f"it should have the columns {', '.join(needed)}")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise UserError(f"{path}: is not a run's table ({error}); restore it, or move it away") from None
+    return rows

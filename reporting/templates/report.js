@@ -12,6 +12,7 @@ function themed(layout) {
   const named = (a) => ({ ...axis, ...a, title: { ...(a || {}).title, standoff: 8, font: { size: 12, color: c.muted } } });
   return {
     margin: { l: 8, r: 8, t: 8, b: 8 },
+    dragmode: false,
     legend: { orientation: "h", y: -0.25, yanchor: "top", x: 0, font: { size: 11 } },
     ...layout,
     xaxis: named(layout.xaxis),
@@ -19,6 +20,7 @@ function themed(layout) {
     font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: c.fg },
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: c.muted, activecolor: c.fg },
     hoverlabel: { bgcolor: c.card, bordercolor: c.line, font: { color: c.fg } },
   };
 }
@@ -27,7 +29,7 @@ function draw(element) {
   drawn.add(element);
   const figure = figures.get(element);
   const isMap = element.classList.contains("map");
-  const config = { responsive: true, displaylogo: false, displayModeBar: isMap ? true : "hover",
+  const config = { responsive: true, displaylogo: false, displayModeBar: isMap,
     modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"], scrollZoom: false };
   Plotly.newPlot(element, figure.data, { ...themed(figure.layout), height: figure.height }, config);
   if (isMap) {
