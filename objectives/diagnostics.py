@@ -35,6 +35,7 @@ STALE = 2  # epochs that a queue spans: every sample stands in it twice, once as
 LASTING = ("_collapse", "_chance")  # conditions that must hold for two epochs in a row: one bad epoch often passes
 SETTLING_EPOCHS = 1  # after the warm-up, before what takes time to learn is judged
 SETTLING_STEPS = 100  # and steps, with prototypes that move: a demonstration of a few steps has learnt little, and may
+TRANSIENT_STEPS = 30  # at first a high rate folds the embeddings together, and they unfold again
 
 
 class Diagnostics:
@@ -348,7 +349,7 @@ class Monitor:
             signs.append(f"effective rank {figures['rank']:.2f}")
         if used < min(ONE_PROTOTYPE, (1 + K) / 2):
             signs.append(f"as few as {used:.2f} of {K} prototypes in use")
-        if signs:
+        if signs and (epoch + 1) * self.loader.steps >= TRANSIENT_STEPS:
             found["collapse"] = (
                 f"the embeddings are collapsing: {', '.join(signs)}; start again with a lower --base_lr, "
                 + ("a lower --epsilon or --temperature, or a longer queue" if level.swav else "or fewer prototypes")
