@@ -145,13 +145,14 @@ class EmbeddingLoader:
         if self.loader is None:
             self._open()
         self.batches.epoch, self.batches.seen = epoch, seen
-        for samples, (_, counts) in zip(self.loader, self.batches.plan(seen), strict=True):
-            self._complete(samples, epoch % self.versions)
-            index, length = (torch.tensor([sample[name] for sample in samples]) for name in ("index", "length"))
+        for raw, (_, counts) in zip(self.loader, self.batches.plan(seen), strict=True):
+            if isinstance(raw, list):
+                raw = default_collate(self._complete(raw, epoch % self.versions))
+            index, length = raw["index"], raw["length"]
             batch = {
                 "mask": torch.arange(self.dataset.slices) < length.unsqueeze(1),
                 "index": index,
-                "targets": torch.stack([sample["targets"] for sample in samples], dim=1),
+                "targets": raw["targets"].transpose(0, 1),
                 "hidden": self.volumes.hidden(index, length, epoch, VIEWS),
                 "counts": counts,
             }
@@ -174,7 +175,7 @@ class EmbeddingLoader:
         except UserError as e:
             error = e
         raise_everywhere(error)
-        self.loader = torch_loader(self.cache, self.batches, self.workers, self.run.device, collate=list)
+        self.loader = torch_loader(self.cache, self.batches, self.workers, self.run.device, collate=_collate)
 
     def _prepare_folder(self, folder: Path) -> None:
         """Make the folder and say how much will lie there; UserError where the disk has no room for it."""
@@ -199,16 +200,16 @@ class EmbeddingLoader:
                 flush=True,
             )
 
-    def _complete(self, samples: list[dict[str, Any]], version: int) -> None:
-        """Compute, add and keep the embeddings of those samples that came without."""
+    def _complete(self, samples: list[dict[str, Any]], version: int) -> list[dict[str, Any]]:
+        """The samples with embeddings; those of the ones that came without are computed and written."""
         missing = [sample for sample in samples if "targets" not in sample]
         # On a CPU one by one: the last bits of a matrix product depend on its number of rows, and what lies on the
         # disk should not depend on the batch in which it was made.
         together = 1 if self.run.device.type == "cpu" else len(missing)
-        for first in range(0, len(missing), max(1, together)):
+        for first in range(0, len(missing), together):
             part = missing[first : first + together]
             raw = default_collate(part)
-            mask = torch.arange(raw["volume"].shape[1]) < raw["length"].unsqueeze(1)
+            mask = torch.arange(self.dataset.slices) < raw["length"].unsqueeze(1)
             moved = to_device({"volume": raw["volume"], "mask": mask}, self.run.device)
             views = self.views(moved["volume"], mask, raw["extent"], raw["index"], version)
             with self.precision.autocast():
@@ -216,6 +217,12 @@ class EmbeddingLoader:
             for sample, own in zip(part, targets.unbind(1), strict=True):
                 sample["targets"] = own
                 write(own[:, : sample["length"]], self.cache.path(version, sample["index"]))
+        return [{name: sample[name] for name in ("targets", "length", "index")} for sample in samples]
+
+
+def _collate(samples: list[dict[str, Any]]) -> dict[str, Any] | list[dict[str, Any]]:
+    """A batch, or its samples as they are where some of them have no embeddings yet."""
+    return default_collate(samples) if all("targets" in sample for sample in samples) else samples
 
 
 def _cannot_write(folder: Path, error: OSError) -> UserError:
