@@ -26,12 +26,12 @@ class Prototype:
 
 
 def prototypes_of(level: Level, head: int, shown: int, pictures: int) -> tuple[list[Prototype], int, int]:
-    """(the `shown` prototypes with most members, how many there are, how many have no member)."""
+    """(the `shown` prototypes with most members, of those with any; how many there are; how many have none)."""
     cosines = level.z @ level.prototypes[head].T  # [N, K]
     assigned = cosines.argmax(dim=1)
     counts = torch.bincount(assigned, minlength=cosines.shape[1])
     order = torch.argsort(counts, descending=True, stable=True)[:shown].tolist()
-    found = [_prototype(k, cosines[:, k], assigned == k, pictures) for k in order]
+    found = [_prototype(k, cosines[:, k], assigned == k, pictures) for k in order if counts[k]]
     return found, cosines.shape[1], int((counts == 0).sum())
 
 

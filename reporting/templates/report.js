@@ -98,8 +98,13 @@ all("button.only").forEach((b) => b.addEventListener("click", () =>
   choose("prototype", chosen.prototype === b.dataset.value ? "" : b.dataset.value)));
 all("select[data-key]").forEach((s) => s.addEventListener("change", () => choose(s.dataset.key, s.value)));
 const differences = document.getElementById("differences");
-if (differences) differences.addEventListener("change", () =>
-  all(".options tbody tr").forEach((row) => (row.hidden = differences.checked && !row.classList.contains("differs"))));
+function showOptions() {
+  all(".options tbody tr").forEach((row) => (row.hidden = differences.checked && !row.classList.contains("differs")));
+}
+if (differences) {
+  differences.addEventListener("change", showOptions);
+  showOptions();
+}
 
 // A picture opens with its whole name; the arrow keys go from picture to picture and from row to row.
 const dialog = document.getElementById("item");
