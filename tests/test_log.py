@@ -1,0 +1,243 @@
+"""What a run says of itself: the bar, the tables, TensorBoard, W&B, and where the time goes."""
+
+from __future__ import annotations
+
+import builtins
+import csv
+import io
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny import losses, run, stop_after
+
+from utils import log as logs
+from utils import profile
+from utils.distributed import Run
+from utils.errors import UserError
+from utils.log import Log, contact_sheet, some_views
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+MAIN, SECOND = Run(0, 1, torch.device("cpu")), Run(1, 2, torch.device("cpu"))
+SCRIPT = "mask_swav"  # the fastest
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def new_log(folder: Path, place: Run = MAIN, first_epoch: int = 0, **changes: Any) -> Log:
+    values = {"epochs": 4, "pretrained_path": str(folder / "weights"), "tensorboard": False, "wandb_project": None}
+    config = SimpleNamespace(**(values | changes))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logs, "to_dict", vars)
+        return Log(folder, config, place, first_epoch, {"intra": 4.605})
+
+
+def advance(log: Log) -> None:
+    bar = log.bar(1, 10, 4)
+    bar.began -= 2.0  # as if two seconds had passed
+    bar.advance(2, {"loss": 5.0, "intra": 4.25}, 0.3, 16, 0.5)
+    bar.tqdm.refresh()
+    bar.close()
+
+
+def test_the_bar_shows_loss_baseline_rate_speed_wait_and_the_runs_end(tmp_path, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    advance(new_log(tmp_path))
+    shown = terminal.getvalue()
+    for part in ("epoch 2/4", "6/10", "loss 5", "intra 4.25 (ln K 4.605)", "lr 0.3", "8 samples/s", "data 25%"):
+        assert part in shown, part
+    assert "run ends in 00:24" in shown  # a second per step; 4 steps of this epoch and 20 of the two others are left
+
+
+@pytest.mark.parametrize(("place", "stream"), [(MAIN, io.StringIO), (SECOND, Terminal)])
+def test_there_is_no_bar_without_a_terminal_and_on_other_processes(place, stream, tmp_path, monkeypatch):
+    log = new_log(tmp_path)
+    log.run = place
+    quiet = stream()
+    monkeypatch.setattr(sys, "stderr", quiet)
+    advance(log)
+    assert quiet.getvalue() == ""
+
+
+def test_a_warning_is_printed_and_kept_and_dropped_where_the_run_goes_back(tmp_path, capsys):
+    log = new_log(tmp_path)
+    log.warn(0, [("intra_few", "few, all of them")])
+    log.warn(1, [])
+    log.warn(2, [("inter_jump", "jump")])
+    assert "warning: epoch 1: few, all of them" in capsys.readouterr().out
+    new_log(tmp_path, first_epoch=2)
+    with open(tmp_path / "warnings.csv", newline="") as file:
+        assert list(csv.DictReader(file)) == [{"epoch": "0", "condition": "intra_few", "text": "few, all of them"}]
+
+
+def test_further_columns_follow_those_there_were(tmp_path):
+    log = new_log(tmp_path)
+    log.row(0, {"loss": 1.0}, 0.1, 2.0, 0.5, 10, 0, {"intra_nmi": float("nan"), "intra_dead": 3.0})
+    log.row(1, {"loss": 0.5}, 0.1, 2.0, 0.5, 10, 0, {"intra_nmi": 0.25, "intra_dead": 2.0})
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["intra_nmi"], r["intra_dead"], r["data_wait"]) for r in rows] == [
+        ("nan", "3", "0.250"),
+        ("0.25", "2", "0.250"),
+    ]
+
+
+# ---- TensorBoard
+
+
+def test_pictures_are_two_views_of_some_samples_middle_slices_of_volumes():
+    volumes = torch.arange(2 * 3 * 5 * 4 * 6.0).view(2, 3, 5, 4, 6)
+    assert torch.equal(some_views({"views": volumes}), volumes[:, :, 2])
+    crops = [torch.rand(3, 12, 4, 4), torch.rand(2, 12, 2, 2)]
+    assert torch.equal(some_views({"crops": crops}), crops[0][:2, :8])
+    assert some_views({"targets": volumes}) is None
+    sheet = contact_sheet(volumes[:, :, 2])
+    assert sheet.shape == (1, 8, 18)
+    assert (sheet.min(), sheet.max()) == (0, 1)
+    row = sheet[0, 4:, 6:12]  # second view, second sample
+    torch.testing.assert_close(row, (row * 0 + torch.arange(24.0).view(4, 6)) / 23)
+
+
+def test_tensorboard_has_curves_pictures_and_no_epoch_twice(data, tmp_path, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with monkeypatch.context() as patch:
+        stop_after(6, patch)  # of 4 an epoch
+        with pytest.raises(SystemExit):
+            run(SCRIPT, data, tmp_path, tensorboard=True)
+    run(SCRIPT, data, tmp_path, tensorboard=True)
+    folder = tmp_path / "runs" / SCRIPT
+    events = accumulator.EventAccumulator(str(folder / "tensorboard")).Reload()
+    rows = losses(folder)
+    assert [e.step for e in events.Scalars("loss")] == [0, 1]
+    assert [e.value for e in events.Scalars("mask_skill")] == pytest.approx(
+        [float(r["mask_skill"]) for r in rows], rel=1e-5
+    )
+    (picture,) = events.Images("views")
+    assert (picture.step, picture.width, picture.height) == (0, 2 * 32, 2 * 32)  # batches of 2 volumes, 2 views
+
+
+def without(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def absent(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == package or name.startswith(package + "."):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+
+
+@pytest.mark.parametrize(
+    ("package", "option", "says"),
+    [
+        ("torch.utils.tensorboard", {"tensorboard": True}, "pip install tensorboard"),
+        ("wandb", {"wandb_project": "mine"}, "pip install wandb"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_when_it_is_asked_for(package, option, says, tmp_path, monkeypatch):
+    without(package, monkeypatch)
+    new_log(tmp_path / "not_asked")
+    with pytest.raises(UserError, match=says):
+        new_log(tmp_path / "asked", **option)
+    assert not (tmp_path / "asked" / "config.yaml").exists()
+
+
+# ---- Weights & Biases, by a stand-in
+
+
+class Wandb(SimpleNamespace):
+    def __init__(self) -> None:
+        super().__init__(started=[], logged=[], finished=0)
+
+    def init(self, **arguments: Any) -> Wandb:
+        self.started.append(arguments)
+        return self
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def test_a_resumed_run_is_the_same_one_in_wandb(data, tmp_path, monkeypatch):
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with monkeypatch.context() as patch:
+        stop_after(6, patch)
+        with pytest.raises(SystemExit):
+            run(SCRIPT, data, tmp_path, wandb_project="mine")
+    run(SCRIPT, data, tmp_path, wandb_project="mine")
+    first, second = wandb.started
+    assert first == second
+    assert (first["project"], first["name"], first["resume"]) == ("mine", SCRIPT, "allow")
+    assert first["config"]["batch_size"] == 2
+    assert [step for step, _ in wandb.logged] == [0, 1]
+    assert wandb.logged[1][1]["loss"] == pytest.approx(float(losses(tmp_path / "runs" / SCRIPT)[1]["loss"]), rel=1e-5)
+    assert wandb.finished == 2
+
+
+def test_what_is_not_defined_is_not_sent(tmp_path, monkeypatch):
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    new_log(tmp_path, wandb_project="mine").row(0, {"loss": 1.0}, 0.1, 1.0, 0.0, 4, 0, {"intra_nmi": float("nan")})
+    assert "intra_nmi" not in wandb.logged[0][1]
+    assert "loss" in wandb.logged[0][1]
+
+
+# ---- where the time goes
+
+
+def test_spans_inside_others_are_taken_from_them():
+    with profile.recording(torch.device("cpu")):
+        for _ in range(2):
+            with profile.span("outer"):
+                time.sleep(0.02)
+                with profile.span("inner"):
+                    time.sleep(0.05)
+        found = profile.seconds()
+        assert profile.seconds() == {}
+    assert list(found) == ["inner", "outer"]
+    assert 0.1 <= found["inner"] < 1
+    assert 0.04 <= found["outer"] < found["inner"]
+
+
+def test_a_span_that_fails_is_closed():
+    with profile.recording(torch.device("cpu")):
+        with pytest.raises(ValueError, match="inside"), profile.span("outer"), profile.span("inner"):
+            raise ValueError("inside")
+        with profile.span("next"):
+            pass
+        assert list(profile.seconds()) == ["inner", "outer", "next"]
+
+
+def test_outside_a_recording_nothing_is_kept():
+    with profile.recording(torch.device("cpu"), on=False), profile.span("x"):
+        pass
+    assert profile.seconds() == {}
+    assert profile.spanned("x", max)(1, 2) == 2
+
+
+@pytest.mark.parametrize("script", ["ssl_swav2D", "ssl_deepcluster3D"])
+def test_a_profiled_run_splits_its_epochs(script, data, tmp_path):
+    run(script, data, tmp_path, profile=True, epochs=1)
+    with open(tmp_path / "runs" / script / "metrics.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    times = {name: float(value) for name, value in row.items() if name.startswith("time_")}
+    names = ("data", "augment", "forward", "objective", "diagnostics", "backward", "optimizer")
+    assert set(times) == {f"time_{name}" for name in names}
+    assert all(seconds > 0 for seconds in times.values())
+    assert 0.5 * float(row["seconds"]) < sum(times.values()) <= float(row["seconds"]) + 0.01
+
+
+def test_an_unprofiled_run_has_no_such_columns(data, tmp_path):
+    run(SCRIPT, data, tmp_path, epochs=1)
+    assert not [name for name in losses(tmp_path / "runs" / SCRIPT)[0] if name.startswith("time_")]
