@@ -20,7 +20,7 @@ from typing import Any
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from datasets.loaders import ImageLoader, VolumeLoader, canvas_size
+from datasets.loaders import ImageLoader, Slices, VolumeLoader, VolumeWindows, canvas_size
 from datasets.store import prepare, shown_size
 from reporting import page, views
 from reporting.runs import method_of, stage_of
@@ -29,6 +29,7 @@ from utils.errors import UserError
 
 SCRIPTS = ("ssl_swav2D", "ssl_deepcluster2D", "mask_swav", "mask_deepcluster", "ssl_swav3D", "ssl_deepcluster3D")
 SIDE = 128  # pixels on the screen of the longer side of a large view
+BOX = 168  # pixels on the screen for a crop and what was done to it
 
 
 @dataclass
@@ -113,14 +114,14 @@ def about_batch(
     if isinstance(loader, ImageLoader):
         for b, index in enumerate(batch["index"].tolist()):
             original = loader.dataset[cfg.epoch, index]["image"].float()
-            yield about_image(loader.dataset.name(index), original, batch["crops"], loader.crops.drawn, b, thumbs)
+            yield about_image(_name(loader.dataset, index), original, batch["crops"], loader.crops.drawn, b, thumbs)
         return
     for b, index in enumerate(batch["index"].tolist()):
         yield about_volume(loader, batch, b, index, cfg, thumbs)
     for b, index in enumerate(batch.get("image_index", [])):
         place = int(index) - loader.total_slices
         original = loader.image_dataset[cfg.epoch, place]["image"].float()
-        name = loader.image_dataset.name(place)
+        name = _name(loader.image_dataset, place)
         yield about_image(name, original, [batch["images"]], loader.image_views.drawn, b, thumbs)
 
 
@@ -129,13 +130,14 @@ def about_image(
 ) -> dict[str, Any]:
     """kinds: one [count, B, H, W] per crop size."""
     largest = max(kinds[0].shape[-2:])
-    rows = [{"title": "original", "done": [], "pictures": [_picture(thumbs, original, SIDE)]}]
+    pictures = [_picture(thumbs, original, SIDE, "original")]
     crops = [crop[b] for kind in kinds for crop in kind]
     for number, (crop, draws) in enumerate(zip(crops, drawn, strict=True), start=1):
-        done = views.describe(draws, b, original.shape[-1])
+        done = " · ".join(views.describe(draws, b, original.shape[-1]))
         side = round(SIDE * max(crop.shape) / largest)
-        rows.append({"title": f"crop {number}", "done": done, "pictures": [_picture(thumbs, crop, side)]})
-    return {"name": name, "about": f"{' x '.join(map(str, original.shape))} px working copy", "rows": rows}
+        pictures.append(_picture(thumbs, crop, side, f"crop {number}: {done}") | {"box": BOX})
+    rows = [{"title": "", "done": [], "pictures": pictures}]
+    return {"name": name, "about": f"working copy of {' x '.join(map(str, original.shape))} px", "rows": rows}
 
 
 def about_volume(
@@ -160,14 +162,19 @@ def about_volume(
     total = loader.dataset.samples[loader.dataset.items[index]].slices
     padded = loader.dataset.slices - length
     about = f"slices {start} to {start + length - 1} of {total}" + (f", then {padded} of padding" if padded else "")
-    return {"name": loader.dataset.name(index), "about": about, "rows": rows}
+    return {"name": _name(loader.dataset, index), "about": about, "rows": rows}
+
+
+def _name(dataset: Slices | VolumeWindows, index: int) -> str:
+    """Relative to the data tree."""
+    return dataset.name(index).removeprefix(f"{dataset.samples[0].data_path}/")
 
 
 def _picture(
     thumbs: page.Thumbnails, picture: Tensor, side: int, caption: str = "", marked: bool = False
 ) -> dict[str, Any]:
     width = round(side * picture.shape[1] / max(picture.shape))
-    return {"thumb": thumbs.array(picture.numpy()), "width": width, "caption": caption, "marked": marked}
+    return {"thumb": thumbs.array(picture.numpy()), "width": width, "box": width, "caption": caption, "marked": marked}
 
 
 def arguments(given: list[str]) -> list[str]:
