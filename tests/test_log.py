@@ -185,6 +185,15 @@ def test_a_resumed_run_is_the_same_one_in_wandb(data, tmp_path, monkeypatch):
     assert wandb.finished == 2
 
 
+def test_wandb_without_an_account_is_one_clear_error(tmp_path, monkeypatch):
+    def refuses(**_: Any) -> None:
+        raise RuntimeError("no API key")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuses))
+    with pytest.raises(UserError, match="no API key.*WANDB_MODE=offline"):
+        new_log(tmp_path, wandb_project="mine")
+
+
 def test_what_is_not_defined_is_not_sent(tmp_path, monkeypatch):
     wandb = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)

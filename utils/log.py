@@ -72,14 +72,19 @@ class Log:
         file = self.folder / WANDB_ID
         if not file.exists():
             checkpoint.write_text(secrets.token_hex(8), file)
-        return wandb.init(
-            project=self.config.wandb_project,
-            name=self.folder.name,
-            id=file.read_text().strip(),
-            resume="allow",
-            dir=str(self.folder),
-            config=to_dict(self.config),
-        )
+        try:
+            return wandb.init(
+                project=self.config.wandb_project,
+                name=self.folder.name,
+                id=file.read_text().strip(),
+                resume="allow",
+                dir=str(self.folder),
+                config=to_dict(self.config),
+            )
+        except Exception as error:  # no account, no network: its own classes, which differ between versions
+            raise UserError(
+                f"wandb_project: W&B does not start ({error}); wandb login, or WANDB_MODE=offline to send it later"
+            ) from None
 
     def say(self, text: str) -> None:
         if self.run.is_main:
