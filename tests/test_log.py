@@ -41,8 +41,10 @@ def new_log(folder: Path, place: Run = MAIN, first_epoch: int = 0, **changes: An
 
 def advance(log: Log) -> None:
     bar = log.bar(1, 10, 4)
-    bar.began -= 2.0  # as if two seconds had passed
-    bar.advance(2, {"loss": 5.0, "intra": 4.25}, 0.3, 16, 0.5)
+    bar.began = 100.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logs, "time", SimpleNamespace(monotonic=lambda: 102.0))
+        bar.advance(2, {"loss": 5.0, "intra": 4.25}, 0.3, 16, 0.5)
     bar.tqdm.refresh()
     bar.close()
 
@@ -50,6 +52,7 @@ def advance(log: Log) -> None:
 def test_the_bar_shows_loss_baseline_rate_speed_wait_and_the_runs_end(tmp_path, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "200")
     advance(new_log(tmp_path))
     shown = terminal.getvalue()
     for part in ("epoch 2/4", "6/10", "loss 5", "intra 4.25 (ln K 4.605)", "lr 0.3", "8 samples/s", "data 25%"):
@@ -190,7 +193,7 @@ def test_wandb_without_an_account_is_one_clear_error(tmp_path, monkeypatch):
         raise RuntimeError("no API key")
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuses))
-    with pytest.raises(UserError, match="no API key.*WANDB_MODE=offline"):
+    with pytest.raises(UserError, match=r"no API key.*WANDB_MODE=offline"):
         new_log(tmp_path, wandb_project="mine")
 
 

@@ -163,6 +163,7 @@ def _fit(
             core.begin_epoch(at.epoch, resumed=at.seen > 0)
         first_step, first_seen = loader.batches.step_at(at.seen), at.seen
         bar = log.bar(at.epoch, loader.steps, first_step)
+        profile.seconds()  # what was timed before, as the bank was filled, is none of this epoch's
         began = waiting = time.monotonic()
         step = first_step
         incoming = loader.epoch(at.epoch, at.seen)
