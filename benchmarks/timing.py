@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "torchvision", "numpy", "scipy", "torchio", "SimpleITK")
+PACKAGES = ("torch", "torchvision", "numpy", "scipy", "faiss-cpu", "torchio", "SimpleITK", "deformable-attention")
 
 
 @dataclass(frozen=True)
