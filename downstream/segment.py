@@ -82,6 +82,8 @@ class Config:
     """consecutive slices that f_inter sees together"""
     d_model: PositiveInt = 640
     """width of an f_inter that starts from random weights"""
+    decoder_norm: Literal["batch", "instance"] = "batch"
+    """normalisation in the U-Net's decoder; instance does not depend on running means, which few steps leave unsettled"""
 
     size: PositiveInt = 224
     """side in pixels of the square that slices are fitted to, up or down, aspect kept"""
@@ -199,9 +201,16 @@ class SliceUNet(nn.Module):
         classes: int,
         inter: JointEncoder | None = None,
         freeze: bool = False,
+        decoder_norm: str = "batch",
     ) -> None:
         super().__init__()
-        self.unet = smp.Unet(arch, encoder_weights=None, in_channels=channels, classes=classes)
+        self.unet = smp.Unet(
+            arch,
+            encoder_weights=None,
+            in_channels=channels,
+            classes=classes,
+            decoder_use_norm={"type": f"{decoder_norm}norm"} | ({"affine": True} if decoder_norm == "instance" else {}),
+        )
         state = encoder.torchvision_state()
         state["conv1.weight"] = (encoder.conv1.weight.detach() / channels).repeat(1, channels, 1, 1)
         self.unet.encoder.load_state_dict(state)
@@ -261,7 +270,7 @@ def build_model(cfg: Config, task: Task) -> SliceUNet:
         if not own and cfg.weights != "random":
             print(f"{cfg.weights} has no transformer over slices: f_inter starts from random weights", flush=True)
     torch.manual_seed(cfg.seed)
-    return SliceUNet(encoder, arch, channels.pop(), task.num_classes, inter, cfg.freeze)
+    return SliceUNet(encoder, arch, channels.pop(), task.num_classes, inter, cfg.freeze, cfg.decoder_norm)
 
 
 def load_case(pair: Pair, task: Task, size: int) -> Case:

@@ -1,0 +1,1 @@
+"""What pre-training is worth: runs described in YAML files, executed in order, and summarised."""
