@@ -83,7 +83,7 @@ class Config:
     d_model: PositiveInt = 640
     """width of an f_inter that starts from random weights"""
     decoder_norm: Literal["batch", "instance"] = "batch"
-    """normalisation in the U-Net's decoder; instance does not depend on running means, which few steps leave unsettled"""
+    """normalisation in the U-Net's decoder; instance needs no running means, which few steps leave unsettled"""
 
     size: PositiveInt = 224
     """side in pixels of the square that slices are fitted to, up or down, aspect kept"""

@@ -10,10 +10,11 @@ downstream scripts read). The same command again makes only what is missing.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,13 +56,13 @@ def main(cfg: Config) -> None:
     _convert(sorted((source / "misc_nifti").glob("*.nii.gz")), dest, "misc_nifti")
 
     patients, organs = slices(source / "slices_png")
-    split = _fixed(dest, "slices_png", lambda: stratified(patients, organs, SLICES, 0), patients)
+    split = _fixed(dest, "slices_png", stratified(patients, organs, SLICES, 0), patients)
     _copy(patients, source / "slices_png", dest / "tasks" / "slices_png")
     _copy(allowed(split, patients), source / "slices_png", dest / "pretrain")
 
     everyone, findings = xrays(source / "chest_xray")
     patients = {case: everyone[case] for case, finding in findings.items() if finding in FINDINGS}
-    split = _fixed(dest, "chest_xray", lambda: stratified(patients, findings, XRAY, 0), patients)
+    split = _fixed(dest, "chest_xray", stratified(patients, findings, XRAY, 0), patients)
     _copy(patients, source / "chest_xray", dest / "tasks" / "chest_xray")
     shutil.copyfile(source / "chest_xray" / "labels.csv", dest / "tasks" / "chest_xray.csv")
     _copy(allowed(split, everyone), source / "chest_xray", dest / "pretrain" / "chest_xray")
@@ -104,9 +105,8 @@ def stratified(patients: Mapping[str, str], labels: Mapping[str, str], fractions
     for label in sorted(set(of_patient.values())):
         own = [case for case in patients if of_patient[patients[case]] == label]
         parts.append(make_split(own, [patients[case] for case in own], fractions, seed))
-    return Split(
-        *(sorted(case for part in parts for case in getattr(part, n)) for n in ("train", "validation", "test"))
-    )
+    joined = {name: [getattr(part, name) for part in parts] for name in ("train", "validation", "test")}
+    return Split(**{name: sorted(itertools.chain(*lists)) for name, lists in joined.items()})
 
 
 def allowed(split: Split, patients: Mapping[str, str]) -> list[str]:
@@ -115,11 +115,11 @@ def allowed(split: Split, patients: Mapping[str, str]) -> list[str]:
     return sorted(case for case, patient in patients.items() if patient not in tested)
 
 
-def _fixed(dest: Path, name: str, draw: Callable[[], Split], patients: Mapping[str, str]) -> Split:
+def _fixed(dest: Path, name: str, drawn: Split, patients: Mapping[str, str]) -> Split:
     """The split in its file, which is made when it is not there."""
     path = dest / "splits" / f"{name}.json"
     if not path.is_file():
-        write_split(draw(), path)
+        write_split(drawn, path)
     split = read_split(path)
     check_split(split, patients)
     print(f"{name}: {len(split.train)} train, {len(split.validation)} validation, {len(split.test)} test cases")

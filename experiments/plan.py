@@ -1,0 +1,203 @@
+"""From YAML files to named runs: pre-training scripts, and comparisons of what they wrote, one run per seed.
+
+experiments/README.md describes the files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from downstream.compare import MAIN_METRIC
+from utils.config import read_yaml
+from utils.errors import UserError
+
+SECTIONS = ("defaults", "pretraining", "comparisons", "differences")
+PRETRAINING = ("script", "options", "start", "seeds", "seconds", "variants")
+COMPARISON = ("task", "initialisations", "labelled", "seeds", "options", "seconds", "metrics")
+SCRIPTS = ("ssl_swav2D", "mask_swav", "ssl_swav3D", "ssl_deepcluster2D", "mask_deepcluster", "ssl_deepcluster3D")
+OWN_OPTIONS = ("dump_path", "pretrained_path", "checkpoint_name", "seed")  # set by the runner
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process: a training script, or one seed of a comparison."""
+
+    name: str  # also its folder
+    module: str
+    options: dict[str, Any]
+    needs: tuple[str, ...]  # runs whose weights it reads
+    seconds: float  # expected, on one core
+
+    def key(self, keys: Mapping[str, str]) -> str:
+        """Of all that its result depends on but the data: module, options, and the same of the runs before it."""
+        text = json.dumps([self.module, self.options, [keys[name] for name in self.needs]], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One comparison as its table needs it."""
+
+    name: str
+    task: str
+    metrics: tuple[str, ...]
+    initialisations: tuple[str, ...]
+    labelled: tuple[int, ...]
+    runs: tuple[str, ...]  # one per seed
+
+
+@dataclass
+class Plan:
+    """What some YAML files ask for. Runs come after those that they need."""
+
+    runs: dict[str, Run] = field(default_factory=dict)
+    tables: list[Table] = field(default_factory=list)
+    differences: list[tuple[str, str]] = field(default_factory=list)  # of initialisations: the first minus the second
+
+
+def expand(files: Sequence[str | Path], data: Path, dump_path: Path) -> Plan:
+    """The plan of the files, in their order; a later file may start from runs of an earlier one.
+
+    {data} in options becomes the folder `data`. Raises UserError naming the file and what is wrong in it: unknown keys,
+    options that the script does not have, runs that no file describes.
+    """
+    plan, seeds_of, compared = Plan(), {}, []
+    for file in files:
+        content = _checked(str(file), read_yaml(Path(file)), SECTIONS)
+        for name, about in _variants(str(file), content.get("pretraining", {})):
+            if name in seeds_of:
+                raise UserError(f"{file}: {name} is described twice")
+            seeds_of[name] = list(about.get("seeds", []))
+            for seed in seeds_of[name] or [None]:
+                run = _pretraining(f"{file}: {name}", name, about, content.get("defaults", {}), seed, seeds_of)
+                plan.runs[run.name] = _placed(run, data, dump_path)
+        for name, about in content.get("comparisons", {}).items():
+            about = _checked(f"{file}: {name}", about, COMPARISON)
+            runs = [_comparison(f"{file}: {name}", name, about, seed, seeds_of) for seed in about["seeds"]]
+            compared.append([_placed(run, data, dump_path) for run in runs])
+            metrics = about.get("metrics", [MAIN_METRIC[about["task"]]])
+            plan.tables.append(
+                Table(
+                    name,
+                    about["task"],
+                    tuple(metrics),
+                    tuple(about["initialisations"]),
+                    tuple(about["labelled"]),
+                    tuple(run.name for run in runs),
+                )
+            )
+        plan.differences += [(better, worse) for better, worse in content.get("differences", [])]
+    # Seed by seed over all comparisons: whenever the time is up, every table has as many seeds as the others.
+    for same_seed in itertools.zip_longest(*compared):
+        plan.runs |= {run.name: run for run in same_seed if run}
+    return plan
+
+
+def _checked(where: str, content: Any, allowed: Sequence[str]) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: must be a mapping with any of {', '.join(allowed)}")
+    for key in content:
+        if key not in allowed:
+            raise UserError(f"{where}: {key!r} is not one of {', '.join(allowed)}")
+    return content
+
+
+def _variants(file: str, pretraining: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every entry, or for one with `variants` as many: the entry with the options of the variant over its own."""
+    for name, about in pretraining.items():
+        about = _checked(f"{file}: {name}", about, PRETRAINING)
+        if about.get("script") not in SCRIPTS:
+            raise UserError(f"{file}: {name}: script {about.get('script')!r} is not one of {', '.join(SCRIPTS)}")
+        base = {key: value for key, value in about.items() if key != "variants"}
+        for variant, changes in about.get("variants", {}).items():
+            yield variant, base | {"options": base.get("options", {}) | (changes or {})}
+        if "variants" not in about:
+            yield name, base
+
+
+def _pretraining(
+    where: str,
+    name: str,
+    about: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    seed: int | None,
+    seeds_of: Mapping[str, Sequence[int]],
+) -> Run:
+    has = {f.name for f in dataclasses.fields(importlib.import_module(about["script"]).Config)}
+    own = about.get("options", {})
+    for option in own:
+        if option not in has or option in OWN_OPTIONS:
+            raise UserError(f"{where}: {about['script']} has no option {option!r} that may be set here")
+    chosen = {option: value for option, value in defaults.items() if option in has} | dict(own)
+    needs = []
+    for option, of in about.get("start", {}).items():
+        if option not in has:
+            raise UserError(f"{where}: start: {about['script']} has no option {option!r}")
+        if of != "none":
+            of = _seeded(where, of, seed, seeds_of)
+            needs.append(of)
+        chosen[option] = of if of == "none" else f"{of}.pth"
+    full = name if seed is None else f"{name}-s{seed}"
+    chosen |= {"checkpoint_name": f"{full}.pth"} | ({} if seed is None else {"seed": seed})
+    return Run(full, about["script"], chosen, tuple(needs), float(about.get("seconds", 0)))
+
+
+def _comparison(
+    where: str, name: str, about: Mapping[str, Any], seed: int, seeds_of: Mapping[str, Sequence[int]]
+) -> Run:
+    """All initialisations and label counts of one seed, by downstream.compare, on test cases that all seeds share."""
+    if about.get("task") not in MAIN_METRIC:
+        raise UserError(f"{where}: task {about.get('task')!r} is not one of {', '.join(MAIN_METRIC)}")
+    entries, needs = [], []
+    for label, of in about["initialisations"].items():
+        if of in ("random", "imagenet"):
+            entries.append(of if of == label else f"{label}={of}")
+        else:
+            needs.append(_seeded(where, of, seed, seeds_of))
+            entries.append(f"{label}={{weights}}/{needs[-1]}.pth")
+    chosen = {
+        "task": about["task"],
+        "initialisations": entries,
+        "labelled": list(about["labelled"]),
+        "seeds": [seed],
+        "vary_split": False,
+        "options": dict(about.get("options", {})),
+    }
+    cells = len(entries) * len(about["labelled"])
+    return Run(f"{name}-s{seed}", "downstream.compare", chosen, tuple(needs), cells * float(about.get("seconds", 0)))
+
+
+def _seeded(where: str, name: str, seed: int | None, seeds_of: Mapping[str, Sequence[int]]) -> str:
+    """The run of a pre-training: that of the same seed, where it has seeds."""
+    if name not in seeds_of:
+        raise UserError(f"{where}: no run is called {name!r}; give the file that describes it before this one")
+    if not seeds_of[name]:
+        return name
+    if seed not in seeds_of[name]:
+        raise UserError(f"{where}: {name} has no seed {seed}, only {seeds_of[name]}")
+    return f"{name}-s{seed}"
+
+
+def _placed(run: Run, data: Path, dump_path: Path) -> Run:
+    """With its folders."""
+    weights = dump_path / "weights"
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.replace("{data}", str(data)).replace("{weights}", str(weights))
+        if isinstance(value, dict):
+            return {key: fill(item) for key, item in value.items()}
+        return [fill(item) for item in value] if isinstance(value, list) else value
+
+    chosen = fill(run.options) | {"dump_path": str(dump_path / run.name)}
+    if run.module in SCRIPTS:
+        chosen["pretrained_path"] = str(weights)
+    return dataclasses.replace(run, options=chosen)
