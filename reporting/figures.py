@@ -29,14 +29,15 @@ KNOWN = {
     "prediction_entropy": ("Entropy of the predictions", "share of ln K; at 1 the network says nothing"),
     "agreement": (
         "Agreement of two views",
-        "share of samples whose views have the same prototype; higher is better",
+        "share of samples whose views have the same prototype; dotted: of pairs of different samples",
     ),
-    "positives": ("Pairs in the same cluster", "share of pairs of different samples that share a prototype"),
     "nmi": ("Assignments kept since the last epoch", "normalised mutual information; 1: nothing moved"),
     "std": ("Spread of the embeddings", "standard deviation times √d; 1: the whole sphere, 0: collapsed"),
     "rank": ("Effective rank (RankMe)", "dimensions that the embeddings use; higher is better"),
-    "origin": ("Nearest neighbours from the same data set", "share of k-NN votes that name the data set of origin"),
-    "origin_chance": ("… by chance", "what always naming the largest data set scores"),
+    "origin": (
+        "Nearest neighbours from the same data set",
+        "share of k-NN votes that name the data set of origin; dotted: always naming the largest",
+    ),
     "skill": ("Masked-prediction skill", "1 - error / error of interpolation; above 0: something was learned"),
     "lr": ("Learning rate", "at the end of the epoch"),
     "seconds": ("Time of an epoch", "seconds"),
@@ -45,6 +46,7 @@ KNOWN = {
     "peak_memory_mib": ("Peak memory", "MiB"),
     "bad_steps": ("Steps not applied", "per epoch; loss or gradient was not finite"),
 }
+ASIDE = {"origin_chance": "origin", "positives": "agreement"}  # what another column is to be compared with
 LAST = ("lr", "seconds", "samples_per_second", "data_wait", "peak_memory_mib", "bad_steps")
 
 
@@ -65,10 +67,11 @@ def curves(runs: Sequence[Run]) -> list[tuple[str, list[Figure]]]:
 
 def _chart(run: Run, column: str) -> tuple[int, str]:
     if column in LOSSES:  # those of other stages are other quantities
-        return int(run.stage), "loss" if column == "interpolation" else column
+        masked = "loss" if run.stage == 2 else "mask"
+        return int(run.stage), masked if column == "interpolation" else column
     for prefix in ("intra_", "inter_", "mask_"):
         column = column.removeprefix(prefix)
-    return 0, "origin" if column == "origin_chance" else column
+    return 0, ASIDE.get(column, column)
 
 
 def _place(name: str) -> int:
@@ -88,7 +91,7 @@ def _curve(runs: Sequence[Run], stage: int, name: str, columns: list[tuple[int, 
     data = []
     for r, column in columns:
         run, level = runs[r], column.split("_")[0] if column.startswith(("intra_", "inter_")) else ""
-        aside = column.endswith(("interpolation", "origin_chance"))
+        aside = column.endswith(("interpolation", *ASIDE))
         label = " · ".join(part for part in (run.name, level, column if aside else "") if part)
         line = {"color": _colour(r), "width": 2, "dash": "dot" if aside else DASHES[level]}
         # A line of one epoch would be invisible without its point.
