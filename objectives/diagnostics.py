@@ -28,6 +28,7 @@ AT_CHANCE = 0.99  # loss / ln K: within 1 % of guessing
 UNIFORM = 0.9  # target entropy / ln K: the targets themselves say next to nothing
 SAME_POINT = 0.1  # embedding spread: a tenth of the sphere's
 SAME_LINE = 1.5  # effective rank: one direction and little else
+FEW_SAMPLES = 10  # of an epoch, below which a low rank may be all there is
 ONE_PROTOTYPE = 1.5  # perplexity of the usage, in prototypes
 JUMP = 0.2  # rise of the loss over an epoch, in ln K
 DOMINATES = 0.9  # share of the largest of several data sets among the samples of an epoch
@@ -345,7 +346,7 @@ class Monitor:
         signs = []
         if figures["std"] < SAME_POINT:
             signs.append(f"spread {figures['std']:.3f} (1: whole sphere, 0: one point)")
-        if figures["rank"] < SAME_LINE:
+        if figures["rank"] < SAME_LINE and level.samples >= FEW_SAMPLES:
             signs.append(f"effective rank {figures['rank']:.2f}")
         if used < min(ONE_PROTOTYPE, (1 + K) / 2):
             signs.append(f"as few as {used:.2f} of {K} prototypes in use")

@@ -273,6 +273,8 @@ def test_a_condition_is_reported_once_until_it_clears():
         (["intra_chance"], [(2.29, {})] * 3, {}),
         ([], [(2.26, {})] * 3, {}),  # 2 % below ln 10 = 2.303
         (["intra_collapse"], [(1.5, {"usage": 0.11})] * 3, {}),
+        (["intra_collapse"], [(1.5, {"rank": 1.4})] * 3, {}),
+        ([], [(1.5, {"rank": 1.4})] * 3, {"samples": 9}),
         (["intra_few"], [(1.5, {})], {"queue": 0}),
         (["intra_stale"], [(1.5, {})], {"queue": 81}),
         ([], [(1.5, {})], {"queue": 80}),
