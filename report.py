@@ -119,7 +119,7 @@ def about_run(run: Run, cfg: Config, thumbs: page.Thumbnails) -> dict[str, Any]:
         return about
     about["data"] = embed.data_of(samples)
     if not same:
-        run.notes.append(f"{embed.folder_of(samples)} does not hold the data that the run was trained on.")
+        run.notes.append(f"{samples[0].data_path} does not hold the data that the run was trained on.")
     if run.state is None:
         return about
     network = embed.build(run)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -273,7 +272,3 @@ def data_of(samples: list[Sample]) -> list[dict[str, Any]]:
 
 def _range(values: list[int]) -> str:
     return str(min(values)) if min(values) == max(values) else f"{min(values)}-{max(values)}"
-
-
-def folder_of(samples: list[Sample]) -> Path:
-    return samples[0].data_path

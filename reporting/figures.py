@@ -36,7 +36,7 @@ KNOWN = {
     "rank": ("Effective rank (RankMe)", "dimensions that the embeddings use; higher is better"),
     "origin": (
         "Nearest neighbours from the same data set",
-        "share of k-NN votes that name the data set of origin; dotted: always naming the largest",
+        "share of 5-NN votes on the data set of origin that are right; dotted: the largest",
     ),
     "skill": ("Masked-prediction skill", "1 - error / error of interpolation; above 0: something was learned"),
     "lr": ("Learning rate", "at the end of the epoch"),

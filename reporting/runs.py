@@ -16,6 +16,7 @@ from utils.guards import BAD_STEPS
 from utils.log import METRICS, WARNINGS
 
 Stage = Literal[1, 2, 3]
+NEEDED = {"data_path", "cache_path", "on_bad", "pretrained_path", "checkpoint_name", "dump_path", "arch", "seed"}
 STAGES: dict[Stage, str] = {1: "stage 1, images and slices", 2: "stage 2, masked slices", 3: "stage 3, joint"}
 
 
@@ -69,7 +70,7 @@ def _read_run(folder: Path, name: str) -> Run:
     if not path.is_file():
         raise UserError(f"{folder}: is not the folder of a run (it has no config.yaml); name the --dump_path of one")
     config = read_yaml(path)
-    if not isinstance(config, dict) or "data_path" not in config or "arch" not in config:
+    if not isinstance(config, dict) or not config.keys() >= NEEDED:
         raise UserError(f"{path}: is not the configuration of one of the six training scripts")
     notes = []
     metrics = read_metrics(folder / METRICS)
