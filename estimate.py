@@ -320,7 +320,8 @@ def predict(stage: int, method: str, cfg: Any, data: Data, machine: Machine, pro
         seconds["filling the bank"] = steps * sum(per_sample[k] * share / 3 for k in ("f_intra",))
         seconds["filling the bank"] += steps * per_sample["augmentation"] * share
     checkpoint = checkpoint_bytes(learner)
-    seconds["checkpoints"] = cfg.epochs * checkpoint / machine["checkpoint"]
+    saves = cfg.epochs + sum(seconds.values()) / (60 * cfg.checkpoint_minutes)  # at the end of each, and in between
+    seconds["checkpoints"] = saves * checkpoint / machine["checkpoint"]
     seconds["start"] = machine["start"]
     cache = data.volumes * cache_bytes(data.volume_shape[:2], data.slices, work.canvas)
     cache += data.images * cache_bytes(data.image_shape, 1, work.canvas)

@@ -125,15 +125,17 @@ def test_a_ring_sends_nothing_alone_and_nearly_twice_the_payload_at_most():
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_more_costs_more(stage):
-    small = predict(stage)
-    assert predict(stage, epochs=200).total > 1.9 * small.total
-    more = predict(stage, data=estimate.Data(10_000, (512, 512, 200), 5000, (512, 512)))
+    small = predict(stage, arch="resnet18")
+    assert predict(stage, arch="resnet18", epochs=200).total > 1.9 * small.total
+    more = predict(stage, data=estimate.Data(10_000, (512, 512, 200), 5000, (512, 512)), arch="resnet18")
     assert more.total > 5 * small.total
     assert more.cache == 10 * small.cache
-    assert predict(stage, batch_size=8 * estimate.stage_config(stage, "swav", {}).batch_size).memory > small.memory
-    assert predict(stage, processes=4).total < small.total
-    assert predict(stage, processes=4).traffic > 0 == small.traffic
-    assert predict(stage, arch="resnet18").total < small.total
+    batch = 8 * estimate.stage_config(stage, "swav", {}).batch_size
+    assert predict(stage, arch="resnet18", batch_size=batch).memory > small.memory
+    together = predict(stage, processes=4, arch="resnet18")
+    assert together.total < small.total
+    assert together.traffic > 0 == small.traffic
+    assert predict(stage).total > small.total  # ResNet-50
 
 
 def test_recomputation_takes_time_and_saves_memory():
