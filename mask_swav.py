@@ -53,6 +53,8 @@ class Config:
     """size of a slice embedding; a multiple of 8"""
     layers: PositiveInt = 4
     """of the transformer"""
+    attention: Literal["deformable", "ordinary"] = "deformable"
+    """over slices: at learned positions between them, or to all of them"""
     dropout: ClosedUnitInterval = 0.1
     """in the transformer"""
     projection_init: Literal["pca", "orthogonal"] = "pca"
@@ -121,7 +123,7 @@ class Config:
 def main(cfg: Config) -> None:
     run = distributed.start(cfg.device, cfg.seed, cfg.timeout_minutes)
     slices, height, width = cfg.target_shape
-    encoder = JointEncoder(cfg.arch, cfg.d_model, cfg.layers, cfg.dropout)
+    encoder = JointEncoder(cfg.arch, cfg.d_model, cfg.layers, cfg.dropout, attention=cfg.attention)
     weights.load_backbone(encoder.encoder, cfg.pretrained_path, cfg.resnet_pretrained, made_by="ssl_swav2D.py")
 
     size = canvas_size(height, width)

@@ -57,6 +57,10 @@ class Config:
     """size of a slice embedding and of a volume embedding; as in stage 2"""
     layers: PositiveInt = 4
     """of the transformer; as in stage 2"""
+    attention: Literal["deformable", "ordinary", "mean"] = "deformable"
+    """over slices, as in stage 2; mean: no transformer (trans_pretrained none), a volume is the mean of its slices"""
+    freeze: bool = False
+    """keep the ResNet as loaded, its BatchNorm too; the heads, the slice projection and the transformer are trained"""
     dropout: ClosedUnitInterval = 0.1
     """in the transformer"""
 
@@ -152,7 +156,7 @@ class Config:
 def main(cfg: Config) -> None:
     run = distributed.start(cfg.device, cfg.seed, cfg.timeout_minutes)
     slices, height, width = cfg.target_shape
-    encoder = JointEncoder(cfg.arch, cfg.d_model, cfg.layers, cfg.dropout, cfg.recompute)
+    encoder = JointEncoder(cfg.arch, cfg.d_model, cfg.layers, cfg.dropout, cfg.recompute, cfg.attention)
     weights.load_backbone(encoder.encoder, cfg.pretrained_path, cfg.resnet_pretrained, made_by="ssl_deepcluster2D.py")
     weights.load_transformer(encoder, cfg.pretrained_path, cfg.trans_pretrained, made_by="mask_deepcluster.py")
 
@@ -189,7 +193,9 @@ def main(cfg: Config) -> None:
     inter = DeepClusterV2(cfg.d_model, sizes, samples=len(volumes), **shared)
     sizes = prototype_counts(cfg.nmb_prototypes_intra, loader.intra_samples, "nmb_prototypes_intra")
     intra = DeepClusterV2(cfg.feat_dim, sizes, samples=loader.intra_samples, **shared)
-    learner = JointClustering(encoder, head, intra, inter, cfg.lambda_intra, cfg.lambda_inter, cfg.lambda_mask)
+    learner = JointClustering(
+        encoder, head, intra, inter, cfg.lambda_intra, cfg.lambda_inter, cfg.lambda_mask, cfg.freeze
+    )
     if cfg.lambda_mask:
         weights.load_mask_head(learner, cfg.pretrained_path, cfg.trans_pretrained)
     if cfg.compile:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.resnet import GreyResNet, multi_scale, pooled, wide
-from models.transformer import SliceTransformer
+from models.transformer import Attention, SliceTransformer
 
 
 class JointEncoder(nn.Module):
@@ -25,11 +25,12 @@ class JointEncoder(nn.Module):
         layers: int = 4,
         dropout: float = 0.1,
         recompute: bool = False,
+        attention: Attention = "deformable",
     ) -> None:
         super().__init__()
         self.encoder = GreyResNet(arch, recompute)
         self.projection = nn.Linear(sum(self.encoder.stage_features), d_model)
-        self.transformer = SliceTransformer(d_model, layers, dropout=dropout)
+        self.transformer = SliceTransformer(d_model, layers, dropout=dropout, attention=attention)
         init_orthogonal(self.projection)
 
     def slices(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,12 +10,14 @@ along the feature axis and its weights are tied to one slice count.)
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+Attention = Literal["deformable", "ordinary", "mean"]
 
 
 class AttentionMaps(NamedTuple):
@@ -150,26 +152,58 @@ class DeformableAttention1D(nn.Module):
         return (out, AttentionMaps(positions, weights)) if return_maps else out
 
 
+class OrdinaryAttention1D(nn.Module):
+    """Every slice attends to every real slice: x [B, D, d], mask [B, D] bool, True for real slices -> [B, D, d].
+
+    What deformable attention is compared with: the same projections under the same names, without offsets, sampling
+    and position bias. heads must divide d; otherwise ValueError.
+    """
+
+    def __init__(self, d_model: int, heads: int = 8) -> None:
+        super().__init__()
+        if d_model % heads:
+            raise ValueError(f"d_model ({d_model}) must be a multiple of heads ({heads})")
+        self.heads = heads
+        self.to_q = nn.Linear(d_model, d_model)
+        self.to_kv = nn.Linear(d_model, 2 * d_model)
+        self.to_out = nn.Linear(d_model, d_model)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.to_q(x), *self.to_kv(x).chunk(2, -1))
+        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])  # [B, heads, D, d / heads]
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
 class Layer(nn.Module):
-    """Local mixing, deformable attention, GELU MLP, each added to its input: x [B, D, d], mask [B, D] -> [B, D, d].
+    """Local mixing, attention, GELU MLP, each added to its input: x [B, D, d], mask [B, D] -> [B, D, d].
 
     Departs from the method's "attention, add & norm": normalisation stands before the branches, and a depthwise
     convolution over three slices comes first (DAT++'s local perception unit). Keys and values are sampled every
     `stride` slices, so without it a slice hardly sees its direct neighbours; docs/DECISIONS.md has the measurement.
     """
 
-    def __init__(self, d_model: int, hidden: int, dropout: float, heads: int) -> None:
+    def __init__(
+        self, d_model: int, hidden: int, dropout: float, heads: int, attention: Attention = "deformable"
+    ) -> None:
         super().__init__()
         self.local = nn.Conv1d(d_model, d_model, 3, padding=1, groups=d_model)
         self.norm1 = nn.LayerNorm(d_model)
-        self.attention = DeformableAttention1D(d_model, heads=heads, groups=heads)
+        deformable = attention == "deformable"
+        self.attention = (
+            DeformableAttention1D(d_model, heads=heads, groups=heads)
+            if deformable
+            else OrdinaryAttention1D(d_model, heads)
+        )
         self.norm2 = nn.LayerNorm(d_model)
         self.mlp = nn.Sequential(nn.Linear(d_model, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, d_model))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor, return_maps: bool = False) -> Tensor | tuple[Tensor, AttentionMaps]:
         x = x + self.local(x.transpose(1, 2)).transpose(1, 2)  # padded slices are zero, as is the convolution's border
-        attended = self.attention(self.norm1(x), mask, return_maps)
+        maps_too = {"return_maps": True} if return_maps else {}  # only deformable attention has maps
+        attended = self.attention(self.norm1(x), mask, **maps_too)
         attended, maps = attended if return_maps else (attended, None)
         x = x + self.dropout(attended)
         x = x + self.dropout(self.mlp(self.norm2(x)))
@@ -179,14 +213,23 @@ class Layer(nn.Module):
 class SliceTransformer(nn.Module):
     """f_inter: slice embeddings [B, D, d] and mask [B, D] (real slices first) -> contextual slice embeddings [B, D, d].
 
-    Outputs at padded slices are zero. With return_maps, also a list of `AttentionMaps`, one per layer.
+    Outputs at padded slices are zero. With return_maps, also a list of `AttentionMaps`, one per deformable layer.
+    attention: `deformable`, `ordinary`, or `mean`: no layers at all, so that the mean over slices is that of the slice
+    embeddings themselves.
     """
 
     def __init__(
-        self, d_model: int = 640, layers: int = 4, hidden: int = 720, dropout: float = 0.1, heads: int = 8
+        self,
+        d_model: int = 640,
+        layers: int = 4,
+        hidden: int = 720,
+        dropout: float = 0.1,
+        heads: int = 8,
+        attention: Attention = "deformable",
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(d_model, hidden, dropout, heads) for _ in range(layers))
+        count = 0 if attention == "mean" else layers
+        self.layers = nn.ModuleList(Layer(d_model, hidden, dropout, heads, attention) for _ in range(count))
 
     def forward(
         self, x: Tensor, mask: Tensor, return_maps: bool = False

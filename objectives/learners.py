@@ -170,6 +170,7 @@ class JointClustering(Learner):
     and slice_index [B * S] their global indices; optionally images [V, M, H, W] with image_index [M], and hidden
     [V, B, D] for L_mask. A slice at the same position of two views is a positive pair.
     A branch whose lambda is 0 costs nothing: without L_inter and L_mask only the picked slices are encoded.
+    freeze: the ResNet stays as it is, its running statistics too.
     rows [n]: `real_rows(mask)`, where the caller knows it without waiting for the device.
     """
 
@@ -182,6 +183,7 @@ class JointClustering(Learner):
         lambda_intra: float = 1.0,
         lambda_inter: float = 1.0,
         lambda_mask: float = 0.0,
+        freeze: bool = False,
     ) -> None:
         super().__init__()
         if lambda_intra + lambda_inter + lambda_mask <= 0:
@@ -194,12 +196,19 @@ class JointClustering(Learner):
         self.mask_token = nn.Parameter(torch.randn(d_model) * 0.02) if lambda_mask else None
         self.decoder = nn.Linear(d_model, d_model) if lambda_mask else None
         # DistributedDataParallel must not wait for gradients that never come (the targets of L_mask are detached).
-        if not (lambda_inter or lambda_intra):
+        if freeze or not (lambda_inter or lambda_intra):
             encoder.encoder.requires_grad_(False)
         if not lambda_inter:
             encoder.projection.requires_grad_(False)
         if not (lambda_inter or lambda_mask):
             encoder.transformer.requires_grad_(False)
+        self.freeze = freeze
+
+    def train(self, mode: bool = True) -> JointClustering:
+        super().train(mode)
+        if self.freeze:
+            self.encoder.encoder.eval()  # BatchNorm keeps its statistics
+        return self
 
     def _encode(
         self, views: Tensor, mask: Tensor, picked: Tensor, images: Tensor | None, rows: Tensor | None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torchvision
@@ -11,7 +13,9 @@ from torch.testing import assert_close
 from models.encoder import JointEncoder, init_orthogonal, init_pca
 from models.heads import Prototypes
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, fold_grey, multi_scale, pooled, unfold_grey
-from models.transformer import DeformableAttention1D, SliceTransformer
+from models.transformer import DeformableAttention1D, OrdinaryAttention1D, SliceTransformer
+from objectives import JointClustering, SwAV
+from utils.weights import load_joint, save_joint
 
 WIDTH = 32
 
@@ -390,6 +394,74 @@ def test_dropout_acts_in_training_only_and_zero_is_deterministic() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- joint encoder
+
+
+# --------------------------------------------------------------------------------------------- other kinds of attention
+
+
+def test_ordinary_attention_equals_torchs_on_the_real_slices() -> None:
+    torch.manual_seed(0)
+    ours = OrdinaryAttention1D(WIDTH, heads=8)
+    theirs = nn.MultiheadAttention(WIDTH, 8, batch_first=True)
+    theirs.in_proj_weight.data = torch.cat([ours.to_q.weight, ours.to_kv.weight]).detach()
+    theirs.in_proj_bias.data = torch.cat([ours.to_q.bias, ours.to_kv.bias]).detach()
+    theirs.out_proj.load_state_dict(ours.to_out.state_dict())
+    x, mask = random(2, 9, WIDTH), torch.cat([first(9, 9), first(5, 9)])
+    expected, _ = theirs(x, x, x, key_padding_mask=~mask)
+    assert_close(ours(x, mask)[mask], expected[mask], rtol=1e-5, atol=1e-6)
+
+
+def test_a_transformer_of_ordinary_attention_does_not_see_padding() -> None:
+    torch.manual_seed(0)
+    net = SliceTransformer(WIDTH, 2, hidden=48, attention="ordinary").eval()
+    alone = random(1, 6, WIDTH)
+    padded = torch.cat([alone, torch.full((1, 5, WIDTH), 1e3)], dim=1)
+    out = net(padded, first(6, 11))
+    assert_close(out[:, :6], net(alone, first(6, 6)), rtol=1e-4, atol=1e-5)
+    assert not out[:, 6:].any()
+
+
+def test_the_default_is_deformable_and_has_the_weights_it_always_had() -> None:
+    torch.manual_seed(0)
+    default = SliceTransformer(WIDTH, 1, hidden=48)
+    torch.manual_seed(0)
+    named = SliceTransformer(WIDTH, 1, hidden=48, attention="deformable")
+    assert_close(default.state_dict(), named.state_dict(), rtol=0, atol=0)
+    assert "layers.0.attention.offset_conv.weight" in default.state_dict()
+
+
+def test_mean_is_the_mean_of_the_slice_embeddings_and_nothing_else() -> None:
+    joint = JointEncoder("resnet18", WIDTH, attention="mean").eval()
+    tokens, mask = random(2, 7, WIDTH), torch.cat([first(7, 7), first(4, 7)])
+    expected = torch.stack([tokens[0].mean(dim=0), tokens[1, :4].mean(dim=0)])
+    assert_close(joint.holistic(tokens, mask), nn.functional.normalize(expected, dim=1))
+    assert not joint.transformer.state_dict()
+
+
+@pytest.mark.parametrize("attention", ["deformable", "ordinary", "mean"])
+def test_a_file_says_which_attention_it_has(attention: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    joint = JointEncoder("resnet18", WIDTH, layers=1, attention=attention).eval()
+    about = {"arch": "resnet18", "d_model": WIDTH, "layers": 1, "attention": attention}
+    save_joint(joint, tmp_path / "joint.pth", {"config": about})
+    tokens, mask = random(1, 7, WIDTH), first(7, 7)
+    again = load_joint(tmp_path / "joint.pth").eval()
+    assert_close(again.holistic(tokens, mask), joint.holistic(tokens, mask))
+
+
+def test_a_frozen_resnet_keeps_its_weights_and_statistics_while_the_rest_learns() -> None:
+    torch.manual_seed(0)
+    joint = JointEncoder("resnet18", WIDTH, layers=1)
+    learner = JointClustering(joint, nn.Linear(512, 8), SwAV(8, [4]), SwAV(WIDTH, [4]), freeze=True).train()
+    before = {name: value.clone() for name, value in joint.encoder.state_dict().items()}
+    batch = {"views": torch.rand(2, 2, 3, 32, 32), "mask": torch.ones(2, 3, dtype=torch.bool)}
+    batch |= {"index": torch.arange(2), "picked": torch.tensor([[0], [2]]), "slice_index": torch.tensor([0, 5])}
+    optimizer = torch.optim.SGD([p for p in learner.parameters() if p.requires_grad], lr=0.1)
+    learner(**batch)["loss"].backward()
+    optimizer.step()
+    assert_close(dict(joint.encoder.state_dict()), before, rtol=0, atol=0)
+    assert joint.projection.weight.grad.any()
+    assert joint.transformer.layers[0].attention.to_q.weight.grad.any()
 
 
 @pytest.fixture

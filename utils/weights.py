@@ -113,7 +113,8 @@ def load_joint(path: Path, dropout: float = 0.1) -> JointEncoder:
         arch, d_model, layers = made_by["arch"], made_by["d_model"], made_by["layers"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{about}: damaged; it should say the arch, d_model and layers of {path.name}") from None
-    encoder = JointEncoder(arch, d_model, layers, dropout)
+    attention = made_by.get("attention", "deformable")  # files of before there was a choice do not say
+    encoder = JointEncoder(arch, d_model, layers, dropout, attention=attention)
     state = _read(path, "run mask_*.py or ssl_*3D.py first")
     own = encoder.encoder.state_dict()
     resnet = _below(state, "encoder.")
