@@ -341,7 +341,7 @@ class Monitor:
                 why = f"the targets are almost uniform (entropy {figures['target_entropy']:.2f} ln K): lower --epsilon"
             else:
                 why = "raise --base_lr if it was low, lower it if the loss had been falling, or use fewer prototypes"
-            found["chance"] = f"the loss {loss:.4f} is that of guessing, ln K = {level.chance:.4f}; {why}"
+            found["chance"] = f"the loss {loss:.4f} is no better than guessing, ln K = {level.chance:.4f}; {why}"
         used = figures["usage"] * K
         signs = []
         if figures["std"] < SAME_POINT:
