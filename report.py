@@ -1,7 +1,7 @@
 """One page about one or several runs that opens offline: curves, clusters, neighbours, maps, attention, results.
 
     python report.py runs/swav3D --output report.html
-    python report.py runs/swav2D runs/mask_swav runs/swav3D --downstream runs/compare
+    python report.py runs/swav2D runs/mask_swav runs/swav3D --downstream "[runs/compare]"
 
 Folders of runs come first, then options. Works on the runs of all six training scripts, while they train as well;
 docs/REPORT.md says what every figure means.
