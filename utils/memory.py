@@ -31,6 +31,7 @@ GIB = 2**30
 PROBE = "JOINT_SSL_MEMORY_PROBE"  # environment variable: this process measures one batch size
 FOUND = "memory probe: "  # begins the line in which such a process says what it needed
 STEPS = 3  # the first has no gradients and momenta of one before, the second has all, the third finds them in place
+MOST_PROBES = 14  # batch sizes that are tried at most
 SPARE = 0.9  # share of the free memory that a probe may be expected to need
 
 
@@ -80,9 +81,10 @@ def fit_batch(learner: torch.nn.Module, loader: Any, optimizer: Optimizer, confi
             "smaller view or --arch" + (", or --recompute true" if hasattr(config, "recompute") else "")
         )
     how = "measured" if fit.measured else "extrapolated"
+    used = fit.points.get(fit.batch_size, fit.predict(fit.batch_size))
     bound = f"; the data have no more than {most} samples" if fit.batch_size == most else ""
     print(
-        f"fit_batch: --batch_size {fit.batch_size} needs {fit.predict(fit.batch_size) / GIB:.2f} of "
+        f"fit_batch: --batch_size {fit.batch_size} needs {used / GIB:.2f} of "
         f"{config.fit_batch:g} GiB ({how}; {fit.base / GIB:.2f} GiB + {fit.per_sample / GIB:.4f} per sample{bound}). "
         "Nothing was trained.",
         flush=True,
@@ -118,27 +120,30 @@ def search(probe: Callable[[int], int | None], limit: float, most: int, availabl
             break
         run(size)
         size *= 2
-    measured = lambda: max((b for b, used in points.items() if used <= limit), default=0)  # noqa: E731
     while True:
         base, each = line(points)
-        fits = measured()
-        if not fits or too_large == fits + 1:
+        fits = max((b for b, used in points.items() if used <= limit), default=0)
+        if not fits or too_large == fits + 1 or len(points) >= MOST_PROBES:
             break
         guess = most if each <= 0 else int((limit - base) / each)
         guess = min(max(guess, fits), too_large - 1)
         if guess == fits or base + each * guess > available * SPARE:
             return Fit(guess, guess == fits, base, each, points)
         run(guess)
-    return Fit(measured(), True, base, each, points)
+    return Fit(fits, True, base, each, points)
 
 
 def line(points: dict[int, int]) -> tuple[float, float]:
-    """(base, per sample) in bytes through the two largest batch sizes: small ones hide it in slack."""
+    """(base, per sample) in bytes: least squares through the larger batch sizes, as small ones are lost in slack."""
     if len(points) < 2:
         return float(next(iter(points.values()), math.inf)), 0.0
-    (small, less), (large, more) = sorted(points.items())[-2:]
-    each = max(0.0, (more - less) / (large - small))
-    return more - each * large, each
+    sizes = sorted(points)
+    used = [b for b in sizes if 8 * b >= sizes[-1]]
+    used = used if len(used) > 1 else sizes[-2:]
+    mean_b, mean_m = sum(used) / len(used), sum(points[b] for b in used) / len(used)
+    spread = sum((b - mean_b) ** 2 for b in used)
+    each = max(0.0, sum((b - mean_b) * (points[b] - mean_m) for b in used) / spread)
+    return mean_m - each * mean_b, each
 
 
 def measure(config: Any, batch_size: int, free_before: int = 0) -> int | None:
