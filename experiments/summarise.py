@@ -1,0 +1,172 @@
+"""Tables and plots of finished runs: what pre-training was worth, with intervals, paired differences, and costs.
+
+    python -m experiments.summarise --experiments "[experiments/main.yaml]" --output docs/RESULTS.md
+
+Reads the cells of the comparisons (experiments.run makes them) and writes one page, with plots beside it in results/.
+Every mean has its 95 % t-interval over seeds and its number of seeds; differences are paired, seed by seed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from scipy.stats import ttest_rel
+
+from downstream import compare
+from experiments.plan import Plan, Table
+from experiments.run import read_plan, run_keys, status
+from utils import checkpoint
+from utils import config as options
+from utils.errors import UserError
+
+LOWER_IS_BETTER = ("hd95_mm",)
+
+
+@dataclass
+class Config:
+    experiments: list[str] = field(default_factory=lambda: ["experiments/main.yaml"])
+    """the YAML files that were given to experiments.run"""
+    data: str = "runs/experiments/data"
+    """as for experiments.run"""
+    dump_path: str = "runs/experiments"
+    """as for experiments.run"""
+    output: str = "docs/RESULTS.md"
+    """the page; its plots go to results/ beside it"""
+    published: str = "experiments/published.yaml"
+    """other people's figures, shown beside ours as such"""
+    partial: bool = False
+    """write the page although some runs are not finished; it says which"""
+
+
+def main(cfg: Config) -> None:
+    plan, out = read_plan(cfg)
+    keys = run_keys(plan)
+    seconds = {}
+    for name in plan.runs:
+        state = status(out, name, keys[name])
+        if state.done:
+            seconds[name] = state.seconds
+    missing = [name for name in plan.runs if name not in seconds]
+    if not seconds or (missing and not cfg.partial):
+        raise UserError(
+            f"{len(missing)} of {len(plan.runs)} runs are not finished ({', '.join(missing[:5])}); run them"
+        )
+    page = Path(cfg.output)
+    plots = page.with_name("results")
+    plots.mkdir(parents=True, exist_ok=True)
+    parts = [
+        "# Results",
+        f"Made by `python -m experiments.summarise` from {len(seconds)} finished runs of {', '.join(cfg.experiments)}; "
+        "experiments/README.md says what they are. Means with 95 % t-intervals over seeds; a seed draws the labelled "
+        "cases and all random weights, while test cases and pre-trained weights are the same for all seeds of a "
+        "comparison without seeded pre-training: the intervals do not cover those.",
+    ]
+    if missing:
+        parts.append(f"**{len(missing)} of {len(plan.runs)} runs are not finished**: {', '.join(missing)}.")
+    for table in plan.tables:
+        cells = read_cells(table, out, seconds)
+        if cells:
+            parts += section(table, cells, plan.differences, plots)
+    parts += [*costs(plan, seconds), *published(Path(cfg.published))]
+    checkpoint.write_text("\n\n".join(parts) + "\n", page)
+    print(f"wrote {page} and {plots}")
+
+
+def read_cells(table: Table, out: Path, finished: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The cells of the comparison's finished runs, null metrics as nan."""
+    cells = []
+    for run in table.runs:
+        for path in sorted((out / run).glob("cells/*/cell.json")) if run in finished else []:
+            cell = json.loads(path.read_text())
+            cell["metrics"] = {k: math.nan if v is None else float(v) for k, v in cell["metrics"].items()}
+            cells.append(cell)
+    return cells
+
+
+def means(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[tuple[str, int], tuple[float, float, float, int]]:
+    """(initialisation, labelled) -> mean, 95 % t-interval, number of seeds whose metric is not nan."""
+    values: dict[tuple[str, int], list[float]] = {}
+    for cell in cells:
+        values.setdefault((cell["initialisation"], cell["labelled"]), []).append(cell["metrics"][metric])
+    return {key: compare.paired_difference(some, [0.0] * len(some)) for key, some in values.items()}
+
+
+def difference(
+    cells: Sequence[Mapping[str, Any]], metric: str, labelled: int, better: str, worse: str
+) -> tuple[float, float, float, int, float]:
+    """Mean of `better` - `worse` over the seeds that both have, its 95 % t-interval, their number, and p of the paired
+    t-test (nan with fewer than two pairs)."""
+    of = {(c["initialisation"], c["seed"]): c["metrics"][metric] for c in cells if c["labelled"] == labelled}
+    both = [(of[better, s], of[worse, s]) for name, s in of if name == better and (worse, s) in of]
+    both = [pair for pair in both if not any(math.isnan(value) for value in pair)]
+    first, second = [a for a, _ in both], [b for _, b in both]
+    p = float(ttest_rel(first, second).pvalue) if len(both) > 1 else math.nan
+    return (*compare.paired_difference(first, second), p)
+
+
+def section(
+    table: Table, cells: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str, str]], plots: Path
+) -> list[str]:
+    """A heading, and for every metric a table of means, one of differences, and a plot."""
+    cases = ", ".join(sorted({str(cell["cases"]) for cell in cells}))
+    parts = [f"## {table.name}", f"`downstream.{table.task}`, {cases} test cases."]
+    head = "".join(f" {count or 'all'} labelled |" for count in table.labelled)
+    rule = "---|" * (1 + len(table.labelled))
+    for metric in table.metrics:
+        found = means(cells, metric)
+        note = " (lower is better)" if metric.endswith(LOWER_IS_BETTER) else ""
+        rows = [f"| **{metric}**{note} |{head}", f"|{rule}"]
+        for name in table.initialisations:
+            values = (found.get((name, count)) for count in table.labelled)
+            rows.append(f"| {name} |" + "".join(f" {_interval(v)} |" for v in values))
+        parts.append("\n".join(rows))
+        known = [pair for pair in pairs if set(pair) <= set(table.initialisations)]
+        rows = [f"| difference of {metric} |{head}", f"|{rule}"]
+        for better, worse in known:
+            values = (difference(cells, metric, count, better, worse) for count in table.labelled)
+            rows.append(f"| {better} - {worse} |" + "".join(f" {_interval(v[:4], '+', v[4])} |" for v in values))
+        if known:
+            parts.append("\n".join(rows))
+        picture = plots / f"{table.name}_{metric.replace('.', '_')}.png"
+        compare.plot(cells, compare.summarise(cells, table.initialisations[0]), metric, picture)
+        parts.append(f"![{metric} over labelled cases](results/{picture.name})")
+    return parts
+
+
+def costs(plan: Plan, seconds: Mapping[str, float]) -> list[str]:
+    """Wall-clock time of every pre-training, and of all comparisons together."""
+    of_tables = {run for table in plan.tables for run in table.runs}
+    rows = ["| run | seconds |", "|---|---|"]
+    rows += [f"| {name} | {spent:.0f} |" for name, spent in seconds.items() if name not in of_tables]
+    rows.append(f"| all comparisons | {sum(spent for name, spent in seconds.items() if name in of_tables):.0f} |")
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    text = f"Wall-clock seconds of each process ({versions}, on the machine that wrote this page)."
+    return ["## Costs", text, "\n".join(rows)]
+
+
+def published(path: Path) -> list[str]:
+    """Figures from the literature, marked as such."""
+    about = options.read_yaml(path)
+    names = about["columns"]
+    rows = [f"| method | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    rows += [f"| {method} | {' | '.join(values)} |" for method, values in about["rows"].items()]
+    return ["## Other people's figures, on other data", about["note"], "\n".join(rows)]
+
+
+def _interval(value: tuple[float, float, float, int] | None, sign: str = "", p: float | None = None) -> str:
+    if value is None or not value[3]:
+        return "-"
+    mean, low, high, n = value
+    tested = "" if p is None or math.isnan(p) else f", p {p:.3f}"
+    return f"{mean:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}], n {n}{tested}"
+
+
+if __name__ == "__main__":
+    options.main(main, Config, __doc__)
