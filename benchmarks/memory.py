@@ -45,7 +45,7 @@ class Config:
     recompute: list[bool] = field(default_factory=lambda: [False, True])
     """of stages 1 and 3"""
     batches: list[PositiveInt] = field(default_factory=lambda: [1, 2, 3])
-    """volumes of the measured points; stage 1 runs 8 times as many images"""
+    """volumes of the measured points, two at least; stage 1 runs 8 times as many images"""
 
 
 def main(cfg: Config) -> None:
@@ -94,6 +94,7 @@ def one(stage: int, precision: str, recompute: bool, cfg: Config, root: Path, de
         if used is None:
             break
         points[size] = used
+        print(f"  batch {size}: {used / memory.GIB:.2f} GiB", flush=True)
     base, each = memory.line(points)
     cards = {}
     for gib in CARDS:

@@ -125,7 +125,7 @@ def search(probe: Callable[[int], int | None], limit: float, most: int, availabl
         fits = max((b for b, used in points.items() if used <= limit), default=0)
         if not fits or too_large == fits + 1 or len(points) >= MOST_PROBES:
             break
-        guess = most if each <= 0 else int((limit - base) / each)
+        guess = most if each <= 0 else int((limit - base) / each + 1e-3)  # a whole number, rounded
         guess = min(max(guess, fits), too_large - 1)
         if guess == fits or base + each * guess > available * SPARE:
             return Fit(guess, guess == fits, base, each, points)
