@@ -4,13 +4,15 @@
 # Each makes .venv and installs everything into it first, when it is missing or requirements changed.
 # make bench  time every stage against its references on this machine's CPU (under 15 minutes)
 # make bench-gpu   the same on a GPU, in the environment at hand: needs requirements.txt only (under 10 minutes)
+# make experiments-cpu   the main comparison on SHARED (hours on two cores; the same again goes on); then make results
+# make experiments-ablations   what each part is worth, after it;  make experiments-gpu   ResNet-50, ten minutes a call
 # PYTHON=python3.12 make demo   chooses the interpreter (3.10 or newer)
 
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.installed
 
-.PHONY: demo test lint data bench bench-gpu clean
+.PHONY: demo test lint data bench bench-gpu experiments-cpu experiments-ablations experiments-gpu results clean
 
 demo: $(READY)
 	$(VENV)/bin/python demo.py
@@ -44,6 +46,24 @@ bench-gpu:
 	$(PYTHON) -m benchmarks.stage2 --device cuda
 	$(PYTHON) -m benchmarks.augmentation --device cuda
 	$(PYTHON) -m benchmarks.step --device cuda --precisions [bf16] --batch_size 16 --images 128 --workers 8 --steps 30
+
+SHARED ?= ../shared/data
+MINUTES ?= 0
+EXPERIMENTS := experiments/main.yaml
+ABLATIONS := experiments/main.yaml, experiments/ablations.yaml
+
+experiments-cpu: $(READY)
+	$(VENV)/bin/python -m experiments.data --source $(SHARED)
+	$(VENV)/bin/python -m experiments.run --experiments "[$(EXPERIMENTS)]" --minutes $(MINUTES)
+
+experiments-ablations: experiments-cpu
+	$(VENV)/bin/python -m experiments.run --experiments "[$(ABLATIONS)]" --minutes $(MINUTES)
+
+experiments-gpu:
+	$(PYTHON) -m experiments.run --experiments "[experiments/gpu.yaml]" --jobs 1 --threads 8 --minutes 9
+
+results: $(READY)
+	$(VENV)/bin/python -m experiments.summarise --experiments "[$(EXPERIMENTS)]"
 
 clean:
 	rm -rf runs .pytest_cache .ruff_cache Training_Data/.cache

@@ -63,7 +63,7 @@ def main(cfg: Config) -> None:
     everyone, findings = xrays(source / "chest_xray")
     patients = {case: everyone[case] for case, finding in findings.items() if finding in FINDINGS}
     split = _fixed(dest, "chest_xray", stratified(patients, findings, XRAY, 0), patients)
-    _copy(patients, source / "chest_xray", dest / "tasks" / "chest_xray")
+    _copy(everyone, source / "chest_xray", dest / "tasks" / "chest_xray")
     shutil.copyfile(source / "chest_xray" / "labels.csv", dest / "tasks" / "chest_xray.csv")
     _copy(allowed(split, everyone), source / "chest_xray", dest / "pretrain" / "chest_xray")
     print(f"wrote {dest}")
