@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from utils.errors import UserError
 
 GREY_MEAN, GREY_STD = 0.449, 0.226  # ImageNet's means and deviations, averaged over the three channels
 ARCHITECTURES = (
@@ -76,6 +79,12 @@ class GreyResNet(nn.Module):
 
         return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As of any module. Raises UserError with `recompute`, whose contexts torch.compile does not know."""
+        if self.recompute:
+            raise UserError("compile: does not work together with recompute; leave one of them out")
+        super().compile(*args, **kwargs)
+
     def torchvision_state(self) -> dict[str, Tensor]:
         """Flat state dict in torchvision's layout with a three-channel stem and without `fc`, tensors contiguous."""
         state = {name: plain(value) for name, value in self.state_dict().items()}
@@ -89,7 +98,9 @@ def _statistics_stay(module: nn.Module) -> Iterator[None]:
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
     before = [(m.momentum, m.num_batches_tracked) for m in norms]
     for m in norms:
-        m.momentum, m.num_batches_tracked = 0.0, None
+        m.momentum = 0.0
+        if m.num_batches_tracked is not None:  # SyncBatchNorm on GPUs must have one to count on
+            m.num_batches_tracked = m.num_batches_tracked.clone()
     try:
         yield
     finally:

@@ -20,6 +20,7 @@ from models.heads import ProjectionHead
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet
 from objectives import DeepClusterV2, ImageClustering, JointClustering, MaskedSlices, SwAV
 from utils import guards, optim, train
+from utils.errors import UserError
 from utils.precision import Precision
 
 STEPS = 5
@@ -134,6 +135,19 @@ def test_recomputing_changes_no_bit(one_thread: None) -> None:
     for (name, a), b in zip(usual.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert int(usual.encoder.encoder.bn1.num_batches_tracked) == STEPS
+
+
+def test_recomputing_works_with_the_synchronised_batch_norm_of_gpus(one_thread: None) -> None:
+    """It counts its batches in the second pass as well; without a process group it runs on a CPU."""
+    usual, again = learner(), nn.SyncBatchNorm.convert_sync_batchnorm(learner(recompute=True))
+    assert list(losses(usual)) == list(losses(again))
+    for (name, a), b in zip(usual.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_recomputing_and_compiling_is_one_clear_error() -> None:
+    with pytest.raises(UserError, match="compile: does not work together with recompute"):
+        GreyResNet("resnet18", recompute=True).compile()
 
 
 def test_recomputing_keeps_less_for_the_backward_pass() -> None:
