@@ -180,6 +180,12 @@ def test_a_point_of_the_map_shows_its_item(page):
     assert page.execute_script("return document.querySelector('#item img').naturalWidth") > 0
 
 
+def test_no_figure_offers_to_upload_itself(page):
+    draw_all(page)
+    titles = page.execute_script("return all('.modebar-btn').map((b) => b.dataset.title)")
+    assert set(titles) == {"Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes", "Download plot as a PNG"}
+
+
 def test_a_phone_need_not_scroll_sideways(browser, phantoms):
     opened(browser, phantoms, width=390)
     draw_all(browser)

@@ -13,7 +13,7 @@ function themed(layout) {
   return {
     margin: { l: 8, r: 8, t: 8, b: 8 },
     dragmode: false,
-    legend: { orientation: "h", y: -0.25, yanchor: "top", x: 0, font: { size: 11 } },
+    legend: { orientation: "h", y: layout.height > 400 ? -0.06 : -0.25, yanchor: "top", x: 0, font: { size: 11 } },
     ...layout,
     xaxis: named(layout.xaxis),
     yaxis: named(layout.yaxis),
@@ -29,9 +29,11 @@ function draw(element) {
   drawn.add(element);
   const figure = figures.get(element);
   const isMap = element.classList.contains("map");
-  const config = { responsive: true, displaylogo: false, displayModeBar: isMap,
-    modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"], scrollZoom: false };
-  Plotly.newPlot(element, figure.data, { ...themed(figure.layout), height: figure.height }, config);
+  // Plotly offers to upload a chart with the names of its files to a server: never here.
+  const config = { responsive: true, displaylogo: false, displayModeBar: isMap, scrollZoom: false,
+    plotlyServerURL: "", showSendToCloud: false, showEditInChartStudio: false,
+    modeBarButtons: [["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d", "toImage"]] };
+  Plotly.newPlot(element, figure.data, themed({ ...figure.layout, height: figure.height }), config);
   if (isMap) {
     filterMap(element);
     element.on("plotly_click", (event) => {
@@ -45,7 +47,7 @@ const near = new IntersectionObserver(
 all(".plot").forEach((element) => near.observe(element));
 onTheme = () => drawn.forEach((element) => {
   const figure = figures.get(element);
-  Plotly.relayout(element, themed({ ...figure.layout }));
+  Plotly.relayout(element, themed({ ...figure.layout, height: figure.height }));
   const bars = figure.data.flatMap((trace, i) => (trace.colorbar ? [i] : []));
   if (bars.length) Plotly.restyle(element, { "colorbar.tickfont.color": colours().fg }, bars);
 });
