@@ -137,8 +137,10 @@ class Machine:
     def rate(self, name: str, size: float, arch: str | None = None) -> float:
         """Operations per second at a size (side of an image, d_model): linear in its logarithm."""
         table = self.constants[name]
-        if arch is not None:  # deeper networks than those measured are like ResNet-50
-            table = table.get(arch) or table["resnet18" if arch == "resnet34" and "resnet18" in table else "resnet50"]
+        if arch is not None:
+            if arch == "resnet34":
+                arch = "resnet18"  # of the same blocks
+            table = table.get(arch) or list(table.values())[-1]  # others are taken to be like the deepest measured
         known = sorted((float(k), v) for k, v in table.items())
         for (a, low), (b, high) in pairwise(known):
             if a <= size <= b:
