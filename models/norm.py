@@ -22,9 +22,12 @@ class _JointBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, invstd = ctx.saved_tensors
         # As if the statistics were constants: gradient * weight * invstd, sum(gradient * normalised), sum(gradient).
-        by_x, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
-            gradient, x, weight, mean, invstd.square().reciprocal(), mean, invstd, False, 0.0, [True] * 3
-        )
+        if x.numel():
+            by_x, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
+                gradient, x, weight, mean, invstd.square().reciprocal(), mean, invstd, False, 0.0, [True] * 3
+            )
+        else:  # the kernel divides by the number of values
+            by_x, by_weight, by_bias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(weight)
         joint = torch.stack((by_weight, by_bias))
         dist.all_reduce(joint)  # every process's loss depends on every process's input through the statistics
         along, shift = joint * (weight * invstd / ctx.n)
@@ -33,13 +36,16 @@ class _JointBatchNorm(torch.autograd.Function):
 
 def _affine(x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(x - mean) * invstd * weight + bias per channel, in x's format and memory layout."""
+    if not x.numel():
+        return torch.empty_like(x)
     return torch.native_batch_norm(x, weight, bias, mean, invstd.square().reciprocal(), False, 0.0, 0.0)[0]
 
 
 def _joint_statistics(x: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Mean and sum of squares around it [C], float32, and values per channel, of all processes: equal on each."""
+    """Mean, sum of squares around it [C] and values per channel, of all processes: equal on each, float32 or wider."""
     n = x.numel() // x.shape[1]
-    mean, variance = (x.new_zeros(x.shape[1], dtype=torch.float32) for _ in range(2))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    mean, variance = (x.new_zeros(x.shape[1], dtype=dtype) for _ in range(2))
     if n == 1:
         mean.copy_(x.detach().flatten())  # the kernel below would divide by n - 1
     elif n:

@@ -316,7 +316,7 @@ def normalise(norm: nn.Module, rows: slice) -> dict[str, Any]:
     nn.init.uniform_(norm.weight, 0.5, 1.5)
     nn.init.uniform_(norm.bias)
     module = convert_sync_batchnorm(module)
-    x = NORM_INPUT[rows].clone().requires_grad_()
+    x = NORM_INPUT[rows].to(norm.weight.dtype, copy=True).requires_grad_()
     module.train()(x.detach() * 2)
     out = module(x)
     (out * NORM_WEIGHTS[rows]).sum().backward()
@@ -328,7 +328,7 @@ def normalise(norm: nn.Module, rows: slice) -> dict[str, Any]:
         "weight": all_sum(norm.weight.grad.clone()),
         "bias": all_sum(norm.bias.grad.clone()),
         "state": {name: value.clone() for name, value in norm.state_dict().items()},
-        "evaluated": module.eval()(x).detach(),
+        "evaluated": module.eval()(x).detach() if len(x) else out.detach(),
     }
 
 
@@ -336,6 +336,8 @@ NORMS = {
     "plain": {},
     "cumulative": {"momentum": None},
     "momentum 0": {"momentum": 0.0},
+    "double": {"dtype": torch.float64},
+    "one has nothing": {},
 }
 
 
@@ -345,8 +347,11 @@ def kmeans_start() -> Tensor:
 
 def parts_on_two_processes() -> dict[str, Any]:
     out: dict[str, Any] = {}
-    rows = slice(0, 5) if rank() == 0 else slice(5, 7)
-    out["norms"] = {name: normalise(nn.BatchNorm1d(3, **options), rows) for name, options in NORMS.items()}
+    out["norms"] = {}
+    for name, options in NORMS.items():
+        first = 7 if name == "one has nothing" else 5
+        rows = slice(0, first) if rank() == 0 else slice(first, 7)
+        out["norms"][name] = normalise(nn.BatchNorm1d(3, **options), rows)
     own = POINTS[rank() :: 2]
     out["kmeans"] = {empty: kmeans_torch(own, kmeans_start(), 5, empty=empty) for empty in ("keep", "reseed")}
     out["kmeans in double"] = kmeans_torch(own.double(), kmeans_start().double(), 5, empty="keep")
@@ -392,7 +397,7 @@ def test_synchronised_batch_norm_equals_batch_norm_of_the_joint_batch(name: str,
     alone = nn.BatchNorm1d(3, **NORMS[name])
     nn.init.uniform_(alone.weight, 0.5, 1.5)
     nn.init.uniform_(alone.bias)
-    x = NORM_INPUT.clone().requires_grad_()
+    x = NORM_INPUT.to(alone.weight.dtype, copy=True).requires_grad_()
     alone(x.detach() * 2)
     expected = alone(x)
     (expected * NORM_WEIGHTS).sum().backward()
