@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from syncs import no_waiting
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from datasets.loaders import VolumeLoader
 from models.encoder import JointEncoder
 from models.heads import ProjectionHead
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet
@@ -216,6 +218,24 @@ def test_accumulation_adds_gradients_up_and_divides_by_the_number_of_batches(
     assert len(seen["two"]) == 2
     assert_close(seen["two"][0], (first + second) / 2, rtol=1e-4, atol=1e-7)
     assert_close(seen["two"][1], (third + fourth) / 2, rtol=1e-4, atol=1e-7)
+
+
+def test_accumulation_keeps_no_batch_that_it_has_used(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    epoch = VolumeLoader.epoch
+
+    def counting(self: VolumeLoader, *place: int) -> Iterator[dict[str, Any]]:
+        for batch in epoch(self, *place):
+            made.append(weakref.ref(batch["views"]))
+            alive.append(sum(views() is not None for views in made))
+            yield batch
+
+    monkeypatch.setattr(VolumeLoader, "epoch", counting)
+    tiny.run("mask_swav", data, tmp_path, epochs=1, accumulate=4, projection_init="orthogonal")
+    assert alive == [1, 2, 2, 2]  # this one, and the one before it, which the loop still holds
 
 
 @pytest.mark.parametrize("stage", ["images", "masked", "joint swav", "joint deepcluster", "slices only"])

@@ -190,7 +190,8 @@ def _fit(
                 joint += samples
                 for name, value in losses.items():
                     totals[name] = totals.get(name, 0) + value.detach().float() * samples
-                names.append(partial(loader.names, batch))
+                # Without the views, which would otherwise stay in memory until the update.
+                names.append(partial(loader.names, {k: batch[k] for k in ("index", "image_index") if k in batch}))
                 step += 1
                 waiting = time.monotonic()
                 with profile.span("data"):
