@@ -6,6 +6,7 @@ docs/DIAGNOSTICS.md defines every quantity and says what is healthy.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,13 +58,13 @@ class Diagnostics:
         dim: int,
         temperature: float,
         device: torch.device,
-        origins: list[str] | None = None,
+        origins: Sequence[str] | None = None,
     ) -> None:
         self.samples, self.prototypes, self.temperature = samples, prototypes, temperature
         self.places = torch.from_numpy(np.linspace(0, samples - 1, min(KEPT, samples)).astype(np.int64)).to(device)
-        names, of_sample = np.unique(origins if origins else [""], return_inverse=True)
-        labels = torch.from_numpy(of_sample.astype(np.int64)).to(device)
-        self.origins = labels[self.places] if len(names) > 1 else None
+        of_places = [""] if origins is None else [origins[i] for i in self.places.tolist()]
+        names, labels = np.unique(of_places, return_inverse=True)
+        self.origins = torch.from_numpy(labels.astype(np.int64)).to(device) if len(names) > 1 else None
         # The last row of each takes what does not count: a sample that is not finite or whose embedding is not kept.
         # Step's place in the epoch * K + prototype: the newest is the largest, on one process and over all of them.
         self.latest = torch.full((samples + 1,), -1, dtype=torch.long, device=device)
@@ -247,14 +248,14 @@ def largest_share(labels: Tensor | None) -> float:
     return int(labels.unique(return_counts=True)[1].max()) / len(labels)
 
 
-def origins(loader: Any) -> dict[str, list[str]]:
+def origins(loader: Any) -> dict[str, Sequence[str]]:
     """Level -> the data set of every global index of it, for loaders of clustering stages."""
     groups = list(loader.dataset.groups)
     if not hasattr(loader, "slice_offsets"):
         return {"intra": groups}
-    slices = np.repeat(groups, np.diff(loader.slice_offsets.numpy())).tolist()
+    slices = np.repeat(np.array(groups, dtype=object), np.diff(loader.slice_offsets.numpy()))
     pictures = loader.image_dataset.groups if loader.image_dataset is not None else []
-    return {"inter": groups, "intra": [*slices, *pictures]}
+    return {"inter": groups, "intra": np.concatenate([slices, np.array(pictures, dtype=object)])}
 
 
 @dataclass(frozen=True)

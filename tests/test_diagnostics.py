@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import math
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from objectives.diagnostics import (
     dominating,
     neighbour_vote,
     normalized_mutual_information,
+    origins,
     pairs_alike,
     perplexity,
     rankme,
@@ -343,3 +345,20 @@ def test_a_resumed_run_has_the_columns_of_one_that_was_not_stopped(data, tmp_pat
     assert rows[2]["inter_nmi"] != "nan"
     assert (whole / "warnings.csv").read_text() == (stopped / "warnings.csv").read_text()
     assert "inter_stale" in (whole / "warnings.csv").read_text()
+
+
+def test_data_sets_of_ever_so_many_slices_take_a_pointer_each():
+    """10^5 volumes have 10^7 slices; their names as text would take gigabytes in every process."""
+    names = ["a data set with a long name" if i % 2 else "another one" for i in range(100)]
+    offsets = torch.arange(0, 100 * 1000 + 1, 1000)
+    loader = SimpleNamespace(dataset=SimpleNamespace(groups=names), slice_offsets=offsets, image_dataset=None)
+    tracemalloc.start()
+    try:
+        found = origins(loader)["intra"]
+        seen = Diagnostics(len(found), 3, 2, 0.1, CPU, found)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert list(found[[0, 999, 1000, -1]]) == [names[0], names[0], names[1], names[1]]
+    assert seen.origins.tolist() == [int(names[i // 1000] == "another one") for i in seen.places.tolist()]
+    assert peak < 30 * len(found)
