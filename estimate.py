@@ -235,7 +235,7 @@ def build(stage: int, method: str, cfg: Any, data: Data, processes: int = 1) -> 
             head = ProjectionHead(encoder.num_features, cfg.hidden_mlp, cfg.feat_dim)
             samples = data.stage1_samples(cfg.slices_per_volume)
             return ImageClustering(encoder, head, objective(cfg.feat_dim, samples, "nmb_prototypes", cfg.batch_size))
-        joint = JointEncoder(cfg.arch, cfg.d_model, cfg.layers)
+        joint = JointEncoder(cfg.arch, cfg.d_model, cfg.layers, attention=cfg.attention)
         if stage == 2:
             return MaskedSlices(joint)
         images = min(cfg.images_per_step, data.images and cfg.images_per_step) if cfg.lambda_intra else 0

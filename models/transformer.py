@@ -200,11 +200,15 @@ class Layer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(d_model, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, d_model))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor, return_maps: bool = False) -> Tensor | tuple[Tensor, AttentionMaps]:
+    def forward(
+        self, x: Tensor, mask: Tensor, return_maps: bool = False
+    ) -> Tensor | tuple[Tensor, AttentionMaps | None]:
         x = x + self.local(x.transpose(1, 2)).transpose(1, 2)  # padded slices are zero, as is the convolution's border
-        maps_too = {"return_maps": True} if return_maps else {}  # only deformable attention has maps
-        attended = self.attention(self.norm1(x), mask, **maps_too)
-        attended, maps = attended if return_maps else (attended, None)
+        maps = None
+        if return_maps and isinstance(self.attention, DeformableAttention1D):
+            attended, maps = self.attention(self.norm1(x), mask, return_maps=True)
+        else:
+            attended = self.attention(self.norm1(x), mask)
         x = x + self.dropout(attended)
         x = x + self.dropout(self.mlp(self.norm2(x)))
         return (x, maps) if return_maps else x
@@ -239,7 +243,7 @@ class SliceTransformer(nn.Module):
         for layer in self.layers:
             if return_maps:
                 x, seen = layer(x, mask, return_maps=True)
-                maps.append(seen)
+                maps += [seen] if seen else []
             else:
                 x = layer(x, mask)
             x = x * mask.unsqueeze(-1)

@@ -89,7 +89,8 @@ def build(run: Run) -> Network:
             resnet = GreyResNet(config["arch"])
             resnet.load_state_dict(_below(state, "encoder."))
         else:
-            joint = JointEncoder(config["arch"], config["d_model"], config["layers"])
+            attention = config.get("attention", "deformable")
+            joint = JointEncoder(config["arch"], config["d_model"], config["layers"], attention=attention)
             joint.load_state_dict(_below(state, "encoder."))
             resnet = joint.eval().encoder
         network = Network(resnet.eval(), joint)
@@ -199,7 +200,8 @@ def attention(
 ) -> Iterator[Attention]:
     for item in _windows(run, samples, count, seed) if network.joint else []:
         _, maps = network.joint.transformer(*_tokens(run, network, store, item), return_maps=True)
-        yield Attention(item, samples[item[0]], maps)
+        if maps:  # only deformable attention has them
+            yield Attention(item, samples[item[0]], maps)
 
 
 def attention_over_slices(maps: AttentionMaps, slices: int) -> Tensor:

@@ -419,6 +419,7 @@ def test_a_transformer_of_ordinary_attention_does_not_see_padding() -> None:
     out = net(padded, first(6, 11))
     assert_close(out[:, :6], net(alone, first(6, 6)), rtol=1e-4, atol=1e-5)
     assert not out[:, 6:].any()
+    assert_close(net(padded, first(6, 11), return_maps=True), (out, []))  # it has no sampled points to show
 
 
 def test_the_default_is_deformable_and_has_the_weights_it_always_had() -> None:
