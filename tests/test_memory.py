@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny import options
 
+from objectives.learners import Learner
 from utils import memory
+from utils.distributed import Run
 from utils.errors import UserError
 from utils.memory import GIB
 
@@ -101,3 +105,26 @@ def test_a_step_that_fails_otherwise_says_why(data, tmp_path):
     _, cfg = script_options("mask_swav", data, tmp_path, fit_batch=1.0, resnet_pretrained="missing.pth")
     with pytest.raises(RuntimeError, match=r"batch_size 2 failed(?s:.*)missing\.pth"):
         memory.measure(cfg, 2)
+
+
+class NotesGradients(Learner):
+    """Whether there are gradients in memory as each step begins."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+        self.found: list[bool] = []
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.found.append(self.weight.grad is not None)
+        return {"loss": (self.weight * x).sum()}
+
+
+@pytest.mark.parametrize(("accumulate", "expected"), [(1, [False] * 3), (4, [False, True, True])])
+def test_a_step_that_accumulates_has_room_for_the_gradients_of_those_before_it(accumulate, expected):
+    learner = NotesGradients()
+    loader = SimpleNamespace(epoch=lambda _: iter([{"x": torch.ones(3)}]))
+    config = SimpleNamespace(precision="fp32", accumulate=accumulate)
+    run = Run(0, 1, torch.device("cpu"))
+    memory._peak(learner, loader, torch.optim.SGD(learner.parameters(), 0.1), config, run)
+    assert learner.found == expected

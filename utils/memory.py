@@ -199,7 +199,8 @@ def _peak(learner: torch.nn.Module, loader: Any, optimizer: Optimizer, config: A
         batch = next(batches)  # made while the device still computes, so both are in memory
         if bool(guards.gradients_are_finite(optimizer)):
             precision.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
+        if config.accumulate == 1:  # otherwise a batch finds the gradients of those before it
+            optimizer.zero_grad(set_to_none=True)
     return peak_memory(run.device)
 
 
