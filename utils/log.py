@@ -151,8 +151,8 @@ class Log:
         for _, text in found:
             self.say(f"warning: epoch {epoch + 1}: {text}")
         rows = [{"epoch": epoch, "condition": condition, "text": text} for condition, text in found]
-        if rows:
-            distributed.on_main(lambda: _write([*_rows(self.warnings_path), *rows], self.warnings_path))
+        # Also without rows: on other hardware a figure may differ in its last bit and be no warning there.
+        distributed.on_main(lambda: _write([*_rows(self.warnings_path), *rows], self.warnings_path))
 
     def close(self) -> None:
         if self._tensorboard:
