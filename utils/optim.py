@@ -51,18 +51,22 @@ class LARC(Optimizer):
             weights = [p for p in group["params"] if p.grad is not None]
             if not weights:
                 continue
-            gradients = [p.grad for p in weights]
-            momenta = [self._momentum(w) for w in weights]
-            torch._foreach_mul_(momenta, group["momentum"])
-            if group["adapt"]:
-                ratios, decays = self._adapt(weights, gradients, group)
-                torch._foreach_addcmul_(momenta, gradients, ratios)
-                torch._foreach_addcmul_(momenta, weights, decays)
-            else:
-                torch._foreach_add_(momenta, gradients)
-                if group["weight_decay"]:
-                    torch._foreach_add_(momenta, weights, alpha=group["weight_decay"])
-            torch._foreach_add_(weights, momenta, alpha=-group["lr"])
+            for part in _together(weights):
+                self._move(part, group)
+
+    def _move(self, weights: list[torch.Tensor], group: dict[str, Any]) -> None:
+        gradients = [p.grad for p in weights]
+        momenta = [self._momentum(w) for w in weights]
+        torch._foreach_mul_(momenta, group["momentum"])
+        if group["adapt"]:
+            ratios, decays = self._adapt(weights, gradients, group)
+            torch._foreach_addcmul_(momenta, gradients, ratios)
+            torch._foreach_addcmul_(momenta, weights, decays)
+        else:
+            torch._foreach_add_(momenta, gradients)
+            if group["weight_decay"]:
+                torch._foreach_add_(momenta, weights, alpha=group["weight_decay"])
+        torch._foreach_add_(weights, momenta, alpha=-group["lr"])
 
     def _momentum(self, weight: torch.Tensor) -> torch.Tensor:
         state = self.state[weight]
@@ -84,6 +88,11 @@ class LARC(Optimizer):
         moves = (w_norm > 0) & (g_norm > 0)
         decays = torch.where(moves, ratio * decay, 0)
         return list(torch.where(moves, ratio, 1).unbind()), list(decays.unbind())
+
+
+def _together(weights: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """All at once on a GPU, where every call has a price; one by one on a CPU, where a tensor stays in the cache."""
+    return [weights] if weights[0].is_cuda else [[w] for w in weights]
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
