@@ -118,6 +118,20 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+class _SpatialMean(torch.autograd.Function):
+    """x [N, C, H, W] -> mean [N, C], float32 at least. torch's own would write a whole map of equal gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        return x.mean(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        each = gradient / (ctx.shape[2] * ctx.shape[3])
+        return each.to(ctx.dtype)[:, :, None, None].expand(ctx.shape)  # added to the map's other gradient as it is
+
+
 def pooled(stages: list[Tensor]) -> Tensor:
     """Global average of the last stage: [N, C4]."""
     return stages[-1].mean(dim=(2, 3))
@@ -125,5 +139,9 @@ def pooled(stages: list[Tensor]) -> Tensor:
 
 def multi_scale(stages: list[Tensor]) -> Tensor:
     """Global averages of all stages, each of unit length, joined: [N, C1 + C2 + C3 + C4] (3840 for ResNet-50)."""
-    dtype = torch.promote_types(stages[0].dtype, torch.float32)  # as `wide`, without a copy of the maps
-    return torch.cat([F.normalize(stage.mean(dim=(2, 3), dtype=dtype), dim=1) for stage in stages], dim=1)
+    if stages[0].requires_grad:
+        means = [_SpatialMean.apply(stage) for stage in stages]
+    else:  # the same without a node of ours in exported programs
+        dtype = torch.promote_types(stages[0].dtype, torch.float32)
+        means = [stage.mean(dim=(2, 3), dtype=dtype) for stage in stages]
+    return torch.cat([F.normalize(mean, dim=1) for mean in means], dim=1)
