@@ -32,12 +32,12 @@ from utils import distributed
 
 ROOT = Path(__file__).parents[1]
 GOAL = 0.2
-# Different stages, sizes, networks and methods. Enough epochs for a minute or two of each.
+# Different stages, sizes, networks and methods. A minute or so of each: of shorter runs, starting is the larger part.
 RUNS: dict[str, tuple[int, str, dict[str, Any]]] = {
-    "stage1": (1, "swav", {"arch": "resnet18", "size_crops": [96, 48], "slices_per_volume": 4, "epochs": 2}),
-    "stage2": (2, "swav", {"arch": "resnet50", "target_shape": [24, 64, 64], "epochs": 3}),
-    "stage2 cached": (2, "swav", {"arch": "resnet50", "target_shape": [24, 64, 64], "epochs": 8, "cached_views": 2}),
-    "stage3": (3, "deepcluster", {"arch": "resnet18", "target_shape": [24, 80, 80], "epochs": 2}),
+    "stage1": (1, "swav", {"arch": "resnet18", "size_crops": [96, 48], "slices_per_volume": 4, "epochs": 8}),
+    "stage2": (2, "swav", {"arch": "resnet50", "target_shape": [24, 64, 64], "epochs": 15}),
+    "stage2 cached": (2, "swav", {"arch": "resnet50", "target_shape": [24, 64, 64], "epochs": 40, "cached_views": 4}),
+    "stage3": (3, "deepcluster", {"arch": "resnet18", "target_shape": [24, 80, 80], "epochs": 8}),
 }
 
 
