@@ -107,7 +107,7 @@ class Config:
     wd: NonNegativeFloat = 0.0001
     """weight decay"""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """auto: bf16 or fp16 by GPU, fp32 on a CPU"""
+    """auto: bf16 where the GPU computes in it, else fp16 on a GPU and fp32 on a CPU"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train"""
     workers: PositiveInt = 4
@@ -216,6 +216,11 @@ def build_model(cfg: Config, classes: int) -> nn.Module:
         anchor_generator=AnchorGenerator(thirds, ratios),
         **grey,
     )
+
+
+def _precision(cfg: Config, device: torch.device) -> Precision:
+    """On a CPU float32: see NARROW in models/resnet.py, and the pyramid of a small image ends with maps that narrow."""
+    return Precision("fp32" if cfg.precision == "auto" and device.type == "cpu" else cfg.precision, device)
 
 
 def freeze(encoder: GreyResNet, trainable_layers: int, norm: bool) -> None:
@@ -344,7 +349,7 @@ def fit(
 
     Returns per epoch the mean loss, validation mAP and AP50. Raises UserError when the loss is not finite.
     """
-    precision = Precision(cfg.precision, device)
+    precision = _precision(cfg, device)
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg.wd), cfg.base_lr)
     steps = cfg.steps_per_epoch or math.ceil(len(train) / cfg.batch_size)
     rate = WarmupCosine(cfg.base_lr, 0.0, 0.0, min(steps, cfg.epochs * steps // 10), cfg.epochs * steps)
@@ -417,7 +422,7 @@ def predict(model: nn.Module, examples: list[Example], cfg: Config) -> list[dict
     """Of each image boxes [n, 4] in pixels of its file, scores [n] and labels [n], on the CPU."""
     model.eval()
     device = next(model.parameters()).device
-    precision = Precision(cfg.precision, device)
+    precision = _precision(cfg, device)
     found = []
     for start in range(0, len(examples), cfg.batch_size):
         some = examples[start : start + cfg.batch_size]

@@ -269,3 +269,17 @@ def test_a_step_does_not_wait_for_the_device(stage: str) -> None:
             guards.gradients_are_finite(optimizer)
             optimizer.step()
             optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("side", [12, 16, 17, 32])
+def test_gradients_in_bf16_hold_nothing_that_was_left_in_memory(side: int) -> None:
+    torch.manual_seed(0)
+    net = GreyResNet("resnet18").train()
+    for _ in range(3):
+        left = [torch.full((n,), float("nan")) for n in [512 * 512 * 9] * 4 + [256 * 512 * 9] * 4]
+        del left
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            stages = net(torch.rand(4, 1, side, side))
+        sum(stage.float().square().mean() for stage in stages).backward()
+        assert all(p.grad.isfinite().all() for p in net.parameters())
