@@ -271,15 +271,18 @@ def test_a_step_does_not_wait_for_the_device(stage: str) -> None:
             optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("side", [12, 16, 17, 32])
-def test_gradients_in_bf16_hold_nothing_that_was_left_in_memory(side: int) -> None:
+@pytest.mark.parametrize("side", [12, 16])
+def test_gradients_of_narrow_images_in_bf16_hold_nothing_that_was_left_in_memory(side: int) -> None:
+    """The last stage's first convolution meets maps of width 1, so its outer columns see padding alone."""
     torch.manual_seed(0)
     net = GreyResNet("resnet18").train()
-    for _ in range(3):
-        left = [torch.full((n,), float("nan")) for n in [512 * 512 * 9] * 4 + [256 * 512 * 9] * 4]
+    weight = net.layer4[0].conv1.weight
+    for _ in range(5):
+        left = [torch.full((weight.numel(),), float("nan")) for _ in range(40)]
         del left
         net.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             stages = net(torch.rand(4, 1, side, side))
         sum(stage.float().square().mean() for stage in stages).backward()
-        assert all(p.grad.isfinite().all() for p in net.parameters())
+        assert weight.grad[..., 1].any()
+        assert not weight.grad[..., [0, 2]].any()
