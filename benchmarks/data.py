@@ -102,6 +102,23 @@ def write_small(root: Path, count: int) -> None:
 # ------------------------------------------------------------------------------------------------------- the pipelines
 
 
+def released_transforms() -> Callable:
+    """One of TorchIO's seven at a time, as the method's released code draws them for a view."""
+    import torchio as tio
+
+    return tio.OneOf(
+        [
+            tio.RandomFlip(axes=(0, 1, 2), flip_probability=1),
+            tio.RandomAffine(),
+            tio.RandomAnisotropy(),
+            tio.RandomBlur(),
+            tio.RandomNoise(),
+            tio.RandomBiasField(),
+            tio.RandomGamma(),
+        ]
+    )
+
+
 class PlainVolumes(Dataset):
     """The plain way: index -> [2, 1, 128, 128, 64], everything per sample and on the CPU."""
 
@@ -111,17 +128,7 @@ class PlainVolumes(Dataset):
         self.files = sorted((root / "Raw").glob("*.npy"))
         height, width = VIEW[1:]
         self.crop = tio.CropOrPad((height, width, VIEW[0]))
-        self.augment = tio.OneOf(
-            [
-                tio.RandomFlip(axes=(0, 1, 2), flip_probability=1),
-                tio.RandomAffine(),
-                tio.RandomAnisotropy(),
-                tio.RandomBlur(),
-                tio.RandomNoise(),
-                tio.RandomBiasField(),
-                tio.RandomGamma(),
-            ]
-        )
+        self.augment = released_transforms()
 
     def __len__(self) -> int:
         return len(self.files)

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks import timing
-from benchmarks.data import write_raw
+from benchmarks.data import released_transforms, write_raw
 from datasets.augment import MultiCrop, VolumeViews
 from datasets.loaders import ImageLoader, Slices, VolumeLoader, VolumeWindows, canvas_size
 from datasets.store import prepare
@@ -393,21 +393,10 @@ def plain_step(cfg: Config, device: torch.device) -> Callable[[], None] | None:
     if missing := [p for p in ("deformable_attention", "torchio") if importlib.util.find_spec(p) is None]:
         print(f"no reference: {', '.join(missing)} not installed (pip install -r requirements-dev.txt)")
         return None
-    import torchio as tio
     from deformable_attention import DeformableAttention1D
 
     slices, height, width = cfg.target_shape
-    transforms = tio.OneOf(
-        [
-            tio.RandomFlip(axes=(0, 1, 2), flip_probability=1),
-            tio.RandomAffine(),
-            tio.RandomAnisotropy(),
-            tio.RandomBlur(),
-            tio.RandomNoise(),
-            tio.RandomBiasField(),
-            tio.RandomGamma(),
-        ]
-    )
+    transforms = released_transforms()
     volumes = torch.rand(cfg.batch_size, 1, height, width, slices)
     net = torchvision.models.get_model(cfg.arch, weights=None)
     features = net.fc.in_features
