@@ -93,7 +93,7 @@ def stages(method: str) -> list[tuple[str, list[str]]]:
     return [
         (f"ssl_{method}2D", [*images, "--base_lr", "2"]),
         (f"mask_{method}", [*volumes, "--epochs", "3"]),
-        (f"ssl_{method}3D", [*volumes, "--epochs", "3", "--base_lr", "1"]),
+        (f"ssl_{method}3D", [*volumes, "--epochs", "3", "--base_lr", "1" if method == "swav" else "0.1"]),
     ]
 
 

@@ -108,9 +108,9 @@ class Config:
     """batches whose gradients are added up before an update; assignments and BatchNorm still see one at a time"""
     sampling_temperature: PositiveFloat = 1.0
     """1: every sample once per epoch; more: small data sets more often, n ** (1 / temperature) draws of n samples"""
-    base_lr: PositiveFloat = 0.3
-    """peak learning rate of SGD with LARC, for the joint batch as it is"""
-    final_lr: NonNegativeFloat = 0.0003
+    base_lr: PositiveFloat = 0.03
+    """peak learning rate of SGD with LARC, for the joint batch as it is; assignments an epoch old bear less than SwAV's"""
+    final_lr: NonNegativeFloat = 0.00003
     """learning rate at the end of the cosine schedule"""
     warmup_epochs: NonNegativeInt = 10
     """epochs of linear warm-up"""

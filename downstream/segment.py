@@ -100,7 +100,7 @@ class Config:
     wd: NonNegativeFloat = 0.0001
     """weight decay"""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """auto: bf16 or fp16 by GPU, fp32 on a CPU"""
+    """auto: bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train"""
     seed: NonNegativeInt = 0
