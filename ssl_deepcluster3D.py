@@ -109,7 +109,7 @@ class Config:
     sampling_temperature: PositiveFloat = 1.0
     """1: every sample once per epoch; more: small data sets more often, n ** (1 / temperature) draws of n samples"""
     base_lr: PositiveFloat = 0.03
-    """peak learning rate of SGD with LARC, for the joint batch as it is; assignments an epoch old bear less than SwAV's"""
+    """peak learning rate of SGD with LARC, for the joint batch as it is; a tenth of SwAV's (docs/DECISIONS.md)"""
     final_lr: NonNegativeFloat = 0.00003
     """learning rate at the end of the cosine schedule"""
     warmup_epochs: NonNegativeInt = 10
