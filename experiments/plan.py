@@ -69,20 +69,23 @@ def expand(files: Sequence[str | Path], data: Path, dump_path: Path) -> Plan:
     {data} in options becomes the folder `data`. Raises UserError naming the file and what is wrong in it: unknown keys,
     options that the script does not have, runs that no file describes.
     """
-    plan, seeds_of, compared = Plan(), {}, []
+    plan, seeds_of = Plan(), {}
     for file in files:
         content = _checked(str(file), read_yaml(Path(file)), SECTIONS)
+        # Seed by seed over all that has seeds: whenever the time is up, every table has as many as the others.
+        by_seed: dict[int | None, list[Run]] = {None: []}
         for name, about in _variants(str(file), content.get("pretraining", {})):
             if name in seeds_of:
                 raise UserError(f"{file}: {name} is described twice")
             seeds_of[name] = list(about.get("seeds", []))
             for seed in seeds_of[name] or [None]:
                 run = _pretraining(f"{file}: {name}", name, about, content.get("defaults", {}), seed, seeds_of)
-                plan.runs[run.name] = _placed(run, data, dump_path)
+                by_seed.setdefault(seed, []).append(run)
         for name, about in content.get("comparisons", {}).items():
             about = _checked(f"{file}: {name}", about, COMPARISON)
-            runs = [_comparison(f"{file}: {name}", name, about, seed, seeds_of) for seed in about["seeds"]]
-            compared.append([_placed(run, data, dump_path) for run in runs])
+            runs = {seed: _comparison(f"{file}: {name}", name, about, seed, seeds_of) for seed in about["seeds"]}
+            for seed, run in runs.items():
+                by_seed.setdefault(seed, []).append(run)
             metrics = about.get("metrics", [MAIN_METRIC[about["task"]]])
             plan.tables.append(
                 Table(
@@ -91,13 +94,12 @@ def expand(files: Sequence[str | Path], data: Path, dump_path: Path) -> Plan:
                     tuple(metrics),
                     tuple(about["initialisations"]),
                     tuple(about["labelled"]),
-                    tuple(run.name for run in runs),
+                    tuple(run.name for run in runs.values()),
                 )
             )
+        for run in itertools.chain(*by_seed.values()):
+            plan.runs[run.name] = _placed(run, data, dump_path)
         plan.differences += [(better, worse) for better, worse in content.get("differences", [])]
-    # Seed by seed over all comparisons: whenever the time is up, every table has as many seeds as the others.
-    for same_seed in itertools.zip_longest(*compared):
-        plan.runs |= {run.name: run for run in same_seed if run}
     return plan
 
 
