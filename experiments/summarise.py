@@ -8,6 +8,7 @@ Every mean has its 95 % t-interval over seeds and its number of seeds; differenc
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from utils import config as options
 from utils.errors import UserError
 
 LOWER_IS_BETTER = ("hd95_mm",)
+LAST = ("loss", "intra_std", "intra_rank", "inter_std", "inter_rank", "interpolation", "mask_skill")  # of metrics.csv
 
 
 @dataclass
@@ -74,7 +76,7 @@ def main(cfg: Config) -> None:
         cells = read_cells(table, out, seconds)
         if cells:
             parts += section(table, cells, plan.differences, plots)
-    parts += [*costs(plan, seconds), *published(Path(cfg.published))]
+    parts += [*costs(plan, seconds, out), *published(Path(cfg.published))]
     checkpoint.write_text("\n\n".join(parts) + "\n", page)
     print(f"wrote {page} and {plots}")
 
@@ -140,15 +142,23 @@ def section(
     return parts
 
 
-def costs(plan: Plan, seconds: Mapping[str, float]) -> list[str]:
-    """Wall-clock time of every pre-training, and of all comparisons together."""
+def costs(plan: Plan, seconds: Mapping[str, float], out: Path) -> list[str]:
+    """Every pre-training's wall-clock time and the last line of its metrics.csv; the time of all comparisons."""
     of_tables = {run for table in plan.tables for run in table.runs}
-    rows = ["| run | seconds |", "|---|---|"]
-    rows += [f"| {name} | {spent:.0f} |" for name, spent in seconds.items() if name not in of_tables]
-    rows.append(f"| all comparisons | {sum(spent for name, spent in seconds.items() if name in of_tables):.0f} |")
+    rows = ["| run | script | seconds | " + " | ".join(LAST) + " |", "|---|---|---|" + "---|" * len(LAST)]
+    for name, spent in seconds.items():
+        if name not in of_tables:
+            with open(out / name / "metrics.csv", newline="") as file:
+                *_, last = csv.DictReader(file)
+            figures = (f"{float(last[column]):.3f}" if last.get(column) else "-" for column in LAST)
+            rows.append(f"| {name} | {plan.runs[name].module} | {spent:.0f} | {' | '.join(figures)} |")
+    compared = sum(spent for name, spent in seconds.items() if name in of_tables)
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
-    text = f"Wall-clock seconds of each process ({versions}, on the machine that wrote this page)."
-    return ["## Costs", text, "\n".join(rows)]
+    text = (
+        f"Wall-clock seconds of each process ({versions}, on the machine that wrote this page); all comparisons "
+        f"together {compared:.0f} s. Beside them the last epoch's figures, as docs/DIAGNOSTICS.md defines them."
+    )
+    return ["## Pre-training runs and costs", text, "\n".join(rows)]
 
 
 def published(path: Path) -> list[str]:

@@ -308,5 +308,6 @@ def test_from_a_file_to_a_page(small: Path, data: Path, tmp_path: Path, capsys: 
     text = page.read_text()
     assert f"| 2D | {of['2D']:.3f} [nan, nan], n 1 |" in text
     assert f"| 2D - random | {of['2D'] - of['random']:+.3f} [" in text
+    assert "| flat | ssl_swav2D | " in text
     assert "arXiv 2306.11925" in text
     assert (page.parent / "results" / "kind_linear_balanced_accuracy.png").is_file()

@@ -267,6 +267,21 @@ def test_features_in_the_u_net_are_those_of_our_encoder(channels):
         torch.testing.assert_close(stage, ours, rtol=1e-4, atol=1e-5)
 
 
+def test_an_instance_normalised_decoder_does_not_depend_on_the_batch():
+    encoder = load_encoder("random", "resnet18", 0)
+    torch.manual_seed(0)
+    unet = SliceUNet(encoder, "resnet18", 1, 2, decoder_norm="instance").unet
+    norms = [m for m in unet.decoder.modules() if isinstance(m, nn.InstanceNorm2d)]
+    assert norms
+    assert all(norm.affine and not norm.track_running_stats for norm in norms)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in unet.decoder.modules())
+    unet.train()  # even while training
+    features = [f.detach() for f in unet.encoder(torch.rand(3, 1, 64, 64))]
+    together = unet.decoder(features)
+    alone = unet.decoder([f[:1] for f in features])
+    torch.testing.assert_close(together[:1], alone, rtol=1e-4, atol=1e-5)
+
+
 def test_the_lines_of_the_documentation_give_the_features_of_our_encoder(tmp_path):
     encoder = load_encoder("random", "resnet18", 0)
     encoder(torch.rand(4, 1, 64, 64))  # BatchNorm statistics that are not the initial ones
