@@ -41,6 +41,8 @@ class Config:
     """as for experiments.run"""
     output: str = "docs/RESULTS.md"
     """the page; its plots go to results/ beside it"""
+    findings: str | None = "experiments/findings.md"
+    """text that stands before the tables: what people concluded from them; null: none"""
     published: str = "experiments/published.yaml"
     """other people's figures, shown beside ours as such"""
     partial: bool = False
@@ -70,6 +72,13 @@ def main(cfg: Config) -> None:
         "cases and all random weights, while test cases and pre-trained weights are the same for all seeds of a "
         "comparison without seeded pre-training: the intervals do not cover those.",
     ]
+    if cfg.findings:
+        try:
+            parts.append(Path(cfg.findings).read_text(encoding="utf-8").strip())
+        except OSError as error:
+            raise UserError(
+                f"findings: {cfg.findings} cannot be read ({error.strerror}); correct it, or null"
+            ) from None
     if missing:
         parts.append(f"**{len(missing)} of {len(plan.runs)} runs are not finished**: {', '.join(missing)}.")
     for table in plan.tables:

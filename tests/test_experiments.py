@@ -286,9 +286,11 @@ def small(tmp_path: Path, data: Path) -> Path:
 
 def test_from_a_file_to_a_page(small: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = {"experiments": [str(small)], "data": str(data), "dump_path": str(tmp_path / "runs")}
+    (tmp_path / "findings.md").write_text("## What was found\n")
+    written = {"output": str(tmp_path / "docs" / "RESULTS.md"), "findings": str(tmp_path / "findings.md")}
     page = tmp_path / "docs" / "RESULTS.md"
     with pytest.raises(UserError, match="2 of 2 runs are not finished"):
-        summarise.main(summarise.Config(**common, output=str(page)))
+        summarise.main(summarise.Config(**common, **written))
     command = [sys.executable, "-m", "experiments.run", f"--experiments=[{small}]", f"--data={data}"]
     command += [f"--dump_path={common['dump_path']}"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -302,12 +304,13 @@ def test_from_a_file_to_a_page(small: Path, data: Path, tmp_path: Path, capsys: 
     assert "goes on next time" in rest
     runner.main(runner.Config(**common))
     assert "2 of 2 runs finished" in capsys.readouterr().out
-    summarise.main(summarise.Config(**common, output=str(page)))
+    summarise.main(summarise.Config(**common, **written))
     cells = [json.loads(path.read_text()) for path in (tmp_path / "runs" / "kind-s0").glob("cells/*/cell.json")]
     of = {cell["initialisation"]: cell["metrics"]["linear.balanced_accuracy"] for cell in cells}
     text = page.read_text()
     assert f"| 2D | {of['2D']:.3f} [nan, nan], n 1 |" in text
     assert f"| 2D - random | {of['2D'] - of['random']:+.3f} [" in text
     assert "| flat | ssl_swav2D | " in text
+    assert "## What was found" in text
     assert "arXiv 2306.11925" in text
     assert (page.parent / "results" / "kind_linear_balanced_accuracy.png").is_file()
