@@ -2,11 +2,12 @@
 
     python export_weights.py --weights weights/swav3D.pth --format timm --dest exports
     python export_weights.py --weights weights/swav3D.pth --format all --dest exports
+    python export_weights.py --weights weights/swav3D.pth --half true --one_file true     # small, to pass on
 
 torchvision, timm, smp (segmentation_models_pytorch), monai2d and monai3d are state dicts of a plain ResNet, as `.pth`
 and `.safetensors`; joint is slice encoder and transformer together through torch.export (`.pt2`); onnx is the slice
 encoder. Beside each stands a card for people (`.md`) and for programs (`.json`): input, checksums, what made the
-weights, and the lines that load them. docs/EXPORTS.md has these lines for every library.
+weights, the lines that load them, and what not to expect. docs/EXPORTS.md has these lines for every library.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ class Config:
     """input channels of a plain ResNet; 3 expects the grey image three times; 0: 1 for MONAI, 3 for the others"""
     inflation: exports.Inflation = "centre"
     """2D kernels to 3D: in the middle of the depth, or spread over it (docs/EXPORTS.md)"""
+    half: bool = False
+    """state dicts in half precision, <name>_<format>_fp16.*: half the size, converted as they are loaded"""
+    one_file: bool = False
+    """of a state dict only the file that the card's lines load, instead of .pth and .safetensors"""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,10 @@ class Target:
     lacks_wide: bool = False  # no wide_resnet* there
 
 
+HALF = (
+    "Values are half precision (float16). `load_state_dict` into a float32 network, as above, converts them, and the "
+    "network computes in float32; only `assign=True` would leave it in float16."
+)
 GREY_STEM = "resnet.conv1 = torch.nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False)"
 MONAI_RESNET = (
     "resnet = monai.networks.nets.{arch}(spatial_dims={dims}, n_input_channels={channels}, conv1_t_stride=2, "
@@ -120,18 +129,18 @@ def main(cfg: Config) -> None:
     source = read(cfg.weights, cfg.arch)
     dest = Path(cfg.dest)
     for name in TARGETS if cfg.format == "all" else [cfg.format]:
-        reason = _cannot(name, source)
+        reason = _cannot(name, source, cfg.half)
         if reason and cfg.format != "all":
             raise UserError(f"format: {reason}")
         if reason:
             print(f"{name}: left out; {reason}", flush=True)
             continue
         channels = (cfg.channels or TARGETS[name].channels) if name in PLAIN else 1
-        file = dest / f"{source.path.stem}_{name}"
+        file = dest / f"{source.path.stem}_{name}{'_fp16' * cfg.half}"
         try:
             dest.mkdir(parents=True, exist_ok=True)
-            files = write(name, source, file, channels, cfg.inflation)
-            write_card(describe(name, source, files, channels, cfg.inflation), file)
+            files = write(name, source, file, channels, cfg.inflation, cfg.half, cfg.one_file)
+            write_card(describe(name, source, files, channels, cfg.inflation, cfg.half), file)
         except OSError as error:
             raise UserError(f"dest: {file} cannot be written ({error.strerror}); choose another folder") from None
         print(f"wrote {', '.join(map(str, files))}", flush=True)
@@ -167,7 +176,15 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def write(name: str, source: Source, file: Path, channels: int, inflation: exports.Inflation) -> list[Path]:
+def write(
+    name: str,
+    source: Source,
+    file: Path,
+    channels: int,
+    inflation: exports.Inflation,
+    half: bool = False,
+    one_file: bool = False,
+) -> list[Path]:
     """Write one format to `file` and its suffixes; returns the files."""
     if name == "joint":
         exports.write_program(source.joint, file.with_name(f"{file.name}.pt2"))
@@ -180,13 +197,22 @@ def write(name: str, source: Source, file: Path, channels: int, inflation: expor
     state = exports.plain_state(source.encoder, channels)
     if TARGETS[name].dims == 3:
         state = exports.inflate(state, inflation)
-    pickled, safe = file.with_name(f"{file.name}.pth"), file.with_name(f"{file.name}.safetensors")
-    checkpoint.write(state, pickled)
-    safe.write_bytes(save(state, metadata={"format": "pt"}))  # save_file would leave it readable for its owner alone
-    return [pickled, safe]
+    if half:
+        state = exports.halved(state)
+    loaded = "".join(TARGETS[name].use)
+    suffixes = [suffix for suffix in (".pth", ".safetensors") if not one_file or f"{{file}}{suffix}" in loaded]
+    files = [file.with_name(file.name + suffix) for suffix in suffixes]
+    for path in files:
+        if path.suffix == ".pth":
+            checkpoint.write(state, path)
+        else:  # not with save_file, which leaves it readable for its owner alone
+            path.write_bytes(save(state, metadata={"format": "pt"}))
+    return files
 
 
-def describe(name: str, source: Source, files: list[Path], channels: int, inflation: str) -> dict[str, Any]:
+def describe(
+    name: str, source: Source, files: list[Path], channels: int, inflation: str, half: bool = False
+) -> dict[str, Any]:
     """The card's content. It keeps the record's keys, so this project's loaders read an exported `.pth` too.
 
     Paths are left out: a card is passed on, and they tell nothing but how somebody's disk is organised.
@@ -203,6 +229,7 @@ def describe(name: str, source: Source, files: list[Path], channels: int, inflat
         "format": name,
         "library": target.library,
         "arch": source.arch,
+        "dtype": "float16" if half else "float32",
         "use": use,
         "files": {file.name: _sha256(file) for file in files},
         "source": {"file": source.path.name, "sha256": source.record["sha256"]},
@@ -214,6 +241,7 @@ def describe(name: str, source: Source, files: list[Path], channels: int, inflat
             "normalise": "inside: give grey values in 0..1" if name in WHOLE else outside,
         },
         "licence": _licence(source.record),
+        "not_to_expect": _limits(name, source),
     }
     if target.dims == 3:
         card["inflation"] = inflation
@@ -229,6 +257,20 @@ def _licence(record: dict[str, Any]) -> str:
         + (f" and of the weights they started from ({', '.join(before)})" if before else "")
         + "; see the data below before you pass them on."
     )
+
+
+def _limits(name: str, source: Source) -> list[str]:
+    limits = [
+        "A diagnosis. Nothing here was tested on patients' outcomes and no output is a finding; fine-tune, and "
+        "validate on your own patients, before anything depends on it.",
+        "Knowledge of anything but the data named in this card: other organs, modalities, scanners and populations "
+        "were not seen, nor was colour.",
+        "Features that serve as they are: they were learned without labels, by telling images apart. Fine-tune them.",
+        "A gain on every task: compare with random and ImageNet weights on yours (python -m downstream.compare).",
+    ]
+    if name in PLAIN and source.joint:
+        limits.append("Relations between slices: the transformer over slices is not in this file, the ResNet alone is.")
+    return limits
 
 
 def write_card(card: dict[str, Any], file: Path) -> None:
@@ -251,6 +293,7 @@ def write_card(card: dict[str, Any], file: Path) -> None:
         f"Input: {card['input']['shape']} in 0..1 (0 and 1: the 0.5th and 99.5th percentile, or an intensity window). "
         f"Normalisation is {card['input']['normalise']}.",
         *([f"Kernels are inflated along D ({card['inflation']})."] if "inflation" in card else []),
+        *([HALF] if card["dtype"] == "float16" else []),
         "",
         "| file | sha256 |",
         "|---|---|",
@@ -258,6 +301,8 @@ def write_card(card: dict[str, Any], file: Path) -> None:
         f"| made from {card['source']['file']} | {card['source']['sha256']} |",
         "",
         f"Licence: {card['licence']}",
+        "",
+        "## Trained on",
         "",
         f"Commit {card.get('commit', 'unknown')}, torch {card.get('torch', 'unknown')}. Data "
         f"(fingerprint {str(data.get('fingerprint', 'unknown'))[:12]}):",
@@ -271,14 +316,20 @@ def write_card(card: dict[str, Any], file: Path) -> None:
         "```yaml",
         config,
         "```",
+        "",
+        "## What not to expect",
+        "",
+        *(f"- {limit}" for limit in card["not_to_expect"]),
     ]
     file.with_name(f"{file.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _cannot(name: str, source: Source) -> str | None:
+def _cannot(name: str, source: Source, half: bool = False) -> str | None:
     """Why these weights do not have this format."""
     if name == "joint" and source.joint is None:
         return f"{source.path} holds a ResNet alone; joint needs a file of mask_*.py or ssl_*3D.py"
+    if half and name in WHOLE:
+        return f"{name} is a program, which would compute in half precision too; leave --half out"
     if TARGETS[name].lacks_wide and source.arch.startswith("wide"):
         return f"{TARGETS[name].library} has no {source.arch}; torchvision and timm have"
     return None

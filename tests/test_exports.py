@@ -78,7 +78,8 @@ def images() -> Tensor:
 def export(made: SimpleNamespace, dest: Path, stem: str = "third", **options) -> dict:
     """The card of the one format that was asked for."""
     export_weights.main(Config(weights=str(made.folder / f"{stem}.pth"), dest=str(dest), **options))
-    return json.loads((dest / f"{stem}_{options['format']}.json").read_text())
+    half = "_fp16" * options.get("half", False)
+    return json.loads((dest / f"{stem}_{options['format']}{half}.json").read_text())
 
 
 def follow(card: dict, folder: Path, monkeypatch: pytest.MonkeyPatch, **given) -> SimpleNamespace:
@@ -134,6 +135,66 @@ def test_every_stage_exports_the_same_tensors_in_both_files(stem, resnet18, tmp_
         assert sorted(state) == sorted(expected)
         for key, value in expected.items():
             torch.testing.assert_close(state[key], value, rtol=1e-6, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["torchvision", "timm", "smp", "monai2d"])
+def test_the_lines_of_the_card_load_half_precision_into_a_float32_network(
+    name, resnet18, images, tmp_path, monkeypatch
+):
+    card = export(resnet18, tmp_path, format=name, channels=1, half=True)
+    loaded = follow(card, tmp_path, monkeypatch)
+    parameters = getattr(loaded, "unet", None) or loaded.resnet
+    assert {value.dtype for value in parameters.parameters()} == {torch.float32}
+    ours = pooled(resnet18.joint.encoder(images))
+    # Each weight is off by 2^-11 of itself at most, and the errors of many average out.
+    error = features(loaded, (images - GREY_MEAN) / GREY_STD) - ours
+    assert 0 < error.norm() < 2e-3 * ours.norm()
+    assert card["dtype"] == "float16"
+
+
+def test_a_resnet50_in_half_precision_is_one_file_of_less_than_50_megabytes(resnet50, tmp_path):
+    card = export(resnet50, tmp_path, format="torchvision", half=True, one_file=True)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".md", ".pth"]
+    assert list(card["files"]) == ["third_torchvision_fp16.pth"]
+    assert (tmp_path / "third_torchvision_fp16.pth").stat().st_size < 50e6
+    state = torch.load(tmp_path / "third_torchvision_fp16.pth", weights_only=True)
+    for key, value in resnet50.joint.encoder.torchvision_state().items():
+        expected = value.half() if value.is_floating_point() else value
+        assert state[key].dtype == expected.dtype
+        assert torch.equal(state[key], expected)
+
+
+@pytest.mark.parametrize(("name", "suffix"), [("timm", ".safetensors"), ("smp", ".pth")])
+def test_one_file_is_the_one_that_the_card_loads(name, suffix, resnet18, tmp_path, monkeypatch):
+    card = export(resnet18, tmp_path, format=name, one_file=True)
+    assert [Path(file).suffix for file in card["files"]] == [suffix]
+    follow(card, tmp_path, monkeypatch)
+
+
+def test_what_half_precision_cannot_hold_is_refused_by_name():
+    state = {"bn.running_var": torch.tensor([1.0, 7e4]), "bn.num_batches_tracked": torch.tensor(10**9)}
+    with pytest.raises(UserError, match=r"bn.running_var hold values up to 70000, .*at most 65504"):
+        exports.halved(state)
+    small = exports.halved({**state, "bn.running_var": torch.tensor([1.0, 6.5e4])})
+    assert small["bn.running_var"].dtype == torch.float16
+    assert int(small["bn.num_batches_tracked"]) == 10**9  # a count stays one
+
+
+@pytest.mark.parametrize("name", ["joint", "onnx"])
+def test_a_program_has_no_half_precision(name, resnet18, tmp_path):
+    with pytest.raises(UserError, match=f"{name} is a program"):
+        export(resnet18, tmp_path, format=name, half=True)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_card_says_what_they_were_trained_on_and_what_not_to_expect(resnet18, tmp_path):
+    card = export(resnet18, tmp_path, format="torchvision", half=True, channels=1)
+    people = (tmp_path / "third_torchvision_fp16.md").read_text()
+    assert people.index("## Trained on") < people.index("## What not to expect")
+    assert all(f"- {limit}" in people for limit in card["not_to_expect"])
+    assert "the transformer over slices is not in this file" in people
+    assert "float16" in people
 
 
 @torch.no_grad()
@@ -242,6 +303,10 @@ def test_this_projects_loaders_read_an_exported_file(resnet18, tmp_path):
     export(resnet18, tmp_path, format="timm")
     again = load_encoder(str(tmp_path / "third_timm.pth"))
     torch.testing.assert_close(again.conv1.weight, resnet18.joint.encoder.conv1.weight)
+    export(resnet18, tmp_path, format="timm", half=True)
+    again = load_encoder(str(tmp_path / "third_timm_fp16.pth"))
+    torch.testing.assert_close(again.conv1.weight, resnet18.joint.encoder.conv1.weight, rtol=1e-3, atol=1e-5)
+    assert again.conv1.weight.dtype == torch.float32
 
 
 def test_all_leaves_out_what_a_resnet_alone_cannot_give(resnet18, tmp_path, capsys, monkeypatch):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet, plain, pooled
+from utils.errors import UserError
 
 Inflation = Literal["centre", "mean"]
 SMALLEST_SIDE, FEWEST_SLICES = 33, 5  # below, the exported graph would need shapes of 1, which torch.export fixes
@@ -46,6 +47,19 @@ def inflate(state: dict[str, Tensor], how: Inflation = "centre") -> dict[str, Te
         return deep
 
     return {name: one(value) if value.dim() == 4 else value for name, value in state.items()}
+
+
+def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Floating tensors as float16, everything else as it is. Raises UserError naming tensors that do not fit."""
+    small = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+    broken = [name for name, value in small.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        largest = max(float(state[name].abs().max()) for name in broken)
+        raise UserError(
+            f"half: {', '.join(broken[:3])}{', ...' * (len(broken) > 3)} hold values up to {largest:g}, which half "
+            f"precision cannot (at most {torch.finfo(torch.float16).max:g}); leave --half out"
+        )
+    return small
 
 
 class VolumeEmbedding(nn.Module):
