@@ -19,6 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,10 +31,9 @@ from torch import Tensor, nn
 
 from benchmarks import timing
 from benchmarks.data import write_raw
-from datasets.augment import VolumeViews
+from benchmarks.training import Options, volume_loader
 from datasets.embeddings import EmbeddingLoader
-from datasets.loaders import VolumeLoader, VolumeWindows, canvas_size
-from datasets.store import SliceStore, prepare
+from datasets.loaders import VolumeLoader, canvas_size
 from models.encoder import JointEncoder
 from models.folding import FrozenSlices
 from models.transformer import SliceTransformer
@@ -46,21 +46,13 @@ from utils.precision import Precision
 
 
 @dataclass
-class Config:
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where"""
-    arch: str = "resnet50"
-    """torchvision ResNet"""
-    target_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = (64, 128, 128)
-    """slices, height and width of a view"""
+class Config(Options):
     d_model: PositiveInt = 640
     """size of a slice embedding"""
     batch_size: NonNegativeInt = 0
     """volumes per step; 0: 1 on a CPU, 4 on a GPU"""
     steps: PositiveInt = 2
     """of an epoch"""
-    workers: NonNegativeInt = 0
-    """data-loading processes"""
     precisions: list[Literal["fp32", "bf16"]] = ("fp32", "bf16")
     """number formats of ours; a CPU without bf16 units is better off with fp32 alone"""
     repeats: PositiveInt = 2
@@ -76,9 +68,8 @@ def main(cfg: Config) -> None:
     try:
         # As deep as a view, so that no slice is padding.
         write_raw(root, (canvas_size(height, width),) * 2 + (slices,), "int16", cfg.batch_size * cfg.steps)
-        store = prepare(root, canvas_size(height, width), progress=False)[1]
         results["encode"] = encode(cfg, run)
-        results["epoch"] = epochs(cfg, store, run)
+        results["epoch"] = epochs(root, cfg, run)
     finally:
         shutil.rmtree(root)
     print(f"\nwritten to {timing.write('stage2', results, run.device)}")
@@ -116,19 +107,19 @@ def encode(cfg: Config, run: Run) -> dict[str, Any]:
     return {"slices": mask.numel(), "unfolded_over_folded": ratios, **{name: t.record() for name, t in times.items()}}
 
 
-def epochs(cfg: Config, store: SliceStore, run: Run) -> dict[str, Any]:
+def epochs(root: Path, cfg: Config, run: Run) -> dict[str, Any]:
     """Seconds of an epoch of each kind, and how much longer the reference takes."""
+    volumes = partial(volume_loader, root, cfg, run, mask_ratio=0.15)
     reference = Reference(cfg).to(run.device)
-    work = {"reference": epoch_of(reference, volume_loader(cfg, store, run), "fp32", run)}
+    work = {"reference": epoch_of(reference, volumes(), "fp32", run)}
     reference.frozen.requires_grad_(True)  # not to be trained, but to be differentiated
     for precision in cfg.precisions:
         torch.manual_seed(0)
         learner = MaskedSlices(JointEncoder(cfg.arch, cfg.d_model)).to(run.device)
         learner.begin_epoch(0)
-        volumes = volume_loader(cfg, store, run)
         number = Precision(precision, run.device)
-        cached = EmbeddingLoader(volume_loader(cfg, store, run), learner, 1, cfg.d_model, cfg.workers, number)
-        work[f"ours {precision}"] = epoch_of(learner, volumes, precision, run)
+        cached = EmbeddingLoader(volumes(), learner, 1, cfg.d_model, cfg.workers, number)
+        work[f"ours {precision}"] = epoch_of(learner, volumes(), precision, run)
         work[f"cached {precision}"] = epoch_of(learner, cached, precision, run)
     # The reference's first epoch is hardly slower than its next, and a CPU has better to do.
     for name, epoch in work.items():
@@ -142,13 +133,6 @@ def epochs(cfg: Config, store: SliceStore, run: Run) -> dict[str, Any]:
         print(line + (f"; the reference takes {ratios[name]:.1f} x as long" if name in ratios else ""), flush=True)
     shapes = {"batch_size": cfg.batch_size, "steps": cfg.steps, "slices_of_both_views": count}
     return {**shapes, "reference_over": ratios, **{name: t.record() for name, t in times.items()}}
-
-
-def volume_loader(cfg: Config, store: SliceStore, run: Run) -> VolumeLoader:
-    slices, height, width = cfg.target_shape
-    windows = VolumeWindows(store.samples, store, slices, 0)
-    views = VolumeViews(height, width, "strong", 0)
-    return VolumeLoader(windows, views, cfg.batch_size, cfg.workers, 0, run, mask_ratio=0.15)
 
 
 def epoch_of(

@@ -20,8 +20,7 @@ import importlib.util
 import shutil
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -35,43 +34,31 @@ import torch.nn.functional as F
 import torchvision
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from benchmarks import timing
 from benchmarks.data import released_transforms, write_raw
-from datasets.augment import MultiCrop, VolumeViews
-from datasets.loaders import ImageLoader, Slices, VolumeLoader, VolumeWindows, canvas_size
+from benchmarks.training import Options, Training, joint_learner, recorded, shares, volume_loader
+from datasets.augment import MultiCrop
+from datasets.loaders import ImageLoader, Slices, canvas_size
 from datasets.store import prepare
-from models.encoder import JointEncoder
 from models.heads import ProjectionHead
 from models.resnet import GreyResNet
-from objectives import ImageClustering, JointClustering, SwAV
+from objectives import ImageClustering, SwAV
 from utils import config as options
-from utils import distributed, guards, optim
+from utils import distributed, profile
 from utils.distributed import Run
 from utils.precision import Precision
 
 PROTOTYPES = 16  # few: the phantoms are few, and their cost does not show beside a ResNet
 INTRA_PROTOTYPES = 300
-BETWEEN = "between steps"  # the other pieces' turn
 
 
 @dataclass
-class Config:
+class Config(Options):
     parts: list[Literal["stage3", "stage1", "ranks"]] = ("stage3", "stage1", "ranks")
     """what to measure"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where"""
-    arch: str = "resnet50"
-    """torchvision ResNet"""
-    target_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = (64, 128, 128)
-    """slices, height and width of a view"""
-    batch_size: PositiveInt = 1
-    """volumes per step; a GPU wants 16"""
     images: PositiveInt = 16
     """images per step of stage 1; a GPU wants 128"""
-    workers: NonNegativeInt = 0
-    """data-loading processes"""
     precisions: list[Literal["fp32", "bf16"]] = ("fp32", "bf16")
     """number formats; a CPU without bf16 units is better off with fp32 alone"""
     compile: bool = False
@@ -96,117 +83,15 @@ def main(cfg: Config) -> None:
     print(f"\nwrote {timing.write('step', results, run.device)}")
 
 
-# ----------------------------------------------------------------------------------------------------------- our steps
+# ---------------------------------------------------------------------------------------------------------- the pieces
 
 
-def volume_loader(root: Path, cfg: Config, run: Run) -> VolumeLoader:
-    slices, height, width = cfg.target_shape
-    samples, store = prepare(root, canvas_size(height, width), target_shape=cfg.target_shape, progress=False)
-    views = VolumeViews(height, width, "strong", 0)
-    return VolumeLoader(
-        VolumeWindows(samples, store, slices, 0), views, cfg.batch_size, cfg.workers, 0, run, intra_slices=8
-    )
-
-
-def joint_learner(cfg: Config) -> JointClustering:
-    encoder = JointEncoder(cfg.arch)
-    head = ProjectionHead(encoder.encoder.num_features)
-    learner = JointClustering(encoder, head, SwAV(128, [INTRA_PROTOTYPES]), SwAV(640, [PROTOTYPES]))
+def ours_of_stage3(root: Path, cfg: Config, precision: str, run: Run) -> Training:
+    torch.manual_seed(0)
+    learner = joint_learner(cfg.arch, INTRA_PROTOTYPES, PROTOTYPES)
     if cfg.compile:
-        encoder.encoder.compile()
-    return learner
-
-
-class Split:
-    """Which part of a step the time goes to. `enter` says what begins now; on a GPU events say when it was done."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.marks: list[tuple[str, Any]] = []
-
-    def enter(self, part: str) -> None:
-        if self.device.type == "cuda":
-            at = torch.cuda.Event(enable_timing=True)
-            at.record()
-        else:
-            at = time.perf_counter()
-        self.marks.append((part, at))
-
-    def watch(self, module: nn.Module, part: str) -> None:
-        """Count a module's forward pass as `part`, and go on with the part before."""
-
-        def before(*_: Any) -> None:
-            outer.append(self.marks[-1][0] if self.marks else "other")
-            self.enter(part)
-
-        outer: list[str] = []
-        module.register_forward_pre_hook(before)
-        module.register_forward_hook(lambda *_: self.enter(outer.pop()))
-
-    def seconds(self) -> dict[str, float]:
-        """By part since the last call; the last mark ends the last part."""
-        timing.wait(self.device)
-        spent: dict[str, float] = defaultdict(float)
-        for (part, start), (_, end) in zip(self.marks, self.marks[1:], strict=False):
-            spent[part] += start.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - start
-        self.marks.clear()
-        spent.pop(BETWEEN, None)
-        return dict(spent)
-
-
-class Ours:
-    """Training steps as `utils.train` makes them, without its log and checkpoints."""
-
-    def __init__(self, learner: nn.Module, loader: Any, precision: str, run: Run) -> None:
-        self.learner, self.loader, self.run = distributed.wrap(learner, run).train(), loader, run
-        self.precision = Precision(precision, run.device)
-        self.optimizer: Optimizer = optim.LARC(optim.parameter_groups(self.learner, 1e-6), 0.3)
-        self.split = Split(run.device)
-        self.batches = self._batches()
-        core = distributed.unwrap(self.learner)
-        for name, part in watched(core).items():
-            for module in part:
-                self.split.watch(module, name)
-        for views in {"views", "image_views", "crops"} & vars(loader).keys():
-            setattr(loader, views, self._augmenting(getattr(loader, views)))
-        self.batch = next(self.batches)
-
-    def _batches(self) -> Iterator[dict[str, Any]]:
-        epoch = 0
-        while True:
-            yield from self.loader.epoch(epoch)
-            epoch += 1
-
-    def _augmenting(self, views: Callable) -> Callable:
-        def call(*arguments: Any) -> Any:
-            self.split.enter("augmentation")
-            result = views(*arguments)
-            self.split.enter("data wait")
-            return result
-
-        return call
-
-    def step(self) -> None:
-        self.split.enter("other")
-        with self.precision.autocast():
-            loss = self.learner(**self.batch)["loss"]
-        self.split.enter("backward")
-        self.precision.backward(loss)
-        self.split.enter("data wait")
-        self.batch = next(self.batches)
-        self.split.enter("optimiser")
-        if bool(guards.gradients_are_finite(self.optimizer)):
-            self.precision.step(self.optimizer)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.split.enter(BETWEEN)
-
-
-def watched(core: nn.Module) -> dict[str, list[nn.Module]]:
-    """Parts of a step by name -> modules whose forward pass they are."""
-    if isinstance(core, JointClustering):
-        parts = {"f_intra": [core.encoder.encoder, core.encoder.projection], "f_inter": [core.encoder.transformer]}
-        return parts | {"objective": [core.head, core.intra, core.inter]}
-    return {"f_intra": [core.encoder], "objective": [core.head, core.intra]}
+        learner.encoder.encoder.compile()
+    return Training(learner, volume_loader(root, cfg, run, intra_slices=8), precision, run)
 
 
 def bare_resnet(cfg: Config, images: list[Tensor], precision: str, device: torch.device) -> Callable[[], None]:
@@ -228,10 +113,13 @@ def bare_resnet(cfg: Config, images: list[Tensor], precision: str, device: torch
     return step
 
 
-def compare(work: dict[str, Callable[[], object]], ours: dict[str, Ours], cfg: Config, device: torch.device) -> dict:
+def compare(
+    work: dict[str, Callable[[], object]], ours: dict[str, Training], cfg: Config, device: torch.device
+) -> dict[str, Any]:
     """Times and ratios of pieces that take turns; where the time of our steps goes."""
-    for one in ours.values():
-        one.split.seconds()
+    work, parts = dict(work), {}
+    for name, one in ours.items():
+        work[name], parts[name] = recorded(one.step, device)
     times = timing.measure(work, cfg.repeats, warmup=1, device=device)
     result: dict[str, Any] = {name: t.record() for name, t in times.items()}
     for name, t in times.items():
@@ -243,11 +131,9 @@ def compare(work: dict[str, Callable[[], object]], ours: dict[str, Ours], cfg: C
                 result[f"{name} over bare" if what == "bare" else f"reference over {name}"] = ratio
                 line += f", {ratio:.2f} x bare" if what == "bare" else f"; the reference takes {ratio:.2f} x as long"
         print(line, flush=True)
-    for name, one in ours.items():
-        spent = one.split.seconds()
-        total = sum(spent.values())
-        result[f"{name} split"] = {part: seconds / total for part, seconds in sorted(spent.items())}
-        print(f"  {name}: " + ", ".join(f"{part} {seconds / total:.1%}" for part, seconds in sorted(spent.items())))
+    for name, calls in parts.items():
+        result[f"{name} split"] = split = shares(calls[1:])  # without the warm-up
+        print(f"  {name}: " + ", ".join(f"{part} {share:.1%}" for part, share in split.items()))
     return result
 
 
@@ -261,8 +147,7 @@ def stage3(root: Path, cfg: Config, run: Run) -> dict[str, Any]:
     work: dict[str, Callable[[], object]] = {}
     memory = {}
     for precision in cfg.precisions:
-        torch.manual_seed(0)
-        one = Ours(joint_learner(cfg), volume_loader(root, cfg, run), precision, run)
+        one = ours_of_stage3(root, cfg, precision, run)
         images = torch.rand(count, 3, height, width, device=run.device)
         bare = bare_resnet(cfg, [images], precision, run.device)
         ours[f"ours {precision}"] = one
@@ -282,20 +167,19 @@ def stage3(root: Path, cfg: Config, run: Run) -> dict[str, Any]:
     return result
 
 
-def end_to_end(one: Ours, cfg: Config, slices: int, device: torch.device) -> dict[str, float]:
+def end_to_end(one: Training, cfg: Config, slices: int, device: torch.device) -> dict[str, float]:
     """Slices per second of `steps` steps in a row, from the cache on, and the share of time that data made it wait."""
     one.step()
-    one.split.seconds()
     timing.wait(device)
     began = time.perf_counter()
-    for _ in range(cfg.steps):
-        one.step()
-    timing.wait(device)
-    seconds = time.perf_counter() - began
-    spent = one.split.seconds()
+    with profile.recording(device) as spans:
+        for _ in range(cfg.steps):
+            one.step()
+        timing.wait(device)
+        seconds = time.perf_counter() - began
     figures = {
         "slices_per_second": slices * cfg.steps / seconds,
-        "data_wait": spent.get("data wait", 0) / sum(spent.values()),
+        "data_wait": shares([spans.seconds()])["data wait"],
     }
     print(f"end to end, {one.precision.name}: {figures['slices_per_second']:.0f} slices/s, "
           f"data wait {figures['data_wait']:.1%}")  # fmt: skip
@@ -314,7 +198,7 @@ def stage1(root: Path, cfg: Config, run: Run) -> dict[str, Any]:
         if cfg.compile:
             encoder.compile()
         learner = ImageClustering(encoder, ProjectionHead(encoder.num_features), SwAV(128, [INTRA_PROTOTYPES]))
-        one = Ours(learner, loader, precision, run)
+        one = Training(learner, loader, precision, run)
         sizes = [(2 * cfg.images, large), (4 * cfg.images, small)]
         images = [torch.rand(n, 3, side, side, device=run.device) for n, side in sizes]
         ours[f"ours {precision}"] = one
@@ -471,8 +355,7 @@ def _one_rank(rank: int, root: Path, cfg: Config, together: bool, folder: str) -
     if together:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
         run = Run(rank, 2, run.device)
-    torch.manual_seed(0)
-    one = Ours(joint_learner(cfg), volume_loader(root, cfg, run), cfg.precisions[-1], run)
+    one = ours_of_stage3(root, cfg, cfg.precisions[-1], run)
     seconds = timing.measure({"step": one.step}, cfg.repeats, warmup=1)["step"].median
     Path(folder, str(rank)).write_text(str(seconds))
     distributed.stop()
