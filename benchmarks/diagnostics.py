@@ -1,161 +1,150 @@
-"""What the diagnostics cost: a training step of stage 3 with and without them, and the end of an epoch.
+"""What the diagnostics and the log cost: steps of stage 3 with and without observers, and the end of an epoch.
 
-    python -m benchmarks.diagnostics                                 # CPU, ResNet-50, (64, 128, 128)
-    python -m benchmarks.diagnostics --device cuda --batch_size 16
+    python -m benchmarks.diagnostics                                 # CPU, ResNet-50: about a minute
+    python -m benchmarks.diagnostics --device cuda --batch_size 16 --target_shape [64,128,128]
 
-The same step takes turns with its observers on and off (ABAB). Because a small difference of large times is mostly
-noise, `observers` also times the observers alone, on the embeddings of such a step. `share` is what an epoch gets
-longer: (observers + end of epoch / steps of an epoch) / step without them.
+Steps of one training take turns with its observers on and off (ABAB); `with_over_without` is the median ratio of
+neighbours. A small difference of large times is mostly noise, so `observers` is the observers' own time within these
+steps. `epoch_end`: the figures of both levels and the epoch's line in metrics.csv, once per `volumes`. `share` is what
+an epoch gets longer: (observers + epoch_end / steps of an epoch) / step without them. Views are half as deep as those
+of training unless --target_shape says otherwise; with deeper ones steps take longer, and the share is smaller.
 """
 
 from __future__ import annotations
 
+import io
+import math
+import shutil
+import statistics
+import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jsonargparse.typing import PositiveInt
 
+import estimate
 from benchmarks import timing
-from models.encoder import JointEncoder
-from models.heads import ProjectionHead
-from objectives import JointClustering, SwAV
+from benchmarks.data import write_raw
+from benchmarks.training import Options, Training, joint_learner, recorded, volume_loader
+from datasets.loaders import canvas_size
+from objectives import SwAV
 from objectives.diagnostics import Diagnostics
 from objectives.sizes import prototype_counts
 from utils import config as options
-from utils import distributed, optim
-from utils.precision import Precision
-
-FEAT_DIM = 128  # of the intra embeddings, as in ssl_swav3D.py
+from utils import distributed
+from utils.distributed import Run
+from utils.log import Log
 
 
 @dataclass
-class Config:
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where"""
-    arch: str = "resnet50"
-    """torchvision ResNet"""
-    d_model: PositiveInt = 640
-    """size of a volume embedding"""
-    target_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = (64, 128, 128)
+class Config(Options):
+    target_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = (32, 128, 128)
     """slices, height and width of a view"""
-    batch_size: PositiveInt = 1
-    """volumes per step"""
-    intra_slices: PositiveInt = 8
-    """slices per volume and step that enter L_intra"""
     volumes: PositiveInt = 1000
-    """of an epoch, all different: prototypes and the cost of an epoch's end follow from them"""
+    """of an epoch: prototypes and the cost of an epoch's end follow from them"""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """as in training"""
-    repeats: PositiveInt = 10
-    """measurements of each piece"""
-    warmup: PositiveInt = 2
-    """calls of each piece before"""
+    repeats: PositiveInt = 7
+    """steps with observers, and as many without"""
 
 
 def main(cfg: Config) -> None:
     run = distributed.start(cfg.device)
-    D, H, W = cfg.target_shape
-    B, slices = cfg.batch_size, cfg.volumes * D
-    precision = Precision(cfg.precision, run.device)
-    sizes = {"inter": prototype_counts(0, cfg.volumes, "volumes"), "intra": prototype_counts(0, slices, "volumes")}
-    encoder = JointEncoder(cfg.arch, cfg.d_model)
-    head = ProjectionHead(encoder.encoder.num_features, feat_dim=FEAT_DIM)
-    dims, samples = {"inter": cfg.d_model, "intra": FEAT_DIM}, {"inter": cfg.volumes, "intra": slices}
-    objectives = {name: SwAV(dims[name], sizes[name]) for name in sizes}
-    learner = JointClustering(encoder, head, objectives["intra"], objectives["inter"]).to(run.device).train()
-    optimizer = optim.LARC(optim.parameter_groups(learner, 1e-6), 0.1)
+    root = Path(tempfile.mkdtemp(prefix="benchmark_diagnostics_"))
+    try:
+        results = measure(root, cfg, run)
+    finally:
+        shutil.rmtree(root)
+    path = timing.write("diagnostics", results, run.device)
+    for name in ("with", "without", "observers", "epoch_end"):
+        print(f"{name:10s} {1e3 * results[name]['median_s']:9.2f} ms  (IQR {1e3 * results[name]['iqr_s']:.2f})")
+    ratio, iqr = (results[f"with_over_without{ending}"] for ending in ("", "_iqr"))
+    print(f"with / without {ratio:.4f} (IQR {iqr:.4f}); share of an epoch {results['share']:.2%}\nwrote {path}")
 
-    def observers() -> dict[str, Diagnostics]:
-        """Two origins, so that the vote takes part."""
-        return {
-            name: Diagnostics(
-                n, sizes[name][0], dims[name], 0.1, run.device, ["first"] * (n // 2) + ["second"] * (n - n // 2)
-            )
-            for name, n in samples.items()
-        }
 
+def measure(root: Path, cfg: Config, run: Run) -> dict[str, Any]:
+    slices, height, width = cfg.target_shape
+    samples = {"intra": cfg.volumes * slices, "inter": cfg.volumes}
+    prototypes = {name: prototype_counts(0, n, name)[0] for name, n in samples.items()}
     torch.manual_seed(0)
-    picked = torch.stack([torch.randperm(D)[: cfg.intra_slices] for _ in range(B)]).to(run.device)
-    index = torch.arange(B, device=run.device)
-    batch = {
-        "views": torch.rand(2, B, D, H, W, device=run.device),
-        "mask": torch.ones(B, D, dtype=torch.bool, device=run.device),
-        "index": index,
-        "picked": picked,
-        "slice_index": (index.unsqueeze(1) * D + picked).flatten(),
-        "rows": torch.arange(B * D, device=run.device),
-    }
-    counts = {"inter": [B], "intra": [B * picked.shape[1]]}
-    watching = observers()
+    learner = joint_learner(cfg.arch, **prototypes)
+    some = min(cfg.volumes, max(4, 3 * cfg.batch_size))
+    write_raw(root / "data", (canvas_size(height, width),) * 2 + (slices,), "int16", some)
+    loader = volume_loader(root / "data", cfg, run, intra_slices=8)
+    training = Training(learner, loader, cfg.precision, run)
+    levels = dict(learner.objectives())
+    observers = {name: observer(levels[name], n, run.device) for name, n in samples.items()}
 
     def step(observed: bool) -> Callable[[], None]:
         def work() -> None:
-            for name, objective in objectives.items():
-                objective.observer = watching[name] if observed else None
-            with precision.autocast():
-                loss = learner(**batch)["loss"]
-            precision.backward(loss)
-            precision.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
+            for name, objective in levels.items():
+                objective.observer = observers[name] if observed else None
+            training.step()
 
         return work
 
-    embedded = {}
-    for name, n in counts.items():
-        z = F.normalize(torch.randn(2, n[0], dims[name], device=run.device), dim=-1)
-        scores = z @ objectives[name].prototypes.heads[0].weight.detach().T
-        embedded[name] = z, scores, torch.arange(n[0], device=run.device), n, scores[0].softmax(dim=1)
-
-    def observe() -> None:
-        for name, arguments in embedded.items():
-            watching[name](*arguments)
-
-    taken = timing.measure(
-        {"with": step(True), "without": step(False), "observers": observe}, cfg.repeats, cfg.warmup, run.device
-    )
-
-    every = {}
-    for name, n in samples.items():
-        z = F.normalize(torch.randn(2, n, dims[name]), dim=-1)
-        every[name] = z, z @ objectives[name].prototypes.heads[0].weight.detach().cpu().T
-
-    ending = observers()
-
-    def finish_all() -> None:
-        for observer in ending.values():
-            observer.finish()
-
-    def epoch_of_random_embeddings() -> None:
-        for name, observer in ending.items():
-            for rows in torch.arange(samples[name]).split(4096):
-                z, scores = (part[:, rows].to(run.device) for part in every[name])
-                observer(z, scores, rows.to(run.device), [len(rows)])
-
-    ends = timing.measure(
-        {"filling": epoch_of_random_embeddings, "finish": finish_all}, max(3, cfg.repeats // 3), 1, run.device
-    )
-    steps = cfg.volumes // B
-    share = (taken["observers"].median + ends["finish"].median / steps) / taken["without"].median
-    results: dict[str, Any] = {
+    observed, calls = recorded(step(True), run.device)
+    unobserved, _ = recorded(step(False), run.device)
+    times = timing.measure({"with": observed, "without": unobserved}, cfg.repeats, warmup=1, device=run.device)
+    own = [parts["diagnostics"] for parts in calls[1:]]  # without the warm-up
+    end = epoch_end(root, levels, observers, run)
+    steps = math.ceil(cfg.volumes / cfg.batch_size)
+    return {
         "volumes": cfg.volumes,
         "target_shape": list(cfg.target_shape),
-        "batch_size": B,
+        "batch_size": cfg.batch_size,
         "arch": cfg.arch,
-        "precision": precision.name,
-        "prototypes": {name: size[0] for name, size in sizes.items()},
-        "steps": {name: t.record() for name, t in taken.items()},
-        "with_over_without": taken["with"].over(taken["without"]),
-        "finish": ends["finish"].record(),
-        "share": share,
+        "precision": training.precision.name,
+        "prototypes": prototypes,
+        **{name: t.record() for name, t in times.items()},
+        "observers": {"median_s": statistics.median(own), "iqr_s": timing.spread(own), "repeats": len(own)},
+        "epoch_end": end.record(),
+        "with_over_without": times["with"].over(times["without"]),
+        "with_over_without_iqr": timing.spread(times["with"].ratios(times["without"])),
+        "share": (statistics.median(own) + end.median / steps) / times["without"].median,
     }
-    path = timing.write("diagnostics", results, run.device)
-    for name, t in taken.items():
-        print(f"{name:10s} {1e3 * t.median:9.2f} ms  (IQR {1e3 * t.iqr:.2f})")
-    print(f"{'epoch end':10s} {1e3 * ends['finish'].median:9.2f} ms, once in {steps} steps")
-    print(f"with / without {results['with_over_without']:.4f}; share of an epoch {share:.2%}\nwrote {path}")
+
+
+def observer(objective: SwAV, samples: int, device: torch.device) -> Diagnostics:
+    """As a run attaches it to an objective, here with two data sets of origin, so that the vote takes part."""
+    head = objective.prototypes.heads[0]
+    origins = ["first"] * (samples // 2) + ["second"] * (samples - samples // 2)
+    return Diagnostics(samples, head.out_features, head.in_features, objective.temperature, device, origins)
+
+
+def epoch_end(root: Path, levels: dict[str, SwAV], observers: dict[str, Diagnostics], run: Run) -> timing.Timing:
+    """Seconds of the figures and the log after an epoch of random embeddings, the last of a run of the usual length."""
+    config = estimate.stage_config(3, "swav", {"pretrained_path": str(root / "weights")})
+    log = Log(root / "run", config, run, 0)
+
+    @torch.no_grad()
+    def epoch() -> None:
+        for name, watching in observers.items():
+            prototypes = levels[name].prototypes.heads[0].weight
+            for index in torch.arange(watching.samples, device=run.device).split(4096):
+                z = F.normalize(torch.randn(2, len(index), prototypes.shape[1], device=run.device), dim=2)
+                watching(z, z @ prototypes.T, index)
+
+    def figures() -> dict[str, float]:
+        return {f"{name}_{key}": value for name, level in observers.items() for key, value in level.finish().items()}
+
+    def write(at: int, found: dict[str, float]) -> None:
+        log.row(at, {"loss": 1.0, "intra": 1.0, "inter": 1.0}, 0.1, 1.0, 0.0, 1, 0, found)
+        log.warn(at, [])
+
+    last = config.epochs - 1
+    with redirect_stdout(io.StringIO()):
+        epoch()
+        found = figures()
+        for at in range(last):
+            write(at, found)
+        ends = timing.measure({"epoch": epoch, "end": lambda: write(last, figures())}, 5, warmup=1, device=run.device)
+    return ends["end"]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -39,20 +39,28 @@ class Timing:
 
     @property
     def iqr(self) -> float:
-        """Inter-quartile range; 0 of a single repetition."""
-        if len(self.seconds) < 2:
-            return 0.0
-        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return high - low
+        return spread(self.seconds)
+
+    def ratios(self, other: Timing) -> tuple[float, ...]:
+        """How many times as long as `other` this takes, of repetitions taken side by side."""
+        return tuple(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
 
     def over(self, other: Timing) -> float:
-        """How many times as long as `other` this takes: median of the ratios of repetitions taken side by side."""
-        return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
+        """Median of `ratios`."""
+        return statistics.median(self.ratios(other))
 
     def record(self) -> dict[str, float | int]:
         """For the results file."""
         cpu = statistics.median(self.cpu_seconds)
         return {"median_s": self.median, "iqr_s": self.iqr, "cpu_median_s": cpu, "repeats": len(self.seconds)}
+
+
+def spread(values: Sequence[float]) -> float:
+    """Inter-quartile range; 0 of a single value."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return high - low
 
 
 def measure(
