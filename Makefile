@@ -59,8 +59,19 @@ experiments-cpu: $(READY)
 experiments-ablations: experiments-cpu
 	$(VENV)/bin/python -m experiments.run --experiments "[$(ABLATIONS)]" --minutes $(MINUTES)
 
+GPU ?= runs/gpu
+GPU_DATA ?= $(GPU)/data
+GPU_YAML ?= experiments/gpu.yaml
+GPU_MINUTES ?= 9
+OUT ?= runs/gpu_back
+
+# What is finished comes back even when a run has failed, whose log comes along.
 experiments-gpu:
-	$(PYTHON) -m experiments.run --experiments "[experiments/gpu.yaml]" --jobs 1 --threads 8 --minutes 9
+	test ! -f runs/gpu_data.zip || \
+		$(PYTHON) -m experiments.pack --data $(GPU_DATA) --archive runs/gpu_data.zip --unpack true
+	$(PYTHON) -m experiments.run --experiments "[$(GPU_YAML)]" --data $(GPU_DATA) --dump_path $(GPU) \
+		--jobs 1 --threads 8 --minutes $(GPU_MINUTES); code=$$?; \
+		$(PYTHON) -m experiments.collect --dump_path $(GPU) --parcel $(OUT); exit $$code
 
 results: $(READY)
 	$(VENV)/bin/python -m experiments.summarise --experiments "[$(EXPERIMENTS)]"

@@ -268,7 +268,7 @@ def _limits(name: str, source: Source) -> list[str]:
         "Features that serve as they are: they were learned without labels, by telling images apart. Fine-tune them.",
         "A gain on every task: compare with random and ImageNet weights on yours (python -m downstream.compare).",
     ]
-    if name in PLAIN and source.joint:
+    if name in PLAIN and "d_model" in source.record["config"]:  # of stages 2 and 3
         limits.append("Relations between slices: the transformer over slices is not in this file, the ResNet alone is.")
     return limits
 
