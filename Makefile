@@ -68,7 +68,7 @@ OUT ?= runs/gpu_back
 # What is finished comes back even when a run has failed, whose log comes along.
 experiments-gpu:
 	test ! -f runs/gpu_data.zip || \
-		$(PYTHON) -m experiments.pack --data $(GPU_DATA) --archive runs/gpu_data.zip --unpack true
+		$(PYTHON) -m experiments.pack --data $(GPU)/data --archive runs/gpu_data.zip --unpack true
 	$(PYTHON) -m experiments.run --experiments "[$(GPU_YAML)]" --data $(GPU_DATA) --dump_path $(GPU) \
 		--jobs 1 --threads 8 --minutes $(GPU_MINUTES); code=$$?; \
 		$(PYTHON) -m experiments.collect --dump_path $(GPU) --parcel $(OUT); exit $$code
