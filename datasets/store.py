@@ -167,7 +167,7 @@ class SliceStore:
         workers = max(1, min(workers, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         with (
             tqdm(total=len(todo), desc="preparing data", unit="file", disable=not show) as bar,
-            ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+            _single_threads(workers) as pool,
         ):
             while True:
                 error = None
@@ -338,6 +338,21 @@ def claim(target: Path) -> Iterator[Path | None]:
         yield mine
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _single_threads(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool in which torch starts no threads of its own.
+
+    torch keeps what any thread sets for those that use it for the first time later: without the last line, a training
+    that begins by preparing its data would run on a single core.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _is_open_at(descriptor: int, path: Path) -> bool:

@@ -538,6 +538,14 @@ def test_all_black_slices_of_a_real_data_set_are_found(tmp_path: Path, shared: P
     assert all(store.read(i, 0, 1).max() > 0 for i in range(88))
 
 
+def test_torch_keeps_its_threads_for_what_comes_after(tmp_path: Path) -> None:
+    save(tmp_path / "tree/A/1.npy", RNG.random((32, 32, 6)))
+    code = "import torch; from datasets.store import prepare; prepare(*{}); print(torch.get_num_threads())"
+    command = [sys.executable, "-c", code.format((str(tmp_path / "tree"), 32, str(tmp_path / "cache")))]
+    environment = os.environ | {"OMP_NUM_THREADS": "3"}
+    assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.endswith("3\n")
+
+
 # --- several processes
 
 # Two processes prepare several trees: first as two runs that know nothing of each other, then as two ranks of one.
