@@ -97,6 +97,8 @@ class Config:
     """slices of a step"""
     base_lr: PositiveFloat = 0.001
     """peak learning rate of AdamW, cosine schedule"""
+    encoder_lr: PositiveFloat = 1.0
+    """learning rate of the encoder (and f_inter, where it was loaded) as a share of base_lr"""
     wd: NonNegativeFloat = 0.0001
     """weight decay"""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -222,7 +224,7 @@ class SliceUNet(nn.Module):
             self.to_bottleneck = nn.Linear(self.projection.out_features, encoder.num_features)
             nn.init.zeros_(self.to_bottleneck.weight)
             nn.init.zeros_(self.to_bottleneck.bias)
-        self.frozen = loaded if freeze else []
+        self.loaded, self.frozen = loaded, loaded if freeze else []
         for module in self.frozen:
             module.requires_grad_(False)
 
@@ -311,7 +313,7 @@ def fit(
     """
     precision = Precision(cfg.precision, device)
     loss_of = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
-    optimizer = torch.optim.AdamW(parameter_groups(model, cfg.wd), cfg.base_lr)
+    optimizer = torch.optim.AdamW(_groups(model, cfg), cfg.base_lr)
     steps = cfg.steps_per_epoch or max(1, sum(len(case.images) for case in train) // cfg.batch_size)
     rate = WarmupCosine(cfg.base_lr, 0.0, 0.0, min(steps, cfg.epochs * steps // 10), cfg.epochs * steps)
     history: list[dict[str, float]] = []
@@ -321,7 +323,7 @@ def fit(
         losses = []
         for step, (images, classes, lengths) in enumerate(batches(train, epoch, steps, cfg), start=epoch * steps):
             for group in optimizer.param_groups:
-                group["lr"] = rate(step)
+                group["lr"] = rate(step) * group["share"]
             images, classes = images.to(device), classes.to(device)
             with precision.autocast():
                 logits = model(images, lengths)
@@ -339,6 +341,17 @@ def fit(
         tqdm.write(f"epoch {epoch + 1:3}  loss {history[-1]['loss']:.4f}  validation Dice {score:.4f}")
     model.load_state_dict(best)
     return history
+
+
+def _groups(model: SliceUNet, cfg: Config) -> list[dict[str, Any]]:
+    """Parameters with the decay of their kind and their `share` of the learning rate."""
+    loaded = {id(p) for module in model.loaded for p in module.parameters()}
+    found = []
+    for group in parameter_groups(model, cfg.wd):
+        for share, inside in ((cfg.encoder_lr, True), (1.0, False)):
+            params = [p for p in group["params"] if (id(p) in loaded) == inside]
+            found.append({"params": params, "weight_decay": group["weight_decay"], "share": share})
+    return [group for group in found if group["params"]]
 
 
 def batches(cases: list[Case], epoch: int, steps: int, cfg: Config) -> Iterator[tuple[Tensor, Tensor, list[int]]]:

@@ -397,6 +397,16 @@ def test_freezing_leaves_the_encoder_as_loaded(decathlon, tmp_path):
     assert {"unet.segmentation_head.0.weight", "to_bottleneck.weight"} <= changed
 
 
+def test_encoder_lr_is_the_share_of_what_was_loaded_only(decathlon, tmp_path):
+    cfg = tiny(decathlon, tmp_path, encoder_lr=0.25)
+    model = build_model(cfg, find_task(decathlon))
+    groups = segment._groups(model, cfg)
+    share = {id(p): group["share"] for group in groups for p in group["params"]}
+    assert len(share) == sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        assert share[id(p)] == (0.25 if name.startswith("unet.encoder.") else 1.0), name
+
+
 def test_a_run_is_reproducible(decathlon, tmp_path):
     one, same, other = (
         run(tiny(decathlon, tmp_path, f_inter=True, epochs=1, steps_per_epoch=1, seed=seed)) for seed in (0, 0, 1)

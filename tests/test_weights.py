@@ -135,6 +135,20 @@ def test_joint_files_have_the_promised_names_and_load_back(joint):
     assert json.loads((folder / "joint.json").read_text())["sha256"] == digest
 
 
+def test_stage_3_starts_from_a_file_in_half_precision(joint, tmp_path, recwarn):
+    encoder, folder = joint
+    state = torch.load(folder / "joint.pth", weights_only=True)
+    torch.save({name: v.half() if v.is_floating_point() else v for name, v in state.items()}, tmp_path / "half.pth")
+    fresh = JointEncoder("resnet18", 32, layers=2)
+    weights.load_backbone(fresh.encoder, str(tmp_path), "half.pth", made_by="stage 1")
+    weights.load_transformer(fresh, str(tmp_path), "half.pth", made_by="stage 2")
+    assert not recwarn.list  # it is the same ResNet
+    for part in ("projection", "transformer"):
+        theirs = getattr(encoder, part).state_dict()
+        for name, value in getattr(fresh, part).state_dict().items():
+            torch.testing.assert_close(value, theirs[name], atol=1e-3, rtol=1e-3)
+
+
 def test_stage_3_gets_projection_and_transformer_bit_by_bit(joint):
     encoder, folder = joint
     fresh = JointEncoder("resnet18", 32, layers=2)
