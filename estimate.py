@@ -272,6 +272,12 @@ def cache_bytes(shape: tuple[int, int], slices: int, size: int) -> int:
     return NPY_HEADER + 2 * slices * math.prod(content_size(*shape, size))
 
 
+def fit_bytes(slices: int, features: int) -> int:
+    """Of the principal components that stage 2's projection starts from: the features in float32 and float64, centred,
+    as LAPACK's copy and as right singular vectors; left ones and its work space."""
+    return slices * features * (4 + 4 * 8) + 5 * 8 * min(slices, features) ** 2
+
+
 def ring(payload: float, processes: int) -> float:
     """Bytes that each of the processes sends to all-reduce so many: 2 (g - 1) / g times them."""
     return 2 * (processes - 1) / processes * payload
@@ -339,7 +345,7 @@ def predict(stage: int, method: str, cfg: Any, data: Data, machine: Machine, pro
     return Cost(
         seconds,
         steps,
-        _memory(learner, work, cfg, machine, processes),
+        _memory(learner, work, cfg, data, machine, processes),
         cache,
         files,
         checkpoint,
@@ -454,14 +460,17 @@ def _kmeans(objective: DeepClusterV2, cfg: Any, machine: Machine, processes: int
     return seconds, moved
 
 
-def _memory(learner: Learner, work: _Work, cfg: Any, machine: Machine, processes: int) -> float:
+def _memory(learner: Learner, work: _Work, cfg: Any, data: Data, machine: Machine, processes: int) -> float:
     """Peak bytes of a process: program, weights with gradients and momenta, bank, batch, activations."""
     states = nbytes(learner.state_dict().values()) + 2 * gradient_bytes(learner) + bank_bytes(learner) / processes
     batch = cfg.batch_size * (work.inputs + work.activations * machine["bytes_per_value"] / 4)
+    before = 0
     if isinstance(learner, MaskedSlices):  # the folded copy, and the maps of a chunk of slices
         states += nbytes(learner.encoder.encoder.parameters())
         batch += machine["chunk_bytes"]
-    return machine["process_bytes"] + machine["memory_slack"] * (states + batch)
+        if cfg.projection_init == "pca":
+            before = fit_bytes(min(FIT_SLICES, data.volumes * data.slices), learner.encoder.projection.in_features)
+    return machine["process_bytes"] + machine["memory_slack"] * states + max(machine["memory_slack"] * batch, before)
 
 
 # -------------------------------------------------------------------------------------------------------------- output

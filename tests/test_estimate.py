@@ -150,6 +150,18 @@ def test_cached_views_are_encoded_once():
     assert cached.cache - plain.cache == 1000 * 5 * (128 + 64 * 2 * 640 * 4 + 4)
 
 
+def test_principal_components_need_memory_that_a_small_step_does_not():
+    small = {"arch": "resnet18", "target_shape": [16, 32, 32], "batch_size": 1}
+    pca, orthogonal = (predict(2, projection_init=start, **small).memory for start in ("pca", "orthogonal"))
+    features = 64 + 128 + 256 + 512
+    needed = (
+        4096 * features * 4 * 9 + 40 * features**2
+    )  # nine times the features in float32, and what grows with d squared
+    step = orthogonal - predict(2, projection_init="orthogonal", **small | {"batch_size": 2}).memory  # minus one volume
+    assert 0 < pca - orthogonal < needed
+    assert pca - orthogonal == pytest.approx(needed - 1.2 * 1e8 + step, rel=1e-6)  # the maps of a chunk and one volume
+
+
 def test_switched_off_branches_cost_nothing():
     off = predict(3, lambda_inter=0.0)
     assert off.seconds.get("f_inter", 0) == 0
