@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from experiments import data as layout
 from experiments import run as runner
 from experiments import summarise
 from experiments.plan import Plan, Run, expand
+from utils import config as options
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -314,3 +316,23 @@ def test_from_a_file_to_a_page(small: Path, data: Path, tmp_path: Path, capsys: 
     assert "## What was found" in text
     assert "arXiv 2306.11925" in text
     assert (page.parent / "results" / "kind_linear_balanced_accuracy.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted((ROOT / "experiments" / "settings").glob("*/*.yaml")),
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
+)
+def test_recommended_settings_suit_both_methods_and_those_for_100_volumes_are_the_constants(path: Path) -> None:
+    scripts = {
+        "stage1": ("ssl_swav2D", "ssl_deepcluster2D"),
+        "stage2": ("mask_swav", "mask_deepcluster"),
+        "stage3": ("ssl_swav3D", "ssl_deepcluster3D"),
+    }[path.stem]
+    for script in scripts:
+        config_class = importlib.import_module(script).Config
+        chosen = options.parse(config_class, None, ["--config", str(path)])
+        options.check(chosen)
+        if path.parent.name == "100":
+            default = config_class()
+            assert options.to_dict(chosen) == options.to_dict(default)
