@@ -98,8 +98,8 @@ class Config:
     """of Sinkhorn-Knopp; smaller makes assignments harder (0.05 in SwAV; on small data the loss then stays at ln K)"""
     sinkhorn_iterations: PositiveInt = 3
     """of Sinkhorn-Knopp"""
-    queue_length: QueueLength = -1
-    """recent volume embeddings (all processes) that join the assignment; 0: none; -1: as the prototypes need"""
+    queue_length: QueueLength = 0
+    """recent volume embeddings (all processes) that join the assignment; 0: none; -1: as many as fill the prototypes"""
     queue_length_intra: QueueLength = -1
     """recent slice and image embeddings that join the assignment; 0: none; -1: as many as the prototypes need"""
     epoch_queue_starts: NonNegativeInt = 5

@@ -98,7 +98,7 @@ class Config:
     base_lr: PositiveFloat = 0.001
     """peak learning rate of AdamW, cosine schedule"""
     encoder_lr: PositiveFloat = 1.0
-    """learning rate of the encoder (and f_inter, where it was loaded) as a share of base_lr"""
+    """learning rate of the encoder, and of f_inter, as a share of base_lr, from whatever weights they start"""
     wd: NonNegativeFloat = 0.0001
     """weight decay"""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"

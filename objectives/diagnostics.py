@@ -16,6 +16,7 @@ from torch import Tensor
 
 from objectives.deepcluster import DeepClusterV2
 from objectives.learners import Learner
+from objectives.sizes import CROWDED
 from objectives.swav import SwAV
 from utils.distributed import all_max, all_sum, rank, world_size
 from utils.profile import span
@@ -354,12 +355,14 @@ class Monitor:
         if signs and (epoch + 1) * self.loader.steps >= TRANSIENT_STEPS:
             found["collapse"] = (
                 f"the embeddings are collapsing: {', '.join(signs)}; start again with a lower --base_lr, "
-                + ("a lower --epsilon or --temperature, or a longer queue" if level.swav else "or fewer prototypes")
+                + ("a lower --epsilon or --temperature" if level.swav else "or fewer prototypes")
+                + (f", or without a queue ({level.option('queue_length')} 0)" if level.queue else "")
             )
-        if level.swav and level.batch + level.queue < K:
+        if level.swav and (level.batch + level.queue) * CROWDED < K:
             found["few"] = (
-                f"{level.batch} embeddings per step + a queue of {level.queue} are fewer than {K} prototypes, which "
-                f"cannot all be used equally: {level.option('queue_length')} {2 * K - level.batch} or fewer prototypes"
+                f"{level.batch} embeddings per step + a queue of {level.queue} are far fewer than {K} prototypes, "
+                "which cannot all be used equally: "
+                f"{level.option('queue_length')} {2 * K - level.batch} or fewer prototypes"
             )
         if level.queue > STALE * level.samples:
             found["stale"] = (

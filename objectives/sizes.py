@@ -10,6 +10,8 @@ from jsonargparse.typing import restricted_number_type
 from utils.distributed import rank
 from utils.errors import UserError
 
+CROWDED = 8  # prototypes for each embedding of an assignment, above which too few of them get a share
+
 QueueLength = restricted_number_type("QueueLength", int, (">=", -1))
 
 
@@ -35,15 +37,15 @@ def prototype_counts(wanted: int | list[int], samples: int, option: str) -> list
 def queue_size(wanted: int, sizes: list[int], batch: int, option: str) -> int:
     """Embeddings in the queue over all processes; -1 stands for as many as make batch + queue twice the prototypes.
 
-    batch: embeddings per step and crop over all processes. Warns when an explicit queue leaves fewer embeddings than
-    prototypes, because then no assignment can use every prototype equally.
+    batch: embeddings per step and crop over all processes. Warns when with an explicit queue every embedding stands for
+    more than `CROWDED` prototypes: no assignment can use them all equally then (docs/DECISIONS.md).
     """
     needed = max(0, -(-(2 * max(sizes) - batch) // batch) * batch)
     if wanted == -1:
         return needed
-    if batch + wanted < max(sizes) and rank() == 0:
+    if max(sizes) > CROWDED * (batch + wanted) and rank() == 0:
         warnings.warn(
-            f"{option}: {batch} embeddings per step over all processes + a queue of {wanted} are fewer than "
+            f"{option}: {batch} embeddings per step over all processes + a queue of {wanted} are far fewer than "
             f"{max(sizes)} prototypes, so no assignment can use every prototype equally; "
             f"use --{option} {needed} or fewer prototypes",
             stacklevel=2,

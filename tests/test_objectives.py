@@ -703,7 +703,7 @@ def test_queue_size_and_its_warning_with_numbers() -> None:
         assert queue_size(-1, [30, 100], 32, "queue_length") == 192  # six batches: 224 >= 2 * 100 > 192
         assert queue_size(-1, [100], 200, "queue_length") == 0
         assert queue_size(-1, [100], 500, "queue_length") == 0
-        assert queue_size(68, [100], 32, "queue_length") == 68  # 100 in all: just enough
-        assert queue_size(0, [100], 100, "queue_length") == 0
-    with pytest.warns(UserWarning, match=r"32 embeddings .* queue of 67 .* 100 prototypes.*--queue_length 192"):
-        assert queue_size(67, [30, 100], 32, "queue_length") == 67
+        assert queue_size(68, [800], 32, "queue_length") == 68  # 100 in all: just enough
+        assert queue_size(0, [27], 4, "queue_length") == 0
+    with pytest.warns(UserWarning, match=r"32 embeddings .* queue of 67 .* 800 prototypes.*--queue_length 1568"):
+        assert queue_size(67, [30, 800], 32, "queue_length") == 67

@@ -397,7 +397,7 @@ def test_freezing_leaves_the_encoder_as_loaded(decathlon, tmp_path):
     assert {"unet.segmentation_head.0.weight", "to_bottleneck.weight"} <= changed
 
 
-def test_encoder_lr_is_the_share_of_what_was_loaded_only(decathlon, tmp_path):
+def test_encoder_lr_is_the_share_of_the_encoder_alone(decathlon, tmp_path):
     cfg = tiny(decathlon, tmp_path, encoder_lr=0.25)
     model = build_model(cfg, find_task(decathlon))
     groups = segment._groups(model, cfg)
