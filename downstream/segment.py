@@ -90,7 +90,7 @@ class Config:
     augment: bool = True
     """small rotations, scalings, shifts, changes of brightness, contrast and gamma"""
     epochs: PositiveInt = 40
-    """passes over the labelled slices"""
+    """passes over the labelled slices; of several, the one with the best validation Dice is tested"""
     steps_per_epoch: NonNegativeInt = 0
     """steps of an epoch, however many slices are labelled; 0: one pass"""
     batch_size: PositiveInt = 16
@@ -334,7 +334,7 @@ def fit(
             precision.backward(loss)
             precision.step(optimizer)
             losses.append(loss.item())
-        score = validate(model, validation, task, cfg)
+        score = validate(model, validation, task, cfg) if cfg.epochs > 1 else math.nan  # one has nothing to choose
         if not history or score > max(line["validation_dice"] for line in history):
             best = {key: value.cpu().clone() for key, value in model.state_dict().items()}
         history.append({"loss": float(np.mean(losses)), "validation_dice": score})
