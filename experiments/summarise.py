@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,8 +165,9 @@ def costs(plan: Plan, seconds: Mapping[str, float], out: Path) -> list[str]:
     compared = sum(spent for name, spent in seconds.items() if name in of_tables)
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
     text = (
-        f"Wall-clock seconds of each process ({versions}, on the machine that wrote this page); all comparisons "
-        f"together {compared:.0f} s. Beside them the last epoch's figures, as docs/DIAGNOSTICS.md defines them."
+        f"Wall-clock seconds of each process ({versions}, {os.cpu_count()} cores of the machine that wrote this page); "
+        f"{sum(seconds.values()) / 3600:.1f} hours of processes in all, {compared / 3600:.1f} of them comparisons. Beside "
+        "them the last epoch's figures, as docs/DIAGNOSTICS.md defines them."
     )
     return ["## Pre-training runs and costs", text, "\n".join(rows)]
 
