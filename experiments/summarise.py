@@ -165,7 +165,7 @@ def costs(plan: Plan, seconds: Mapping[str, float], out: Path) -> list[str]:
     compared = sum(spent for name, spent in seconds.items() if name in of_tables)
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
     text = (
-        f"Wall-clock seconds of each process ({versions}, {os.cpu_count()} cores of the machine that wrote this page); "
+        f"Wall-clock seconds of each process ({versions}, {os.cpu_count()} cores where this page was written); "
         f"{sum(seconds.values()) / 3600:.1f} hours of processes in all, {compared / 3600:.1f} of them comparisons. Beside "
         "them the last epoch's figures, as docs/DIAGNOSTICS.md defines them."
     )
