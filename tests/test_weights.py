@@ -135,18 +135,34 @@ def test_joint_files_have_the_promised_names_and_load_back(joint):
     assert json.loads((folder / "joint.json").read_text())["sha256"] == digest
 
 
-def test_stage_3_starts_from_a_file_in_half_precision(joint, tmp_path, recwarn):
+def halved(state):
+    return {name: v.half() if v.is_floating_point() else v for name, v in state.items()}
+
+
+def test_a_resnet_is_the_same_after_rounding_and_another_is_not(source, joint, recwarn):
+    """The ResNet has a stem in colours, of which stage 2 keeps the sum. Restored: rounded, but in float32 again."""
     encoder, folder = joint
-    state = torch.load(folder / "joint.pth", weights_only=True)
-    torch.save({name: v.half() if v.is_floating_point() else v for name, v in state.items()}, tmp_path / "half.pth")
     fresh = JointEncoder("resnet18", 32, layers=2)
-    weights.load_backbone(fresh.encoder, str(tmp_path), "half.pth", made_by="stage 1")
-    weights.load_transformer(fresh, str(tmp_path), "half.pth", made_by="stage 2")
-    assert not recwarn.list  # it is the same ResNet
-    for part in ("projection", "transformer"):
-        theirs = getattr(encoder, part).state_dict()
-        for name, value in getattr(fresh, part).state_dict().items():
-            torch.testing.assert_close(value, theirs[name], atol=1e-3, rtol=1e-3)
+    torch.save(source, folder / "first.pth")
+    torch.save(halved(source), folder / "first_half.pth")
+    weights.load_backbone(encoder.encoder, str(folder), "first.pth", made_by="stage 1")
+    state = weights.joint_state(encoder)
+    half = halved(state)
+    restored = {name: v.float() if v.is_floating_point() else v for name, v in half.items()}
+    for stage_2 in (state, half, restored):
+        torch.save(stage_2, folder / "second.pth")
+        for stage_1 in ("first.pth", "first_half.pth"):
+            weights.load_backbone(fresh.encoder, str(folder), stage_1, made_by="stage 1")
+            weights.load_transformer(fresh, str(folder), "second.pth", made_by="stage 2")
+            assert not recwarn.list
+            with torch.no_grad():
+                fresh.encoder.conv1.weight *= 1.005  # as little as that is more than rounding
+            with pytest.warns(UserWarning, match=r"second\.pth was trained on another ResNet"):
+                weights.load_transformer(fresh, str(folder), "second.pth", made_by="stage 2")
+        for part in ("projection", "transformer"):
+            theirs = getattr(encoder, part).state_dict()
+            for name, value in getattr(fresh, part).state_dict().items():
+                torch.testing.assert_close(value, theirs[name], atol=1e-3, rtol=1e-3)
 
 
 def test_stage_3_gets_projection_and_transformer_bit_by_bit(joint):
