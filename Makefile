@@ -71,7 +71,7 @@ experiments-gpu:
 		$(PYTHON) -m experiments.pack --data $(GPU)/data --archive runs/gpu_data.zip --unpack true
 	$(PYTHON) -m experiments.run --experiments "[$(GPU_YAML)]" --data $(GPU_DATA) --dump_path $(GPU) \
 		--jobs 1 --threads 8 --minutes $(GPU_MINUTES); code=$$?; \
-		$(PYTHON) -m experiments.collect --dump_path $(GPU) --parcel $(OUT); exit $$code
+		$(PYTHON) -m experiments.collect --dump_path $(GPU) --parcel $(OUT) && exit $$code
 
 results: $(READY)
 	$(VENV)/bin/python -m experiments.summarise --experiments "[$(EXPERIMENTS)]"
