@@ -4,9 +4,9 @@
     python -m experiments.collect --dump_path runs/gpu --parcel back --restore true      # here, or on the next machine
 
 A parcel is a folder: records.zip (logs, options, states of the runs, what made the weights), and weights in half
-precision, cut into parts NAME.pth.0, NAME.pth.1 ... Parts that did not fit are counted; --skip brings them with the
-next call. Gather the parts of all calls in one folder to restore them. Weights that a finished stage 3 has started
-from stay behind.
+precision, cut into parts NAME.pth.0, NAME.pth.1 ..., the newest weights first. Parts that did not fit are named;
+--start brings them with the next call, which empties the folder of other parts. So gather the parts of all calls in a
+folder of its own to restore them. Weights that a finished stage 3 has started from stay behind.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from utils import checkpoint, exports
 from utils import config as options
 from utils.errors import UserError
 
 RECORDS, PARTS = "records.zip", "parts.json"
+PART = "*.pth.[0-9]*"  # matches the parts in a parcel
 KEPT = {".json", ".yaml", ".csv", ".txt"}
 STARTS = ("resnet_pretrained", "trans_pretrained")
 
@@ -38,8 +39,8 @@ class Config:
     """folder to fill; with restore: to read"""
     restore: bool = False
     """write the records and the weights, in float32 again, to dump_path"""
-    skip: NonNegativeInt = 0
-    """parts that earlier calls have brought"""
+    start: str = ""
+    """first part to bring, of those that an earlier call has named as left; empty: the newest weights' first"""
     part_mib: PositiveFloat = 15.5
     """size of a part"""
     max_mib: PositiveFloat = 62.5
@@ -57,32 +58,42 @@ def main(cfg: Config) -> None:
 
 
 def collect(runs: Path, parcel: Path, cfg: Config) -> None:
-    """Fill the folder `parcel` with records and as many parts as fit, those of the newest weights first."""
+    """Make the folder `parcel` hold records and as many parts as fit from cfg.start on, and no other parts.
+
+    Raises UserError where `runs` is no folder or cfg.start is no part of its weights; the parcel stays as it was then.
+    """
     if not runs.is_dir():
         raise UserError(f"dump_path: {runs} is not a folder; name that of experiments.run")
-    parcel.mkdir(parents=True, exist_ok=True)
-    about, parts = {}, []
+    about, parts = {}, {}
     for path in wanted(runs / "weights"):
         content = _half(path)
         cut = [content[i : i + _bytes(cfg.part_mib)] for i in range(0, len(content), _bytes(cfg.part_mib))]
         about[path.name] = {"parts": len(cut), "sha256": hashlib.sha256(content).hexdigest()}
-        parts += [(f"{path.name}.{i}", part) for i, part in enumerate(cut)]
+        parts |= {f"{path.name}.{i}": part for i, part in enumerate(cut)}
+    if cfg.start and cfg.start not in parts:
+        raise UserError(f"start: there is no part {cfg.start} (any more); those are {', '.join(parts) or 'none yet'}")
+    names = list(parts)
+    begin = names.index(cfg.start) if cfg.start else 0
+    parcel.mkdir(parents=True, exist_ok=True)
+    for old in parcel.glob(PART):
+        old.unlink()
     with zipfile.ZipFile(parcel / RECORDS, "w", zipfile.ZIP_DEFLATED) as file:
         for path in sorted(runs.glob("*/*")):
             if path.suffix in KEPT:
                 file.write(path, path.relative_to(runs))
         file.writestr(PARTS, json.dumps(about))
-    room, count = _bytes(cfg.max_mib) - (parcel / RECORDS).stat().st_size, 0
-    for name, part in parts[cfg.skip : cfg.skip + cfg.max_files - 1]:
-        room -= len(part)
+    room, end = _bytes(cfg.max_mib) - (parcel / RECORDS).stat().st_size, begin
+    for name in names[begin : begin + cfg.max_files - 1]:
+        room -= len(parts[name])
         if room < 0:
             break
-        (parcel / name).write_bytes(part)
-        count += 1
-    end = cfg.skip + count
-    print(f"{parcel}: {RECORDS} and {count} of {len(parts)} parts of {', '.join(about) or 'no weights yet'}")
+        (parcel / name).write_bytes(parts[name])
+        end += 1
+    print(f"{parcel}: {RECORDS} and {end - begin} of {len(parts)} parts of {', '.join(about) or 'no weights yet'}")
+    if begin:
+        print(f"before {cfg.start}: {', '.join(names[:begin])}")  # newer weights may have come since the earlier call
     if end < len(parts):
-        print(f"left: {', '.join(name for name, _ in parts[end:])}; --skip {end} brings them")
+        print(f"left: {', '.join(names[end:])}; --start {names[end]} brings them")
 
 
 def wanted(folder: Path) -> list[Path]:

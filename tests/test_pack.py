@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from utils import weights
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).resolve().parents[1]
 SIDE, PLENTY = 40, 2**30
 GREY = 1 / 255  # half of it is what 8 bits lose
 
@@ -158,20 +161,27 @@ def runs(tmp_path: Path) -> Path:
     return out
 
 
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
 def parcels(runs: Path, parcel: Path, **changes) -> collect.Config:
     return collect.Config(**({"dump_path": str(runs), "parcel": str(parcel), "part_mib": 9, "max_mib": 32} | changes))
 
 
 def test_weights_come_back_in_parts_as_what_they_were_to_half_precision(runs, tmp_path, capsys) -> None:
-    parcel, again = tmp_path / "parcel", tmp_path / "again"
-    collect.main(parcels(runs, parcel))
+    parcel, gathered, again = tmp_path / "parcel", tmp_path / "gathered", tmp_path / "again"
     # About 22 MiB each; what stage 3 has started from stays behind.
-    parts = {f"{name}.{i}" for name in ("third.pth", "third_encoder.pth") for i in range(3)}
-    assert "--skip 4" in capsys.readouterr().out
-    assert len(list(parcel.iterdir())) == 5  # the records, and as many parts as 32 MiB hold
-    collect.main(parcels(runs, parcel, skip=4))
-    assert {path.name for path in parcel.iterdir()} == parts | {"records.zip"}
-    collect.main(parcels(again, parcel, restore=True))
+    parts = [f"{name}.{i}" for name in ("third_encoder.pth", "third.pth") for i in range(3)]
+    collect.main(parcels(runs, parcel))
+    assert f"left: {', '.join(parts[4:])}; --start {parts[4]} brings them" in capsys.readouterr().out
+    assert files(parcel) == {*parts[:4], "records.zip"}  # as many as 32 MiB hold
+    shutil.copytree(parcel, gathered)
+    collect.main(parcels(runs, parcel, start=parts[4]))
+    assert "left" not in capsys.readouterr().out
+    assert files(parcel) == {*parts[4:], "records.zip"}
+    shutil.copytree(parcel, gathered, dirs_exist_ok=True)
+    collect.main(parcels(again, gathered, restore=True))
     assert (again / "third" / "status.json").is_file()
     assert not list(again.glob("*/checkpoint.pth"))
     restored = weights.load_joint(again / "weights" / "third.pth").state_dict()
@@ -180,6 +190,39 @@ def test_weights_come_back_in_parts_as_what_they_were_to_half_precision(runs, tm
         assert restored[key].dtype == value.dtype
         torch.testing.assert_close(restored[key], value, rtol=1e-3, atol=1e-6)
     assert json.loads((again / "weights" / "third.json").read_text())["rounded"] == "float16"
+
+
+def test_a_parcel_replaces_the_one_before_and_names_what_has_come_in_between(runs, tmp_path, capsys) -> None:
+    parcel = tmp_path / "parcel"
+    collect.main(parcels(runs, parcel))
+    (parcel / "gone.pth.0").write_bytes(b"of weights that are not wanted any more")
+    (parcel / "notes.txt").write_text("not a part")
+    for suffix in (".pth", ".json"):  # a run that finishes before the next call
+        shutil.copy(runs / "weights" / f"first{suffix}", runs / "weights" / f"newest{suffix}")
+    capsys.readouterr()
+    collect.main(parcels(runs, parcel, start="third.pth.1"))
+    before = files(parcel)
+    assert before == {"records.zip", "notes.txt", "third.pth.1", "third.pth.2"}
+    assert "before third.pth.1: newest.pth.0, newest.pth.1, newest.pth.2, third_encoder" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"start: there is no part second.pth.0 \(any more\); those are newest"):
+        collect.main(parcels(runs, parcel, start="second.pth.0"))
+    assert files(parcel) == before
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(("run", "collected"), [(0, 0), (3, 0), (0, 4), (3, 4)])
+def test_experiments_gpu_fails_where_a_run_or_its_collection_has_failed(
+    run: int, collected: int, tmp_path: Path
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *experiments.run*) exit {run};; *experiments.collect*)\n'
+        f"touch {tmp_path}/collected; exit {collected};; esac\n"
+    )
+    python.chmod(0o755)
+    done = subprocess.run(["make", "experiments-gpu", f"PYTHON={python}"], cwd=ROOT, capture_output=True)
+    assert (done.returncode != 0) == (run != 0 or collected != 0)
+    assert (tmp_path / "collected").exists()
 
 
 def test_weights_of_which_a_part_is_missing_or_damaged_are_not_restored(runs, tmp_path, capsys) -> None:
