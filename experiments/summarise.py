@@ -166,7 +166,7 @@ def costs(plan: Plan, seconds: Mapping[str, float], out: Path) -> list[str]:
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
     text = (
         f"Wall-clock seconds of each process ({versions}, {os.cpu_count()} cores where this page was written); "
-        f"{sum(seconds.values()) / 3600:.1f} hours of processes in all, {compared / 3600:.1f} of them comparisons. Beside "
+        f"{sum(seconds.values()) / 3600:.1f} hours of processes in all, {compared / 3600:.1f} of comparisons. Beside "
         "them the last epoch's figures, as docs/DIAGNOSTICS.md defines them."
     )
     return ["## Pre-training runs and costs", text, "\n".join(rows)]
