@@ -40,12 +40,18 @@ bench: $(READY)
 	$(VENV)/bin/python -m benchmarks.stage2
 	$(VENV)/bin/python -m benchmarks.step
 
+STEP := --precisions [bf16] --batch_size 16 --images 128 --workers 8 --steps 30
+DIAGNOSTICS := --batch_size 16 --target_shape [64,128,128] --workers 8
+
+# All are run, whatever becomes of the others; the status is the worst of them.
 bench-gpu:
-	-$(PYTHON) -m benchmarks.attention --device cuda
-	-$(PYTHON) -m benchmarks.kmeans --device cuda
-	-$(PYTHON) -m benchmarks.stage2 --device cuda
-	-$(PYTHON) -m benchmarks.augmentation --device cuda
-	-$(PYTHON) -m benchmarks.step --device cuda --precisions [bf16] --batch_size 16 --images 128 --workers 8 --steps 30
+	@set -f; worst=0; \
+	for of in "attention" "kmeans --references false" "stage2" "augmentation" "diagnostics $(DIAGNOSTICS)" \
+		"step $(STEP)" "step --compile true --parts [stage3] --reference false $(STEP)"; do \
+		echo "$(PYTHON) -m benchmarks.$$of --device cuda"; \
+		$(PYTHON) -m benchmarks.$$of --device cuda; code=$$?; \
+		test $$code -le $$worst || worst=$$code; \
+	done; exit $$worst
 
 SHARED ?= ../shared/data
 MINUTES ?= 0

@@ -97,6 +97,7 @@ class Cost:
     files: int  # in the caches
     checkpoint: float  # one file
     disk: float  # all checkpoints of the run
+    saving: int  # host memory beside, while a checkpoint is saved: the whole bank on the CPU of every process
     gradients: int  # bytes all-reduced per step
     traffic: float  # bytes that a process sends in the whole run
 
@@ -141,11 +142,24 @@ class Machine:
             if arch == "resnet34":
                 arch = "resnet18"  # of the same blocks
             table = table.get(arch) or list(table.values())[-1]  # others are taken to be like the deepest measured
-        known = sorted((float(k), v) for k, v in table.items())
-        for (a, low), (b, high) in pairwise(known):
-            if a <= size <= b:
-                return low + (high - low) * math.log(size / a) / math.log(b / a)
-        return known[0][1] if size < known[0][0] else known[-1][1]
+        return between(table, size)
+
+    def kmeans_rate(self, K: int, d: int) -> float:
+        """Products of points and centroids per second; older files have one table by K for every d."""
+        table = self.constants["kmeans"]
+        if any(isinstance(of_d, dict) for of_d in table.values()):
+            table = {dim: between(of_d, K) for dim, of_d in table.items()}
+            return between(table, d)
+        return between(table, K)
+
+
+def between(table: dict[str, float], size: float) -> float:
+    """Linear in the logarithm of the size; beyond the measured ones, the nearest."""
+    known = sorted((float(k), v) for k, v in table.items())
+    for (a, low), (b, high) in pairwise(known):
+        if a <= size <= b:
+            return low + (high - low) * math.log(size / a) / math.log(b / a)
+    return known[0][1] if size < known[0][0] else known[-1][1]
 
 
 # ------------------------------------------------------------------------------------------------------------ counting
@@ -350,6 +364,7 @@ def predict(stage: int, method: str, cfg: Any, data: Data, machine: Machine, pro
         files,
         checkpoint,
         checkpoint * (min(2, cfg.epochs) + kept),
+        bank_bytes(learner),
         gradients,
         traffic,
     )
@@ -455,7 +470,7 @@ def _kmeans(objective: DeepClusterV2, cfg: Any, machine: Machine, processes: int
     for head in objective.prototypes.heads:
         K, d = head.weight.shape
         assignments = (cfg.kmeans_iterations + 1) * N * K * d / processes
-        seconds += assignments / machine.rate("kmeans", K) + machine["kmeans_head"]
+        seconds += assignments / machine.kmeans_rate(K, d) + machine["kmeans_head"]
         moved += cfg.kmeans_iterations * ring(4 * K * (2 * d + 1), processes) + ring(4 * N, processes)
     return seconds, moved
 
@@ -509,6 +524,11 @@ def main(cfg: Config) -> None:
             f"{c.traffic / 1e12:8.2f}TB"
         )
     print(f"together{sum(c.total for c in costs.values()) / 3600:9.2f} hours")
+    for stage, c in costs.items():
+        if c.saving:
+            print(f"stage {stage}: host memory while a checkpoint is saved, beside the rest: {c.saving / 1e9:.2f} GB "
+                  f"of each process (the whole bank), {cfg.processes * c.saving / 1e9:.2f} GB where all "
+                  f"{cfg.processes} are on one machine")  # fmt: skip
     print(
         "\nsteps: of an epoch; memory: of each process; kept: all checkpoints; gradients: all-reduced per step; sent: "
         "by each\nprocess in the whole stage. Stages 2 and 3 share one cache where their views are alike. Hours go to:"

@@ -185,17 +185,20 @@ def augmentation(cfg: Config, run: Run) -> dict[str, Any]:
 
 
 def objectives(cfg: Config, run: Run) -> dict[str, Any]:
-    """k-means: products N * K * d per second by K, and seconds per clustering beside; Sinkhorn: seconds per score."""
-    rates: dict[str, float] = {}
-    d, N, iterations = 128, 20_000, 3
-    points = F.normalize(torch.randn(N, d, device=run.device), dim=1)
-    for K in (30, 300, 3000):
+    """k-means: products N * K * d per second by d and K, and seconds per clustering beside; Sinkhorn: seconds per
+    score."""
+    rates: dict[str, dict[str, float]] = {}
+    N, iterations = 20_000, 3
+    for d in (128, 640):  # of slices and of volumes
+        points = F.normalize(torch.randn(N, d, device=run.device), dim=1)
+        rates[str(d)] = {}
+        for K in (30, 300) if cfg.quick else (30, 300, 3000):
 
-        def cluster(K: int = K) -> None:
-            kmeans_torch(points, points[:K], iterations, products=fast_products(N * K, run.device))
+            def cluster(K: int = K, points: torch.Tensor = points) -> None:
+                kmeans_torch(points, points[:K], iterations, products=fast_products(N * K, run.device))
 
-        rates[str(K)] = N * K * d * iterations / seconds(cluster, cfg, run)
-    few = points[:64]
+            rates[str(d)][str(K)] = N * K * d * iterations / seconds(cluster, cfg, run)
+    few = F.normalize(torch.randn(64, 128, device=run.device), dim=1)
     fixed = seconds(lambda: kmeans_torch(few, few[:8], 10), cfg, run)
     scores = torch.randn(2000, 500, device=run.device).clamp(-3, 3) / 3
     took = seconds(lambda: sinkhorn(scores, 0.02, 3), cfg, run)

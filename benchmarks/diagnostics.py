@@ -29,8 +29,7 @@ from jsonargparse.typing import PositiveInt
 
 import estimate
 from benchmarks import timing
-from benchmarks.data import write_raw
-from benchmarks.training import Options, Training, joint_learner, recorded, volume_loader
+from benchmarks.training import Options, Training, joint_learner, recorded, volume_loader, write_volumes
 from datasets.loaders import canvas_size
 from objectives import SwAV
 from objectives.diagnostics import Diagnostics
@@ -73,11 +72,12 @@ def measure(root: Path, cfg: Config, run: Run) -> dict[str, Any]:
     prototypes = {name: prototype_counts(0, n, name)[0] for name, n in samples.items()}
     torch.manual_seed(0)
     learner = joint_learner(cfg.arch, **prototypes)
-    some = min(cfg.volumes, max(4, 3 * cfg.batch_size))
-    write_raw(root / "data", (canvas_size(height, width),) * 2 + (slices,), "int16", some)
+    steps = 2 * (2 + cfg.repeats + cfg.workers)  # with and without, warmed up; and what workers read ahead
+    side = canvas_size(height, width)
+    write_volumes(root / "data", (side, side, slices), min(cfg.volumes, cfg.batch_size * steps))
     loader = volume_loader(root / "data", cfg, run, intra_slices=8)
     training = Training(learner, loader, cfg.precision, run)
-    levels = dict(learner.objectives())
+    levels = dict(learner.objectives())  # whose observers are replaced below: by those of so many samples, or none
     observers = {name: observer(levels[name], n, run.device) for name, n in samples.items()}
 
     def step(observed: bool) -> Callable[[], None]:

@@ -34,6 +34,7 @@ from utils import config as options
 from utils import distributed
 
 MADE_AT_ONCE = 2**14
+USUAL = {"cpu": {"points": 10**5, "iterations": 3}, "cuda": {"points": 10**6, "iterations": 10}}
 
 
 @dataclass
@@ -61,7 +62,8 @@ class Config:
 def main(cfg: Config) -> None:
     run = distributed.start(cfg.device)
     on_gpu = run.device.type == "cuda"
-    n, iterations = cfg.points or (10**6 if on_gpu else 10**5), cfg.iterations or (10 if on_gpu else 3)
+    usual = USUAL[run.device.type]
+    n, iterations = cfg.points or usual["points"], cfg.iterations or usual["iterations"]
     if n < cfg.clusters:
         raise SystemExit(f"--points {n} is less than --clusters {cfg.clusters}")
     set_threads(cfg.threads or torch.get_num_threads())
@@ -111,9 +113,16 @@ def main(cfg: Config) -> None:
     }
     if run.is_main:
         report(results, run.device)
-        name = "kmeans" if run.world_size == 1 else f"kmeans_{run.world_size}_processes"
-        print(f"\nwritten to {timing.write(name, results, run.device)}")
+        print(f"\nwritten to {timing.write(name_of(results, run.device), results, run.device)}")
     distributed.stop()
+
+
+def name_of(results: dict[str, Any], device: torch.device) -> str:
+    """Of the results' file: other sizes or several processes do not replace the usual ones."""
+    name, usual = "kmeans", USUAL[device.type] | {"clusters": Config.clusters, "dim": Config.dim}
+    if any(results[what] != value for what, value in usual.items()):
+        name += f"_{results['points']}x{results['clusters']}"
+    return name if results["processes"] == 1 else f"{name}_{results['processes']}_processes"
 
 
 def report(results: dict[str, Any], device: torch.device) -> None:

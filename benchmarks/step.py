@@ -10,19 +10,28 @@ Pieces that take turns in the same process:
   reference  the plain way with public packages: that ResNet channels-first in float32, four layers of the
              `deformable-attention` package along the feature axis (as the method's released code calls it), TorchIO on
              the CPU, SwAV's swapped prediction, LARC with a loop over parameters. On a CPU in a process of its own,
-             whose memory is handled as usual (ours keeps freed blocks). Left out where a package is missing.
-`ranks` compares two processes that train together (gloo, a core each) with two that know nothing of each other.
+             whose memory is handled as usual (ours keeps freed blocks). Where a package is missing, the reference goes
+             without it, which the results name; where a GPU has not the memory, it adds up gradients over parts.
+`ranks` compares two processes that train together (gloo, a core each) with two that know nothing of each other. What
+gradients cost on the way is the time of their backward pass with reduction less that without.
+Peak memory (GPU): weights, inputs and all else, ours and bare each begun with nothing allocated.
+The volumes' cache takes 4 MB for each of an epoch's volumes below the temporary folder: with --steps 30 and eight
+workers, 4 GB.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import json
+import math
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -36,8 +45,8 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from benchmarks import timing
-from benchmarks.data import released_transforms, write_raw
-from benchmarks.training import Options, Training, joint_learner, recorded, shares, volume_loader
+from benchmarks.data import released_transforms
+from benchmarks.training import Options, Training, joint_learner, recorded, shares, volume_loader, write_volumes
 from datasets.augment import MultiCrop
 from datasets.loaders import ImageLoader, Slices, canvas_size
 from datasets.store import prepare
@@ -51,6 +60,11 @@ from utils.precision import Precision
 
 PROTOTYPES = 16  # few: the phantoms are few, and their cost does not show beside a ResNet
 INTRA_PROTOTYPES = 300
+PER_VOLUME = 32  # slices of a volume that stage 1 takes
+WITHOUT = {  # package -> what the reference of stage 3 does without it
+    "torchio": "views are not augmented",
+    "deformable_attention": "four layers of ordinary attention along the slices",
+}
 
 
 @dataclass
@@ -62,7 +76,9 @@ class Config(Options):
     precisions: list[Literal["fp32", "bf16"]] = ("fp32", "bf16")
     """number formats; a CPU without bf16 units is better off with fp32 alone"""
     compile: bool = False
-    """ours and bare with torch.compile"""
+    """ours and bare with torch.compile; results go to a file of their own"""
+    reference: bool = True
+    """whether to measure the plain way, too"""
     repeats: PositiveInt = 3
     """measurements of each piece"""
     steps: NonNegativeInt = 0
@@ -74,13 +90,26 @@ def main(cfg: Config) -> None:
     root = Path(tempfile.mkdtemp(prefix="benchmark_step_"))
     results: dict[str, Any] = {"arch": cfg.arch, "view": list(cfg.target_shape), "compile": cfg.compile}
     try:
-        write_raw(root / "data", (160, 160, 72), "int16", max(4, 3 * cfg.batch_size))
+        write_volumes(root / "data", (160, 160, 72), volumes_of_an_epoch(cfg, run.device))
         for part in cfg.parts:
             print(f"\n{part}, {timing.device_name(run.device)}")
             results[part] = {"stage3": stage3, "stage1": stage1, "ranks": ranks}[part](root / "data", cfg, run)
     finally:
         shutil.rmtree(root)
-    print(f"\nwrote {timing.write('step', results, run.device)}")
+    print(f"\nwrote {timing.write('step_compiled' if cfg.compile else 'step', results, run.device)}")
+
+
+def volumes_of_an_epoch(cfg: Config, device: torch.device) -> int:
+    """So many that all steps of a `Training` lie within its first epoch, and that its workers read on to the end."""
+    of_ranks = "ranks" in cfg.parts and device.type == "cpu"
+    steps = 1 + (1 + cfg.repeats) * (2 if of_ranks else 1)  # the batch ahead; two kinds of steps there
+    steps += (warm_up(cfg) + cfg.steps if cfg.steps else 0) + 2 * cfg.workers
+    return steps * max(cfg.batch_size * (2 if of_ranks else 1), math.ceil(cfg.images / PER_VOLUME))
+
+
+def warm_up(cfg: Config) -> int:
+    """Steps before a run's end-to-end figures: what workers have read ahead is used up."""
+    return 1 + 2 * cfg.workers
 
 
 # ---------------------------------------------------------------------------------------------------------- the pieces
@@ -143,25 +172,31 @@ def compare(
 def stage3(root: Path, cfg: Config, run: Run) -> dict[str, Any]:
     slices, height, width = cfg.target_shape
     count = 2 * cfg.batch_size * slices
-    ours = {}
-    work: dict[str, Callable[[], object]] = {}
-    memory = {}
-    for precision in cfg.precisions:
-        one = ours_of_stage3(root, cfg, precision, run)
+
+    def bare(precision: str) -> Callable[[], None]:
         images = torch.rand(count, 3, height, width, device=run.device)
-        bare = bare_resnet(cfg, [images], precision, run.device)
-        ours[f"ours {precision}"] = one
-        work |= {f"ours {precision}": one.step, f"bare {precision}": bare}
-        if run.device.type == "cuda":
-            memory[precision] = {"ours": peak(one.step), "bare": peak(bare)}
-    if (reference := plainly(plain_step, cfg, run.device)) is not None:
-        work["reference"] = reference
-    result = {"slices": count, **compare(work, ours, cfg, run.device)}
-    if memory:
-        result["peak_gib"] = memory
-        for precision, of in memory.items():
+        return bare_resnet(cfg, [images], precision, run.device)
+
+    result: dict[str, Any] = {"slices": count}
+    if run.device.type == "cuda":  # before anything else is on it
+        result["peak_gib"] = {}
+        for precision in cfg.precisions:
+            of = {"bare": peak(lambda p=precision: bare(p))}
+            of["ours"] = peak(lambda p=precision: ours_of_stage3(root, cfg, p, run).step)
+            result["peak_gib"][precision] = of
             result[f"memory over bare {precision}"] = ratio = of["ours"] / of["bare"]
             print(f"peak memory {precision}: ours {of['ours']:.2f} GiB, bare {of['bare']:.2f} GiB, {ratio:.2f} x")
+    ours, work = {}, {}
+    for precision in cfg.precisions:
+        ours[f"ours {precision}"] = one = ours_of_stage3(root, cfg, precision, run)
+        work |= {f"ours {precision}": one.step, f"bare {precision}": bare(precision)}
+    if cfg.reference:
+        result["reference without"] = without = missing()
+        for package, instead in without.items():
+            print(f"the reference goes without {package}: {instead} (pip install -r requirements-dev.txt)")
+        make = partial(plain_step, without=set(without))
+        work["reference"], result["reference in parts"] = in_parts(make, cfg, run.device)
+    result |= compare(work, ours, cfg, run.device)
     if cfg.steps:
         result["end to end"] = {name: end_to_end(one, cfg, count, run.device) for name, one in ours.items()}
     return result
@@ -169,7 +204,8 @@ def stage3(root: Path, cfg: Config, run: Run) -> dict[str, Any]:
 
 def end_to_end(one: Training, cfg: Config, slices: int, device: torch.device) -> dict[str, float]:
     """Slices per second of `steps` steps in a row, from the cache on, and the share of time that data made it wait."""
-    one.step()
+    for _ in range(warm_up(cfg)):
+        one.step()
     timing.wait(device)
     began = time.perf_counter()
     with profile.recording(device) as spans:
@@ -193,7 +229,7 @@ def stage1(root: Path, cfg: Config, run: Run) -> dict[str, Any]:
     for precision in cfg.precisions:
         torch.manual_seed(0)
         crops = MultiCrop([(large, large), (small, small)], [2, 4], [(0.3, 1.0), (0.05, 0.3)], "strong", 0)
-        loader = ImageLoader(Slices(samples, store, 32), crops, cfg.images, cfg.workers, 0, run)
+        loader = ImageLoader(Slices(samples, store, PER_VOLUME), crops, cfg.images, cfg.workers, 0, run)
         encoder = GreyResNet(cfg.arch)
         if cfg.compile:
             encoder.compile()
@@ -203,30 +239,38 @@ def stage1(root: Path, cfg: Config, run: Run) -> dict[str, Any]:
         images = [torch.rand(n, 3, side, side, device=run.device) for n, side in sizes]
         ours[f"ours {precision}"] = one
         work |= {f"ours {precision}": one.step, f"bare {precision}": bare_resnet(cfg, images, precision, run.device)}
-    work["reference"] = plainly(partial(plain_images, sizes=sizes), cfg, run.device)
+    if cfg.reference:
+        work["reference"] = plainly(partial(plain_images, sizes=sizes), cfg, run.device)
     return {"images": cfg.images, "crops": sizes, **compare(work, ours, cfg, run.device)}
 
 
-def peak(step: Callable[[], object]) -> float:
-    """GiB allocated at most during a step, weights and what belongs to the step included."""
+def peak(make: Callable[[], Callable[[], object]]) -> float:
+    """GiB allocated at most during a step that `make` gives, weights and what belongs to the step included."""
+    gc.collect()  # what was measured before
+    torch.cuda.empty_cache()
+    step = make()
     step()
     torch.cuda.reset_peak_memory_stats()
-    base = torch.cuda.memory_allocated()
     step()
-    return (torch.cuda.max_memory_allocated() - base) / 2**30
+    return torch.cuda.max_memory_allocated() / 2**30
 
 
 # ------------------------------------------------------------------------------------------------------- the plain way
 
 
-def plainly(make: Callable, cfg: Config, device: torch.device) -> Callable[[], object] | None:
+def missing() -> dict[str, str]:
+    """Packages that the reference of stage 3 has to go without -> what it does instead."""
+    return {package: instead for package, instead in WITHOUT.items() if importlib.util.find_spec(package) is None}
+
+
+def plainly(make: Callable, cfg: Config, device: torch.device) -> Callable[[], object]:
     """The step that `make(cfg, device)` gives; on a CPU in a process of its own, whose memory is handled as usual."""
     if device.type == "cuda":
         return make(cfg, device)
-    ours, theirs = torch.multiprocessing.get_context("spawn").Pipe()
-    torch.multiprocessing.get_context("spawn").Process(target=_serve, args=(make, cfg, theirs), daemon=True).start()
-    if not ours.recv():
-        return None
+    context = torch.multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    context.Process(target=_serve, args=(make, cfg, theirs), daemon=True).start()
+    theirs.close()  # so that the end of that process is noticed
 
     def step() -> None:
         ours.send(None)
@@ -235,11 +279,28 @@ def plainly(make: Callable, cfg: Config, device: torch.device) -> Callable[[], o
     return step
 
 
+def in_parts(make: Callable, cfg: Config, device: torch.device) -> tuple[Callable[[], object], int]:
+    """As `plainly`, in as many parts (see `plain_step`) as it takes for a GPU's memory; and their number."""
+    parts = 1
+    while True:
+        step = plainly(partial(make, parts=parts), cfg, device)
+        if device.type == "cpu":
+            return step, parts
+        try:
+            step()
+            return step, parts
+        except torch.OutOfMemoryError:
+            if parts == cfg.batch_size:
+                raise
+        step, parts = None, min(2 * parts, cfg.batch_size)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def _serve(make: Callable, cfg: Config, connection: Connection) -> None:
     step = make(cfg, torch.device("cpu"))
-    connection.send(step is not None)
     with suppress(EOFError):  # the benchmark has ended
-        while step is not None:
+        while True:
             connection.recv()
             step()
             connection.send(None)
@@ -272,41 +333,54 @@ def plain_swav(scores: Tensor) -> Tensor:
     return -0.5 * sum((codes[i] * F.log_softmax(scores[1 - i] / 0.1, dim=1)).sum(dim=1).mean() for i in range(2))
 
 
-def plain_step(cfg: Config, device: torch.device) -> Callable[[], None] | None:
-    """The step of stage 3 with public packages; None where one of them is missing."""
-    if missing := [p for p in ("deformable_attention", "torchio") if importlib.util.find_spec(p) is None]:
-        print(f"no reference: {', '.join(missing)} not installed (pip install -r requirements-dev.txt)")
-        return None
-    from deformable_attention import DeformableAttention1D
+def plain_step(cfg: Config, device: torch.device, without: set[str], parts: int = 1) -> Callable[[], None]:
+    """The step of stage 3 with public packages, less those in `without`.
 
+    parts: of the batch, one after the other before the update, so that memory suffices.
+    """
     slices, height, width = cfg.target_shape
-    transforms = released_transforms()
+    augment = (lambda volume: volume) if "torchio" in without else released_transforms()
     volumes = torch.rand(cfg.batch_size, 1, height, width, slices)
     net = torchvision.models.get_model(cfg.arch, weights=None)
     features = net.fc.in_features
     net.fc = nn.Identity()
     project, intra_head = nn.Linear(features, 640), ProjectionHead(features)
-    attention = nn.ModuleList(
-        DeformableAttention1D(dim=slices, downsample_factor=4, offset_scale=2, offset_kernel_size=6) for _ in range(4)
-    )
+    attention = nn.ModuleList(plain_attention(slices, "deformable_attention" in without) for _ in range(4))
     inter, intra = nn.Linear(640, PROTOTYPES, bias=False), nn.Linear(128, INTRA_PROTOTYPES, bias=False)
-    parts = nn.ModuleList([net, project, intra_head, attention, inter, intra]).to(device).train()
-    update = plain_larc(list(parts.parameters()), 0.3)
+    modules = nn.ModuleList([net, project, intra_head, attention, inter, intra]).to(device).train()
+    update = plain_larc(list(modules.parameters()), 0.3)
 
-    def step() -> None:
-        views = torch.stack([torch.stack([transforms(v) for v in volumes]) for _ in range(2)]).to(device)
+    def forward(volumes: Tensor) -> Tensor:
+        views = torch.stack([torch.stack([augment(v) for v in volumes]) for _ in range(2)]).to(device)
         images = views.squeeze(2).permute(0, 1, 4, 2, 3).flatten(0, 2).unsqueeze(1).repeat(1, 3, 1, 1)
         pooled = net(images)
-        tokens = project(pooled).view(2 * cfg.batch_size, slices, 640)
+        tokens = project(pooled).view(2 * len(volumes), slices, 640)
         for layer in attention:
             tokens = layer(tokens) + tokens
         z = F.normalize(tokens.mean(dim=1), dim=1)
-        w = F.normalize(intra_head(pooled), dim=1).view(2, -1, 128)[:, : 8 * cfg.batch_size]
-        loss = plain_swav(inter(z).view(2, cfg.batch_size, -1)) + plain_swav(intra(w))
-        loss.backward()
+        w = F.normalize(intra_head(pooled), dim=1).view(2, -1, 128)[:, : 8 * len(volumes)]
+        return plain_swav(inter(z).view(2, len(volumes), -1)) + plain_swav(intra(w))
+
+    def step() -> None:
+        for part in volumes.chunk(parts):
+            forward(part).backward()
         update()
 
     return step
+
+
+def plain_attention(slices: int, ordinary: bool) -> nn.Module:
+    """A layer on tokens [B, slices, 640]: the package's, or torch's own."""
+    if ordinary:
+        return OrdinaryAttention(640, 8, batch_first=True)
+    from deformable_attention import DeformableAttention1D
+
+    return DeformableAttention1D(dim=slices, downsample_factor=4, offset_scale=2, offset_kernel_size=6)
+
+
+class OrdinaryAttention(nn.MultiheadAttention):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x, x, x, need_weights=False)[0]
 
 
 def plain_images(cfg: Config, device: torch.device, sizes: list[tuple[int, int]]) -> Callable[[], None]:
@@ -330,23 +404,33 @@ def plain_images(cfg: Config, device: torch.device, sizes: list[tuple[int, int]]
 
 
 def ranks(root: Path, cfg: Config, run: Run) -> dict[str, Any]:
-    """Median step of two processes that train one model, over that of two that train one each; a core each."""
+    """Median step of two processes that train one model, over that of two that train one each; a core each.
+
+    Of the two together also the backward pass with and without (`no_sync`) the reduction of gradients. Both hold
+    BatchNorm's collectives. Times are those of the slower process, and of the faster of two runs.
+    """
     if run.device.type != "cpu":
         print("ranks: compares processes on CPU cores, not run on a GPU")
         return {}
-    medians = {}
+    found: dict[str, list[float]] = {}
+    cfg = replace(cfg, workers=0)  # a core each
     for together in (False, True, False, True):
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.spawn(_one_rank, (root, cfg, together, folder), nprocs=2)
-            seconds = [float(Path(folder, str(r)).read_text()) for r in range(2)]
-        medians.setdefault("together" if together else "apart", []).append(max(seconds))
-    best = {name: min(values) for name, values in medians.items()}
+            each = [json.loads(Path(folder, str(r)).read_text()) for r in range(2)]
+        for name in each[0]:
+            found.setdefault(name, []).append(max(seconds[name] for seconds in each))
+    best = {name: min(values) for name, values in found.items()}
     ratio = best["together"] / best["apart"]
+    reduced, alone = best.pop("backward"), best.pop("backward alone")
     print(
         f"two processes, {cfg.precisions[-1]}: together {best['together']:.2f} s a step, apart {best['apart']:.2f} s, "
-        f"{ratio:.2f} x (the rest is communication and waiting for each other)"
+        f"{ratio:.2f} x (the rest is communication and waiting for each other); backward pass {reduced:.3f} s with "
+        f"reduction of the gradients, {alone:.3f} s without"
     )
-    return {"precision": cfg.precisions[-1], "seconds": medians, "together over apart": ratio}
+    backward = {"with_reduction_s": reduced, "alone_s": alone, "communication_s": reduced - alone}
+    seconds = {name: found[name] for name in best}
+    return {"precision": cfg.precisions[-1], "seconds": seconds, "together over apart": ratio, "backward": backward}
 
 
 def _one_rank(rank: int, root: Path, cfg: Config, together: bool, folder: str) -> None:
@@ -356,8 +440,16 @@ def _one_rank(rank: int, root: Path, cfg: Config, together: bool, folder: str) -
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
         run = Run(rank, 2, run.device)
     one = ours_of_stage3(root, cfg, cfg.precisions[-1], run)
-    seconds = timing.measure({"step": one.step}, cfg.repeats, warmup=1)["step"].median
-    Path(folder, str(rank)).write_text(str(seconds))
+    step, parts = recorded(one.step, run.device)
+    work, parts_alone = {"step": step}, []
+    if together:
+        work["alone"], parts_alone = recorded(partial(one.step, joined=False), run.device)
+    seconds = timing.measure(work, cfg.repeats, warmup=1)["step"].median
+    measured = {"together" if together else "apart": seconds}
+    if together:
+        for name, calls in (("backward", parts), ("backward alone", parts_alone)):
+            measured[name] = statistics.median(call["backward"] for call in calls[1:])  # without the warm-up
+    Path(folder, str(rank)).write_text(json.dumps(measured))
     distributed.stop()
 
 

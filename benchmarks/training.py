@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +13,19 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import nn
 from torch.optim import Optimizer
 
+from benchmarks.data import write_raw
 from datasets.augment import VolumeViews
 from datasets.loaders import VolumeLoader, VolumeWindows, canvas_size
 from datasets.store import prepare
 from models.encoder import JointEncoder
 from models.heads import ProjectionHead
 from objectives import JointClustering, SwAV
-from utils import distributed, guards, optim, profile
+from objectives.diagnostics import Monitor
+from utils import distributed, guards, optim, profile, train
 from utils.distributed import Run
 from utils.precision import Precision
+
+DISTINCT = 8  # volumes of a tree that differ
 
 
 @dataclass
@@ -37,10 +42,20 @@ class Options:
     """data-loading processes"""
 
 
+def write_volumes(root: Path, shape: tuple[int, int, int], count: int) -> None:
+    """`count` volumes below `root`, most of them further names (hard links) of the first few.
+
+    With so many that an epoch does not end within what is measured, data-loading processes never start anew there.
+    """
+    write_raw(root, shape, "int16", min(count, DISTINCT))
+    for i in range(DISTINCT, count):
+        os.link(root / "Raw" / f"{i % DISTINCT}.npy", root / "Raw" / f"{i}.npy")
+
+
 def volume_loader(root: Path, cfg: Options, run: Run, **kinds: Any) -> VolumeLoader:
     """Volumes below `root`.  kinds: what `VolumeLoader` gives beside their views (`mask_ratio`, `intra_slices`)."""
     slices, height, width = cfg.target_shape
-    samples, store = prepare(root, canvas_size(height, width), progress=False)
+    samples, store = prepare(root, canvas_size(height, width), workers=max(1, cfg.workers), progress=False)
     views = VolumeViews(height, width, "strong", 0)
     return VolumeLoader(VolumeWindows(samples, store, slices, 0), views, cfg.batch_size, cfg.workers, 0, run, **kinds)
 
@@ -54,13 +69,19 @@ def joint_learner(arch: str, intra: int, inter: int) -> JointClustering:
 
 
 class Training:
-    """Steps of stage 1 or 3 as `utils.train` makes them, without its log and checkpoints; the parts are spans."""
+    """Steps of stage 1 or 3 with all that `utils.train.fit` does in one, its observers too; the parts are spans.
+
+    Without what fit does between steps: progress bar, log, checkpoints.
+    """
 
     def __init__(self, learner: nn.Module, loader: Any, precision: str, run: Run) -> None:
-        self.learner, self.loader = distributed.wrap(learner, run).train(), loader
+        self.learner, self.loader, self.run = distributed.wrap(learner, run).train(), loader, run
         self.precision = Precision(precision, run.device)
         self.optimizer: Optimizer = optim.LARC(optim.parameter_groups(self.learner, 1e-6), 0.3)
-        core = distributed.unwrap(self.learner)
+        self.core = core = distributed.unwrap(self.learner)
+        Monitor(core, loader, None, run.device)  # attaches observers; its options are for the end of an epoch
+        self.statistics = guards.BatchNormStatistics(core)
+        self.done, self.sums = 0, {}
         if isinstance(core, JointClustering):
             core.encoder.slices = profile.spanned("f_intra", core.encoder.slices)
             core.encoder.holistic = profile.spanned("f_inter", core.encoder.holistic)
@@ -78,18 +99,32 @@ class Training:
             yield from self.loader.epoch(epoch)
             epoch += 1
 
-    def step(self) -> None:
+    def step(self, joined: bool = True) -> None:
+        """joined: with the gradients of the other processes, as always in training."""
         with profile.span("other"):
-            with self.precision.autocast():
-                loss = self.learner(**self.batch)["loss"]
-            with profile.span("backward"):
-                self.precision.backward(loss)
+            self.statistics.remember()
+            train.seed_dropout(0, self.done, self.run.rank)
+            with distributed.gradients_stay_local(self.learner, not joined):
+                with self.precision.autocast():
+                    losses = self.learner(**self.batch)
+                with profile.span("backward"):
+                    self.precision.backward(losses["loss"])
+            self.core.cancel_gradients(self.done)
+            samples = sum(self.batch["counts"])
+            totals = {name: value.detach().float() * samples for name, value in losses.items()}
             with profile.span("data wait"):
                 self.batch = next(self.batches)
+            means = {name: value / samples for name, value in totals.items()}
             with profile.span("optimiser"):
-                if bool(guards.gradients_are_finite(self.optimizer)):
+                agreed = train._agree(means, guards.gradients_are_finite(self.optimizer), False, self.run)
+                if agreed.finite and (agreed.gradients_finite or self.precision.may_overflow()):
                     self.precision.step(self.optimizer)
+                    for name, value in agreed.means.items():
+                        self.sums[name] = self.sums.get(name, 0.0) + value * samples
+                else:
+                    self.statistics.restore()
                 self.optimizer.zero_grad(set_to_none=True)
+            self.done += 1
 
 
 def recorded(step: Callable[[], object], device: torch.device) -> tuple[Callable[[], None], list[dict[str, float]]]:

@@ -15,6 +15,7 @@ from benchmarks.check_estimate import collection
 from datasets.index import scan
 from datasets.loaders import canvas_size
 from datasets.store import prepare
+from objectives.bank import MemoryBank
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,6 +75,26 @@ def test_banks_hold_a_number_per_crop_sample_and_feature():
     slices = 1000 * 200 + 500
     assert estimate.bank_bytes(learner) == 2 * 4 * (1000 * 640 + slices * 128) + 1000 + slices
     assert estimate.bank_bytes(estimate.build(3, "swav", estimate.stage_config(3, "swav", {}), DATA)) == 0
+
+
+def test_saving_needs_the_whole_bank_on_every_process(tmp_path, capsys):
+    slices = 1000 * 200 + 500
+    whole = 2 * 4 * (1000 * 640 + slices * 128) + 1000 + slices  # crops * bytes * (N * d), a byte of `seen` per sample
+    small = {"arch": "resnet18", "target_shape": [16, 32, 32]}
+    assert [predict(3, "deepcluster", processes=n, **small).saving for n in (1, 4)] == [whole, whole]
+    assert predict(3, "swav", processes=4, **small).saving == 0
+    bank = MemoryBank(1000, 2, 8)
+    state = bank.state()  # a copy, even of one process
+    assert state["embeddings"].data_ptr() != bank.embeddings.data_ptr()
+    assert estimate.nbytes(state.values()) == 2 * 4 * 1000 * 8 + 1000
+
+    path = tmp_path / "constants.json"
+    path.write_text(json.dumps({"environment": {"device": "A GPU"}, "results": CONSTANTS}))
+    shape = {"volumes": 1000, "volume_shape": DATA.volume_shape, "images": 500, "image_shape": DATA.image_shape}
+    of = {"method": "deepcluster", "stage1": {"arch": "resnet18"}, "stage2": small, "stage3": small}
+    estimate.main(estimate.Config(**shape, **of, processes=4, constants=str(path)))
+    said = capsys.readouterr().out
+    assert f"{whole / 1e9:.2f} GB of each process (the whole bank), {4 * whole / 1e9:.2f} GB where all 4" in said
 
 
 def test_the_queue_is_twice_the_prototypes_less_the_batch():
@@ -181,6 +202,18 @@ def test_rates_are_interpolated_between_measured_sizes_and_held_beyond():
     assert MACHINE.rate("train_flops", 8, "resnet18") == 1e10
     assert MACHINE.rate("train_flops", 999, "resnet18") == 3e10
     assert MACHINE.rate("train_flops", 64, "resnet152") == 2e10
+
+
+def test_kmeans_rates_are_interpolated_between_dimensions_and_older_files_have_one_for_all():
+    old = {"30": 1e9, "3000": 1e10}
+    now = {"128": old, "640": {"30": 2e9, "3000": 3e10}}
+    rates = estimate.Machine(CONSTANTS | {"kmeans": now})
+    assert [rates.kmeans_rate(3000, d) for d in (16, 128, 640, 999)] == [1e10, 1e10, 3e10, 3e10]
+    assert rates.kmeans_rate(30, 128 * math.sqrt(5)) == pytest.approx(1.5e9)  # half way from 128 to 640
+    assert rates.kmeans_rate(300, 640) == pytest.approx(1.6e10)
+    assert [MACHINE.kmeans_rate(3000, d) for d in (128, 640)] == [1e10, 1e10]
+    for path in ("benchmarks/assumed/h200.json", "benchmarks/results/constants_cpu.json"):
+        assert estimate.Machine.read(path).kmeans_rate(3000, 640) > 1e10
 
 
 def test_activations_are_those_that_autograd_keeps():
