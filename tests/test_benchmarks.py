@@ -1,25 +1,31 @@
 """What benchmarks share: the statistics that they report, and the parts of a step that they split."""
 
+import importlib
 import json
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import diagnostics, timing
+from benchmarks import diagnostics, kmeans, step, timing
 from benchmarks.data import write_raw
-from benchmarks.training import Options, Training, joint_learner, recorded, shares, volume_loader
+from benchmarks.training import Options, Training, joint_learner, recorded, shares, volume_loader, write_volumes
 from datasets.augment import MultiCrop
 from datasets.loaders import ImageLoader, Slices
 from datasets.store import prepare
 from models.heads import ProjectionHead
 from models.resnet import GreyResNet
 from objectives import ImageClustering, SwAV
+from utils import config as options
 from utils.distributed import Run
 
+ROOT = Path(__file__).parents[1]
 RUN = Run(0, 1, torch.device("cpu"))
-PARTS = {"augmentation", "backward", "data wait", "f_intra", "objective", "optimiser", "other"}
+PARTS = {"augmentation", "backward", "data wait", "diagnostics", "f_intra", "objective", "optimiser", "other"}
 
 
 def test_pieces_take_turns_and_ratios_are_those_of_neighbours() -> None:
@@ -64,6 +70,68 @@ def test_parts_of_a_step_add_up_to_it(stage: int, parts: set[str], tmp_path: Pat
     split = shares(calls)
     assert list(split) == sorted(parts)
     assert sum(split.values()) == pytest.approx(1)
+
+
+def test_a_step_does_what_training_does(tmp_path: Path) -> None:
+    training = training_of(3, tmp_path)
+    core = training.core
+    training.step()
+    training.step()
+    assert core.inter.observer.seen == 2  # a volume in each step
+    assert core.intra.observer.seen == 4
+    assert training.sums.keys() == {"loss", "inter", "intra"}
+    before = {name: value.clone() for name, value in core.state_dict().items()}
+    training.batch["views"].fill_(float("nan"))
+    training.step()  # is not applied
+    after = core.state_dict()
+    moved = {name for name, value in before.items() if not torch.equal(after[name], value)}
+    assert all("prototypes" in name and after[name].isfinite().all() for name in moved)  # brought back to length 1
+
+
+def test_an_epoch_holds_all_steps_of_a_measurement(tmp_path: Path) -> None:
+    cfg = step.Config(parts=["stage3"], batch_size=2, images=64, repeats=3, steps=5, workers=2)
+    volumes = step.volumes_of_an_epoch(cfg, RUN.device)
+    # The batch ahead, warm-up and repeats; what workers read ahead, and one, before 5 steps; what they read meanwhile.
+    assert volumes == 2 * (1 + (1 + 3) + (1 + 4) + 5 + 4)
+    write_volumes(tmp_path, (40, 40, 4), volumes)
+    loader = volume_loader(tmp_path, Options(device="cpu", target_shape=(4, 32, 32), batch_size=2), RUN)
+    assert loader.steps == 19
+    assert len({file.stat().st_ino for file in tmp_path.glob("Raw/*.npy")}) == 8
+
+
+def test_without_packages_the_reference_goes_on_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: None)
+    assert step.missing().keys() == {"torchio", "deformable_attention"}
+    monkeypatch.setitem(sys.modules, "torchio", None)  # an import of either would fail
+    monkeypatch.setitem(sys.modules, "deformable_attention", None)
+    cfg = step.Config(arch="resnet18", target_shape=(4, 32, 32), batch_size=2)
+    for parts in (1, 2):
+        step.plain_step(cfg, RUN.device, set(step.missing()), parts)()
+
+
+def test_kmeans_of_other_sizes_has_a_file_of_its_own() -> None:
+    usual = {"points": 10**5, "clusters": 3000, "dim": 640, "iterations": 3, "processes": 1}
+    names = [
+        kmeans.name_of(usual | changes, RUN.device)
+        for changes in ({}, {"points": 10**4, "clusters": 300}, {"processes": 2}, {"dim": 128, "processes": 2})
+    ]
+    assert names == ["kmeans", "kmeans_10000x300", "kmeans_2_processes", "kmeans_100000x3000_2_processes"]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_all_gpu_benchmarks_are_run_and_the_worst_status_is_that_of_all(tmp_path: Path) -> None:
+    python, called = tmp_path / "python", tmp_path / "called"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {called}\ncase "$2" in *kmeans) exit 3;; esac\n')
+    python.chmod(0o755)
+    done = subprocess.run(["make", "-C", str(ROOT), "bench-gpu", f"PYTHON={python}"], capture_output=True, text=True)
+    assert done.returncode
+    assert "Error 3" in done.stderr
+    calls = [line.split()[1:] for line in called.read_text().splitlines()]
+    names = ["attention", "kmeans", "stage2", "augmentation", "diagnostics", "step", "step"]
+    assert [name for name, *_ in calls] == [f"benchmarks.{name}" for name in names]
+    for name, *arguments in calls:  # which they understand
+        module = importlib.import_module(name)
+        assert options.parse(module.Config, module.__doc__, arguments).device == "cuda"
 
 
 def test_diagnostics_are_timed_with_their_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
