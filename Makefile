@@ -55,8 +55,8 @@ bench-gpu:
 
 SHARED ?= ../shared/data
 MINUTES ?= 0
-EXPERIMENTS := experiments/main.yaml
-ABLATIONS := experiments/main.yaml, experiments/ablations.yaml
+EXPERIMENTS := experiments/main.yaml, experiments/controls.yaml
+ABLATIONS := $(EXPERIMENTS), experiments/ablations.yaml
 
 experiments-cpu: $(READY)
 	$(VENV)/bin/python -m experiments.data --source $(SHARED)
