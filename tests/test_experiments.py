@@ -107,7 +107,7 @@ def test_a_mistake_in_a_file_is_named(tmp_path: Path, changes: dict[str, Any], m
         expand([write(tmp_path / "x.yaml", changes)], Path("/d"), Path("/out"))
 
 
-@pytest.mark.parametrize("names", [("main",), ("main", "ablations"), ("gpu",)])
+@pytest.mark.parametrize("names", [("main",), ("main", "controls", "ablations"), ("gpu",)])
 def test_the_experiments_of_this_project_can_be_expanded(names: tuple[str, ...]) -> None:
     plan = expand([ROOT / "experiments" / f"{name}.yaml" for name in names], Path("/d"), Path("/out"))
     assert all(run.seconds > 0 for run in plan.runs.values())
