@@ -165,7 +165,8 @@ def run(cfg: Config) -> dict[str, Any]:
             draw(case, prediction.numpy(), reference, out / f"{name}.png")
     summary = metrics.summarise(list(scores.values()))
     print(metrics.format_table(summary))
-    print(f"{len(scores)} test volumes; epoch {best + 1} of {cfg.epochs} was the best on validation")
+    chosen = f"; epoch {best + 1} of {cfg.epochs} was the best on validation" if cfg.epochs > 1 else ""
+    print(f"{len(scores)} test volumes{chosen}")
 
     result = {
         "metrics": summary,
