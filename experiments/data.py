@@ -48,9 +48,7 @@ def main(cfg: Config) -> None:
             raise UserError(f"source: {source} has no folder {name}")
     for name, fractions in VOLUMES.items():
         patients = patients_of_volumes(source / name)
-        split = _fixed(
-            dest, name, lambda p=patients, f=fractions: make_split(list(p), list(p.values()), f, 0), patients
-        )
+        split = _fixed(dest, name, make_split(list(patients), list(patients.values()), fractions, 0), patients)
         _link(source / name, dest / "tasks" / name)
         _convert([source / name / "imagesTr" / f"{case}.nii.gz" for case in allowed(split, patients)], dest, name)
     _convert(sorted((source / "misc_nifti").glob("*.nii.gz")), dest, "misc_nifti")

@@ -32,7 +32,7 @@ class Run:
 
     name: str  # also its folder
     module: str
-    options: dict[str, Any]
+    options: dict[str, Any]  # folders as {data}, {runs} and {weights}: a run is the same wherever they are
     needs: tuple[str, ...]  # runs whose weights it reads
     seconds: float  # expected, on one core
 
@@ -40,6 +40,21 @@ class Run:
         """Of all that its result depends on but the data: module, options, and the same of the runs before it."""
         text = json.dumps([self.module, self.options, [keys[name] for name in self.needs]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def placed(self, data: Path, runs: Path) -> dict[str, Any]:
+        """Its options with those folders."""
+        folders = {"{data}": data, "{runs}": runs, "{weights}": runs / "weights"}
+
+        def fill(value: Any) -> Any:
+            if isinstance(value, str):
+                for name, folder in folders.items():
+                    value = value.replace(name, str(folder))
+                return value
+            if isinstance(value, dict):
+                return {key: fill(item) for key, item in value.items()}
+            return [fill(item) for item in value] if isinstance(value, list) else value
+
+        return fill(self.options)
 
 
 @dataclass(frozen=True)
@@ -63,11 +78,11 @@ class Plan:
     differences: list[tuple[str, str]] = field(default_factory=list)  # of initialisations: the first minus the second
 
 
-def expand(files: Sequence[str | Path], data: Path, dump_path: Path) -> Plan:
+def expand(files: Sequence[str | Path]) -> Plan:
     """The plan of the files, in their order; a later file may start from runs of an earlier one.
 
-    {data} in options becomes the folder `data`. Raises UserError naming the file and what is wrong in it: unknown keys,
-    options that the script does not have, runs that no file describes.
+    Raises UserError naming the file and what is wrong in it: unknown keys, options that the script does not have, runs
+    that no file describes.
     """
     plan, seeds_of = Plan(), {}
     for file in files:
@@ -98,7 +113,7 @@ def expand(files: Sequence[str | Path], data: Path, dump_path: Path) -> Plan:
                 )
             )
         for run in itertools.chain(*by_seed.values()):
-            plan.runs[run.name] = _placed(run, data, dump_path)
+            plan.runs[run.name] = run
         plan.differences += [(better, worse) for better, worse in content.get("differences", [])]
     return plan
 
@@ -148,7 +163,9 @@ def _pretraining(
             needs.append(of)
         chosen[option] = of if of == "none" else f"{of}.pth"
     full = name if seed is None else f"{name}-s{seed}"
-    chosen |= {"checkpoint_name": f"{full}.pth"} | ({} if seed is None else {"seed": seed})
+    chosen |= {"dump_path": f"{{runs}}/{full}", "pretrained_path": "{weights}", "checkpoint_name": f"{full}.pth"}
+    if seed is not None:
+        chosen["seed"] = seed
     return Run(full, about["script"], chosen, tuple(needs), float(about.get("seconds", 0)))
 
 
@@ -158,6 +175,7 @@ def _comparison(
     """All initialisations and label counts of one seed, by downstream.compare, on test cases that all seeds share."""
     if about.get("task") not in MAIN_METRIC:
         raise UserError(f"{where}: task {about.get('task')!r} is not one of {', '.join(MAIN_METRIC)}")
+    full = f"{name}-s{seed}"
     entries, needs = [], []
     for label, of in about["initialisations"].items():
         if of in ("random", "imagenet"):
@@ -172,9 +190,10 @@ def _comparison(
         "seeds": [seed],
         "vary_split": False,
         "options": dict(about.get("options", {})),
+        "dump_path": f"{{runs}}/{full}",
     }
     cells = len(entries) * len(about["labelled"])
-    return Run(f"{name}-s{seed}", "downstream.compare", chosen, tuple(needs), cells * float(about.get("seconds", 0)))
+    return Run(full, "downstream.compare", chosen, tuple(needs), cells * float(about.get("seconds", 0)))
 
 
 def _seeded(where: str, name: str, seed: int | None, seeds_of: Mapping[str, Sequence[int]]) -> str:
@@ -186,20 +205,3 @@ def _seeded(where: str, name: str, seed: int | None, seeds_of: Mapping[str, Sequ
     if seed not in seeds_of[name]:
         raise UserError(f"{where}: {name} has no seed {seed}, only {seeds_of[name]}")
     return f"{name}-s{seed}"
-
-
-def _placed(run: Run, data: Path, dump_path: Path) -> Run:
-    """With its folders."""
-    weights = dump_path / "weights"
-
-    def fill(value: Any) -> Any:
-        if isinstance(value, str):
-            return value.replace("{data}", str(data)).replace("{weights}", str(weights))
-        if isinstance(value, dict):
-            return {key: fill(item) for key, item in value.items()}
-        return [fill(item) for item in value] if isinstance(value, list) else value
-
-    chosen = fill(run.options) | {"dump_path": str(dump_path / run.name)}
-    if run.module in SCRIPTS:
-        chosen["pretrained_path"] = str(weights)
-    return dataclasses.replace(run, options=chosen)

@@ -79,8 +79,7 @@ def main(cfg: Config) -> None:
 
 def read_plan(cfg: Any) -> tuple[Plan, Path]:
     """The plan of cfg.experiments, and the folder of its runs."""
-    out = Path(cfg.dump_path).expanduser().resolve()
-    return expand(cfg.experiments, Path(cfg.data).expanduser().resolve(), out), out
+    return expand(cfg.experiments), Path(cfg.dump_path).expanduser().resolve()
 
 
 def execute(plan: Plan, out: Path, cfg: Config) -> list[str]:
@@ -88,7 +87,7 @@ def execute(plan: Plan, out: Path, cfg: Config) -> list[str]:
 
     A run that fails stops only those that need it. Whatever ends this process ends its runs too, which save first.
     """
-    keys = run_keys(plan)
+    keys, data = run_keys(plan), Path(cfg.data).expanduser().resolve()
     done = {name for name in plan.runs if status(out, name, keys[name]).done}
     waiting = [name for name in plan.runs if name not in done]
     running: dict[str, Process] = {}
@@ -99,7 +98,7 @@ def execute(plan: Plan, out: Path, cfg: Config) -> list[str]:
             ready = [name for name in waiting if done.issuperset(plan.runs[name].needs)]
             for name in ready[: cfg.jobs - len(running)]:
                 waiting.remove(name)
-                running[name] = start(plan.runs[name], out, keys[name], cfg.threads)
+                running[name] = start(plan.runs[name], data, out, keys[name], cfg.threads)
                 print(f"{name}: started", flush=True)
             if not running:
                 break  # what waits needs what failed
@@ -145,12 +144,12 @@ def status(out: Path, name: str, key: str) -> Status:
     return found
 
 
-def start(run: Run, out: Path, key: str, threads: int) -> Process:
+def start(run: Run, data: Path, out: Path, key: str, threads: int) -> Process:
     folder = out / run.name
     folder.mkdir(parents=True, exist_ok=True)
     before = status(out, run.name, key)
     write_json({"key": key, "done": False, "seconds": before.seconds}, folder / "status.json")
-    options.save_yaml(run.options, folder / "options.yaml")
+    options.save_yaml(run.placed(data, out), folder / "options.yaml")
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", run.module, "--config", str(folder / "options.yaml")]
     with open(folder / "log.txt", "ab") as log:

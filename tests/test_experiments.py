@@ -64,12 +64,12 @@ def described(tmp_path: Path) -> Path:
 
 
 def test_files_become_runs_in_an_order_in_which_they_can_be_run(described: Path) -> None:
-    plan = expand([described], Path("/d"), Path("/out"))
+    plan = expand([described])
     by_seed = [[f"{name}-s{seed}" for name in ("all", "no_intra", "a", "b")] for seed in (0, 1)]
     assert list(plan.runs) == ["flat", *by_seed[0], *by_seed[1]]
     joint = plan.runs["no_intra-s1"]
     assert joint.needs == ("flat",)
-    assert joint.options == {
+    assert joint.placed(Path("/d"), Path("/out")) == {
         "arch": "resnet18",
         "data_path": "/d/pretrain",
         "lambda_intra": 0,
@@ -81,13 +81,15 @@ def test_files_become_runs_in_an_order_in_which_they_can_be_run(described: Path)
         "pretrained_path": "/out/weights",
     }
     compared = plan.runs["a-s1"]
+    placed = compared.placed(Path("/d"), Path("/out"))
     assert compared.needs == ("flat", "no_intra-s1")  # the weights of the same seed
-    assert compared.options["initialisations"] == [
+    assert placed["initialisations"] == [
         "random",
         "2D=/out/weights/flat.pth",
         "without=/out/weights/no_intra-s1.pth",
     ]
-    assert compared.options["options"] == {"data_path": "/d/x"}
+    assert placed["options"] == {"data_path": "/d/x"}
+    assert placed["dump_path"] == "/out/a-s1"
     assert compared.seconds == 3 * 3 * 2
     assert plan.differences == [("without", "random")]
 
@@ -104,12 +106,12 @@ def test_files_become_runs_in_an_order_in_which_they_can_be_run(described: Path)
 )
 def test_a_mistake_in_a_file_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        expand([write(tmp_path / "x.yaml", changes)], Path("/d"), Path("/out"))
+        expand([write(tmp_path / "x.yaml", changes)])
 
 
 @pytest.mark.parametrize("names", [("main",), ("main", "controls", "ablations"), ("gpu",)])
 def test_the_experiments_of_this_project_can_be_expanded(names: tuple[str, ...]) -> None:
-    plan = expand([ROOT / "experiments" / f"{name}.yaml" for name in names], Path("/d"), Path("/out"))
+    plan = expand([ROOT / "experiments" / f"{name}.yaml" for name in names])
     assert all(run.seconds > 0 for run in plan.runs.values())
     for table in plan.tables:
         assert len(table.runs) >= (5 if table.name == "heart_la" else 3)
