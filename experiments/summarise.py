@@ -2,13 +2,15 @@
 
     python -m experiments.summarise --experiments "[experiments/main.yaml]" --output docs/RESULTS.md
 
-Reads the cells of the comparisons (experiments.run makes them) and writes one page, with plots beside it in results/.
-Every mean has its 95 % t-interval over seeds and its number of seeds; differences are paired, seed by seed.
+Reads the finished runs (experiments.run makes them) and writes one page, with plots beside it in results/. Every mean
+has its 95 % t-interval over seeds and its number of seeds; differences are paired, seed by seed. What the page is made
+of is kept beside the plots, in runs.csv and cells.csv: runs whose folders are gone, or on another machine, still count.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -29,6 +31,8 @@ from utils import config as options
 from utils.errors import UserError
 
 LOWER_IS_BETTER = ("hd95_mm",)
+RUNS, CELLS = "runs.csv", "cells.csv"
+CELL = ("initialisation", "labelled", "seed", "cases")  # what cells.csv says of a cell, a word and three numbers
 LAST = ("loss", "intra_std", "intra_rank", "inter_std", "inter_rank", "interpolation", "mask_skill")  # of metrics.csv
 
 
@@ -41,7 +45,7 @@ class Config:
     dump_path: str = "runs/experiments"
     """as for experiments.run"""
     output: str = "docs/RESULTS.md"
-    """the page; its plots go to results/ beside it"""
+    """the page; its plots and the figures behind it go to results/ beside it"""
     findings: str | None = "experiments/findings.md"
     """text that stands before the tables: what people concluded from them; null: none"""
     published: str = "experiments/published.yaml"
@@ -50,28 +54,39 @@ class Config:
     """write the page although some runs are not finished; it says which"""
 
 
+@dataclass
+class Finished:
+    """What the page says of a finished run."""
+
+    script: str
+    key: str  # of its options and weights, as experiments.plan makes it
+    seconds: float
+    versions: str
+    last: dict[str, float] = field(default_factory=dict)  # of a pre-training: the last line of metrics.csv
+    cells: list[dict[str, Any]] = field(default_factory=list)  # of a comparison
+
+
 def main(cfg: Config) -> None:
     plan, out = read_plan(cfg)
+    page = Path(cfg.output)
+    folder = page.with_name("results")
+    folder.mkdir(parents=True, exist_ok=True)
+    known = read_records(folder) | read_runs(plan, out)
     keys = run_keys(plan)
-    seconds = {}
-    for name in plan.runs:
-        state = status(out, name, keys[name])
-        if state.done:
-            seconds[name] = state.seconds
-    missing = [name for name in plan.runs if name not in seconds]
-    if not seconds or (missing and not cfg.partial):
+    finished = {name: known[name] for name in plan.runs if name in known and known[name].key == keys[name]}
+    missing = [name for name in plan.runs if name not in finished]
+    if not finished or (missing and not cfg.partial):
         raise UserError(
             f"{len(missing)} of {len(plan.runs)} runs are not finished ({', '.join(missing[:5])}); run them"
         )
-    page = Path(cfg.output)
-    plots = page.with_name("results")
-    plots.mkdir(parents=True, exist_ok=True)
+    write_records(known, folder)
     parts = [
         "# Results",
-        f"Made by `python -m experiments.summarise` from {len(seconds)} finished runs of {', '.join(cfg.experiments)}; "
-        "experiments/README.md says what they are. Means with 95 % t-intervals over seeds; a seed draws the labelled "
-        "cases and all random weights, while test cases and pre-trained weights are the same for all seeds of a "
-        "comparison without seeded pre-training: the intervals do not cover those.",
+        f"Made by `python -m experiments.summarise` from {len(finished)} finished runs of "
+        f"{', '.join(cfg.experiments)}; experiments/README.md says what they are. Means with 95 % t-intervals over "
+        "seeds; a seed draws the labelled cases and all random weights, while test cases and pre-trained weights are "
+        "the same for all seeds of a comparison without seeded pre-training: the intervals do not cover those. "
+        f"Every figure: [cells.csv]({folder.name}/cells.csv), [runs.csv]({folder.name}/runs.csv).",
     ]
     if cfg.findings:
         try:
@@ -83,23 +98,71 @@ def main(cfg: Config) -> None:
     if missing:
         parts.append(f"**{len(missing)} of {len(plan.runs)} runs are not finished**: {', '.join(missing)}.")
     for table in plan.tables:
-        cells = read_cells(table, out, seconds)
+        cells = [cell for run in table.runs if run in finished for cell in finished[run].cells]
         if cells:
-            parts += section(table, cells, plan.differences, plots)
-    parts += [*costs(plan, seconds, out), *published(Path(cfg.published))]
+            parts += section(table, cells, plan.differences, folder)
+    parts += [*costs(finished), *published(Path(cfg.published))]
     checkpoint.write_text("\n\n".join(parts) + "\n", page)
-    print(f"wrote {page} and {plots}")
+    print(f"wrote {page} and {folder}")
 
 
-def read_cells(table: Table, out: Path, finished: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The cells of the comparison's finished runs, null metrics as nan."""
-    cells = []
-    for run in table.runs:
-        for path in sorted((out / run).glob("cells/*/cell.json")) if run in finished else []:
-            cell = json.loads(path.read_text())
-            cell["metrics"] = {k: math.nan if v is None else float(v) for k, v in cell["metrics"].items()}
-            cells.append(cell)
-    return cells
+def read_runs(plan: Plan, out: Path) -> dict[str, Finished]:
+    """The runs of the plan that are finished in `out`."""
+    keys, found = run_keys(plan), {}
+    metrics_of = {run: table.metrics for table in plan.tables for run in table.runs}
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, {os.cpu_count()} cores"
+    for name, run in plan.runs.items():
+        state = status(out, name, keys[name])
+        if not state.done:
+            continue
+        found[name] = one = Finished(run.module, keys[name], state.seconds, versions)
+        if name in metrics_of:
+            for path in sorted((out / name).glob("cells/*/cell.json")):
+                cell = json.loads(path.read_text())
+                values = ((metric, cell["metrics"][metric]) for metric in metrics_of[name])
+                metrics = {metric: math.nan if value is None else float(value) for metric, value in values}
+                one.cells.append({key: cell[key] for key in CELL} | {"metrics": metrics})
+        else:
+            with open(out / name / "metrics.csv", newline="") as file:
+                *_, last = csv.DictReader(file)
+            one.last = {column: float(last[column]) for column in LAST if last.get(column)}
+    return found
+
+
+def read_records(folder: Path) -> dict[str, Finished]:
+    """What `write_records` has written there; empty where it has not."""
+    found: dict[str, Finished] = {}
+    if not (folder / RUNS).is_file():
+        return found
+    with open(folder / RUNS, newline="") as runs, open(folder / CELLS, newline="") as cells:
+        for row in csv.DictReader(runs):
+            last = {column: float(row[column]) for column in LAST if row[column]}
+            found[row["run"]] = Finished(row["script"], row["key"], float(row["seconds"]), row["versions"], last)
+        for row in csv.DictReader(cells):
+            of = found[row["run"]].cells
+            numbers = {key: int(row[key]) for key in CELL[1:]}
+            cell = {CELL[0]: row[CELL[0]], **numbers}
+            if not of or {key: of[-1][key] for key in CELL} != cell:
+                of.append(cell | {"metrics": {}})
+            of[-1]["metrics"][row["metric"]] = float(row["value"])
+    return found
+
+
+def write_records(known: Mapping[str, Finished], folder: Path) -> None:
+    """A line per run, and a line per cell and metric."""
+    runs, cells = io.StringIO(), io.StringIO()
+    lines = csv.writer(runs, lineterminator="\n")
+    lines.writerow(["run", "script", "key", "seconds", "versions", *LAST])
+    for name, run in known.items():
+        figures = (run.last.get(column, "") for column in LAST)
+        lines.writerow([name, run.script, run.key, run.seconds, run.versions, *figures])
+    lines = csv.writer(cells, lineterminator="\n")
+    lines.writerow(["run", *CELL, "metric", "value"])
+    for name, run in known.items():
+        for cell in run.cells:
+            lines.writerows([name, *(cell[key] for key in CELL), *pair] for pair in cell["metrics"].items())
+    checkpoint.write_text(runs.getvalue(), folder / RUNS)
+    checkpoint.write_text(cells.getvalue(), folder / CELLS)
 
 
 def means(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[tuple[str, int], tuple[float, float, float, int]]:
@@ -152,22 +215,19 @@ def section(
     return parts
 
 
-def costs(plan: Plan, seconds: Mapping[str, float], out: Path) -> list[str]:
+def costs(finished: Mapping[str, Finished]) -> list[str]:
     """Every pre-training's wall-clock time and the last line of its metrics.csv; the time of all comparisons."""
-    of_tables = {run for table in plan.tables for run in table.runs}
     rows = ["| run | script | seconds | " + " | ".join(LAST) + " |", "|---|---|---|" + "---|" * len(LAST)]
-    for name, spent in seconds.items():
-        if name not in of_tables:
-            with open(out / name / "metrics.csv", newline="") as file:
-                *_, last = csv.DictReader(file)
-            figures = (f"{float(last[column]):.3f}" if last.get(column) else "-" for column in LAST)
-            rows.append(f"| {name} | {plan.runs[name].module} | {spent:.0f} | {' | '.join(figures)} |")
-    compared = sum(spent for name, spent in seconds.items() if name in of_tables)
-    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    for name, run in finished.items():
+        if not run.cells:
+            figures = (f"{run.last[column]:.3f}" if column in run.last else "-" for column in LAST)
+            rows.append(f"| {name} | {run.script} | {run.seconds:.0f} | {' | '.join(figures)} |")
+    compared = sum(run.seconds for run in finished.values() if run.cells)
+    versions = "; ".join(sorted({run.versions for run in finished.values()}))
     text = (
-        f"Wall-clock seconds of each process ({versions}, {os.cpu_count()} cores where this page was written); "
-        f"{sum(seconds.values()) / 3600:.1f} hours of processes in all, {compared / 3600:.1f} of comparisons. Beside "
-        "them the last epoch's figures, as docs/DIAGNOSTICS.md defines them."
+        f"Wall-clock seconds of each process ({versions}); "
+        f"{sum(run.seconds for run in finished.values()) / 3600:.1f} hours of processes in all, {compared / 3600:.1f} "
+        "of comparisons. Beside them the last epoch's figures, as docs/DIAGNOSTICS.md defines them."
     )
     return ["## Pre-training runs and costs", text, "\n".join(rows)]
 

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from experiments import data as layout
 from experiments import run as runner
@@ -241,6 +245,46 @@ def test_no_tested_patient_is_pre_trained_on(shared: Path, tmp_path: Path) -> No
         assert trained.isdisjoint({patients[case] for case in split.test})
 
 
+def test_data_are_laid_out_once_without_tested_patients(tmp_path: Path) -> None:
+    """From the smallest source that has all five folders to the three that experiments read."""
+    source, dest = tmp_path / "source", tmp_path / "data"
+    rng = np.random.default_rng(0)
+    image = nib.Nifti1Image(rng.normal(size=(12, 10, 8)).astype(np.float32), np.eye(4))
+    for name in layout.VOLUMES:
+        (source / name / "imagesTr").mkdir(parents=True)
+        patients = {f"{name}_{i}": f"p{i // 2}" for i in range(16)}
+        (source / name / "dataset.json").write_text(json.dumps({"patient": patients}))
+        for case in patients:
+            nib.save(image, source / name / "imagesTr" / f"{case}.nii.gz")
+    (source / "misc_nifti").mkdir()
+    nib.save(image, source / "misc_nifti" / "one.nii.gz")
+    for organ in ("brain", "liver"):
+        (source / "slices_png" / organ).mkdir(parents=True)
+        for i in range(12):
+            picture = Image.fromarray(rng.integers(0, 255, (16, 16), dtype=np.uint8))
+            picture.save(source / "slices_png" / organ / f"scan{i // 2}_frame_{i}.png")
+    (source / "chest_xray").mkdir()
+    rows = ["filename,patient,finding"]
+    for i in range(24):
+        Image.fromarray(rng.integers(0, 255, (16, 16), dtype=np.uint8)).save(source / "chest_xray" / f"{i}.png")
+        rows.append(f"{i}.png,p{i},{layout.FINDINGS[i % 2]}")
+    (source / "chest_xray" / "labels.csv").write_text("\n".join(rows) + "\n")
+
+    cfg = layout.Config(source=str(source), dest=str(dest))
+    layout.main(cfg)
+    splits = {path.stem: json.loads(path.read_text()) for path in (dest / "splits").glob("*.json")}
+    assert set(splits) == {*layout.VOLUMES, "slices_png", "chest_xray"}
+    for name, split in splits.items():
+        trained = {path.name.removesuffix(".npy") for path in (dest / "pretrain").rglob("*") if path.is_file()}
+        assert split["test"]
+        assert trained.isdisjoint(Path(case).name for case in split["test"]), name
+        assert trained.issuperset(Path(case).name for case in split["train"]), name
+    assert (dest / "pretrain" / "misc_nifti" / "one.npy").is_file()
+    before = {path: path.stat().st_mtime_ns for path in dest.rglob("*.json")}
+    layout.main(cfg)
+    assert {path: path.stat().st_mtime_ns for path in dest.rglob("*.json")} == before
+
+
 @pytest.fixture
 def small(tmp_path: Path, data: Path) -> Path:
     """A training run, and a comparison of its weights with random ones on the same tiny tree."""
@@ -318,6 +362,14 @@ def test_from_a_file_to_a_page(small: Path, data: Path, tmp_path: Path, capsys: 
     assert "## What was found" in text
     assert "arXiv 2306.11925" in text
     assert (page.parent / "results" / "kind_linear_balanced_accuracy.png").is_file()
+    shutil.rmtree(tmp_path / "runs")
+    summarise.main(summarise.Config(**common, **written))  # from the records
+    assert page.read_text() == text
+    content = yaml.safe_load(small.read_text())
+    content["pretraining"]["flat"]["options"]["epochs"] = 3  # those are other weights, also for what starts from them
+    write(small, content)
+    with pytest.raises(UserError, match="2 of 2 runs are not finished"):
+        summarise.main(summarise.Config(**common, **written))
 
 
 @pytest.mark.parametrize(
