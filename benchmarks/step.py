@@ -215,7 +215,7 @@ def end_to_end(one: Training, cfg: Config, slices: int, device: torch.device) ->
         seconds = time.perf_counter() - began
     figures = {
         "slices_per_second": slices * cfg.steps / seconds,
-        "data_wait": shares([spans.seconds()])["data wait"],
+        "data_wait": shares([spans.seconds()])["data"],
     }
     print(f"end to end, {one.precision.name}: {figures['slices_per_second']:.0f} slices/s, "
           f"data wait {figures['data_wait']:.1%}")  # fmt: skip

@@ -69,7 +69,7 @@ def joint_learner(arch: str, intra: int, inter: int) -> JointClustering:
 
 
 class Training:
-    """Steps of stage 1 or 3 with all that `utils.train.fit` does in one, its observers too; the parts are spans.
+    """Steps of stage 1 or 3 with all that `utils.train.fit` does in one, its observers too; the parts are its spans.
 
     Without what fit does between steps: progress bar, log, checkpoints.
     """
@@ -82,14 +82,8 @@ class Training:
         Monitor(core, loader, None, run.device)  # attaches observers; its options are for the end of an epoch
         self.statistics = guards.BatchNormStatistics(core)
         self.done, self.sums = 0, {}
-        if isinstance(core, JointClustering):
-            core.encoder.slices = profile.spanned("f_intra", core.encoder.slices)
-            core.encoder.holistic = profile.spanned("f_inter", core.encoder.holistic)
-        else:
-            core.embed = profile.spanned("f_intra", core.embed)  # the head, within, is the objective's
-        core.head.forward = profile.spanned("objective", core.head.forward)
         for views in {"views", "crops"} & vars(loader).keys():
-            setattr(loader, views, profile.spanned("augmentation", getattr(loader, views)))
+            setattr(loader, views, profile.spanned("augment", getattr(loader, views)))
         self.batches = self._batches()
         self.batch = next(self.batches)
 
@@ -105,17 +99,17 @@ class Training:
             self.statistics.remember()
             train.seed_dropout(0, self.done, self.run.rank)
             with distributed.gradients_stay_local(self.learner, not joined):
-                with self.precision.autocast():
+                with self.precision.autocast(), profile.span("forward"):
                     losses = self.learner(**self.batch)
                 with profile.span("backward"):
                     self.precision.backward(losses["loss"])
             self.core.cancel_gradients(self.done)
             samples = sum(self.batch["counts"])
             totals = {name: value.detach().float() * samples for name, value in losses.items()}
-            with profile.span("data wait"):
+            with profile.span("data"):
                 self.batch = next(self.batches)
             means = {name: value / samples for name, value in totals.items()}
-            with profile.span("optimiser"):
+            with profile.span("optimizer"):
                 agreed = train._agree(means, guards.gradients_are_finite(self.optimizer), False, self.run)
                 if agreed.finite and (agreed.gradients_finite or self.precision.may_overflow()):
                     self.precision.step(self.optimizer)

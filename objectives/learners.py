@@ -76,7 +76,8 @@ class ImageClustering(Learner):
         self.encoder, self.head, self.intra = encoder, head, intra
 
     def embed(self, crops: list[Tensor], index: Tensor, counts: list[int] | None = None) -> dict[str, Embedded]:
-        features = [pooled(self.encoder(size.flatten(0, 1).unsqueeze(1))) for size in crops]
+        with span("f_intra"):
+            features = [pooled(self.encoder(size.flatten(0, 1).unsqueeze(1))) for size in crops]
         z = F.normalize(wide(self.head(torch.cat(features))), dim=1)
         return {"intra": (z.unflatten(0, (-1, len(index))), index, counts)}
 
@@ -153,7 +154,8 @@ def masked_loss(
 ) -> dict[str, Tensor]:
     """targets [B, D, d], mask and hidden [B, D] -> loss and interpolation over the joint batch's hidden slices."""
     tokens = torch.where(hidden.unsqueeze(-1), mask_token.to(targets.dtype), targets)
-    predicted = wide(decoder(transformer(tokens, mask)))
+    with span("f_inter"):
+        predicted = wide(decoder(transformer(tokens, mask)))
     guessed = interpolate_masked(targets, mask & ~hidden)
     # Volumes of different length hide different numbers of slices; every hidden slice of all processes counts once.
     share = world_size() / (all_sum(hidden.sum().float()).clamp(min=1) * targets.shape[-1])
@@ -226,7 +228,8 @@ class JointClustering(Learner):
         batch = [views.flatten(0, 2)[both]]  # [n, H, W], ordered by view, volume, slice
         if need_intra and images is not None:
             batch.append(images.flatten(0, 1))
-        features, embedded = self.encoder.slices(torch.cat(batch).unsqueeze(1))
+        with span("f_intra"):
+            features, embedded = self.encoder.slices(torch.cat(batch).unsqueeze(1))
         slices = len(both)
         tokens = intra = None
         if need_tokens:
@@ -269,7 +272,8 @@ class JointClustering(Learner):
         found = {}
         if self.inter is not None:
             V = len(tokens)
-            z = self.encoder.holistic(tokens.flatten(0, 1), mask.repeat(V, 1))
+            with span("f_inter"):
+                z = self.encoder.holistic(tokens.flatten(0, 1), mask.repeat(V, 1))
             found["inter"] = (z.unflatten(0, (V, -1)), index, counts)
         if self.intra is not None:
             z = F.normalize(wide(self.head(intra.flatten(0, 1))), dim=1).unflatten(0, (len(intra), -1))

@@ -25,7 +25,7 @@ from utils.distributed import Run
 
 ROOT = Path(__file__).parents[1]
 RUN = Run(0, 1, torch.device("cpu"))
-PARTS = {"augmentation", "backward", "data wait", "diagnostics", "f_intra", "objective", "optimiser", "other"}
+PARTS = {"augment", "backward", "data", "diagnostics", "f_intra", "forward", "objective", "optimizer", "other"}
 
 
 def test_pieces_take_turns_and_ratios_are_those_of_neighbours() -> None:

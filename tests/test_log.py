@@ -251,14 +251,16 @@ def test_outside_a_recording_nothing_is_kept():
     assert profile.spanned("x", max)(1, 2) == 2
 
 
-@pytest.mark.parametrize("script", ["ssl_swav2D", "ssl_deepcluster3D"])
-def test_a_profiled_run_splits_its_epochs(script, data, tmp_path):
+@pytest.mark.parametrize(
+    ("script", "parts"), [("ssl_swav2D", {"f_intra"}), ("ssl_deepcluster3D", {"f_intra", "f_inter"})]
+)
+def test_a_profiled_run_splits_its_epochs(script, parts, data, tmp_path):
     run(script, data, tmp_path, profile=True, epochs=1)
     with open(tmp_path / "runs" / script / "metrics.csv", newline="") as file:
         (row,) = csv.DictReader(file)
     times = {name: float(value) for name, value in row.items() if name.startswith("time_")}
-    names = ("data", "augment", "forward", "objective", "diagnostics", "backward", "optimizer")
-    assert set(times) == {f"time_{name}" for name in names}
+    names = {"data", "augment", "forward", "objective", "diagnostics", "backward", "optimizer"}
+    assert set(times) == {f"time_{name}" for name in names | parts}
     assert all(seconds > 0 for seconds in times.values())
     assert 0.5 * float(row["seconds"]) < sum(times.values()) <= float(row["seconds"]) + 0.01
 
