@@ -23,7 +23,7 @@ SECTIONS = ("defaults", "pretraining", "comparisons", "differences")
 PRETRAINING = ("script", "options", "start", "seeds", "seconds", "variants")
 COMPARISON = ("task", "initialisations", "labelled", "seeds", "options", "seconds", "metrics")
 SCRIPTS = ("ssl_swav2D", "mask_swav", "ssl_swav3D", "ssl_deepcluster2D", "mask_deepcluster", "ssl_deepcluster3D")
-OWN_OPTIONS = ("dump_path", "pretrained_path", "checkpoint_name", "seed")  # set by the runner
+PLACES = ("dump_path", "pretrained_path", "checkpoint_name")  # options that are set here
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,10 @@ class Run:
     seconds: float  # expected, on one core
 
     def key(self, keys: Mapping[str, str]) -> str:
-        """Of all that its result depends on but the data: module, options, and the same of the runs before it."""
+        """Of module, options that the YAML files set, and the same of the runs before it.
+
+        Not of the data, nor of the scripts' code and constants: those are the commit's, which is kept beside the key.
+        """
         text = json.dumps([self.module, self.options, [keys[name] for name in self.needs]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -87,6 +90,9 @@ def expand(files: Sequence[str | Path]) -> Plan:
     plan, seeds_of = Plan(), {}
     for file in files:
         content = _checked(str(file), read_yaml(Path(file)), SECTIONS)
+        for option in content.get("defaults", {}):
+            if option in PLACES or not any(option in options_of(script) for script in SCRIPTS):
+                raise UserError(f"{file}: defaults: no script has an option {option!r} that may be set here")
         # Seed by seed over all that has seeds: whenever the time is up, every table has as many as the others.
         by_seed: dict[int | None, list[Run]] = {None: []}
         for name, about in _variants(str(file), content.get("pretraining", {})):
@@ -98,6 +104,9 @@ def expand(files: Sequence[str | Path]) -> Plan:
                 by_seed.setdefault(seed, []).append(run)
         for name, about in content.get("comparisons", {}).items():
             about = _checked(f"{file}: {name}", about, COMPARISON)
+            for needed in ("initialisations", "labelled", "seeds"):
+                if not about.get(needed):
+                    raise UserError(f"{file}: {name}: has no {needed}")
             runs = {seed: _comparison(f"{file}: {name}", name, about, seed, seeds_of) for seed in about["seeds"]}
             for seed, run in runs.items():
                 by_seed.setdefault(seed, []).append(run)
@@ -113,9 +122,16 @@ def expand(files: Sequence[str | Path]) -> Plan:
                 )
             )
         for run in itertools.chain(*by_seed.values()):
+            if run.name in plan.runs:
+                raise UserError(f"{file}: {run.name} is described twice")
             plan.runs[run.name] = run
         plan.differences += [(better, worse) for better, worse in content.get("differences", [])]
     return plan
+
+
+def options_of(script: str) -> set[str]:
+    """Names of what the script can be told."""
+    return {f.name for f in dataclasses.fields(importlib.import_module(script).Config)}
 
 
 def _checked(where: str, content: Any, allowed: Sequence[str]) -> dict[str, Any]:
@@ -148,10 +164,10 @@ def _pretraining(
     seed: int | None,
     seeds_of: Mapping[str, Sequence[int]],
 ) -> Run:
-    has = {f.name for f in dataclasses.fields(importlib.import_module(about["script"]).Config)}
+    has = options_of(about["script"])
     own = about.get("options", {})
     for option in own:
-        if option not in has or option in OWN_OPTIONS:
+        if option not in has or option in (*PLACES, "seed"):
             raise UserError(f"{where}: {about['script']} has no option {option!r} that may be set here")
     chosen = {option: value for option, value in defaults.items() if option in has} | dict(own)
     needs = []

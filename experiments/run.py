@@ -17,15 +17,19 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+import torchvision
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
 
 from downstream.results import write_json
 from experiments.plan import Plan, Run, expand
 from utils import config as options
 from utils.errors import UserError
+from utils.versions import commit
 
 ROOT = Path(__file__).resolve().parents[1]
 GRACE = 60.0  # seconds in which a run that is told to stop may save
@@ -54,6 +58,7 @@ class Status(NamedTuple):
 
     done: bool
     seconds: float  # spent so far, all attempts
+    made_with: str = ""  # commit, versions and cores
 
 
 @dataclass
@@ -93,6 +98,7 @@ def execute(plan: Plan, out: Path, cfg: Config) -> list[str]:
     running: dict[str, Process] = {}
     failed: list[str] = []
     end = time.monotonic() + 60 * cfg.minutes if cfg.minutes else float("inf")
+    made_with()  # of now, whatever is edited meanwhile
     try:
         while (waiting or running) and time.monotonic() < end:
             ready = [name for name in waiting if done.issuperset(plan.runs[name].needs)]
@@ -136,7 +142,8 @@ def status(out: Path, name: str, key: str) -> Status:
         return Status(False, 0.0)
     try:
         known = json.loads(path.read_text())
-        theirs, found = known["key"], Status(bool(known["done"]), float(known["seconds"]))
+        theirs = known["key"]
+        found = Status(bool(known["done"]), float(known["seconds"]), str(known.get("made_with", "")))
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: is damaged; remove {path.parent} to have the run made again") from None
     if theirs != key:
@@ -161,8 +168,16 @@ def finish(out: Path, name: str, key: str, process: Process) -> int:
     """Keep what is known of a run that has ended; returns its exit code."""
     seconds = status(out, name, key).seconds + time.monotonic() - process.began
     code = process.popen.returncode
-    write_json({"key": key, "done": code == 0, "seconds": round(seconds, 1)}, out / name / "status.json")
+    record = {"key": key, "done": code == 0, "seconds": round(seconds, 1), "made_with": made_with()}
+    write_json(record, out / name / "status.json")
     return code
+
+
+@cache
+def made_with() -> str:
+    """The state of this repository when it is first asked for, and what runs on it."""
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, {os.cpu_count()} cores"
+    return f"{commit()}: {versions}"
 
 
 def format_plan(plan: Plan, out: Path, jobs: int) -> str:

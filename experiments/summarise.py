@@ -3,28 +3,24 @@
     python -m experiments.summarise --experiments "[experiments/main.yaml]" --output docs/RESULTS.md
 
 Reads the finished runs (experiments.run makes them) and writes one page, with plots beside it in results/. Every mean
-has its 95 % t-interval over seeds and its number of seeds; differences are paired, seed by seed. What the page is made
-of is kept beside the plots, in runs.csv and cells.csv: runs whose folders are gone, or on another machine, still count.
+has its 95 % t-interval over seeds and its number of seeds; differences are paired, seed by seed. The figures of every
+run that it has seen are kept in `records`: runs whose folders are gone, or on another machine, still count.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import torchvision
 from scipy.stats import ttest_rel
 
 from downstream import compare
-from experiments.plan import Plan, Table
+from experiments.plan import SCRIPTS, Plan, Table
 from experiments.run import read_plan, run_keys, status
 from utils import checkpoint
 from utils import config as options
@@ -45,7 +41,9 @@ class Config:
     dump_path: str = "runs/experiments"
     """as for experiments.run"""
     output: str = "docs/RESULTS.md"
-    """the page; its plots and the figures behind it go to results/ beside it"""
+    """the page; its plots go to results/ beside it"""
+    records: str = "docs/results"
+    """folder of runs.csv and cells.csv, which are read and added to"""
     findings: str | None = "experiments/findings.md"
     """text that stands before the tables: what people concluded from them; null: none"""
     published: str = "experiments/published.yaml"
@@ -56,37 +54,38 @@ class Config:
 
 @dataclass
 class Finished:
-    """What the page says of a finished run."""
+    """What is kept of a finished run."""
 
+    name: str
     script: str
-    key: str  # of its options and weights, as experiments.plan makes it
     seconds: float
-    versions: str
+    made_with: str
     last: dict[str, float] = field(default_factory=dict)  # of a pre-training: the last line of metrics.csv
     cells: list[dict[str, Any]] = field(default_factory=list)  # of a comparison
 
 
 def main(cfg: Config) -> None:
     plan, out = read_plan(cfg)
-    page = Path(cfg.output)
-    folder = page.with_name("results")
-    folder.mkdir(parents=True, exist_ok=True)
-    known = read_records(folder) | read_runs(plan, out)
+    known = read_records(Path(cfg.records)) | read_runs(plan, out)
+    write_records(known, Path(cfg.records))
     keys = run_keys(plan)
-    finished = {name: known[name] for name in plan.runs if name in known and known[name].key == keys[name]}
+    wanted = {run: table.metrics for table in plan.tables for run in table.runs}
+    finished = {name: known[key] for name, key in keys.items() if key in known and has(known[key], wanted.get(name))}
     missing = [name for name in plan.runs if name not in finished]
     if not finished or (missing and not cfg.partial):
         raise UserError(
             f"{len(missing)} of {len(plan.runs)} runs are not finished ({', '.join(missing[:5])}); run them"
         )
-    write_records(known, folder)
+    page = Path(cfg.output)
+    folder = page.with_name("results")
+    folder.mkdir(parents=True, exist_ok=True)
     parts = [
         "# Results",
         f"Made by `python -m experiments.summarise` from {len(finished)} finished runs of "
         f"{', '.join(cfg.experiments)}; experiments/README.md says what they are. Means with 95 % t-intervals over "
         "seeds; a seed draws the labelled cases and all random weights, while test cases and pre-trained weights are "
         "the same for all seeds of a comparison without seeded pre-training: the intervals do not cover those. "
-        f"Every figure: [cells.csv]({folder.name}/cells.csv), [runs.csv]({folder.name}/runs.csv).",
+        f"Every figure: {CELLS} and {RUNS} in {cfg.records}.",
     ]
     if cfg.findings:
         try:
@@ -106,22 +105,23 @@ def main(cfg: Config) -> None:
     print(f"wrote {page} and {folder}")
 
 
+def has(run: Finished, metrics: Sequence[str] | None) -> bool:
+    """Whether every cell of a comparison has these metrics; a pre-training needs none."""
+    return metrics is None or bool(run.cells and all(set(metrics) <= set(cell["metrics"]) for cell in run.cells))
+
+
 def read_runs(plan: Plan, out: Path) -> dict[str, Finished]:
-    """The runs of the plan that are finished in `out`."""
+    """By their keys, the runs of the plan that are finished in `out`; of a comparison, the metrics of its table."""
     keys, found = run_keys(plan), {}
-    metrics_of = {run: table.metrics for table in plan.tables for run in table.runs}
-    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, {os.cpu_count()} cores"
+    metrics = {run: table.metrics for table in plan.tables for run in table.runs}
     for name, run in plan.runs.items():
         state = status(out, name, keys[name])
         if not state.done:
             continue
-        found[name] = one = Finished(run.module, keys[name], state.seconds, versions)
-        if name in metrics_of:
-            for path in sorted((out / name).glob("cells/*/cell.json")):
-                cell = json.loads(path.read_text())
-                values = ((metric, cell["metrics"][metric]) for metric in metrics_of[name])
-                metrics = {metric: math.nan if value is None else float(value) for metric, value in values}
-                one.cells.append({key: cell[key] for key in CELL} | {"metrics": metrics})
+        found[keys[name]] = one = Finished(name, run.module, state.seconds, state.made_with)
+        if name in metrics:
+            with open(out / name / "results.csv", newline="") as file:  # cells of older weights are not in it
+                one.cells = cells_of(row for row in csv.DictReader(file) if row["metric"] in metrics[name])
         else:
             with open(out / name / "metrics.csv", newline="") as file:
                 *_, last = csv.DictReader(file)
@@ -129,40 +129,55 @@ def read_runs(plan: Plan, out: Path) -> dict[str, Finished]:
     return found
 
 
+def cells_of(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """A line per cell and metric -> the cells."""
+    cells: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        cell = (row["initialisation"], *(int(row[key]) for key in CELL[1:]))
+        known = cells.setdefault(cell, dict(zip(CELL, cell, strict=True)) | {"metrics": {}})
+        known["metrics"][row["metric"]] = float(row["value"])
+    return list(cells.values())
+
+
 def read_records(folder: Path) -> dict[str, Finished]:
-    """What `write_records` has written there; empty where it has not."""
+    """What `write_records` has written there, by key; empty where it has not."""
     found: dict[str, Finished] = {}
     if not (folder / RUNS).is_file():
         return found
-    with open(folder / RUNS, newline="") as runs, open(folder / CELLS, newline="") as cells:
-        for row in csv.DictReader(runs):
-            last = {column: float(row[column]) for column in LAST if row[column]}
-            found[row["run"]] = Finished(row["script"], row["key"], float(row["seconds"]), row["versions"], last)
-        for row in csv.DictReader(cells):
-            of = found[row["run"]].cells
-            numbers = {key: int(row[key]) for key in CELL[1:]}
-            cell = {CELL[0]: row[CELL[0]], **numbers}
-            if not of or {key: of[-1][key] for key in CELL} != cell:
-                of.append(cell | {"metrics": {}})
-            of[-1]["metrics"][row["metric"]] = float(row["value"])
+    try:
+        with open(folder / RUNS, newline="") as file:
+            for row in csv.DictReader(file):
+                last = {column: float(row[column]) for column in LAST if row.get(column)}
+                about = (row["run"], row["script"], float(row["seconds"]), row["made_with"])
+                found[row["key"]] = Finished(*about, last)
+        with open(folder / CELLS, newline="") as file:
+            by_key: dict[str, list[dict[str, str]]] = {}
+            for row in csv.DictReader(file):
+                by_key.setdefault(row["key"], []).append(row)
+        for key in by_key.keys() & found.keys():
+            found[key].cells = cells_of(by_key[key])
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"records: {folder}/{RUNS} or {CELLS} is damaged ({error}); restore it from git") from None
     return found
 
 
 def write_records(known: Mapping[str, Finished], folder: Path) -> None:
-    """A line per run, and a line per cell and metric."""
+    """A line per run, and a line per cell and metric, which is there before the run's."""
     runs, cells = io.StringIO(), io.StringIO()
     lines = csv.writer(runs, lineterminator="\n")
-    lines.writerow(["run", "script", "key", "seconds", "versions", *LAST])
-    for name, run in known.items():
+    lines.writerow(["run", "key", "script", "seconds", "made_with", *LAST])
+    for key, run in known.items():
         figures = (run.last.get(column, "") for column in LAST)
-        lines.writerow([name, run.script, run.key, run.seconds, run.versions, *figures])
+        lines.writerow([run.name, key, run.script, run.seconds, run.made_with, *figures])
     lines = csv.writer(cells, lineterminator="\n")
-    lines.writerow(["run", *CELL, "metric", "value"])
-    for name, run in known.items():
+    lines.writerow(["run", "key", *CELL, "metric", "value"])
+    for key, run in known.items():
         for cell in run.cells:
-            lines.writerows([name, *(cell[key] for key in CELL), *pair] for pair in cell["metrics"].items())
-    checkpoint.write_text(runs.getvalue(), folder / RUNS)
+            about = [run.name, key, *(cell[column] for column in CELL)]
+            lines.writerows([*about, metric, value] for metric, value in cell["metrics"].items())
+    folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write_text(cells.getvalue(), folder / CELLS)
+    checkpoint.write_text(runs.getvalue(), folder / RUNS)
 
 
 def means(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[tuple[str, int], tuple[float, float, float, int]]:
@@ -219,13 +234,13 @@ def costs(finished: Mapping[str, Finished]) -> list[str]:
     """Every pre-training's wall-clock time and the last line of its metrics.csv; the time of all comparisons."""
     rows = ["| run | script | seconds | " + " | ".join(LAST) + " |", "|---|---|---|" + "---|" * len(LAST)]
     for name, run in finished.items():
-        if not run.cells:
+        if run.script in SCRIPTS:
             figures = (f"{run.last[column]:.3f}" if column in run.last else "-" for column in LAST)
             rows.append(f"| {name} | {run.script} | {run.seconds:.0f} | {' | '.join(figures)} |")
-    compared = sum(run.seconds for run in finished.values() if run.cells)
-    versions = "; ".join(sorted({run.versions for run in finished.values()}))
+    compared = sum(run.seconds for run in finished.values() if run.script not in SCRIPTS)
+    made_with = "; ".join(sorted({run.made_with for run in finished.values()}))
     text = (
-        f"Wall-clock seconds of each process ({versions}); "
+        f"Wall-clock seconds of each process ({made_with}); "
         f"{sum(run.seconds for run in finished.values()) / 3600:.1f} hours of processes in all, {compared / 3600:.1f} "
         "of comparisons. Beside them the last epoch's figures, as docs/DIAGNOSTICS.md defines them."
     )

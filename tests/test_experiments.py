@@ -103,6 +103,12 @@ def test_files_become_runs_in_an_order_in_which_they_can_be_run(described: Path)
     [
         ({"pretrainings": {}}, "'pretrainings' is not one of"),
         ({"pretraining": {"x": {"script": "demo"}}}, "script 'demo' is not one of"),
+        ({"defaults": {"epoch": 5}}, "defaults: no script has an option 'epoch'"),
+        ({"defaults": {"dump_path": "x"}}, "defaults: no script has an option 'dump_path'"),
+        (
+            {"comparisons": {"x": {"task": "probe", "initialisations": {"a": "random"}, "labelled": [1]}}},
+            "x: has no seeds",
+        ),
         ({"pretraining": {"x": {"script": "ssl_swav2D", "options": {"epoch": 1}}}}, "no option 'epoch'"),
         ({"pretraining": {"x": {"script": "ssl_swav2D", "options": {"seed": 1}}}}, "no option 'seed'"),
         ({"pretraining": {"x": {"script": "mask_swav", "start": {"resnet_pretrained": "y"}}}}, "no run is called 'y'"),
@@ -124,6 +130,7 @@ def test_the_experiments_of_this_project_can_be_expanded(names: tuple[str, ...])
 def sleeping(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, str]) -> list[str]:
     """Runs become small Python programs; returns the names of those that were started."""
     started: list[str] = []
+    runner.made_with()  # asks git
     popen = subprocess.Popen
 
     def fake(command: list[str], **options: Any) -> subprocess.Popen:
@@ -166,7 +173,7 @@ def test_other_options_are_no_finished_run_and_count_for_what_starts_from_it(tmp
     assert keys["b"] != others["b"]
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "status.json").write_text(json.dumps({"key": keys["b"], "done": True, "seconds": 4}))
-    assert runner.status(tmp_path, "b", keys["b"]) == (True, 4)
+    assert runner.status(tmp_path, "b", keys["b"]) == (True, 4, "")
     with pytest.raises(UserError, match="other options or from other weights"):
         runner.status(tmp_path, "b", others["b"])
 
@@ -336,6 +343,7 @@ def test_from_a_file_to_a_page(small: Path, data: Path, tmp_path: Path, capsys: 
     common = {"experiments": [str(small)], "data": str(data), "dump_path": str(tmp_path / "runs")}
     (tmp_path / "findings.md").write_text("## What was found\n")
     written = {"output": str(tmp_path / "docs" / "RESULTS.md"), "findings": str(tmp_path / "findings.md")}
+    written["records"] = str(tmp_path / "records")
     page = tmp_path / "docs" / "RESULTS.md"
     with pytest.raises(UserError, match="2 of 2 runs are not finished"):
         summarise.main(summarise.Config(**common, **written))
@@ -362,14 +370,27 @@ def test_from_a_file_to_a_page(small: Path, data: Path, tmp_path: Path, capsys: 
     assert "## What was found" in text
     assert "arXiv 2306.11925" in text
     assert (page.parent / "results" / "kind_linear_balanced_accuracy.png").is_file()
+    # Cells of weights that are no longer those do not count, neither now nor later.
+    stale = tmp_path / "runs" / "kind-s0" / "cells" / "stale"
+    stale.mkdir()
+    (stale / "cell.json").write_text(json.dumps(cells[0] | {"metrics": {"linear.balanced_accuracy": 0.123}}))
+    summarise.main(summarise.Config(**common, **written))
+    assert page.read_text() == text
     shutil.rmtree(tmp_path / "runs")
     summarise.main(summarise.Config(**common, **written))  # from the records
     assert page.read_text() == text
+
     content = yaml.safe_load(small.read_text())
+    content["comparisons"]["kind"]["metrics"].append("linear.auc")  # which the records have not kept
+    write(small, content)
+    with pytest.raises(UserError, match=r"1 of 2 runs are not finished \(kind-s0\)"):
+        summarise.main(summarise.Config(**common, **written))
+    content["comparisons"]["kind"]["metrics"].pop()
     content["pretraining"]["flat"]["options"]["epochs"] = 3  # those are other weights, also for what starts from them
     write(small, content)
     with pytest.raises(UserError, match="2 of 2 runs are not finished"):
         summarise.main(summarise.Config(**common, **written))
+    assert len(summarise.read_records(tmp_path / "records")) == 2  # of the old ones, which stay
 
 
 @pytest.mark.parametrize(

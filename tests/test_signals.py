@@ -52,7 +52,7 @@ def signal_in(owner: object, name: str, monkeypatch: pytest.MonkeyPatch, call: i
         (deepcluster, "kmeans_torch", 3, "k-means of the second epoch"),
         (torch, "save", 1, "writing the first checkpoint"),
         (torch, "save", 3, "writing the weights"),
-        (weights, "_commit", 1, "after training"),
+        (weights, "commit", 1, "after training"),
     ],
 )
 def test_a_signal_outside_of_steps_loses_and_tears_nothing(

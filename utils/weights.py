@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from utils import checkpoint
 from utils.config import to_dict
 from utils.distributed import rank
 from utils.errors import UserError
+from utils.versions import commit
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "classy_state_dict", "base_model", "trunk")
 
@@ -135,7 +135,7 @@ def record(config: Any, samples: list[Sample], result: dict[str, float]) -> dict
         "data": {"summary": describe(samples).splitlines(), "fingerprint": fingerprint(samples)},
         "last_epoch": result,
         "input": {"range": [0, 1], "grey_mean": GREY_MEAN, "grey_std": GREY_STD},
-        "commit": _commit(),
+        "commit": commit(),
         "torch": torch.__version__,
     }
 
@@ -224,18 +224,3 @@ def _save(state: dict[str, Tensor], path: Path, record: dict[str, Any]) -> None:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     checkpoint.write_text(json.dumps({**record, "sha256": digest}, indent=2) + "\n", path.with_suffix(".json"))
     print(f"wrote {path}", flush=True)
-
-
-def _commit() -> str:
-    """The repository's commit, `unknown` outside git; `+changes` when the working tree differs from it."""
-    root = Path(__file__).resolve().parent
-    try:
-        commit = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return commit + ("+changes" if changed else "")
