@@ -5,7 +5,7 @@
 # make bench  time every stage against its references on this machine's CPU (under 15 minutes)
 # make bench-gpu   the same on a GPU, in the environment at hand: needs requirements.txt only (under 10 minutes)
 # make experiments-cpu   the main comparison on SHARED (hours on two cores; the same again goes on); then make results
-# make experiments-ablations   what each part is worth, after it;  make experiments-gpu   ResNet-50, ten minutes a call
+# make experiments-ablations   the same and what each part is worth;  make experiments-gpu   ResNet-50, ten minutes a call
 # PYTHON=python3.12 make demo   chooses the interpreter (3.10 or newer)
 
 PYTHON ?= python3
@@ -62,7 +62,8 @@ experiments-cpu: $(READY)
 	$(VENV)/bin/python -m experiments.data --source $(SHARED)
 	$(VENV)/bin/python -m experiments.run --experiments "[$(EXPERIMENTS)]" --minutes $(MINUTES)
 
-experiments-ablations: experiments-cpu
+experiments-ablations: $(READY)
+	$(VENV)/bin/python -m experiments.data --source $(SHARED)
 	$(VENV)/bin/python -m experiments.run --experiments "[$(ABLATIONS)]" --minutes $(MINUTES)
 
 GPU ?= runs/gpu
@@ -80,7 +81,7 @@ experiments-gpu:
 		$(PYTHON) -m experiments.collect --dump_path $(GPU) --parcel $(OUT) && exit $$code
 
 results: $(READY)
-	$(VENV)/bin/python -m experiments.summarise --experiments "[$(EXPERIMENTS)]"
+	$(VENV)/bin/python -m experiments.summarise --experiments "[$(ABLATIONS)]"
 
 clean:
 	rm -rf runs .pytest_cache .ruff_cache Training_Data/.cache

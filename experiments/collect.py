@@ -28,7 +28,6 @@ from utils.errors import UserError
 RECORDS, PARTS = "records.zip", "parts.json"
 PART = "*.pth.[0-9]*"  # matches the parts in a parcel
 KEPT = {".json", ".yaml", ".csv", ".txt"}
-STARTS = ("resnet_pretrained", "trans_pretrained")
 
 
 @dataclass
@@ -97,10 +96,10 @@ def collect(runs: Path, parcel: Path, cfg: Config) -> None:
 
 
 def wanted(folder: Path) -> list[Path]:
-    """The weights files, newest first, without those that a finished stage 3 has started from."""
+    """The weights files, newest first, without stage 2's that a finished stage 3 has started from."""
     files = [path for path in folder.glob("*.pth") if path.with_suffix(".json").is_file()]  # written after the weights
     made_by = {path: json.loads(path.with_suffix(".json").read_text())["config"] for path in files}
-    done = {config[key] for config in made_by.values() if STARTS[1] in config for key in STARTS}
+    done = {config.get("trans_pretrained") for config in made_by.values()}
     return sorted((p for p in made_by if p.name not in done), key=lambda p: -p.stat().st_mtime_ns)
 
 

@@ -171,13 +171,13 @@ def parcels(runs: Path, parcel: Path, **changes) -> collect.Config:
 
 def test_weights_come_back_in_parts_as_what_they_were_to_half_precision(runs, tmp_path, capsys) -> None:
     parcel, gathered, again = tmp_path / "parcel", tmp_path / "gathered", tmp_path / "again"
-    # About 22 MiB each; what stage 3 has started from stays behind.
-    parts = [f"{name}.{i}" for name in ("third_encoder.pth", "third.pth") for i in range(3)]
+    # About 22 MiB each; what stage 3 has started from in stage 2 stays behind.
+    parts = [f"{name}.{i}" for name in ("third_encoder.pth", "third.pth", "first.pth") for i in range(3)]
     collect.main(parcels(runs, parcel))
     assert f"left: {', '.join(parts[4:])}; --start {parts[4]} brings them" in capsys.readouterr().out
     assert files(parcel) == {*parts[:4], "records.zip"}  # as many as 32 MiB hold
     shutil.copytree(parcel, gathered)
-    collect.main(parcels(runs, parcel, start=parts[4]))
+    collect.main(parcels(runs, parcel, start=parts[4], max_mib=50))
     assert "left" not in capsys.readouterr().out
     assert files(parcel) == {*parts[4:], "records.zip"}
     shutil.copytree(parcel, gathered, dirs_exist_ok=True)
@@ -202,7 +202,7 @@ def test_a_parcel_replaces_the_one_before_and_names_what_has_come_in_between(run
     capsys.readouterr()
     collect.main(parcels(runs, parcel, start="third.pth.1"))
     before = files(parcel)
-    assert before == {"records.zip", "notes.txt", "third.pth.1", "third.pth.2"}
+    assert before == {"records.zip", "notes.txt", "third.pth.1", "third.pth.2", "first.pth.0", "first.pth.1"}
     assert "before third.pth.1: newest.pth.0, newest.pth.1, newest.pth.2, third_encoder" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"start: there is no part second.pth.0 \(any more\); those are newest"):
         collect.main(parcels(runs, parcel, start="second.pth.0"))
@@ -231,7 +231,8 @@ def test_weights_of_which_a_part_is_missing_or_damaged_are_not_restored(runs, tm
     (parcel / "third.pth.1").unlink()
     collect.main(parcels(again, parcel, restore=True))
     assert "third.pth: not restored, third.pth.1 missing" in capsys.readouterr().out
-    assert {p.name for p in (again / "weights").iterdir()} == {"third_encoder.pth", "third_encoder.json"}
+    whole = {"third_encoder.pth", "third_encoder.json", "first.pth", "first.json"}
+    assert {p.name for p in (again / "weights").iterdir()} == whole
     (parcel / "third.pth.1").write_bytes(b"other")
     with pytest.raises(UserError, match=r"parts of third.pth in .* are damaged or of several runs"):
         collect.main(parcels(again, parcel, restore=True))
