@@ -227,7 +227,7 @@ def test_experiments_gpu_fails_where_a_run_or_its_collection_has_failed(
 
 def test_weights_of_which_a_part_is_missing_or_damaged_are_not_restored(runs, tmp_path, capsys) -> None:
     parcel, again = tmp_path / "parcel", tmp_path / "again"
-    collect.main(parcels(runs, parcel, max_mib=100))
+    collect.main(parcels(runs, parcel, max_mib=100, max_files=10))
     (parcel / "third.pth.1").unlink()
     collect.main(parcels(again, parcel, restore=True))
     assert "third.pth: not restored, third.pth.1 missing" in capsys.readouterr().out
