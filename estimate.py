@@ -313,7 +313,7 @@ def predict(stage: int, method: str, cfg: Any, data: Data, machine: Machine, pro
     share = samples / steps / processes  # mean batch of a process
     per_sample, read = work.seconds, work.read * share
     compute = {name: seconds * share for name, seconds in per_sample.items()}
-    compute["objective"] = compute.get("objective", 0) + _objective(learner, work.embeddings, share, cfg, machine)
+    compute["objective"] = compute.get("objective", 0) + _objective(learner, work, share, machine)
     compute["optimiser"] = gradients / 4 * machine["optimiser"] / cfg.accumulate
     compute["overhead"] = machine["step"]
     busy = sum(compute.values())
@@ -379,7 +379,8 @@ class _Work:
     canvas: int  # side of the store
     activations: float  # bytes in float32 kept for the backward pass
     inputs: float  # bytes of what is read and augmented
-    embeddings: dict[str, float]  # objective -> embeddings per view
+    embeddings: dict[str, float]  # objective -> embeddings, of all views
+    views: int
 
 
 def _augment(machine: Machine, kind: str, samples: float, pixels: float) -> float:
@@ -400,7 +401,7 @@ def _images(stage: int, cfg: Any, data: Data, machine: Machine) -> _Work:
     read = machine["read_sample"] + 2 * canvas * canvas * machine["read_byte"]
     crops = sum(cfg.nmb_crops)
     seconds = {"f_intra": encoder, "augmentation": augment, "objective": _head(cfg, crops, machine)}
-    return _Work(seconds, read, canvas, activations, inputs, {"intra": crops})
+    return _Work(seconds, read, canvas, activations, inputs, {"intra": crops}, crops)
 
 
 def _head(cfg: Any, rows: float, machine: Machine) -> float:
@@ -443,21 +444,21 @@ def _volumes(stage: int, cfg: Any, data: Data, machine: Machine) -> _Work:
     read += images * (machine["read_sample"] + 2 * canvas * canvas * machine["read_byte"])
     # The window in float16, its views, and the views of the next batch.
     inputs = 2 * depth * canvas * canvas + 2 * 4 * VIEWS * depth * height * width
-    return _Work(seconds, read, canvas, activations, inputs, embeddings)
+    return _Work(seconds, read, canvas, activations, inputs, embeddings, VIEWS)
 
 
-def _objective(learner: Learner, embeddings: dict[str, float], share: float, cfg: Any, machine: Machine) -> float:
+def _objective(learner: Learner, work: _Work, share: float, machine: Machine) -> float:
     """Seconds per step: scores of all views, and Sinkhorn over batch and queue."""
     seconds = 0.0
     for name, objective in learner.objectives():
-        rows = embeddings[name] * share
+        rows = work.embeddings[name] * share
         for head in objective.prototypes.heads:
             K, d = head.weight.shape
             seconds += 3 * 2 * rows * K * d / machine["dense_flops"]
             if isinstance(objective, SwAV):
                 queue = objective.queue.shape[1]
                 crops = objective.assign_crops
-                taking_part = crops * queue + rows * crops / max(crops, rows / max(share, 1e-9))
+                taking_part = crops * (queue + rows / work.views)
                 seconds += 2 * crops * queue * K * d / machine["dense_flops"]
                 seconds += taking_part * K * machine["sinkhorn"]
     return seconds

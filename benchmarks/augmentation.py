@@ -118,6 +118,8 @@ def measure_policies(cfg: Config, device: torch.device) -> dict[str, Any]:
         work[f"crops_{policy}"] = lambda crops=crops: crops(*image_batch, next(epochs))
         count[f"views_{policy}"], count[f"crops_{policy}"] = 2 * samples, samples
     record = {}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # of single transforms, before
     for name, t in timing.measure(work, cfg.repeats, device=device).items():
         each = t.median / count[name]
         record[name] = {"per_second": 1 / each, "per_call": count[name], **t.record()}

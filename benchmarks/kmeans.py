@@ -22,7 +22,6 @@ from importlib import metadata
 from typing import Any
 
 import numpy as np
-import scipy.sparse
 import torch
 import torch.nn.functional as F
 from jsonargparse.typing import NonNegativeInt, PositiveInt
@@ -82,7 +81,10 @@ def main(cfg: Config) -> None:
             others["faiss"] = lambda: kmeans_faiss(points, start, iterations)
         else:
             print("faiss is left out: pip install faiss-cpu")
-        others["sparse"] = lambda: kmeans_sparse(points, start, iterations)
+        if importlib.util.find_spec("scipy") is not None:
+            others["sparse"] = lambda: kmeans_sparse(points, start, iterations)
+        else:
+            print("sparse matrices are left out: pip install scipy")
 
     found, memory = {}, Memory(run.device)
     found["torch"] = work["torch"]()
@@ -165,6 +167,8 @@ def make_points(n: int, dim: int, centres: int) -> Tensor:
 
 def kmeans_sparse(points: Tensor, centroids: Tensor, iterations: int) -> Tensor:
     """The plain way in NumPy: nearest centroids block by block, sums by a sparse [K, n] matrix of ones."""
+    import scipy.sparse
+
     x, centres = points.numpy(), F.normalize(centroids, dim=1).numpy()
     n, K = len(x), len(centres)
     for _ in range(iterations):

@@ -99,7 +99,7 @@ def one(stage: int, precision: str, recompute: bool, cfg: Config, root: Path, de
     cards = {}
     for gib in CARDS:
         batch = max(0, int((gib * memory.GIB - base) / each)) if each else None
-        how = "measured" if batch is not None and batch <= max(points) else "extrapolated"
+        how = "measured" if batch is not None and min(points) <= batch <= max(points) else "extrapolated"
         cards[gib] = {"batch_size": batch, "how": how}
     return {"points_bytes": points, "base_bytes": base, "bytes_per_sample": each, "cards": cards}
 

@@ -16,7 +16,7 @@ Pieces that take turns in the same process:
 gradients cost on the way is the time of their backward pass with reduction less that without.
 Peak memory (GPU): weights, inputs and all else, ours and bare each begun with nothing allocated.
 The volumes' cache takes 4 MB for each of an epoch's volumes below the temporary folder: with --steps 30 and eight
-workers, 4 GB.
+workers, 4 GB; those workers hold as much again in shared memory (/dev/shm).
 """
 
 from __future__ import annotations
@@ -252,7 +252,10 @@ def peak(make: Callable[[], Callable[[], object]]) -> float:
     step()
     torch.cuda.reset_peak_memory_stats()
     step()
-    return torch.cuda.max_memory_allocated() / 2**30
+    most = torch.cuda.max_memory_allocated() / 2**30
+    del step
+    gc.collect()  # its loader's processes, too
+    return most
 
 
 # ------------------------------------------------------------------------------------------------------- the plain way

@@ -105,11 +105,18 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "load_average_1min": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
-        "cuda": torch.version.cuda if torch.device(device).type == "cuda" else None,
+        **(_gpu_settings() if torch.device(device).type == "cuda" else {}),
         "commit": commit(),
         "command": " ".join(["python -m benchmarks." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
         "date_utc": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
     }
+
+
+def _gpu_settings() -> dict[str, Any]:
+    """Float32 convolutions are TF32 by default, whose products have ten bits of precision."""
+    convolutions = "tf32" if torch.backends.cudnn.allow_tf32 else "float32"
+    products = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "float32"
+    return {"cuda": torch.version.cuda, "float32_convolutions": convolutions, "float32_products": products}
 
 
 def device_name(device: torch.device | str) -> str:
@@ -118,12 +125,22 @@ def device_name(device: torch.device | str) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def write(name: str, results: Mapping[str, Any], device: torch.device | str = "cpu") -> Path:
-    """Results and environment as `results/<name>_<device>.json`, replacing an older file; returns its path."""
+def write(
+    name: str, results: Mapping[str, Any], device: torch.device | str = "cpu", assumed: Sequence[str] = ()
+) -> Path:
+    """Results and environment as `results/<name>_<device>.json`, replacing an older file; returns its path.
+
+    assumed: what of the results was not measured.
+    """
     RESULTS.mkdir(exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     path = RESULTS / f"{name}_{slug}.json"
-    path.write_text(json.dumps({"environment": environment(device), "results": results}, indent=2) + "\n")
+    content = {
+        "environment": environment(device),
+        **({"assumed": list(assumed)} if assumed else {}),
+        "results": results,
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n")
     return path
 
 

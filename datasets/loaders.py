@@ -23,6 +23,7 @@ from datasets.index import Sample, slice_offsets, volumes
 from datasets.masks import draw_masks
 from datasets.seeding import FILLING, INTRA_SLICES, SHARED, SHUFFLE, SHUFFLE_DATASET, WINDOW, stream
 from datasets.store import SliceStore
+from datasets.transforms import upload
 from utils import guards, signals
 from utils.distributed import Run
 from utils.errors import UserError
@@ -399,4 +400,4 @@ class VolumeLoader:
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return {k: upload(v, device) if isinstance(v, Tensor) else v for k, v in batch.items()}

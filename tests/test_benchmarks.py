@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import diagnostics, kmeans, step, timing
+import estimate
+from benchmarks import constants, diagnostics, kmeans, memory, step, timing
 from benchmarks.data import write_raw
 from benchmarks.training import Options, Training, joint_learner, recorded, shares, volume_loader, write_volumes
 from datasets.augment import MultiCrop
@@ -21,6 +22,7 @@ from models.heads import ProjectionHead
 from models.resnet import GreyResNet
 from objectives import ImageClustering, SwAV
 from utils import config as options
+from utils import memory as probes
 from utils.distributed import Run
 
 ROOT = Path(__file__).parents[1]
@@ -127,7 +129,7 @@ def test_all_gpu_benchmarks_are_run_and_the_worst_status_is_that_of_all(tmp_path
     assert done.returncode
     assert "Error 3" in done.stderr
     calls = [line.split()[1:] for line in called.read_text().splitlines()]
-    names = ["attention", "kmeans", "stage2", "augmentation", "diagnostics", "step", "step"]
+    names = ["step", "attention", "kmeans", "stage2", "augmentation", "diagnostics", "step"]
     assert [name for name, *_ in calls] == [f"benchmarks.{name}" for name in names]
     for name, *arguments in calls:  # which they understand
         module = importlib.import_module(name)
@@ -143,3 +145,40 @@ def test_diagnostics_are_timed_with_their_share(tmp_path: Path, monkeypatch: pyt
     assert found["share"] == pytest.approx(share)
     assert 0 < found["observers"]["median_s"] < found["with"]["median_s"]  # they are part of it
     assert found["prototypes"] == {"intra": 16, "inter": 6}
+
+
+def test_gpu_benchmarks_need_only_what_training_needs() -> None:
+    """bench-gpu's modules load, and k-means runs, where nothing else is installed."""
+    absent = ["scipy", "faiss", "torchio", "deformable_attention", "monai", "nibabel", "sklearn", "matplotlib", "timm"]
+    modules = ["attention", "kmeans", "stage2", "augmentation", "diagnostics", "step", "constants", "memory"]
+    code = f"""
+import importlib, sys
+sys.modules.update(dict.fromkeys({absent}))
+for name in {modules}:
+    importlib.import_module("benchmarks." + name)
+from benchmarks import kmeans, timing
+timing.write = lambda *arguments: None
+kmeans.main(kmeans.Config(device="cpu", points=64, clusters=4, dim=8, iterations=1, repeats=1))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    assert "faiss is left out" in done.stdout
+    assert "sparse matrices are left out" in done.stdout
+
+
+def test_a_card_is_measured_only_between_batches_that_were_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "measure", lambda config, size, free: (1 + 2 * size) * probes.GIB)
+    monkeypatch.setattr(probes, "free_memory", lambda device: 1e12)
+    cfg = memory.Config(batches=[4, 8, 16], arch="resnet18", target_shape=(16, 32, 32))
+    found = memory.one(3, "fp32", False, cfg, tmp_path, RUN.device)
+    cards = {gib: tuple(card.values()) for gib, card in found["cards"].items()}
+    assert cards[8] == (3, "extrapolated")
+    assert cards[16] == (7, "measured")
+    assert cards[24] == (11, "measured")
+    assert cards[40] == (19, "extrapolated")
+
+
+@pytest.mark.parametrize("side", [32, 64, 128, 224])
+def test_images_of_the_constants_fit_a_gpu_of_80_gb(side: int) -> None:
+    kept = constants.images_of(side, True) * estimate.resnet_activations("resnet50", side, side) / 2  # bf16
+    assert kept < 30 * 2**30

@@ -30,6 +30,14 @@ ROOT = Path(__file__).parents[1]
 GIB = 2**30
 PROBE = "JOINT_SSL_MEMORY_PROBE"  # environment variable: this process measures one batch size
 FOUND = "memory probe: "  # begins the line in which such a process says what it needed
+OUT_OF_MEMORY = (  # what torch says; CUDA's libraries may be the first to meet a full card
+    "OutOfMemoryError",
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 STEPS = 3  # the first has no gradients and momenta of one before, the second has all, the third finds them in place
 MOST_PROBES = 14  # batch sizes that are tried at most
 SPARE = 0.9  # share of the free memory that a probe may be expected to need
@@ -169,7 +177,7 @@ def measure(config: Any, batch_size: int, free_before: int = 0) -> int | None:
     if found:
         peak, reserved, free = json.loads(found[-1].removeprefix(FOUND))
         return peak + max(0, free_before - free - reserved)
-    if done.returncode == -9 or "OutOfMemoryError" in done.stderr or "can't allocate memory" in done.stderr:
+    if done.returncode == -9 or any(text in done.stderr for text in OUT_OF_MEMORY):
         return None
     raise RuntimeError(f"a step with batch_size {batch_size} failed:\n{done.stderr.strip()}")
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from datasets.seeding import DROPOUT, FILLING, stream
+from datasets.transforms import upload
 from objectives.diagnostics import Monitor
 from objectives.learners import Learner
 from utils import checkpoint, distributed, guards, profile, signals
@@ -201,7 +202,8 @@ def _fit(
                 group["lr"] = rate(now)
             due = (time.monotonic() - saved_at) / 60 > config.checkpoint_minutes
             means = {name: value / joint for name, value in totals.items()}
-            agreed = _agree(means, guards.gradients_are_finite(optimizer), due, run)
+            with profile.span("optimizer"):
+                agreed = _agree(means, guards.gradients_are_finite(optimizer), due, run)
             at.seen += joint
             # In half precision gradients overflow now and then: the scaler leaves that step out and lowers its factor.
             if agreed.finite and (agreed.gradients_finite or precision.may_overflow()):
@@ -312,7 +314,7 @@ class Agreed:
 def _agree(losses: dict[str, Tensor], gradients_finite: Tensor, due: bool, run: Run) -> Agreed:
     """Two collectives and the one wait for the device of an update, when the next batch is on its way already."""
     values = torch.stack(list(losses.values())) / run.world_size
-    flags = torch.tensor([float(signals.caught()), float(due and run.is_main)]).to(values.device)
+    flags = upload(torch.tensor([float(signals.caught()), float(due and run.is_main)]), values.device)
     flags = torch.cat([flags, (~gradients_finite).to(flags).view(1)])
     joint = torch.cat([distributed.all_sum(values), distributed.all_max(flags)]).tolist()
     *sums, stop, save, bad = joint
