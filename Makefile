@@ -57,7 +57,7 @@ bench-gpu:
 
 SHARED ?= ../shared/data
 MINUTES ?= 0
-EXPERIMENTS := experiments/main.yaml, experiments/controls.yaml
+EXPERIMENTS := experiments/main.yaml, experiments/controls.yaml, experiments/again.yaml
 ABLATIONS := $(EXPERIMENTS), experiments/ablations.yaml
 
 experiments-cpu: $(READY)

@@ -60,6 +60,7 @@ from utils.precision import Precision
 
 PROTOTYPES = 16  # few: the phantoms are few, and their cost does not show beside a ResNet
 INTRA_PROTOTYPES = 300
+PARTS = ("stage3", "stage1", "ranks")
 PER_VOLUME = 32  # slices of a volume that stage 1 takes
 WITHOUT = {  # package -> what the reference of stage 3 does without it
     "torchio": "views are not augmented",
@@ -69,8 +70,8 @@ WITHOUT = {  # package -> what the reference of stage 3 does without it
 
 @dataclass
 class Config(Options):
-    parts: list[Literal["stage3", "stage1", "ranks"]] = ("stage3", "stage1", "ranks")
-    """what to measure"""
+    parts: list[Literal[PARTS]] = PARTS
+    """what to measure; not all of it: results go to a file of their own"""
     images: PositiveInt = 16
     """images per step of stage 1; a GPU wants 128"""
     precisions: list[Literal["fp32", "bf16"]] = ("fp32", "bf16")
@@ -96,7 +97,8 @@ def main(cfg: Config) -> None:
             results[part] = {"stage3": stage3, "stage1": stage1, "ranks": ranks}[part](root / "data", cfg, run)
     finally:
         shutil.rmtree(root)
-    print(f"\nwrote {timing.write('step_compiled' if cfg.compile else 'step', results, run.device)}")
+    name = timing.of_parts("step_compiled" if cfg.compile else "step", cfg.parts, PARTS)
+    print(f"\nwrote {timing.write(name, results, run.device)}")
 
 
 def volumes_of_an_epoch(cfg: Config, device: torch.device) -> int:

@@ -144,6 +144,11 @@ def write(
     return path
 
 
+def of_parts(name: str, parts: Sequence[str], usual: Sequence[str]) -> str:
+    """Name of a results' file: some parts alone do not replace all of them."""
+    return name if set(parts) == set(usual) else "_".join([name, *parts]).replace(" ", "_")
+
+
 def _cpu_model() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 import prepare_data
+from downstream.features import read_nifti
 from downstream.splits import Split, check_split, make_split, read_split, write_split
 from utils import config as options
 from utils.errors import UserError
@@ -51,6 +52,7 @@ def main(cfg: Config) -> None:
         split = _fixed(dest, name, make_split(list(patients), list(patients.values()), fractions, 0), patients)
         _link(source / name, dest / "tasks" / name)
         _convert([source / name / "imagesTr" / f"{case}.nii.gz" for case in allowed(split, patients)], dest, name)
+    _sizes(source / "hippocampus", read_split(dest / "splits" / "hippocampus.json"), dest / "tasks")
     _convert(sorted((source / "misc_nifti").glob("*.nii.gz")), dest, "misc_nifti")
 
     patients, organs = slices(source / "slices_png")
@@ -122,6 +124,25 @@ def _fixed(dest: Path, name: str, drawn: Split, patients: Mapping[str, str]) -> 
     check_split(split, patients)
     print(f"{name}: {len(split.train)} train, {len(split.validation)} validation, {len(split.test)} test cases")
     return split
+
+
+def _sizes(folder: Path, split: Split, dest: Path) -> None:
+    """A label of whole volumes in <data set>_size.csv: is the organ larger than in the median training case?
+
+    The volumes of a data set share their spacing, so that voxels are counted.
+    """
+    path = dest / f"{folder.name}_size.csv"
+    if path.is_file():
+        return
+    patients = patients_of_volumes(folder)
+    voxels = {case: np.count_nonzero(read_nifti(folder / "labelsTr" / f"{case}.nii.gz")) for case in sorted(patients)}
+    median = np.median([voxels[case] for case in split.train])
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["case", "patient", "label"])
+        writer.writerows(
+            (f"{case}.nii.gz", patients[case], "large" if count > median else "small") for case, count in voxels.items()
+        )
 
 
 def _convert(files: Sequence[Path], dest: Path, name: str) -> None:

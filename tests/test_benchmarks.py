@@ -42,6 +42,15 @@ def test_pieces_take_turns_and_ratios_are_those_of_neighbours() -> None:
     assert timing.spread([5.0]) == 0.0
 
 
+def test_some_parts_do_not_replace_the_results_of_all() -> None:
+    assert timing.of_parts("step", ["stage3", "stage1", "ranks"], step.PARTS) == "step"
+    assert timing.of_parts("step", ["ranks", "stage1", "stage3"], step.PARTS) == "step"
+    assert timing.of_parts("step", ["stage3"], step.PARTS) == "step_stage3"
+    assert timing.of_parts("check_estimate", ["stage2 cached"], ["stage1", "stage2 cached"]) == (
+        "check_estimate_stage2_cached"
+    )
+
+
 def training_of(stage: int, root: Path) -> Training:
     torch.manual_seed(0)
     write_raw(root, (40, 40, 8), "int16", 2)

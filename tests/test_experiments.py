@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import json
 import math
@@ -119,7 +120,7 @@ def test_a_mistake_in_a_file_is_named(tmp_path: Path, changes: dict[str, Any], m
         expand([write(tmp_path / "x.yaml", changes)])
 
 
-@pytest.mark.parametrize("names", [("main",), ("main", "controls", "ablations"), ("gpu",)])
+@pytest.mark.parametrize("names", [("main",), ("main", "controls", "again", "ablations"), ("gpu",)])
 def test_the_experiments_of_this_project_can_be_expanded(names: tuple[str, ...]) -> None:
     plan = expand([ROOT / "experiments" / f"{name}.yaml" for name in names])
     assert all(run.seconds > 0 for run in plan.runs.values())
@@ -263,6 +264,13 @@ def test_data_are_laid_out_once_without_tested_patients(tmp_path: Path) -> None:
         (source / name / "dataset.json").write_text(json.dumps({"patient": patients}))
         for case in patients:
             nib.save(image, source / name / "imagesTr" / f"{case}.nii.gz")
+    (source / "hippocampus" / "labelsTr").mkdir()
+    for i, case in enumerate(patients):  # the later, the larger
+        drawn = np.arange(12 * 10 * 8).reshape(12, 10, 8) < 10 * i + 10
+        nib.save(
+            nib.Nifti1Image(2 * drawn.astype(np.uint8), np.eye(4)),
+            source / "hippocampus" / "labelsTr" / f"{case}.nii.gz",
+        )
     (source / "misc_nifti").mkdir()
     nib.save(image, source / "misc_nifti" / "one.nii.gz")
     for organ in ("brain", "liver"):
@@ -287,6 +295,12 @@ def test_data_are_laid_out_once_without_tested_patients(tmp_path: Path) -> None:
         assert trained.isdisjoint(Path(case).name for case in split["test"]), name
         assert trained.issuperset(Path(case).name for case in split["train"]), name
     assert (dest / "pretrain" / "misc_nifti" / "one.npy").is_file()
+    with open(dest / "tasks" / "hippocampus_size.csv", newline="") as file:
+        sizes = {row["case"].removesuffix(".nii.gz"): row["label"] for row in csv.DictReader(file)}
+    assert sizes.keys() == patients.keys()
+    numbers = sorted(int(case.split("_")[1]) for case in splits["hippocampus"]["train"])
+    larger = {case for case in patients if int(case.split("_")[1]) > np.median(numbers)}
+    assert larger == {case for case, size in sizes.items() if size == "large"}
     before = {path: path.stat().st_mtime_ns for path in dest.rglob("*.json")}
     layout.main(cfg)
     assert {path: path.stat().st_mtime_ns for path in dest.rglob("*.json")} == before
