@@ -147,6 +147,7 @@ def main(cfg: Config) -> None:
         kmeans_iterations=cfg.kmeans_iterations,
         kmeans_backend=cfg.kmeans_backend,
         seed=cfg.seed,
+        precision=cfg.precision,
     )
     if cfg.compile:
         encoder.compile()

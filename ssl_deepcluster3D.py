@@ -188,6 +188,7 @@ def main(cfg: Config) -> None:
         "kmeans_iterations": cfg.kmeans_iterations,
         "kmeans_backend": cfg.kmeans_backend,
         "seed": cfg.seed,
+        "precision": cfg.precision,
     }
     sizes = prototype_counts(cfg.nmb_prototypes, len(volumes), "nmb_prototypes")
     inter = DeepClusterV2(cfg.d_model, sizes, samples=len(volumes), **shared)

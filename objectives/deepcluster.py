@@ -31,6 +31,7 @@ class DeepClusterV2(nn.Module):
     prototypes (which no gradient changes), and every sample that has an embedding gets an assignment. Memory beside
     the bank: what `kmeans_torch` says, and while some samples have no embedding yet, a copy of one crop's others.
     samples: N, the number of global indices at this level.  kmeans_backend: `auto`, `faiss` or `torch`.
+    precision: of training; with `fp32` k-means compares points in float32, too (see `fast_products`).
     """
 
     fills_memory = True  # the bank needs a pass over the data before the first epoch
@@ -46,6 +47,7 @@ class DeepClusterV2(nn.Module):
         kmeans_backend: str = "auto",
         seed: int = 0,
         assign_crops: int = 2,
+        precision: str = "auto",
     ) -> None:
         super().__init__()
         self.prototypes = Prototypes(dim, sizes, trainable=False)
@@ -53,7 +55,7 @@ class DeepClusterV2(nn.Module):
         self.register_buffer("assignments", torch.full((len(sizes), samples), UNASSIGNED, dtype=torch.int32))
         self.temperature, self.kmeans_iterations, self.seed = temperature, kmeans_iterations, seed
         self.backend = choose_backend(kmeans_backend)
-        self.assign_crops = assign_crops
+        self.assign_crops, self.precision = assign_crops, precision
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -88,7 +90,7 @@ class DeepClusterV2(nn.Module):
             if self.backend == "faiss":
                 centroids = kmeans_faiss(points, start, self.kmeans_iterations, int(rng.integers(2**31)))
             else:
-                products = fast_products(len(rows) * K, device)
+                products = None if self.precision == "fp32" else fast_products(len(rows) * K, device)
                 centroids = kmeans_torch(points, start, self.kmeans_iterations, products=products)
             head.weight.copy_(centroids)
             found = torch.full((len(every),), UNASSIGNED, dtype=torch.long, device=device)

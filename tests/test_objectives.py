@@ -231,6 +231,24 @@ def test_begin_epoch_assigns_every_seen_sample_to_its_nearest_prototype(backend:
     assert not any(p.requires_grad for p in objective.parameters())
 
 
+@pytest.mark.parametrize(("precision", "products"), [("fp32", None), ("auto", torch.bfloat16)])
+def test_k_means_compares_in_half_precision_unless_training_is_in_float32(
+    precision: str, products: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr("objectives.deepcluster.fast_products", lambda cosines, device: torch.bfloat16)
+
+    def spy(points: Tensor, centroids: Tensor, iterations: int, products: torch.dtype | None) -> Tensor:
+        asked.append(products)
+        return kmeans_torch(points, centroids, iterations, products=products)
+
+    monkeypatch.setattr("objectives.deepcluster.kmeans_torch", spy)
+    objective = deepcluster(40, 5, precision=precision)
+    objective.remember(unit(2, 40, 4), torch.arange(40))
+    objective.begin_epoch(0)
+    assert asked == [products]
+
+
 def test_clustering_is_a_function_of_seed_and_epoch_and_a_resumed_epoch_keeps_its_own() -> None:
     found = []
     for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0)):
