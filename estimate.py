@@ -1,6 +1,6 @@
 """What pre-training will cost, before it starts: hours, memory, disk, network traffic of the three stages.
 
-    python -m benchmarks.constants                               # once: what this machine does per second, 3 minutes
+    python -m benchmarks.constants                               # once: what this machine does per second, minutes
     python estimate.py --volumes 1000 --volume_shape [512,512,200] --processes 2
     python estimate.py --method deepcluster --images 50000 --stage3 "{epochs: 50, batch_size: 8}"
     python estimate.py --constants benchmarks/assumed/h200.json  # a machine that was not measured: figures are assumed
@@ -126,7 +126,7 @@ class Machine:
             return cls(constants, where, tuple(content.get("assumed", ())))
         except FileNotFoundError:
             raise UserError(
-                f"constants: {path} does not exist; run python -m benchmarks.constants, about 3 minutes, to measure "
+                f"constants: {path} does not exist; run python -m benchmarks.constants, some minutes, to measure "
                 "this machine"
             ) from None
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
@@ -331,6 +331,9 @@ def predict(stage: int, method: str, cfg: Any, data: Data, machine: Machine, pro
             slices = min(FIT_SLICES, data.volumes * data.slices)
             height, width = cfg.target_shape[1:]
             rate = machine.rate("forward_flops", math.sqrt(height * width), cfg.arch)
+            rate *= (
+                machine["bytes_per_value"] / 4
+            )  # it is fitted in float32, taken to be half as fast as half precision
             seconds["projection"] = slices * resnet_flops(cfg.arch, height, width, False) / rate / processes
     traffic = sent * steps * cfg.epochs
     for _, objective in learner.objectives():

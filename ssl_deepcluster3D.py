@@ -120,7 +120,7 @@ class Config:
     """weight decay"""
 
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """auto: bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU"""
+    """auto: bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU; fp32: k-means as well"""
     recompute: bool = False
     """keep less for the backward pass and compute it again: larger batches fit, a third more time, the same result"""
     compile: bool = False

@@ -1,6 +1,6 @@
 """What this machine does per second: the constants that `estimate.py` predicts with.
 
-    python -m benchmarks.constants                    # under 5 minutes on a quiet two-core machine
+    python -m benchmarks.constants                    # 1 to 5 minutes on two quiet cores
     python -m benchmarks.constants --quick true       # one repetition, ResNet-18 alone: to try it
 
 Run it with as many threads (OMP_NUM_THREADS) and on as idle a machine as the training will have. One process.
@@ -38,7 +38,7 @@ from models.encoder import JointEncoder
 from models.folding import CHUNK_PIXELS, FrozenSlices
 from models.resnet import GreyResNet, pooled
 from models.transformer import SliceTransformer
-from objectives.kmeans import fast_products, kmeans_torch
+from objectives.kmeans import assign, fast_products, kmeans_torch
 from objectives.sinkhorn import sinkhorn
 from utils import checkpoint, distributed, memory, optim
 from utils import config as options
@@ -72,7 +72,7 @@ def main(cfg: Config) -> None:
     alone = run.device.type == "cuda" and torch.cuda.device_count() < RANKS
     found = constants(cfg, run, alone)
     assumed = ["all_reduce: 100 GB/s between cards, as there is only one here"] if alone else []
-    print(f"wrote {timing.write('constants', found, run.device, assumed)}")
+    print(f"wrote {timing.write('constants_quick' if cfg.quick else 'constants', found, run.device, assumed)}")
 
 
 def constants(cfg: Config, run: Run, alone: bool) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def constants(cfg: Config, run: Run, alone: bool) -> dict[str, Any]:
     try:
         measured("networks", networks(cfg, run, number))
         measured("augmentation", augmentation(cfg, run))
-        measured("objectives", objectives(cfg, run))
+        measured("objectives", objectives(cfg, run, half))
         measured("optimiser", optimiser(cfg, run))
         measured("data", data(cfg, root))
         measured("checkpoint", saving(cfg, root))
@@ -193,20 +193,21 @@ def augmentation(cfg: Config, run: Run) -> dict[str, Any]:
     }
 
 
-def objectives(cfg: Config, run: Run) -> dict[str, Any]:
-    """k-means: products N * K * d per second by d and K, and seconds per clustering beside; Sinkhorn: seconds per
-    score."""
+def objectives(cfg: Config, run: Run, half: bool) -> dict[str, Any]:
+    """k-means with the assignment at its end: products N * K * d per second by d and K, and seconds per clustering
+    beside; Sinkhorn: seconds per score. half: whether training computes in half precision."""
     rates: dict[str, dict[str, float]] = {}
-    N, iterations = 20_000, 3
+    N, iterations = 20_000, 10  # as many as training does by default: the last assignment, in float32, costs more
     for d in (128, 640):  # of slices and of volumes
         points = F.normalize(torch.randn(N, d, device=run.device), dim=1)
         rates[str(d)] = {}
         for K in (30, 300) if cfg.quick else (30, 300, 3000):
 
             def cluster(K: int = K, points: torch.Tensor = points) -> None:
-                kmeans_torch(points, points[:K], iterations, products=fast_products(N * K, run.device))
+                products = fast_products(N * K, run.device) if half else None
+                assign(points, kmeans_torch(points, points[:K], iterations, products=products))
 
-            rates[str(d)][str(K)] = N * K * d * iterations / seconds(cluster, cfg, run)
+            rates[str(d)][str(K)] = N * K * d * (iterations + 1) / seconds(cluster, cfg, run)
     few = F.normalize(torch.randn(64, 128, device=run.device), dim=1)
     fixed = seconds(lambda: kmeans_torch(few, few[:8], 10), cfg, run)
     scores = torch.randn(2000, 500, device=run.device).clamp(-3, 3) / 3

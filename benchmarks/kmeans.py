@@ -14,11 +14,15 @@ the points themselves.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
-import resource
+import math
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +36,7 @@ from objectives.kmeans import assign, fast_products, kmeans_faiss, kmeans_torch
 from utils import config as options
 from utils import distributed
 
+LINUX_PEAK = Path("/proc/self/clear_refs")
 MADE_AT_ONCE = 2**14
 USUAL = {"cpu": {"points": 10**5, "iterations": 3}, "cuda": {"points": 10**6, "iterations": 10}}
 
@@ -201,22 +206,32 @@ def set_threads(threads: int) -> None:
 
 
 class Memory:
-    """What is allocated from now on, at its peak: on a GPU by torch, else by this process."""
+    """What is allocated from now on, at its peak: on a GPU by torch, on Linux what becomes resident of this process."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        elif LINUX_PEAK.exists():
+            with suppress(AttributeError):  # other C libraries keep less
+                ctypes.CDLL(None).malloc_trim(0)  # else freed blocks would be used again unseen
+            LINUX_PEAK.write_text("5")  # the peak is what is resident now
         self.before = self._peak()
 
-    def _peak(self) -> int:
+    def _peak(self) -> float:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return most_resident() if LINUX_PEAK.exists() else math.nan
 
-    def added(self) -> int:
-        """Bytes."""
+    def added(self) -> float:
+        """Bytes; nan where the system does not tell."""
         return self._peak() - self.before
+
+
+def most_resident() -> float:
+    """Bytes, as Linux has counted them since its peak was last set."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[1])
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from benchmarks import timing
 from benchmarks.data import write_raw
-from benchmarks.training import Options, volume_loader
+from benchmarks.training import Options, file_name, volume_loader
 from datasets.embeddings import EmbeddingLoader
 from datasets.loaders import VolumeLoader, canvas_size
 from models.encoder import JointEncoder
@@ -55,7 +55,7 @@ class Config(Options):
     """of an epoch"""
     precisions: list[Literal["fp32", "bf16"]] = ("fp32", "bf16")
     """number formats of ours; a CPU without bf16 units is better off with fp32 alone"""
-    repeats: PositiveInt = 2
+    repeats: PositiveInt = 4
     """measured epochs of each kind"""
 
 
@@ -72,7 +72,7 @@ def main(cfg: Config) -> None:
         results["epoch"] = epochs(root, cfg, run)
     finally:
         shutil.rmtree(root)
-    print(f"\nwritten to {timing.write('stage2', results, run.device)}")
+    print(f"\nwritten to {timing.write(file_name('stage2', cfg), results, run.device)}")
 
 
 def encode(cfg: Config, run: Run) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def encode(cfg: Config, run: Run) -> dict[str, Any]:
 
     for precision in cfg.precisions:
         add(precision)
-    times = timing.measure(work, repeats=2 * cfg.repeats, warmup=1, device=run.device)
+    times = timing.measure(work, repeats=cfg.repeats, warmup=1, device=run.device)
     for name, t in times.items():
         print(f"encode, {name:14s} {t.median / mask.numel() * 1e3:8.2f} ms a slice", flush=True)
     ratios = {p: times[f"unfolded {p}"].over(times[f"folded {p}"]) for p in cfg.precisions}
@@ -121,11 +121,7 @@ def epochs(root: Path, cfg: Config, run: Run) -> dict[str, Any]:
         cached = EmbeddingLoader(volumes(), learner, 1, cfg.d_model, cfg.workers, number)
         work[f"ours {precision}"] = epoch_of(learner, volumes(), precision, run)
         work[f"cached {precision}"] = epoch_of(learner, cached, precision, run)
-    # The reference's first epoch is hardly slower than its next, and a CPU has better to do.
-    for name, epoch in work.items():
-        if name != "reference" or run.device.type == "cuda":
-            epoch()
-    times = timing.measure(work, cfg.repeats, warmup=0, device=run.device)
+    times = timing.measure(work, cfg.repeats, warmup=1, device=run.device)
     count = 2 * cfg.batch_size * cfg.steps * cfg.target_shape[0]
     ratios = {name: times["reference"].over(t) for name, t in times.items() if name != "reference"}
     for name, t in times.items():

@@ -6,7 +6,7 @@
 Pieces that take turns in the same process:
   ours       loader's augmentation, both views through f_intra and f_inter, SwAV at both levels, backward, LARC
   bare       torchvision's three-channel ResNet-50, forward and backward on the same number of slices, tuned the same
-             way (channels-last, the same precision): nothing that trains a ResNet-50 on these slices can be faster
+             way (channels-last, the same precision): what trains a ResNet-50 on these slices can hardly be faster
   reference  the plain way with public packages: that ResNet channels-first in float32, four layers of the
              `deformable-attention` package along the feature axis (as the method's released code calls it), TorchIO on
              the CPU, SwAV's swapped prediction, LARC with a loop over parameters. On a CPU in a process of its own,
@@ -46,7 +46,16 @@ from torch import Tensor, nn
 
 from benchmarks import timing
 from benchmarks.data import released_transforms
-from benchmarks.training import Options, Training, joint_learner, recorded, shares, volume_loader, write_volumes
+from benchmarks.training import (
+    Options,
+    Training,
+    file_name,
+    joint_learner,
+    recorded,
+    shares,
+    volume_loader,
+    write_volumes,
+)
 from datasets.augment import MultiCrop
 from datasets.loaders import ImageLoader, Slices, canvas_size
 from datasets.store import prepare
@@ -88,6 +97,7 @@ class Config(Options):
 
 def main(cfg: Config) -> None:
     run = distributed.start(cfg.device)
+    name = file_name(timing.of_parts("step_compiled" if cfg.compile else "step", cfg.parts, PARTS), cfg)
     root = Path(tempfile.mkdtemp(prefix="benchmark_step_"))
     results: dict[str, Any] = {"arch": cfg.arch, "view": list(cfg.target_shape), "compile": cfg.compile}
     try:
@@ -97,7 +107,6 @@ def main(cfg: Config) -> None:
             results[part] = {"stage3": stage3, "stage1": stage1, "ranks": ranks}[part](root / "data", cfg, run)
     finally:
         shutil.rmtree(root)
-    name = timing.of_parts("step_compiled" if cfg.compile else "step", cfg.parts, PARTS)
     print(f"\nwrote {timing.write(name, results, run.device)}")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from utils.errors import UserError
 from utils.versions import commit
 
 RESULTS = Path(__file__).parent / "results"
@@ -102,6 +103,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        **({"processes": int(os.environ["WORLD_SIZE"])} if "WORLD_SIZE" in os.environ else {}),
         "load_average_1min": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
@@ -145,8 +147,11 @@ def write(
 
 
 def of_parts(name: str, parts: Sequence[str], usual: Sequence[str]) -> str:
-    """Name of a results' file: some parts alone do not replace all of them."""
-    return name if set(parts) == set(usual) else "_".join([name, *parts]).replace(" ", "_")
+    """Name of a results' file: some parts alone do not replace all of them. Raises UserError where there is none."""
+    chosen = [part for part in usual if part in parts]
+    if not chosen:
+        raise UserError(f"nothing is to be measured; name one or more of {', '.join(usual)}")
+    return name if len(chosen) == len(usual) else "_".join([name, *chosen]).replace(" ", "_")
 
 
 def _cpu_model() -> str:

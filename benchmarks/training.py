@@ -42,6 +42,14 @@ class Options:
     """data-loading processes"""
 
 
+def file_name(name: str, cfg: Options) -> str:
+    """Of a results' file: another network or other views do not replace the usual ones."""
+    shape = tuple(cfg.target_shape)
+    if (cfg.arch, shape) == (Options.arch, Options.target_shape):
+        return name
+    return f"{name}_{cfg.arch}_{'x'.join(map(str, shape))}"
+
+
 def write_volumes(root: Path, shape: tuple[int, int, int], count: int) -> None:
     """`count` volumes below `root`, most of them further names (hard links) of the first few.
 

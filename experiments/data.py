@@ -24,6 +24,7 @@ from PIL import Image
 import prepare_data
 from downstream.features import read_nifti
 from downstream.splits import Split, check_split, make_split, read_split, write_split
+from utils import checkpoint
 from utils import config as options
 from utils.errors import UserError
 
@@ -127,9 +128,9 @@ def _fixed(dest: Path, name: str, drawn: Split, patients: Mapping[str, str]) -> 
 
 
 def _sizes(folder: Path, split: Split, dest: Path) -> None:
-    """A label of whole volumes in <data set>_size.csv: is the organ larger than in the median training case?
+    """A label of whole volumes in hippocampus_size.csv: is the organ larger than in the median training case?
 
-    The volumes of a data set share their spacing, so that voxels are counted.
+    Voxels are counted, as all volumes of the hippocampus have 1 mm spacing.
     """
     path = dest / f"{folder.name}_size.csv"
     if path.is_file():
@@ -137,12 +138,10 @@ def _sizes(folder: Path, split: Split, dest: Path) -> None:
     patients = patients_of_volumes(folder)
     voxels = {case: np.count_nonzero(read_nifti(folder / "labelsTr" / f"{case}.nii.gz")) for case in sorted(patients)}
     median = np.median([voxels[case] for case in split.train])
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["case", "patient", "label"])
-        writer.writerows(
-            (f"{case}.nii.gz", patients[case], "large" if count > median else "small") for case, count in voxels.items()
-        )
+    rows = [
+        f"{case}.nii.gz,{patients[case]},{'large' if count > median else 'small'}" for case, count in voxels.items()
+    ]
+    checkpoint.write_text("\n".join(["case,patient,label", *rows]) + "\n", path)
 
 
 def _convert(files: Sequence[Path], dest: Path, name: str) -> None:

@@ -14,7 +14,16 @@ import torch
 import estimate
 from benchmarks import constants, diagnostics, kmeans, memory, step, timing
 from benchmarks.data import write_raw
-from benchmarks.training import Options, Training, joint_learner, recorded, shares, volume_loader, write_volumes
+from benchmarks.training import (
+    Options,
+    Training,
+    file_name,
+    joint_learner,
+    recorded,
+    shares,
+    volume_loader,
+    write_volumes,
+)
 from datasets.augment import MultiCrop
 from datasets.loaders import ImageLoader, Slices
 from datasets.store import prepare
@@ -24,6 +33,7 @@ from objectives import ImageClustering, SwAV
 from utils import config as options
 from utils import memory as probes
 from utils.distributed import Run
+from utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 RUN = Run(0, 1, torch.device("cpu"))
@@ -42,13 +52,33 @@ def test_pieces_take_turns_and_ratios_are_those_of_neighbours() -> None:
     assert timing.spread([5.0]) == 0.0
 
 
+def test_memory_is_what_is_added_from_then_on() -> None:
+    before = torch.ones(2**26)  # 256 MiB that come and go
+    del before
+    memory = kmeans.Memory(RUN.device)
+    kept = torch.ones(2**24)
+    if not kmeans.LINUX_PEAK.exists():
+        pytest.skip("only Linux tells what was resident at most")
+    assert memory.added() == pytest.approx(kept.nbytes, rel=0.2)
+
+
 def test_some_parts_do_not_replace_the_results_of_all() -> None:
     assert timing.of_parts("step", ["stage3", "stage1", "ranks"], step.PARTS) == "step"
     assert timing.of_parts("step", ["ranks", "stage1", "stage3"], step.PARTS) == "step"
     assert timing.of_parts("step", ["stage3"], step.PARTS) == "step_stage3"
+    assert timing.of_parts("step", ["ranks", "stage1"], step.PARTS) == "step_stage1_ranks"
+    with pytest.raises(UserError, match="nothing is to be measured"):
+        timing.of_parts("step", [], step.PARTS)
     assert timing.of_parts("check_estimate", ["stage2 cached"], ["stage1", "stage2 cached"]) == (
         "check_estimate_stage2_cached"
     )
+
+
+def test_other_networks_and_views_do_not_replace_the_usual_results() -> None:
+    assert file_name("step", step.Config()) == "step"
+    assert file_name("step", step.Config(target_shape=[64, 128, 128], batch_size=3)) == "step"
+    assert file_name("step", step.Config(arch="resnet18")) == "step_resnet18_64x128x128"
+    assert file_name("step", step.Config(target_shape=(16, 32, 32))) == "step_resnet50_16x32x32"
 
 
 def training_of(stage: int, root: Path) -> Training:
