@@ -118,7 +118,7 @@ class DeformableAttention1D(nn.Module):
         return positions, centres < lengths.view(-1, 1)
 
     def position_bias(self, signed_log: Tensor) -> Tensor:
-        """`bias` of every entry: signed_log [B, G, n, D] -> [B, heads, n, D]."""
+        """`bias` of every entry: signed_log [B, G, D, n] -> [B, heads, D, n]."""
         if torch.compiler.is_compiling():  # torch.compile fuses it itself, torch.export wants no number of blocks
             return self.bias(signed_log.unsqueeze(-1)).permute(0, 1, 4, 2, 3).flatten(1, 2)
         first, _, last = self.bias
@@ -133,18 +133,18 @@ class DeformableAttention1D(nn.Module):
         positions, valid = self.sample_positions(q, lengths)  # [B, G, n], [B, n]
 
         # Linear sampling is a product with hat functions max(0, 1 - |p - j|): deterministic and easy to differentiate.
-        distance = torch.arange(D, device=x.device) - positions.unsqueeze(-1)  # [B, G, n, D]
+        distance = torch.arange(D, device=x.device).view(-1, 1) - positions.unsqueeze(2)  # [B, G, D, n]
         far = distance.abs()
         hats = (1 - far).clamp(min=0).to(x.dtype)
         grouped = x.view(B, D, self.groups, self.width).transpose(1, 2)  # [B, G, D, d / G]
-        sampled = (hats @ grouped).transpose(1, 2).reshape(B, -1, d)  # [B, n, d]
+        sampled = (hats.transpose(-1, -2) @ grouped).transpose(1, 2).reshape(B, -1, d)  # [B, n, d]
 
         k, v = self.to_kv(sampled).chunk(2, dim=-1)
         q, k, v = (
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v)
         )  # [B, heads, D or n, d / heads]
         signed_log = distance.detach().sign() * torch.log1p(far)
-        bias = self.position_bias(signed_log).transpose(-1, -2)  # [B, heads, D, n]
+        bias = self.position_bias(signed_log)
         scores = (q @ k.transpose(-1, -2)).to(positions.dtype) * self.scale + bias.to(positions.dtype)
         weights = scores.masked_fill(~valid.view(B, 1, 1, -1), float("-inf")).softmax(dim=-1)
         out = self.dropout(weights).to(v.dtype) @ v  # [B, heads, D, d / heads]
