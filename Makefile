@@ -4,7 +4,7 @@
 # Each makes .venv and installs everything into it first, when it is missing or requirements changed.
 # make bench  time every stage against its references on this machine's CPU (under 15 minutes)
 # make bench-gpu   the same on a GPU, in the environment at hand: needs requirements.txt only (under 10 minutes)
-# make experiments-cpu   all comparisons on SHARED (hours on two cores; the same again goes on); then make results
+# make experiments-cpu   the main comparison and its controls on SHARED (hours on two cores; the same again goes on); then make results
 # make experiments-ablations   the same and what each part is worth;  make experiments-gpu   ResNet-50, ten minutes a call
 # PYTHON=python3.12 make demo   chooses the interpreter (3.10 or newer)
 
@@ -57,7 +57,7 @@ bench-gpu:
 
 SHARED ?= ../shared/data
 MINUTES ?= 0
-EXPERIMENTS := experiments/main.yaml, experiments/controls.yaml, experiments/again.yaml
+EXPERIMENTS := experiments/main.yaml, experiments/controls.yaml
 ABLATIONS := $(EXPERIMENTS), experiments/ablations.yaml
 
 experiments-cpu: $(READY)
