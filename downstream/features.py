@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 import uuid
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -103,6 +104,15 @@ def open_cases(
 def without_suffix(name: str) -> str:
     """`a/b.nii.gz` -> `a/b`, for all file types that hold cases; other endings stay."""
     return name.removesuffix(name[len(name) - len(_suffix(name)) :]) if _suffix(name) else name
+
+
+def places_of(names: Sequence[str]) -> dict[str, set[int]]:
+    """How people may name a case -> its positions in `names`: path or file name, each with or without its suffix."""
+    places: dict[str, set[int]] = defaultdict(set)
+    for i, name in enumerate(names):
+        for key in {name, without_suffix(name), Path(name).name, without_suffix(Path(name).name)}:
+            places[key].add(i)
+    return places
 
 
 def read_nifti(path: Path) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from downstream.features import Cases, without_suffix
+from downstream.features import Cases, places_of, without_suffix
 from utils.errors import UserError
 
 CASE_COLUMNS = ("case", "file", "filename", "image")
@@ -73,10 +72,7 @@ def read_labels(
     case_name = column(case_column, CASE_COLUMNS, "case_column")
     label_name = column(label_column, LABEL_COLUMNS, "label_column")
     patient_name = column(patient_column, PATIENT_COLUMNS, "patient_column", needed=False)
-    places: dict[str, set[int]] = defaultdict(set)
-    for i, name in enumerate(names):
-        for key in {name, without_suffix(name), Path(name).name, without_suffix(Path(name).name)}:
-            places[key].add(i)
+    places = places_of(names)
     result: list[LabelRow] = []
     lines: dict[int, int] = {}
     for line, row in enumerate(rows, start=2):

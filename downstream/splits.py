@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from downstream.features import places_of, without_suffix
 from utils.errors import UserError
 
 
@@ -81,14 +82,35 @@ def draw_split(
 ) -> Split:
     """The split in a file, or one drawn by patient; checked.
 
+    A file may leave out folders and suffixes, so that one made for `segment` serves `classify` on the same volumes.
     patients: of every case.  needed: parts that must not be empty. Raises UserError.
     """
-    split = read_split(file) if file else make_split(list(patients), list(patients.values()), fractions, seed)
+    cases = list(patients)
+    split = full_names(read_split(file), cases) if file else make_split(cases, list(patients.values()), fractions, seed)
     check_split(split, patients)
     for part in needed:
         if not getattr(split, part):
             raise UserError(f"split: {part} has no case; change {file or '--fractions'}")
     return split
+
+
+def full_names(split: Split, cases: Sequence[str]) -> Split:
+    """The same split with the names that `cases` has; those that are none of them stay. Raises UserError for a name that
+    may be several."""
+    places, known = places_of(cases), set(cases)
+
+    def full(name: str) -> str:
+        if name in known:
+            return name
+        found = (
+            places.get(name) or places.get(without_suffix(name)) or places.get(without_suffix(Path(name).name)) or ()
+        )
+        if len(found) > 1:
+            first, second, *_ = (cases[i] for i in sorted(found))
+            raise UserError(f"split: {name!r} may be {first} or {second}; write the path below data_path")
+        return cases[min(found)] if found else name
+
+    return Split(*([full(name) for name in getattr(split, part.name)] for part in fields(Split)))
 
 
 def write_split(split: Split, path: str | Path) -> None:

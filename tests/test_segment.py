@@ -21,7 +21,16 @@ from downstream import segment
 from downstream.encoders import describe_weights, has_transformer, load_encoder, load_joint_encoder
 from downstream.pairs import PRESETS, find_task, number_classes, read_image, read_label
 from downstream.segment import Config, SliceUNet, augment, batches, build_model, load_case, predict, run
-from downstream.splits import Split, check_split, choose_labelled, make_split, read_split, write_split
+from downstream.splits import (
+    Split,
+    check_split,
+    choose_labelled,
+    draw_split,
+    full_names,
+    make_split,
+    read_split,
+    write_split,
+)
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet
 from utils.errors import UserError
@@ -203,6 +212,20 @@ def test_smaller_choices_of_labelled_cases_are_within_larger_ones():
         assert chosen[0] == chosen[1][:5] == chosen[2][:5]
         assert sorted(chosen[2]) == sorted(train)
     assert choose_labelled(train[::-1], 5, 0) == choose_labelled(train, 5, 0) != choose_labelled(train, 5, 1)
+
+
+def test_a_split_may_leave_out_folders_and_suffixes_or_have_those_of_another_task(tmp_path):
+    cases = ["imagesTr/a_1.npy", "imagesTr/a_2.npy", "imagesTr/b.npy", "other/b.npy"]
+    plain = Split(["a_1"], ["imagesTr/a_2"], ["other/b"])
+    whole = Split(["imagesTr/a_1.npy"], ["imagesTr/a_2.npy"], ["other/b.npy"])
+    assert full_names(plain, cases) == whole
+    assert full_names(whole, cases) == whole
+    assert full_names(Split(["imagesTr/a_1.nii.gz"], [], ["a_2.nii.gz"]), ["a_1", "a_2"]) == Split(["a_1"], [], ["a_2"])
+    with pytest.raises(UserError, match=r"'b' may be imagesTr/b\.npy or other/b\.npy"):
+        full_names(Split(["b"], [], []), cases)
+    write_split(Split(["a_1"], [], ["c"]), tmp_path / "split.json")
+    with pytest.raises(UserError, match="'c', which is not among the 4"):
+        draw_split(str(tmp_path / "split.json"), (), {case: case for case in cases}, 0)
 
 
 @pytest.mark.parametrize("name", ["split.json", "split.yaml"])
