@@ -95,8 +95,10 @@ def draw_split(
 
 
 def full_names(split: Split, cases: Sequence[str]) -> Split:
-    """The same split with the names that `cases` has; those that are none of them stay. Raises UserError for a name that
-    may be several."""
+    """The same split with the names that `cases` has; those that are none of them stay.
+
+    Raises UserError for a name that may be several.
+    """
     places, known = places_of(cases), set(cases)
 
     def full(name: str) -> str:

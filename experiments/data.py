@@ -31,6 +31,7 @@ from utils.errors import UserError
 VOLUMES = {"heart_la": (0.6, 0.15, 0.25), "hippocampus": (0.75, 0.05, 0.2)}  # patients in train, validation, test
 SLICES = (0.6, 0.1, 0.3)
 XRAY = (0.5, 0.1, 0.4)
+STACK = 11  # slices: 8 stacks of every heart_la volume
 FINDINGS = ("COVID-19", "No finding")  # told apart; the other images have no label that is worth a test
 SCAN = re.compile(r"^(.*?)(?:_(?:t1ce|t1|t2|flair))?_frame_")  # of slices_png: what stands before the slice number
 
@@ -53,7 +54,7 @@ def main(cfg: Config) -> None:
         split = _fixed(dest, name, make_split(list(patients), list(patients.values()), fractions, 0), patients)
         _link(source / name, dest / "tasks" / name)
         _convert([source / name / "imagesTr" / f"{case}.nii.gz" for case in allowed(split, patients)], dest, name)
-    _sizes(source / "hippocampus", read_split(dest / "splits" / "hippocampus.json"), dest / "tasks")
+    _stacks(source / "heart_la", dest)
     _convert(sorted((source / "misc_nifti").glob("*.nii.gz")), dest, "misc_nifti")
 
     patients, organs = slices(source / "slices_png")
@@ -127,21 +128,31 @@ def _fixed(dest: Path, name: str, drawn: Split, patients: Mapping[str, str]) -> 
     return split
 
 
-def _sizes(folder: Path, split: Split, dest: Path) -> None:
-    """A label of whole volumes in hippocampus_size.csv: is the organ larger than in the median training case?
+def _stacks(folder: Path, dest: Path) -> None:
+    """A task of whole volumes: is the atrium in a stack of slices, and does it begin or end there?
 
-    Voxels are counted, as all volumes of the hippocampus have 1 mm spacing.
+    Every volume is cut into stacks of STACK slices (the rest is left out), labelled `inside` (all slices show the
+    atrium), `edge` (some) or `none`, and split as its volume is.
     """
-    path = dest / f"{folder.name}_size.csv"
-    if path.is_file():
+    name = f"{folder.name}_stacks"
+    path = dest / "tasks" / f"{name}.csv"
+    if path.is_file():  # which is written last
         return
-    patients = patients_of_volumes(folder)
-    voxels = {case: np.count_nonzero(read_nifti(folder / "labelsTr" / f"{case}.nii.gz")) for case in sorted(patients)}
-    median = np.median([voxels[case] for case in split.train])
-    rows = [
-        f"{case}.nii.gz,{patients[case]},{'large' if count > median else 'small'}" for case, count in voxels.items()
-    ]
-    checkpoint.write_text("\n".join(["case,patient,label", *rows]) + "\n", path)
+    (dest / "tasks" / name).mkdir(parents=True, exist_ok=True)
+    patients, stacks, rows = patients_of_volumes(folder), {}, ["case,patient,label"]
+    for case, patient in sorted(patients.items()):
+        image, label = (read_nifti(folder / kind / f"{case}.nii.gz") for kind in ("imagesTr", "labelsTr"))
+        shown = label.any(axis=(0, 1))
+        stacks[case] = [f"{case}_{k}.npy" for k in range(len(shown) // STACK)]
+        for k, stack in enumerate(stacks[case]):
+            part = slice(k * STACK, (k + 1) * STACK)
+            np.save(dest / "tasks" / name / stack, image[:, :, part].astype(np.int16), allow_pickle=False)
+            kind = "inside" if shown[part].all() else "edge" if shown[part].any() else "none"
+            rows.append(f"{stack},{patient},{kind}")
+    split = read_split(dest / "splits" / f"{folder.name}.json")
+    parts = {field: [stack for case in getattr(split, field) for stack in stacks[case]] for field in vars(split)}
+    write_split(Split(**parts), dest / "splits" / f"{name}.json")
+    checkpoint.write_text("\n".join(rows) + "\n", path)
 
 
 def _convert(files: Sequence[Path], dest: Path, name: str) -> None:

@@ -264,13 +264,13 @@ def test_data_are_laid_out_once_without_tested_patients(tmp_path: Path) -> None:
         (source / name / "dataset.json").write_text(json.dumps({"patient": patients}))
         for case in patients:
             nib.save(image, source / name / "imagesTr" / f"{case}.nii.gz")
-    (source / "hippocampus" / "labelsTr").mkdir()
-    for i, case in enumerate(patients):  # the later, the larger
-        drawn = np.arange(12 * 10 * 8).reshape(12, 10, 8) < 10 * i + 10
-        nib.save(
-            nib.Nifti1Image(2 * drawn.astype(np.uint8), np.eye(4)),
-            source / "hippocampus" / "labelsTr" / f"{case}.nii.gz",
-        )
+    (source / "heart_la" / "labelsTr").mkdir()
+    deep = np.zeros((12, 10, 2 * layout.STACK + 3), np.uint8)  # two stacks and a rest
+    for i in range(16):  # the first has none, the others begin in the first stack
+        label = deep.copy()
+        label[3, 4, i:-1] = i > 0
+        for kind, voxels in (("labelsTr", label), ("imagesTr", deep + rng.integers(0, 99, deep.shape, np.uint8))):
+            nib.save(nib.Nifti1Image(voxels, np.eye(4)), source / "heart_la" / kind / f"heart_la_{i}.nii.gz")
     (source / "misc_nifti").mkdir()
     nib.save(image, source / "misc_nifti" / "one.nii.gz")
     for organ in ("brain", "liver"):
@@ -288,19 +288,27 @@ def test_data_are_laid_out_once_without_tested_patients(tmp_path: Path) -> None:
     cfg = layout.Config(source=str(source), dest=str(dest))
     layout.main(cfg)
     splits = {path.stem: json.loads(path.read_text()) for path in (dest / "splits").glob("*.json")}
-    assert set(splits) == {*layout.VOLUMES, "slices_png", "chest_xray"}
+    assert set(splits) == {*layout.VOLUMES, "heart_la_stacks", "slices_png", "chest_xray"}
+    of_stacks = splits.pop("heart_la_stacks")
     for name, split in splits.items():
         trained = {path.name.removesuffix(".npy") for path in (dest / "pretrain").rglob("*") if path.is_file()}
         assert split["test"]
         assert trained.isdisjoint(Path(case).name for case in split["test"]), name
         assert trained.issuperset(Path(case).name for case in split["train"]), name
     assert (dest / "pretrain" / "misc_nifti" / "one.npy").is_file()
-    with open(dest / "tasks" / "hippocampus_size.csv", newline="") as file:
-        sizes = {row["case"].removesuffix(".nii.gz"): row["label"] for row in csv.DictReader(file)}
-    assert sizes.keys() == patients.keys()
-    numbers = sorted(int(case.split("_")[1]) for case in splits["hippocampus"]["train"])
-    larger = {case for case in patients if int(case.split("_")[1]) > np.median(numbers)}
-    assert larger == {case for case, size in sizes.items() if size == "large"}
+    with open(dest / "tasks" / "heart_la_stacks.csv", newline="") as file:
+        stacks = {row["case"]: row["label"] for row in csv.DictReader(file)}
+    assert set(stacks) == {path.name for path in (dest / "tasks" / "heart_la_stacks").iterdir()}
+    assert [stacks[f"heart_la_{i}_{k}.npy"] for i in (0, 5, 13) for k in (0, 1)] == [
+        *("none", "none"),
+        *("edge", "inside"),
+        *("none", "edge"),
+    ]
+    stack = np.load(dest / "tasks" / "heart_la_stacks" / "heart_la_5_1.npy")
+    assert stack.shape[2] == layout.STACK
+    for part in ("train", "validation", "test"):
+        whole = {f"{case}_{k}.npy" for case in splits["heart_la"][part] for k in (0, 1)}
+        assert whole == set(of_stacks[part])
     before = {path: path.stat().st_mtime_ns for path in dest.rglob("*.json")}
     layout.main(cfg)
     assert {path: path.stat().st_mtime_ns for path in dest.rglob("*.json")} == before
