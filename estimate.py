@@ -331,9 +331,7 @@ def predict(stage: int, method: str, cfg: Any, data: Data, machine: Machine, pro
             slices = min(FIT_SLICES, data.volumes * data.slices)
             height, width = cfg.target_shape[1:]
             rate = machine.rate("forward_flops", math.sqrt(height * width), cfg.arch)
-            rate *= (
-                machine["bytes_per_value"] / 4
-            )  # it is fitted in float32, taken to be half as fast as half precision
+            rate *= machine["bytes_per_value"] / 4  # fitted in float32, assumed to take twice as long as half precision
             seconds["projection"] = slices * resnet_flops(cfg.arch, height, width, False) / rate / processes
     traffic = sent * steps * cfg.epochs
     for _, objective in learner.objectives():
