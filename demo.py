@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datasets.phantoms import ANATOMIES, STRUCTURES, phantom
+from conversion.phantoms import ANATOMIES, STRUCTURES, phantom
 from models.resnet import GreyResNet, pooled
+from training import weights
 from utils import config as options
-from utils import weights
 
 HERE = Path(__file__).resolve().parent
 ARCH, SHAPE = "resnet18", (32, 40, 40)  # slices, height, width

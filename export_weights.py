@@ -21,7 +21,8 @@ from typing import Any, Literal
 from downstream.encoders import has_transformer, load_encoder, load_joint_encoder
 from models.encoder import JointEncoder
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet
-from utils import checkpoint, exports
+from training import exports
+from utils import checkpoint
 from utils import config as options
 from utils.errors import UserError
 

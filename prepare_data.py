@@ -35,12 +35,13 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from datasets.convert import Case, Options, attempt, outside, source_key, whole_file
-from datasets.convert_readers import BadFile, ReadOptions
-from datasets.convert_sources import Found, Source, assign_ids, clean, find
+from conversion.convert import Case, Options, attempt, outside, source_key
+from conversion.layouts import Found, Source, assign_ids, clean, find
+from conversion.readers import BadFile, ReadOptions
 from datasets.index import LABEL_FOLDERS, MONTAGE
 from utils import config as options
 from utils.errors import UserError
+from utils.files import whole_file
 
 WINDOWS_HU = {"lung": (-1000, 400), "soft_tissue": (-160, 240), "bone": (-500, 1300), "brain": (0, 80)}
 CASES = "cases.csv"

@@ -1,4 +1,4 @@
-"""What benchmarks of training share: options, volumes, steps as `utils.train` makes them, and where their time goes."""
+"""What benchmarks of training share: options, volumes, steps as `training.train` makes them, where time goes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from datasets.store import prepare
 from models.encoder import JointEncoder
 from models.heads import ProjectionHead
 from objectives import JointClustering, SwAV
-from objectives.diagnostics import Monitor
-from utils import distributed, guards, optim, profile, train
+from training import train
+from training.monitor import Monitor
+from utils import distributed, guards, optim, profile
 from utils.distributed import Run
 from utils.precision import Precision
 
@@ -77,7 +78,7 @@ def joint_learner(arch: str, intra: int, inter: int) -> JointClustering:
 
 
 class Training:
-    """Steps of stage 1 or 3 with all that `utils.train.fit` does in one, its observers too; the parts are its spans.
+    """Steps of stage 1 or 3 with all that `training.train.fit` does in one, its observers too; the parts are its spans.
 
     Without what fit does between steps: progress bar, log, checkpoints.
     """

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from datasets import transforms
-from datasets.seeding import SHARED, stream
+from utils.seeding import SHARED, stream
 
 Policy = Literal["paper", "strong"]
 PAPER_TRANSFORMS = ("flip", "affine", "anisotropy", "blur", "noise", "bias_field", "gamma")

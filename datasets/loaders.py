@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -21,12 +22,12 @@ from torch.utils.data import DataLoader, Dataset
 from datasets.augment import MultiCrop, VolumeViews
 from datasets.index import Sample, slice_offsets, volumes
 from datasets.masks import draw_masks
-from datasets.seeding import FILLING, INTRA_SLICES, SHARED, SHUFFLE, SHUFFLE_DATASET, WINDOW, stream
-from datasets.store import SliceStore
+from datasets.store import SliceStore, prepare
 from datasets.transforms import upload
 from utils import guards, signals
 from utils.distributed import Run
 from utils.errors import UserError
+from utils.seeding import FILLING, INTRA_SLICES, SHARED, SHUFFLE, SHUFFLE_DATASET, WINDOW, stream
 
 Key = tuple[int, int]  # (epoch, index): all that a data set needs to know to return a sample
 
@@ -272,6 +273,56 @@ def torch_loader(
     )
 
 
+@dataclass(frozen=True)
+class Counts:
+    """What the size of an objective depends on: samples of each level, and embeddings of a joint batch of each."""
+
+    slices: int  # and images: stage 1's samples, or all slices of all volumes and the images beside them
+    slice_batch: int
+    volumes: int = 0
+    volume_batch: int = 0
+
+
+def open_images(cfg: Any, run: Run) -> ImageLoader:
+    """Stage 1's loader from its options."""
+    samples, store = prepare(
+        cfg.data_path, canvas_size(*cfg.size_crops), cfg.cache_path, cfg.on_bad, max(1, cfg.workers)
+    )
+    sizes, scales = (
+        [(side, side) for side in cfg.size_crops],
+        list(zip(cfg.min_scale_crops, cfg.max_scale_crops, strict=True)),
+    )
+    crops = MultiCrop(sizes, cfg.nmb_crops, scales, cfg.policy, cfg.seed)
+    images = Slices(samples, store, cfg.slices_per_volume)
+    return ImageLoader(images, crops, cfg.batch_size, cfg.workers, cfg.seed, run, cfg.sampling_temperature)
+
+
+def open_volumes(
+    cfg: Any, run: Run, mask_ratio: float = 0.0, intra_slices: int = 0, images_per_step: int = 0
+) -> VolumeLoader:
+    """The loader of stages 2 and 3 from their options."""
+    slices, height, width = cfg.target_shape
+    size = canvas_size(height, width)
+    samples, store = prepare(
+        cfg.data_path, size, cfg.cache_path, cfg.on_bad, max(1, cfg.workers), target_shape=cfg.target_shape
+    )
+    scales = [(getattr(cfg, "min_scale_images", 1.0), 1.0)]
+    return VolumeLoader(
+        VolumeWindows(samples, store, slices, cfg.seed),
+        VolumeViews(height, width, cfg.policy, cfg.seed),
+        cfg.batch_size,
+        cfg.workers,
+        cfg.seed,
+        run,
+        mask_ratio,
+        cfg.mask_style,
+        intra_slices,
+        images_per_step,
+        MultiCrop([(height, width)], [2], scales, cfg.policy, cfg.seed),
+        cfg.sampling_temperature,
+    )
+
+
 class ImageLoader:
     """Stage 1: multi-crop views of images and slices -> crops (list of [count, B, H, W]), index [B] and counts.
 
@@ -292,6 +343,7 @@ class ImageLoader:
         self.batches = EpochBatches(dataset.groups, batch_size, seed, run, "images and slices", sampling_temperature)
         self.loader = torch_loader(dataset, self.batches, workers, run.device)
         self.samples, self.steps = self.batches.samples, self.batches.steps
+        self.counts = Counts(len(dataset), self.batches.joint)
 
     def epoch(self, epoch: int, seen: int = 0) -> Iterator[dict[str, Any]]:
         self.batches.epoch, self.batches.seen = epoch, seen
@@ -351,6 +403,7 @@ class VolumeLoader:
         images_now = images_per_step if self.image_dataset else 0
         self.joint_batch_inter = batch_size * run.world_size
         self.joint_batch_intra = (batch_size * intra_slices + images_now) * run.world_size
+        self.counts = Counts(self.intra_samples, self.joint_batch_intra, len(dataset), self.joint_batch_inter)
 
     def epoch(self, epoch: int, seen: int = 0) -> Iterator[dict[str, Any]]:
         self.batches.epoch, self.batches.seen = epoch, seen

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.seeding import MASKED_SLICES, stream
+from utils.seeding import MASKED_SLICES, stream
 
 
 def draw_masks(

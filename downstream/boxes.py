@@ -235,7 +235,7 @@ def _measure(images: Iterable[Annotated], problems: list[str]) -> None:
             return 0, 0
         try:
             if image.path.suffix.lower() in DICOM_SUFFIXES:
-                from datasets.convert_readers import BadFile, dicom_header
+                from conversion.readers import BadFile, dicom_header
 
                 try:
                     header = dicom_header(image.path)

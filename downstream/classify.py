@@ -26,7 +26,6 @@ from downstream.encoders import describe_weights, load_encoder, load_joint_encod
 from downstream.features import frozen_features, mean_of_cases, open_cases, pad
 from downstream.labels import Items, label_items, read_labels
 from downstream.luna16 import FROC_NAMES, CandidateCrops, froc_scores, read_luna16
-from downstream.results import write_json
 from downstream.scores import Scores, classification_scores, score_intervals, validation_score
 from downstream.splits import Split, choose_by_turns, choose_labelled, draw_split, write_split
 from models.encoder import JointEncoder
@@ -34,6 +33,7 @@ from models.resnet import GreyResNet, pooled
 from utils import config as options
 from utils import distributed
 from utils.errors import UserError
+from utils.files import write_json
 
 COSTS = tuple(10.0 ** np.arange(-4, 3))  # inverse regularisation C of the logistic regression, chosen on validation
 

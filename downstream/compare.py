@@ -25,9 +25,9 @@ from jsonargparse.typing import NonNegativeInt
 from scipy.stats import t as student
 
 from downstream.encoders import NAMED, choose_arch, describe_weights, load_encoder
-from downstream.results import write_json
 from utils import config as options
 from utils.errors import UserError
+from utils.files import write_json
 
 MAIN_METRIC = {"segment": "mean.dice", "classify": "auc", "probe": "linear.balanced_accuracy", "detect": "ap50"}
 # Of a task's options: those that do not change what a cell computes.

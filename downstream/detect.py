@@ -36,18 +36,19 @@ from tqdm import tqdm
 
 from datasets.index import IMAGE_FORMATS, bad_files
 from datasets.render import PERCENTILES, content_size
-from datasets.seeding import SHARED, SHUFFLE, stream
 from datasets.store import cache_folder
 from downstream.boxes import DICOM_SUFFIXES, Annotated, read_boxes
 from downstream.encoders import choose_arch, describe_weights, load_encoder
-from downstream.results import write_json
 from downstream.splits import choose_labelled, draw_split, write_split
-from models.resnet import ARCHITECTURES, GREY_MEAN, GREY_STD, GreyResNet
+from models.resnet import GREY_MEAN, GREY_STD, GreyResNet
 from utils import checkpoint, distributed
 from utils import config as options
+from utils.architectures import ARCHITECTURES
 from utils.errors import UserError
+from utils.files import write_json
 from utils.optim import WarmupCosine, parameter_groups
 from utils.precision import Precision
+from utils.seeding import SHARED, SHUFFLE, stream
 
 FORMAT = 1  # of the prepared images; raise it when their content changes
 LEVELS = 5  # of both pyramids, each with its own anchor size
@@ -314,7 +315,7 @@ def prepare(images: Sequence[Annotated], cfg: Config) -> dict[str, Path]:
 def read_grey(path: Path) -> np.ndarray:
     """[H, W] grey values, bright where the file is shown bright. Raises ValueError: what is wrong and the remedy."""
     if path.suffix.lower() in DICOM_SUFFIXES:
-        from datasets.convert_readers import read_dicom_image
+        from conversion.readers import read_dicom_image
 
         return read_dicom_image(path)
     try:

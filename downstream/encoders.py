@@ -10,9 +10,10 @@ import torch
 import torchvision
 
 from models.encoder import JointEncoder
-from models.resnet import ARCHITECTURES, GreyResNet
+from models.resnet import GreyResNet
+from training.weights import load_backbone, load_joint
+from utils.architectures import ARCHITECTURES
 from utils.errors import UserError
-from utils.weights import load_backbone, load_joint
 
 NAMED = ("random", "imagenet")
 REMEDY = (
@@ -25,7 +26,7 @@ def load_encoder(weights: str, arch: str | None = None, seed: int = 0) -> GreyRe
     """f_intra, the slice encoder.
 
     weights: `random`; `imagenet` (torchvision's, if they lie in torch's cache: nothing is downloaded); or the path of
-    a ResNet in any layout of `utils.weights.load_backbone` or of a stage 2 or 3 file.
+    a ResNet in any layout of `training.weights.load_backbone` or of a stage 2 or 3 file.
     arch: a torchvision ResNet; None: what the `.json` beside the file says, else resnet50.
     seed: of random weights. Torch's global random state is left as it was.
     Raises UserError where the weights are missing or are those of another arch.

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from datasets.convert import arrange
-from datasets.convert_readers import BadFile, ReadOptions, read
+from conversion.convert import arrange
+from conversion.readers import BadFile, ReadOptions, read
 from datasets.index import IMAGE_SUFFIXES, LABEL_FOLDERS
 from datasets.loaders import Slices
 from datasets.store import prepare

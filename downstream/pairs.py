@@ -23,7 +23,7 @@ import nibabel
 import numpy as np
 import yaml
 
-from datasets.convert import OPPOSITE, PLANES, THICKEST
+from conversion.convert import OPPOSITE, PLANES, THICKEST
 from datasets.index import MIN_SIDE, bad_files, npy_header
 from utils.errors import UserError
 
@@ -355,7 +355,7 @@ def _inspect(
 def _view(
     codes: str, spacing: Sequence[float], slice_axis: int | None
 ) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
-    """(axes that count slices, rows and columns; which run backwards): as `datasets.convert.arrange` turns volumes.
+    """(axes that count slices, rows and columns; which run backwards): as `conversion.convert.arrange` turns volumes.
 
     codes: sides of the patient towards which the axes grow, or "" for a .npy file, which stays as it is.
     """

@@ -21,7 +21,6 @@ from downstream.classify import fit_logistic_regression, open_encoder
 from downstream.encoders import describe_weights
 from downstream.features import encode_slices, frozen_features, open_cases
 from downstream.labels import Items, LabelRow, label_items, read_labels
-from downstream.results import write_json
 from downstream.scores import Scores, classification_scores, score_intervals
 from downstream.splits import choose_by_turns, draw_split, write_split
 from models.encoder import JointEncoder
@@ -29,6 +28,7 @@ from models.resnet import GreyResNet
 from utils import config as options
 from utils import distributed
 from utils.errors import UserError
+from utils.files import write_json
 
 METRICS = ("balanced_accuracy", "accuracy", "auc", "average_precision")
 

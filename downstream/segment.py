@@ -28,20 +28,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from datasets.render import PERCENTILES, SAMPLED_VOXELS, content_size
-from datasets.seeding import SHUFFLE, stream
 from datasets.transforms import gamma, jitter, resample
 from downstream import metrics
 from downstream.encoders import choose_arch, describe_weights, has_transformer, load_encoder, load_joint_encoder
 from downstream.pairs import PRESETS, Pair, Task, find_task, read_image, read_label
-from downstream.results import write_json
 from downstream.splits import choose_labelled, draw_split, write_split
 from models.encoder import JointEncoder
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, multi_scale
 from utils import checkpoint, distributed
 from utils import config as options
 from utils.errors import UserError
+from utils.files import write_json
 from utils.optim import WarmupCosine, parameter_groups
 from utils.precision import Precision
+from utils.seeding import SHUFFLE, stream
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  # those that the U-Net's library has
 LAYERS = 4  # of a transformer that starts from random weights

@@ -24,8 +24,8 @@ from PIL import Image
 import prepare_data
 from downstream.features import read_nifti
 from downstream.splits import Split, check_split, make_split, read_split, write_split
-from utils import checkpoint
 from utils import config as options
+from utils import files
 from utils.errors import UserError
 
 VOLUMES = {"heart_la": (0.6, 0.15, 0.25), "hippocampus": (0.75, 0.05, 0.2)}  # patients in train, validation, test
@@ -152,7 +152,7 @@ def _stacks(folder: Path, dest: Path) -> None:
     split = read_split(dest / "splits" / f"{folder.name}.json")
     parts = {field: [stack for case in getattr(split, field) for stack in stacks[case]] for field in vars(split)}
     write_split(Split(**parts), dest / "splits" / f"{name}.json")
-    checkpoint.write_text("\n".join(rows) + "\n", path)
+    files.write_text("\n".join(rows) + "\n", path)
 
 
 def _convert(files: Sequence[Path], dest: Path, name: str) -> None:

@@ -25,10 +25,10 @@ import torch
 import torchvision
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
 
-from downstream.results import write_json
 from experiments.plan import Plan, Run, expand
 from utils import config as options
 from utils.errors import UserError
+from utils.files import write_json
 from utils.versions import commit
 
 ROOT = Path(__file__).resolve().parents[1]

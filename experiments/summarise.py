@@ -22,8 +22,8 @@ from scipy.stats import ttest_rel
 from downstream import compare
 from experiments.plan import SCRIPTS, Plan, Table
 from experiments.run import read_plan, run_keys, status
-from utils import checkpoint
 from utils import config as options
+from utils import files
 from utils.errors import UserError
 
 LOWER_IS_BETTER = ("hd95_mm",)
@@ -101,7 +101,7 @@ def main(cfg: Config) -> None:
         if cells:
             parts += section(table, cells, plan.differences, folder)
     parts += [*costs(finished), *published(Path(cfg.published))]
-    checkpoint.write_text("\n\n".join(parts) + "\n", page)
+    files.write_text("\n\n".join(parts) + "\n", page)
     print(f"wrote {page} and {folder}")
 
 
@@ -176,8 +176,8 @@ def write_records(known: Mapping[str, Finished], folder: Path) -> None:
             about = [run.name, key, *(cell[column] for column in CELL)]
             lines.writerows([*about, metric, value] for metric, value in cell["metrics"].items())
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(cells.getvalue(), folder / CELLS)
-    checkpoint.write_text(runs.getvalue(), folder / RUNS)
+    files.write_text(cells.getvalue(), folder / CELLS)
+    files.write_text(runs.getvalue(), folder / RUNS)
 
 
 def means(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[tuple[str, int], tuple[float, float, float, int]]:

@@ -12,21 +12,13 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from utils.architectures import ARCHITECTURES
 from utils.errors import UserError
 
 GREY_MEAN, GREY_STD = 0.449, 0.226  # ImageNet's means and deviations, averaged over the three channels
 # On CPUs, torch's bf16 kernel (oneDNN, torch 2.14) leaves a part of the weight gradient unwritten where a 3 x 3
 # convolution of stride 2 meets a map of width 1. That is the last stage's for images of up to this width.
 NARROW = 16
-ARCHITECTURES = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
-)
 
 
 def fold_grey(conv1: Tensor) -> Tensor:

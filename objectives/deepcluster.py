@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datasets.seeding import KMEANS, stream
 from models.heads import Prototypes
 from objectives.bank import MemoryBank
 from objectives.kmeans import assign, choose_backend, fast_products, gather_rows, kmeans_faiss, kmeans_torch
+from objectives.sizes import prototype_counts
 from utils.distributed import all_gather, all_sum, world_size
 from utils.errors import UserError
+from utils.options import of_level
+from utils.seeding import KMEANS, stream
 
 UNASSIGNED = -100  # ignored by cross-entropy: the sample was never embedded before this epoch's clustering
 
@@ -56,6 +59,14 @@ class DeepClusterV2(nn.Module):
         self.temperature, self.kmeans_iterations, self.seed = temperature, kmeans_iterations, seed
         self.backend = choose_backend(kmeans_backend)
         self.assign_crops, self.precision = assign_crops, precision
+
+    @classmethod
+    def of(cls, cfg: Any, dim: int, samples: int, batch: int, level: str) -> DeepClusterV2:
+        """From a script's options.  samples: N of the level.  batch: not needed."""
+        option, wanted = of_level(cfg, "nmb_prototypes", level)
+        kmeans = cfg.kmeans_iterations, cfg.kmeans_backend
+        sizes = prototype_counts(wanted, samples, option)
+        return cls(dim, sizes, samples, cfg.temperature, *kmeans, cfg.seed, precision=cfg.precision)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

@@ -29,6 +29,10 @@ Embedded = tuple[Tensor, Tensor, list[int] | None]  # unit embeddings [V, n, d],
 class Learner(nn.Module):
     """What the training loop asks of a learner, answered for all objectives it holds."""
 
+    @property
+    def resnet(self) -> GreyResNet:
+        return getattr(self.encoder, "encoder", self.encoder)
+
     def objectives(self) -> Iterator[tuple[str, Objective]]:
         for name, module in self.named_children():
             if isinstance(module, SwAV | DeepClusterV2):

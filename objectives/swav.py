@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from models.heads import Prototypes
 from objectives.sinkhorn import sinkhorn
+from objectives.sizes import prototype_counts, queue_size
 from utils.distributed import all_gather, rank, world_size
+from utils.options import of_level
 
 
 class SwAV(nn.Module):
@@ -50,6 +52,16 @@ class SwAV(nn.Module):
         self.assign_crops = assign_crops
         self.queue_on = False
         self.register_buffer("queue", torch.zeros(assign_crops, queue_length, dim))
+
+    @classmethod
+    def of(cls, cfg: Any, dim: int, samples: int, batch: int, level: str) -> SwAV:
+        """From a script's options.  samples: of the level.  batch: embeddings per view of a joint batch."""
+        option, wanted = of_level(cfg, "nmb_prototypes", level)
+        sizes = prototype_counts(wanted, samples, option)
+        option, length = of_level(cfg, "queue_length", level)
+        length = queue_size(length, sizes, batch, option)
+        starts, frozen = cfg.epoch_queue_starts, cfg.freeze_prototypes_niters
+        return cls(dim, sizes, cfg.temperature, cfg.epsilon, cfg.sinkhorn_iterations, length, starts, frozen)
 
     def begin_epoch(self, epoch: int, resumed: bool = False) -> None:
         self.queue_on = self.queue.shape[1] > 0 and epoch >= self.epoch_queue_starts

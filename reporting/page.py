@@ -15,7 +15,7 @@ from PIL import Image
 from datasets.index import Sample
 from datasets.store import SliceStore
 from reporting.embed import Level
-from utils import checkpoint
+from utils import files
 
 TEMPLATES = Path(__file__).parent / "templates"
 SIDE = 112  # pixels of a thumbnail
@@ -34,7 +34,7 @@ def render(template: str, output: Path, **values: Any) -> int:
     text = environment.get_template(template).render(**values)
     # A file name may hold bytes that are no UTF-8 (surrogates in Python); they are shown as "?".
     text = text.encode("utf-8", "replace").decode()
-    checkpoint.write_text(text, output)
+    files.write_text(text, output)
     return len(text.encode())
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from training.log import METRICS, WARNINGS
 from utils import checkpoint
 from utils.config import read_yaml
 from utils.errors import UserError
 from utils.guards import BAD_STEPS
-from utils.log import METRICS, WARNINGS
 
 Stage = Literal[1, 2, 3]
 NEEDED = {"data_path", "cache_path", "on_bad", "pretrained_path", "checkpoint_name", "dump_path", "arch", "seed"}

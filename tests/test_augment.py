@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from datasets import augment, transforms
 from datasets.augment import RANGES, MultiCrop, VolumeViews
-from datasets.seeding import stream
+from utils.seeding import stream
 
 POLICIES = ("paper", "strong")
 STILL = {"degrees": (0.0, 0.0), "noise_p": 0.0, "bias_p": 0.0, "gamma_p": 0.0, "blur_p": 0.0, "anisotropy_p": 0.0}

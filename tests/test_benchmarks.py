@@ -8,10 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import estimate
 import pytest
 import torch
 
-import estimate
 from benchmarks import constants, diagnostics, kmeans, memory, step, timing
 from benchmarks.data import write_raw
 from benchmarks.training import (
@@ -30,8 +30,8 @@ from datasets.store import prepare
 from models.heads import ProjectionHead
 from models.resnet import GreyResNet
 from objectives import ImageClustering, SwAV
+from training import memory as probes
 from utils import config as options
-from utils import memory as probes
 from utils.distributed import Run
 from utils.errors import UserError
 

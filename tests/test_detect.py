@@ -22,7 +22,7 @@ from downstream.boxes import Annotated, fuse, overlap, read_boxes
 from downstream.detect import Config, build_model, freeze, mirrored, run, score
 from models.encoder import JointEncoder
 from models.resnet import GREY_MEAN, GREY_STD
-from utils import weights
+from training import weights
 from utils.errors import UserError
 
 for library in ("torchmetrics", "pycocotools", "pydicom"):

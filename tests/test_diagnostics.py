@@ -21,17 +21,14 @@ from torch import Tensor
 from objectives import DeepClusterV2, SwAV, diagnostics
 from objectives.diagnostics import (
     Diagnostics,
-    Level,
-    Monitor,
-    dominating,
     neighbour_vote,
     normalized_mutual_information,
-    origins,
     pairs_alike,
     perplexity,
     rankme,
     spread,
 )
+from training.monitor import Level, Monitor, dominating, origins
 from utils.distributed import rank, world_size
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -21,12 +21,12 @@ from torch.testing import assert_close
 from datasets.masks import draw_masks
 from models.encoder import JointEncoder
 from models.heads import ProjectionHead
-from models.norm import CPUSyncBatchNorm, convert_sync_batchnorm
 from objectives import DeepClusterV2, ImageClustering, JointClustering, MaskedSlices, SwAV
 from objectives.kmeans import gather_rows, kmeans_faiss, kmeans_torch
 from utils import distributed
 from utils.distributed import Run, all_sum, raise_everywhere, rank, world_size
 from utils.errors import UserError
+from utils.norm import CPUSyncBatchNorm, convert_sync_batchnorm
 from utils.optim import LARC, parameter_groups
 
 STEPS = 3

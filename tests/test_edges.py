@@ -17,7 +17,8 @@ import ssl_swav3D
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet
 from objectives.learners import MaskedSlices
-from utils import checkpoint, config, weights
+from training import weights
+from utils import checkpoint, config
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

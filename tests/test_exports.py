@@ -20,7 +20,7 @@ import ssl_swav3D
 from export_weights import Config
 from models.encoder import JointEncoder
 from models.resnet import GREY_MEAN, GREY_STD, pooled
-from utils import exports, weights
+from training import exports, weights
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

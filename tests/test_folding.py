@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from models import folding
 from models.encoder import JointEncoder
 from models.folding import FrozenSlices, fold_batch_norm, slices_digest
-from models.norm import convert_sync_batchnorm
-from models.resnet import ARCHITECTURES, GreyResNet
+from models.resnet import GreyResNet
 from objectives import MaskedSlices
-from utils import weights
+from training import weights
+from utils.architectures import ARCHITECTURES
+from utils.norm import convert_sync_batchnorm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

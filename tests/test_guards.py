@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from objectives import DeepClusterV2, SwAV
 from objectives.learners import Learner
-from utils import checkpoint, guards, train
+from training import train
+from utils import checkpoint, guards
 from utils.errors import UserError
 from utils.precision import Precision
 

@@ -19,7 +19,7 @@ from tiny import options, run
 import inspect_data
 from datasets.augment import window_theta
 from reporting import views
-from utils import train
+from training import train
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

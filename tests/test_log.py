@@ -16,11 +16,11 @@ import torch
 from processes import run_processes
 from tiny import losses, run, stop_after
 
-from utils import log as logs
+from training import log as logs
+from training.log import Log, contact_sheet, some_views
 from utils import profile
 from utils.distributed import Run, gather_objects, rank, world_size
 from utils.errors import UserError
-from utils.log import Log, contact_sheet, some_views
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MAIN, SECOND = Run(0, 1, torch.device("cpu")), Run(1, 2, torch.device("cpu"))

@@ -11,10 +11,10 @@ import torch
 from tiny import options
 
 from objectives.learners import Learner
-from utils import memory
+from training import memory
+from training.memory import GIB
 from utils.distributed import Run
 from utils.errors import UserError
-from utils.memory import GIB
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

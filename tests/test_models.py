@@ -15,7 +15,7 @@ from models.heads import Prototypes
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, fold_grey, multi_scale, pooled, unfold_grey
 from models.transformer import DeformableAttention1D, OrdinaryAttention1D, SliceTransformer
 from objectives import JointClustering, SwAV
-from utils.weights import load_joint, save_joint
+from training.weights import load_joint, save_joint
 
 WIDTH = 32
 

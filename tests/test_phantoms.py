@@ -8,7 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from datasets.phantoms import ANATOMIES, FINDING_STRUCTURES, STRUCTURES, draw_finding, phantom, write_tree, xray
+from conversion.phantoms import ANATOMIES, FINDING_STRUCTURES, STRUCTURES, draw_finding, phantom, write_tree, xray
 from utils.errors import UserError
 
 TREE = Path(__file__).parent.parent / "Training_Data"

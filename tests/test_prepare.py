@@ -25,8 +25,8 @@ import yaml
 from PIL import Image
 
 import prepare_data
-from datasets.convert import PLANES
-from datasets.convert_sources import Source, assign_ids
+from conversion.convert import PLANES
+from conversion.layouts import Source, assign_ids
 from datasets.index import scan
 from datasets.store import prepare
 from prepare_data import Config, read_table
@@ -137,8 +137,8 @@ def test_however_a_nifti_is_stored_the_front_comes_out_on_top_and_the_right_side
 
 
 def test_all_48_orientations_are_turned_alike():
-    from datasets.convert import arrange
-    from datasets.convert_readers import Volume
+    from conversion.convert import arrange
+    from conversion.readers import Volume
 
     for axes in itertools.permutations(SIDES):
         for codes in map("".join, itertools.product(*axes)):

@@ -67,7 +67,7 @@ def test_every_prototype_shows_what_has_the_largest_cosine(made):
 
 
 def test_embeddings_are_those_of_the_exported_weights(made):
-    from utils.weights import load_joint
+    from training.weights import load_joint
 
     (of,) = read_runs([folder(made, "ssl_deepcluster3D")])
     samples, store, _ = embed.open_data(of, None, None, 1)

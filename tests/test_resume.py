@@ -17,7 +17,8 @@ from tiny import losses, options, run, stop_after
 
 from benchmarks.trials import Trial
 from objectives import SwAV
-from utils import checkpoint, train
+from training import train
+from utils import checkpoint
 from utils.distributed import Run
 from utils.errors import UserError
 

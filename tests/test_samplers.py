@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from datasets.loaders import CyclingBatches, EpochBatches
-from datasets.seeding import FILLING
 from utils.distributed import Run
 from utils.errors import UserError
+from utils.seeding import FILLING
 
 
 def run(rank: int, world: int) -> Run:

@@ -15,8 +15,8 @@ import segmentation_models_pytorch as smp
 import torch
 from torch import Tensor, nn
 
-from datasets.convert import arrange
-from datasets.convert_readers import Volume
+from conversion.convert import arrange
+from conversion.readers import Volume
 from downstream import segment
 from downstream.encoders import describe_weights, has_transformer, load_encoder, load_joint_encoder
 from downstream.pairs import PRESETS, find_task, number_classes, read_image, read_label
@@ -33,8 +33,8 @@ from downstream.splits import (
 )
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet
+from training.weights import save_joint, save_resnet
 from utils.errors import UserError
-from utils.weights import save_joint, save_resnet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MADE_BY = {"config": {"arch": "resnet18", "d_model": 16, "layers": 1}}

@@ -20,7 +20,8 @@ from benchmarks.trials import Trial, arguments
 from datasets.store import SliceStore
 from objectives import deepcluster
 from objectives.deepcluster import DeepClusterV2
-from utils import checkpoint, config, signals, weights
+from training import weights
+from utils import checkpoint, config, signals
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")

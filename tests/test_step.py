@@ -21,7 +21,8 @@ from models.encoder import JointEncoder
 from models.heads import ProjectionHead
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet
 from objectives import DeepClusterV2, ImageClustering, JointClustering, MaskedSlices, SwAV
-from utils import guards, optim, train
+from training import train
+from utils import guards, optim
 from utils.errors import UserError
 from utils.precision import Precision
 

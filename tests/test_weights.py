@@ -12,7 +12,7 @@ import torchvision
 
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet, fold_grey, pooled
-from utils import weights
+from training import weights
 from utils.errors import UserError
 
 

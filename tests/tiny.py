@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import signals, train
+from training import train
+from utils import signals
 
 
 def write_data(root: Path, volumes: int = 8, images: int = 4) -> Path:

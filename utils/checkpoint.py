@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import hashlib
 import io
 import os
@@ -12,15 +10,14 @@ import pickletools
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from utils import signals
 from utils.distributed import broadcast_object, gather_objects, rank
 from utils.errors import UserError
+from utils.files import temporary_file, whole_file
 
 LATEST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
 SEAL = b"\nsha256 "  # ends a checkpoint, before the digest of all that precedes it; zip readers ignore what follows
@@ -30,14 +27,8 @@ PLAIN = re.compile(r"collections OrderedDict|torch \w+Storage|torch\._utils _reb
 
 def write(state: dict[str, Any], path: Path) -> None:
     """torch.save to a temporary file in the same folder, flushed to disk, then renamed: never half a file at `path`."""
-    with _replaced(path) as file:
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
         torch.save(state, file)
-
-
-def write_text(text: str, path: Path) -> None:
-    """The same for a text file, in UTF-8."""
-    with _replaced(path) as file:
-        file.write(text.encode())
 
 
 def save(state: dict[str, Any], folder: Path, keep_as: str | None = None) -> None:
@@ -47,17 +38,16 @@ def save(state: dict[str, Any], folder: Path, keep_as: str | None = None) -> Non
     """
     latest = folder / LATEST
 
-    def rotate(complete: Path) -> None:
-        """Links, not moves: a run killed anywhere in between still has a newest checkpoint, and the one before."""
+    with whole_file(latest) as temporary:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            file.write(SEAL + _digest(temporary, file.tell()).encode())
+        # Links, not moves: a run killed anywhere in between still has a newest checkpoint, and the one before.
         if keep_as:
-            _link(complete, folder / keep_as)
+            _link(temporary, folder / keep_as)
         if latest.exists():
             _link(latest, folder / PREVIOUS)
-
-    with _replaced(latest, rotate) as file:
-        torch.save(state, file)
-        file.flush()
-        file.write(SEAL + _digest(Path(file.name), file.tell()).encode())
 
 
 def load(folder: Path) -> dict[str, Any] | None:
@@ -164,58 +154,9 @@ def _digest(path: Path, size: int) -> str:
     return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def _replaced(path: Path, before: Callable[[Path], None] | None = None) -> Iterator[IO[bytes]]:
-    """A new file that takes the place of `path`, in one move, when it is complete and on the disk.
-
-    before: called with the complete file just before the move. A signal waits until the file is in its place.
-    Raises UserError naming the file that cannot be written; leaves no temporary file, neither its own nor that of a
-    process that was killed.
-    """
-    with signals.noted(), _temporary(path) as temporary:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if before:
-            before(temporary)
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make the renaming itself last through a power failure, where the file system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """A free name beside `path`; says which file could not be written, and leaves no temporary file behind."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            leftover.unlink(missing_ok=True)
-        yield temporary
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        cause: BaseException | None = error
-        while cause and not getattr(cause, "strerror", None):
-            cause = cause.__cause__ or cause.__context__
-        reason = cause.strerror if cause else str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be written ({reason}); free space or choose another folder") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
 def _link(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`, replacing it in one move."""
-    with _temporary(target) as link:
+    with temporary_file(target) as link:
         try:
             os.link(source, link)
         except OSError:  # a file system without hard links

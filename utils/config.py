@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
-from utils import checkpoint, distributed, signals
+from utils import distributed, files, signals
 from utils.errors import UserError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -106,7 +106,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def save_yaml(values: dict[str, Any], path: Path) -> None:
-    checkpoint.write_text(yaml.safe_dump(values, sort_keys=False), path)
+    files.write_text(yaml.safe_dump(values, sort_keys=False), path)
 
 
 class _PlainLoader(yaml.SafeLoader):

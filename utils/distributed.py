@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models.norm import convert_sync_batchnorm
 from utils import signals
 from utils.errors import UserError
+from utils.norm import convert_sync_batchnorm
 
 
 @dataclass(frozen=True)

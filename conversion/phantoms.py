@@ -1,6 +1,6 @@
 """Small anatomical phantoms, deterministic by seed: data to try the project on, and to test it with.
 
-    python -m datasets.phantoms --dest Training_Data --volumes_per_anatomy 10 --images 32 --seed 0
+    python -m conversion.phantoms --dest Training_Data --volumes_per_anatomy 10 --images 32 --seed 0
 
 Three anatomies of volumes (brain, chest, heart), each with a label map, and chest X-rays that are projections of the
 chest. A phantom is a list of implicit shapes f(x, y, z), negative inside, painted one over the other in canonical
@@ -203,7 +203,7 @@ def write_tree(
             "modality": "synthetic",
             "spacing_mm": [1.0, 1.0, 1.5],
             "slice_axis": 2,
-            "source": f"Synthetic {anatomy} phantoms made by datasets/phantoms.py; not patient data.",
+            "source": f"Synthetic {anatomy} phantoms made by conversion/phantoms.py; not patient data.",
             "structures": STRUCTURES[anatomy],
         }
         (folder / "dataset.yaml").write_text(yaml.safe_dump(about, sort_keys=False), encoding="utf-8")
@@ -219,12 +219,12 @@ def write_tree(
     write_findings(folder, findings)
     about = {
         "modality": "synthetic",
-        "source": "Projections of synthetic chest phantoms made by datasets/phantoms.py; not patient data.",
+        "source": "Projections of synthetic chest phantoms made by conversion/phantoms.py; not patient data.",
     }
     (folder / "dataset.yaml").write_text(yaml.safe_dump(about, sort_keys=False), encoding="utf-8")
 
     command = (
-        f"python -m datasets.phantoms --dest {dest.name} --volumes_per_anatomy {volumes_per_anatomy} "
+        f"python -m conversion.phantoms --dest {dest.name} --volumes_per_anatomy {volumes_per_anatomy} "
         f"--images {images} --seed {seed}"
     )
     if tuple(shape) != (64, 64, 40):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from datasets.index import Sample, describe, fingerprint
 from models.encoder import JointEncoder
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, fold_grey, plain
-from utils import checkpoint
+from utils import checkpoint, files
 from utils.config import to_dict
 from utils.distributed import rank
 from utils.errors import UserError
@@ -77,9 +77,9 @@ def load_mask_head(learner: nn.Module, folder: str, name: str) -> None:
         learner.mask_token.copy_(state["mask_token"])
 
 
-def save_resnet(resnet: GreyResNet, path: Path, record: dict[str, Any]) -> None:
+def save_resnet(learner: nn.Module, path: Path, record: dict[str, Any]) -> None:
     """Flat torchvision state dict without `fc`, and what made it beside it."""
-    _save(resnet.torchvision_state(), path, record)
+    _save(learner.encoder.torchvision_state(), path, record)
 
 
 def joint_state(encoder: JointEncoder) -> dict[str, Tensor]:
@@ -99,10 +99,11 @@ def save_masked(learner: nn.Module, path: Path, record: dict[str, Any]) -> None:
     _save(state, path, record)
 
 
-def save_joint(encoder: JointEncoder, path: Path, record: dict[str, Any]) -> None:
+def save_joint(learner: nn.Module, path: Path, record: dict[str, Any]) -> None:
     """Stage 3: the joint encoder, and beside it `*_encoder.pth`, the flat torchvision ResNet to copy downstream."""
+    encoder = learner.encoder
     _save(joint_state(encoder), path, record)
-    save_resnet(encoder.encoder, path.with_name(f"{path.stem}_encoder.pth"), record)
+    _save(encoder.encoder.torchvision_state(), path.with_name(f"{path.stem}_encoder.pth"), record)
 
 
 def load_joint(path: Path, dropout: float = 0.1) -> JointEncoder:
@@ -222,5 +223,5 @@ def _save(state: dict[str, Tensor], path: Path, record: dict[str, Any]) -> None:
         return
     checkpoint.write({key: value.contiguous() for key, value in state.items()}, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    checkpoint.write_text(json.dumps({**record, "sha256": digest}, indent=2) + "\n", path.with_suffix(".json"))
+    files.write_text(json.dumps({**record, "sha256": digest}, indent=2) + "\n", path.with_suffix(".json"))
     print(f"wrote {path}", flush=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils import checkpoint, distributed
+from utils import distributed, files
 from utils.config import save_yaml, to_dict
 from utils.distributed import Run
 from utils.errors import UserError
@@ -71,7 +71,7 @@ class Log:
         """A run of W&B that goes on where the interrupted one was: its id lies beside the checkpoints."""
         file = self.folder / WANDB_ID
         if not file.exists():
-            checkpoint.write_text(secrets.token_hex(8), file)
+            files.write_text(secrets.token_hex(8), file)
         try:
             return wandb.init(
                 project=self.config.wandb_project,
@@ -253,7 +253,7 @@ def _write(rows: list[dict[str, Any]], path: Path) -> None:
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    checkpoint.write_text(text.getvalue(), path)
+    files.write_text(text.getvalue(), path)
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from datasets.convert_readers import BadFile, dicom_header, has_position
+from conversion.readers import BadFile, dicom_header, has_position
 from datasets.index import IMAGE_SUFFIXES, LABEL_FOLDERS, MONTAGE, SIDE_FILES
 from utils.errors import UserError
 

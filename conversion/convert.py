@@ -6,12 +6,10 @@ interpolation), resampled if asked, and written slice by slice in the smallest t
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasets.convert_readers import BadFile, ReadOptions, Volume, read, read_dicom_image
-from datasets.convert_sources import Source
+from conversion.layouts import Source
+from conversion.readers import BadFile, ReadOptions, Volume, read, read_dicom_image
 from datasets.index import IMAGE_FORMATS, MAX_IMAGE_PIXELS, MIN_SIDE
-from utils.errors import UserError
+from utils.files import whole_file
 
 VERSION = 1  # raise it when the content of converted files changes, so that they are made again
 # Sides of the patient towards which the row, column and slice index grows. Axial: front on top, right side on the
@@ -451,21 +449,6 @@ def write_npy(path: Path, slices: Iterator[np.ndarray], shape: tuple[int, ...], 
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest(), size
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it at the end: `path` is never half a file. Raises UserError."""
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path}: cannot be written ({reason}); free some space, or choose another folder") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _x(values: tuple[float, ...] | None) -> str:

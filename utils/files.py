@@ -1,0 +1,105 @@
+"""Files that are never half there: written under another name, flushed to the disk, and moved in one step."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import glob
+import io
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from utils import signals
+from utils.errors import UserError
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place, in one move, when the block ends without an error.
+
+    Makes the folder. A signal waits until the file is in its place. Raises UserError naming the file that cannot be
+    written; leaves no temporary file, neither its own nor that of a process that was killed.
+    """
+    with signals.noted(), temporary_file(path) as temporary:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        flush_folder(path.parent)
+
+
+@contextlib.contextmanager
+def temporary_file(path: Path) -> Iterator[Path]:
+    """A free name beside `path`, gone when the block ends; errors of writing name `path`, the reason and a remedy."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            if not _writer_lives(leftover):
+                leftover.unlink(missing_ok=True)
+        yield temporary
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        cause: BaseException | None = error
+        while cause and not getattr(cause, "strerror", None):
+            cause = cause.__cause__ or cause.__context__
+        reason = cause.strerror if cause else str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be written ({reason}); free space or choose another folder") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_text(text: str, path: Path) -> None:
+    """A whole text file, in UTF-8."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def write_json(value: Any, path: Path) -> None:
+    """A whole JSON file; NaN and infinities become null, which every reader of JSON knows."""
+    write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n", path)
+
+
+def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A whole CSV file with the columns of all rows, in the order in which they first appear."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(text.getvalue(), path)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make a renaming last through a power failure, where the file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _writer_lives(leftover: Path) -> bool:
+    """Whether the process in the name of a temporary file still runs."""
+    try:
+        os.kill(int(leftover.name.rsplit(".", 2)[-2].split("-")[0]), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
