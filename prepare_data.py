@@ -18,14 +18,15 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
+from jsonargparse.typing import NonNegativeInt
 from tqdm import tqdm
 
-from conversion.convert import outside, source_key
+from conversion.convert import Window, attempt, outside, source_key
 from conversion.description import PRESETS
 from conversion.layouts import Found, Source, find
 from conversion.montage import montage
@@ -41,15 +42,15 @@ SAVE_SECONDS = 10.0  # the table of cases is saved this often, so a killed run h
 
 
 @dataclass
-class Config:
+class Files:
     source: str | list[str] = "none"
     """a file, a folder, or a list of them: [a.nii.gz, b.nii.gz]"""
     dest: str = "none"
     """data set to write, e.g. Training_Data/MyData; a run found here is continued"""
     preset: Literal["none", "mmwhs_ct", "mmwhs_mr", "brats2018"] = "none"
     """public data set whose file names, channels and label values are known"""
-    images: str = "*"
-    """pattern of the names of images, e.g. '*_flair.nii.gz'"""
+    images: str | list[str] = "*"
+    """pattern of the names of images, e.g. '*_flair.nii.gz', or a list with a pattern for each channel of a case"""
     labels: str = ""
     """pattern of the names of label maps, e.g. '*_seg.nii.gz'; default: those in folders labels, labelsTr or masks"""
     modality: str = ""
@@ -57,66 +58,45 @@ class Config:
     window: str | list[float] = "keep"
     """intensities that become 0 and 1: lung, soft_tissue, bone, brain (CT), or two numbers; none: percentiles; keep:
     as dataset.yaml says, none where there is none yet"""
-    slice_axis: Literal["auto", "axial", "coronal", "sagittal"] = "auto"
-    """plane of the slices; auto: across the axis of thickest spacing, axial where all are alike"""
-    orientation: str = ""
-    """sides of the patient towards which the axes of the file grow, e.g. LPS, where its header says nothing or lies"""
-    spacing_mm: list[NonNegativeFloat] = field(default_factory=list)
-    """millimetres to resample to: [rows, columns, slices]; 0 keeps an axis; empty: no resampling"""
-    channel: NonNegativeInt | Literal["all"] | None = None
-    """channel of 4D volumes, counted from 0, or all: (height, width, slices, channels), and nnU-Net's _0000, _0001, ...
-    together, for downstream tasks; default: all where dataset.json names them, else 4D volumes are an error"""
-    channel_axis: int = -1
-    """axis of 4D NPY, NPZ and HDF5 arrays that counts channels"""
-    array_axis: Literal[0, 1, 2] = 2
-    """axis of NPY, NPZ and HDF5 arrays that counts slices"""
-    array_key: str = ""
-    """name of the image in NPZ and HDF5 files; default: the only volume"""
-    label_key: str = ""
-    """name of the label map in the same NPZ or HDF5 file"""
-    nan_value: float | None = None
-    """number written in place of NaN and Inf; default: such a file is an error"""
-    allow_gaps: bool = False
-    """acceptance of DICOM series whose slices are not evenly spaced"""
+
+
+@dataclass
+class Config(Options, Files):
     on_error: Literal["error", "skip"] = "error"
-    """treatment of files that cannot be converted: report them, convert the others and fail; or report them and go on"""
+    """treatment of files that cannot be converted: report them, convert the rest and fail; or report them and go on"""
     workers: NonNegativeInt = 0
     """processes, each holding one volume; 0: one per core, at most 8"""
 
 
 def main(cfg: Config) -> None:
-    places, dest = _places(cfg)
-    window = _window(cfg.window)
-    options = Options(
-        slice_axis=cfg.slice_axis,
-        orientation=cfg.orientation.upper(),
-        spacing_mm=tuple(cfg.spacing_mm),
-        window=window,
-        nan_value=cfg.nan_value,
-        channel=cfg.channel,
-        channel_axis=cfg.channel_axis,
-        array_axis=cfg.array_axis,
-        array_key=cfg.array_key,
-        label_key=cfg.label_key,
-        allow_gaps=cfg.allow_gaps,
-    )
-    found = find(places, cfg.images, cfg.labels, cfg.modality, cfg.channel, cfg.preset, _bar)
+    cfg = replace(cfg, orientation=cfg.orientation.upper())
+    places, dest = _check(cfg)
+    window, preset = _window(cfg.window), PRESETS.get(cfg.preset)
+    images = [cfg.images] if isinstance(cfg.images, str) else cfg.images
+    found = find(places, images, cfg.labels, cfg.modality, cfg.channel, preset, _bar)
     _say_what_was_found(found, places)
     _check_window(cfg.window, found.sources)
     try:
         with _only_run(dest):
             table = read_table(dest)
             ids = assign_ids(found.sources, {source: case.id for source, case in table.items()})
-            todo, problems = _compare(found, table, ids, dest, options)
-            problems += _convert(todo, table, ids, dest, options, cfg.workers)
+            todo, problems = _compare(found, table, ids, dest, cfg, window)
+            results = converted(todo, partial(_attempt, ids=ids, dest=dest, options=cfg, window=window), cfg.workers)
+            problems += _keep(results, table, dest)
             cases = in_order(table)
             if not cases:
                 raise UserError("nothing was converted, for the reasons above")
-            structures = PRESETS[cfg.preset].structures if cfg.preset != "none" else found.description.structures
-            asked = "keep" if cfg.window == "keep" else window
-            content = describe(cases, dest, cfg.spacing_mm, asked, found.description.about, structures)
+            content = describe(
+                cases,
+                dest,
+                spacing_mm=cfg.spacing_mm,
+                window="keep" if cfg.window == "keep" else window,
+                source=found.description.about,
+                structures=preset.structures if preset else found.description.structures,
+            )
             montage(cases, dest, content.get("window"))
-            _say_what_was_done(cases, content, table, found, todo, problems, dest)
+            print(summary(cases))
+            _say_what_was_done(content, table, found, todo, problems, dest)
     except PermissionError as error:
         raise UserError(f"dest: {dest} cannot be written ({error.strerror}); choose another folder") from None
     except SystemExit:  # Ctrl-C or SIGTERM, see utils/signals.py
@@ -129,7 +109,7 @@ def main(cfg: Config) -> None:
         )
 
 
-def _places(cfg: Config) -> tuple[list[Path], Path]:
+def _check(cfg: Config) -> tuple[list[Path], Path]:
     """(sources, destination). Raises UserError for these and for other options that are wrong in themselves."""
     sources = [cfg.source] if isinstance(cfg.source, str) else cfg.source
     if not sources or "none" in (*sources, cfg.dest):
@@ -146,11 +126,13 @@ def _places(cfg: Config) -> tuple[list[Path], Path]:
             raise UserError(f"source: {place} lies inside dest {dest}, where results may replace it; move it elsewhere")
     if cfg.spacing_mm and len(cfg.spacing_mm) != 3:
         raise UserError(f"spacing_mm: {cfg.spacing_mm} are not three numbers: rows, columns, slices")
-    sides = sorted(min(pair) for pair in ("LR", "AP", "IS") for code in cfg.orientation.upper() if code in pair)
+    sides = sorted(min(pair) for pair in ("LR", "AP", "IS") for code in cfg.orientation if code in pair)
     if cfg.orientation and (sides != ["A", "I", "L"] or len(cfg.orientation) != 3):
         raise UserError(f"orientation: {cfg.orientation!r} is not one each of R or L, A or P, S or I, e.g. LPS")
     if cfg.labels and cfg.labels.count("*") != 1:
         raise UserError(f"labels: {cfg.labels!r} needs one '*', which stands for what image and label map share")
+    if isinstance(cfg.images, list) and any(pattern.count("*") != 1 for pattern in cfg.images):
+        raise UserError(f"images: {cfg.images} need one '*' each, which stands for what the channels of a case share")
     return places, dest
 
 
@@ -211,7 +193,7 @@ def _only_run(dest: Path) -> Iterator[None]:
 
 
 def _compare(
-    found: Found, table: dict[str, Case], ids: dict[str, str], dest: Path, options: Options
+    found: Found, table: dict[str, Case], ids: dict[str, str], dest: Path, options: Options, window: Window
 ) -> tuple[list[Source], list[str]]:
     """(sources that are not there yet as they should be, problems so far)."""
     _note(
@@ -231,7 +213,7 @@ def _compare(
         except BadFile as error:
             problems.append(f"{source.path}: {error}")
             continue
-        shown = not (case and case.is_volume and outside(float(case.minimum), float(case.maximum), options.window))
+        shown = not (case and case.is_volume and outside(float(case.minimum), float(case.maximum), window))
         if case and case.key == key and case.is_whole(dest) and shown:
             case.modality, case.patient = source.modality, source.patient
             continue
@@ -245,14 +227,16 @@ def _compare(
     return todo, problems
 
 
-def _convert(
-    todo: list[Source], table: dict[str, Case], ids: dict[str, str], dest: Path, options: Options, workers: int
-) -> list[str]:
-    """Convert into `dest` and `table`, which is saved meanwhile; returns what went wrong."""
+def _attempt(source: Source, ids: dict[str, str], dest: Path, options: Options, window: Window) -> Case | str:
+    return attempt(source, ids[source.name], dest, options, window)
+
+
+def _keep(results: Iterable[tuple[Source, Case | str]], table: dict[str, Case], dest: Path) -> list[str]:
+    """Note what is converted in the table, which is saved meanwhile; returns what went wrong."""
     problems, notes = [], []
     saved = time.monotonic()
     try:
-        for source, result in converted(todo, ids, dest, options, workers):
+        for source, result in results:
             if isinstance(result, Case):
                 old = table.get(source.name, result)
                 for file in {old.file, old.label} - {result.file, result.label, ""}:
@@ -283,25 +267,20 @@ def _say_what_was_found(found: Found, places: Sequence[Path]) -> None:
 
 
 def _say_what_was_done(
-    cases: Sequence[Case],
-    content: dict[str, object],
-    table: dict[str, Case],
-    found: Found,
-    todo: Sequence[Source],
-    problems: Sequence[str],
-    dest: Path,
+    content: dict[str, Any], table: dict[str, Case], found: Found, todo: list[Source], problems: list[str], dest: Path
 ) -> None:
-    print(summary(cases))
     failed = len(problems) - len(found.problems)
     print(
         f"{dest}: {len(todo) - failed} cases converted, {len(found.sources) - len(todo)} there already, "
         f"problems: {len(problems)}; look at {dest / MONTAGE}",
         flush=True,
     )
-    names = {source.name for source in found.sources}
-    gone = [case for source, case in table.items() if source not in names]
+    gone = [table[name].id for name in table.keys() - {source.name for source in found.sources}]
     if gone:
-        print(f"note: {len(gone)} cases of earlier runs are not in this source and stay, e.g. {gone[0].id}")
+        print(f"note: {len(gone)} cases of earlier runs are not in this source and stay, e.g. {min(gone)}")
+    if content.get("channels"):
+        channels = ", ".join(content["channels"])
+        print(f"note: volumes hold the channels {channels}, of which pre-training reads the first")
     if content.get("modality") == "CT" and not content.get("window"):
         print("note: CT without --window: training scales each volume by its percentiles, not by HU")
 

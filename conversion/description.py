@@ -1,4 +1,4 @@
-"""What is known of a data set beside its files: dataset.json of the Medical Segmentation Decathlon or of nnU-Net, presets."""
+"""What is known of a data set beside its files: dataset.json of the Decathlon or of nnU-Net, or a preset."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from typing import Any
 from utils.errors import UserError
 
 MODALITIES = {"MRI": "MR", "PET": "PT"}  # other names of DICOM's modalities
-NNUNET_CHANNEL = re.compile(r"_\d{4}$")
+NNUNET_CHANNEL = re.compile(r"_(\d{4})$")
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A public data set: what its label values mean, and how its NIfTI files are called; one scan of each patient."""
+    """A public data set with one scan of each patient: what its label values mean, and how its files are called."""
 
     modality: str
     structures: dict[str, list[int]]
-    prefix: str
-    channels: tuple[str, ...]  # endings of the files of a case
-    label: str  # ending of its label map
+    images: dict[str, str]  # patterns by channel
+    labels: str
 
 
 _MMWHS = {
@@ -38,9 +37,9 @@ _MMWHS = {
 # 1 necrotic and non-enhancing core, 2 oedema, 4 enhancing tumour; the challenge scores three nested regions.
 _BRATS = {"whole tumour": [1, 2, 4], "tumour core": [1, 4], "enhancing tumour": [4]}
 PRESETS = {
-    "mmwhs_ct": Preset("CT", _MMWHS, "ct_", ("_image",), "_label"),
-    "mmwhs_mr": Preset("MR", _MMWHS, "mr_", ("_image",), "_label"),
-    "brats2018": Preset("MR", _BRATS, "", ("_flair", "_t1", "_t1ce", "_t2"), "_seg"),
+    "mmwhs_ct": Preset("CT", _MMWHS, {"CT": "ct_*_image"}, "ct_*_label"),
+    "mmwhs_mr": Preset("MR", _MMWHS, {"MR": "mr_*_image"}, "mr_*_label"),
+    "brats2018": Preset("MR", _BRATS, {name: f"*_{name}" for name in ("flair", "t1", "t1ce", "t2")}, "*_seg"),
 }
 
 
@@ -81,14 +80,13 @@ class Description:
         """
         names = self._modalities()
         number = NNUNET_CHANNEL.search(stem)
-        if number and str(int(number[0][1:])) in names:
-            channel = int(number[0][1:])
-        if isinstance(channel, int):
-            name = names.get(str(channel), "")
-        else:
-            name = names.get("0", "") if len(names) == 1 else ""
+        if number and str(int(number[1])) in names:
+            channel = int(number[1])
+        one = channel if isinstance(channel, int) else 0 if len(names) == 1 else None
+        name = names.get(str(one), "")
         return MODALITIES.get(name.upper(), name)
 
+    @property
     def patients(self) -> dict[str, str]:
         """Of cases by their names: the map `patient`, or a `patient` of each entry of a list of cases."""
         people = self.content.get("patient")

@@ -1,4 +1,4 @@
-"""DICOM through pydicom: every header at hand, so order, gaps and rescaling are decided here, and files find their series.
+"""DICOM through pydicom, with every header at hand: which files are a series, their order, gaps and rescaling.
 
 SimpleITK's GDCM decodes compressions that pydicom cannot.
 """
@@ -133,19 +133,13 @@ def _distance(frames: list[Frame], allow_gaps: bool) -> tuple[float, list[str]]:
 
 def _stacked(frames: list[Frame], rescale: bool) -> np.ndarray:
     """[slices, rows, columns] stored values, or intensities (PET has another scale in every slice)."""
-    array, pixels, shown = None, None, None
-    for k, frame in enumerate(frames):
+    pictures, pixels, shown = [], None, None
+    for frame in frames:
         if frame.path is not shown:
             pixels, shown = _pixels(frame.path), frame.path
         picture = pixels[frame.index] if pixels.ndim == 3 else pixels
-        if rescale:
-            picture = (picture * frame.scale[0] + frame.scale[1]).astype(np.float32)
-        if array is None:
-            array = np.empty((len(frames), *picture.shape), dtype=picture.dtype)
-        if picture.dtype != array.dtype:
-            array = array.astype(np.result_type(array, picture))
-        array[k] = picture
-    return array
+        pictures.append((picture * frame.scale[0] + frame.scale[1]).astype(np.float32) if rescale else picture)
+    return np.stack(pictures)
 
 
 def _frames(path: Path, header: Any) -> list[Frame]:

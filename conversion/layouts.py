@@ -6,12 +6,12 @@ import fnmatch
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from conversion.description import MODALITIES, NNUNET_CHANNEL, PRESETS, Description, Preset, read_description
+from conversion.description import MODALITIES, NNUNET_CHANNEL, Description, Preset, read_description
 from conversion.dicom import group_series
 from datasets.index import IMAGE_SUFFIXES, LABEL_FOLDERS, MONTAGE, SIDE_FILES
 from utils.errors import UserError
@@ -23,6 +23,8 @@ FORMATS = {
 }  # fmt: skip
 COMPANIONS = {".raw", ".zraw"}  # pixels of .mhd and .nhdr headers
 LOOKS_LIKE_LABEL = re.compile(r"(^|[_.-])(seg|segmentations?|labels?|masks?|gt)([_.-]?\d+)?$", re.IGNORECASE)
+
+Progress = Callable[[Iterable[Path]], Iterable[Path]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Source:
     patient: str = ""
     channels: tuple[str, ...] = ()
     label: Path | None = None
-    label_format: str = ""
+    text: str = ""  # what the "*" of its pattern stands for
 
     @property
     def path(self) -> Path:
@@ -53,17 +55,9 @@ class Source:
     def folder(self) -> str:
         return self.name.rpartition("/")[0]
 
-
-class Listed(NamedTuple):
-    """A file below one of the places."""
-
-    file: Path
-    name: str  # the last part of the place, and the path below it
-    root: Path  # the place
-
     @property
-    def folder(self) -> str:
-        return self.name.rpartition("/")[0]
+    def label_format(self) -> str:
+        return FORMATS[split_suffix(self.label.name)[1]]
 
 
 @dataclass
@@ -77,22 +71,51 @@ class Found:
     description: Description = field(default_factory=Description)
 
 
+class Listed(NamedTuple):
+    """A file below one of the places."""
+
+    file: Path
+    name: str  # as in Source
+    root: Path  # the place
+    text: str = ""  # what the "*" of its pattern stands for, or its stem
+    number: int = 0  # of the pattern it matches
+
+    @property
+    def stem(self) -> str:
+        return split_suffix(self.file.name)[0]
+
+    @property
+    def suffix(self) -> str:
+        return split_suffix(self.file.name)[1]
+
+    @property
+    def folder(self) -> str:
+        return self.name.rpartition("/")[0]
+
+
 def find(
     places: Sequence[Path],
-    images: str = "*",
+    images: Sequence[str] = ("*",),
     labels: str = "",
     modality: str = "",
     channel: int | str | None = None,
-    preset: str = "none",
-    progress: Callable[[Iterable[Path]], Iterable[Path]] = iter,
+    preset: Preset | None = None,
+    progress: Progress = iter,
 ) -> Found:
     """Everything to convert in files and folders, in a fixed order.
 
-    images, labels: patterns of file names. With `labels`, the label of an image is the file for which its "*"
-    stands for the same text; else label maps lie in folders of labels beside the images and have their names.
-    channel: "all" makes one case of nnU-Net's CASE_0000, CASE_0001, ...  preset: one of PRESETS, or none.
-    progress: wraps the files whose DICOM headers are read. Raises UserError where a place is missing.
+    images: patterns of file names; several: one for each channel of a case.  labels: a pattern, too; the label of an
+    image is the file for which its "*" stands for the same text. Without it, label maps lie in folders of labels beside
+    the images and have their names.  channel: "all" makes one case of nnU-Net's CASE_0000, CASE_0001, ...
+    preset: replaces images and labels.  progress: wraps the files whose DICOM headers are read.
+    Raises UserError where a place is missing.
     """
+    if preset:
+        images, labels, modality = list(preset.images.values()), preset.labels, modality or preset.modality
+    if len(images) > 1 and isinstance(channel, int):
+        if channel >= len(images):
+            raise UserError(f"channel: there is no channel {channel}; choose 0 to {len(images) - 1}, or all")
+        images = images[channel : channel + 1]
     found = Found()
     listed = _list(places, found)
     if len(places) == 1 and (places[0] / "dataset.json").is_file():
@@ -101,12 +124,12 @@ def find(
         files = [file for pair in found.description.pairs("training", "test") for file in pair if file]
         missing = [file for file in files if not os.path.exists(file)]
         found.problems += [f"{file}: is listed in dataset.json but does not exist; copy it" for file in missing]
-    if preset != "none":
-        sources = _of_preset(listed, PRESETS[preset], preset, channel, found)
-    else:
-        plain, dicom, label_files = _sort(listed, images, labels, found)
-        sources = _pair(plain, label_files, images, labels, found)
-        sources = _with_channels(sources, channel, found) + _of_dicom(dicom, found, progress)
+    plain, dicom, label_files = _sort(listed, images, labels, found)
+    names = tuple(preset.images) if preset and len(preset.images) > 1 else found.description.channels
+    sources = _pair(_cases(plain, images, names, channel == "all", found), label_files, bool(labels), found)
+    if preset:
+        sources = [replace(source, patient=source.text) for source in sources]
+    sources += _of_dicom(dicom, found, progress)
     sources = _described(sources, MODALITIES.get(modality.upper(), modality), channel, found)
     found.sources = sorted(sources, key=lambda s: os.fsencode(s.name))
     twice = [name for name, count in Counter(s.name for s in sources).items() if count > 1]
@@ -144,18 +167,17 @@ def _list(places: Sequence[Path], found: Found) -> list[Listed]:
             raise UserError(f"source: {place} does not exist; give files or a folder")
         for file in _below(place, found):
             files.setdefault(file, Listed(file, f"{place.name}/{file.relative_to(place).as_posix()}", place))
-    listed = []
+    good = []
     for item in files.values():
-        try:
-            item.name.encode()
-            listed.append(item)
-        except UnicodeEncodeError:  # as from archives of other systems
+        if os.fsencode(item.name).decode(errors="replace") == item.name:
+            good.append(item)
+        else:  # as from archives of other systems
             shown = os.fsencode(item.file).decode(errors="backslashreplace")
             found.problems.append(f"{shown}: has a name that is not UTF-8, which no table can hold; rename it")
-    return listed
+    return good
 
 
-def _below(place: Path, found: Found) -> Iterable[Path]:
+def _below(place: Path, found: Found) -> Iterator[Path]:
     failed: list[OSError] = []
     seen = set()
     for parent, folders, names in os.walk(place, followlinks=True, onerror=failed.append):
@@ -172,34 +194,43 @@ def _below(place: Path, found: Found) -> Iterable[Path]:
 
 
 def _sort(
-    listed: Sequence[Listed], images: str, labels: str, found: Found
-) -> tuple[list[Source], list[Listed], list[Listed]]:
-    """(files that are a case each, DICOM files, label maps)."""
+    listed: Sequence[Listed], images: Sequence[str], labels: str, found: Found
+) -> tuple[list[Listed], list[Listed], list[Listed]]:
+    """(files of images and volumes, DICOM files, label maps)."""
     plain, dicom, label_files = [], [], []
     with_headers = {item.file.parent for item in listed if item.file.suffix.lower() in (".mhd", ".nhdr")}
     for item in listed:
-        stem, suffix = split_suffix(item.file.name)
-        is_label = fnmatch.fnmatch(item.file.name, labels) if labels else _in_label_folder(item.name)
+        name, suffix = item.file.name, item.suffix
+        in_label_folder = any(part.lower() in LABEL_FOLDERS for part in item.name.split("/")[1:-1])
+        label = _star(labels, name) if labels else item.stem if in_label_folder else None
         format = FORMATS.get(suffix)
-        if format is None and not is_label and suffix not in SIDE_FILES | COMPANIONS and _is_dicom(item.file):
+        if format is None and label is None and suffix not in SIDE_FILES | COMPANIONS and _is_dicom(item.file):
             format = "dicom"
+        texts = [_star(pattern, name) for pattern in images]
+        number = next((i for i, text in enumerate(texts) if text is not None), None)
         if suffix in COMPANIONS and item.file.parent in with_headers:
             continue
-        if format is None or item.file.name == "DICOMDIR":
+        if format is None or name == "DICOMDIR":
             found.ignored[suffix or "without suffix"] += 1
-        elif is_label:
-            label_files.append(item)
-        elif not fnmatch.fnmatch(item.file.name, images):
-            found.ignored[f"{suffix} not called {images}"] += 1
-        elif format == "dicom":
-            dicom.append(item)
+        elif label is not None:
+            label_files.append(item._replace(text=label))
+        elif number is None:
+            found.ignored[f"{suffix} not called {' or '.join(images)}"] += 1
         else:
-            plain.append(Source(item.name, stem, format, (item.file,)))
+            (dicom if format == "dicom" else plain).append(item._replace(text=texts[number], number=number))
     return plain, dicom, label_files
 
 
-def _in_label_folder(name: str) -> bool:
-    return any(part.lower() in LABEL_FOLDERS for part in name.split("/")[1:-1])
+def _star(pattern: str, name: str) -> str | None:
+    """What the "*" of a pattern stands for in a file's name, with or without suffix, or its stem; None: no match."""
+    stem = split_suffix(name)[0]
+    for text in (name, stem):
+        if fnmatch.fnmatch(text, pattern):
+            if pattern == "*" or pattern.count("*") != 1:
+                return stem
+            before, after = pattern.split("*")
+            return text[len(before) : len(text) - len(after)]
+    return None
 
 
 def _is_dicom(file: Path) -> bool:
@@ -210,29 +241,66 @@ def _is_dicom(file: Path) -> bool:
         return False
 
 
-def _pair(sources: list[Source], label_files: list[Listed], images: str, labels: str, found: Found) -> list[Source]:
+def _cases(
+    plain: Sequence[Listed], images: Sequence[str], names: tuple[str, ...], together: bool, found: Found
+) -> list[Source]:
+    """A source of every file, or of the files of its channels: where there are patterns for these, or `together`."""
+    of_nnunet = {(item.folder, item.stem[:-5]) for item in plain if item.stem.endswith("_0000")}
+    groups: dict[tuple[str, ...], dict[int, Listed]] = defaultdict(dict)
+    count = len(images)
+    for item in plain:
+        case, end = (item.folder, item.stem[:-5]), NNUNET_CHANNEL.search(item.stem)
+        if len(images) > 1:
+            groups[item.folder, images[0].split("*")[0] + item.text][item.number] = item
+        elif end and case in of_nnunet and FORMATS[item.suffix] != "image":
+            groups[case][int(end[1])] = item
+            count = max(count, int(end[1]) + 1)
+        else:
+            groups[item.folder, item.stem, item.name][0] = item
+    if count > 1 and not together and len(images) == 1:
+        found.notes.append(
+            f"the channels of nnU-Net's cases (_0000 to _{count - 1:04}) become volumes of their own; --channel all "
+            "keeps them together"
+        )
+    sources = []
+    for key, members in groups.items():
+        files = [members[number] for number in sorted(members)]
+        if len(key) == 3 or not (together or len(images) > 1):
+            sources += [
+                Source(f.name, f.stem, FORMATS[f.suffix], (f.file,), channels=names, text=f.text) for f in files
+            ]
+        elif len(files) == count:
+            first, paths = files[0], tuple(item.file for item in files)
+            sources.append(Source(first.name, key[1], FORMATS[first.suffix], paths, channels=names, text=first.text))
+        else:
+            found.problems.append(f"{files[0].file}: its case has {len(files)} of {count} channels; add the others")
+    return sources
+
+
+def _pair(sources: list[Source], label_files: Sequence[Listed], by_pattern: bool, found: Found) -> list[Source]:
     """The sources with their label maps; label maps without an image are problems, the opposite is noted."""
     wanted = defaultdict(list)
     for i, source in enumerate(sources):
-        if labels:
-            wanted[source.folder, _star(images, source.files[0].name, source.stem)].append(i)
-            continue
-        for stem in {source.stem, NNUNET_CHANNEL.sub("", source.stem)}:
-            wanted[source.folder, stem].append(i)  # images beside the folder of labels,
-            wanted[source.folder.rpartition("/")[0], stem].append(i)  # or in a folder beside it
+        above = source.folder.rpartition("/")[0]  # images lie beside the folder of labels, or in a folder beside it
+        stems = {source.stem, NNUNET_CHANNEL.sub("", source.stem)}
+        keys = {(folder, stem) for folder in (source.folder, above) for stem in stems}
+        for key in {(source.folder, source.text)} if by_pattern else keys:
+            wanted[key].append(i)
     by_path = {os.path.abspath(source.path): i for i, source in enumerate(sources)}
     of_label = {label: by_path[image] for image, label in found.description.pairs("training") if image in by_path}
     labelled: dict[int, Path] = {}
     for item in label_files:
-        stem, path = split_suffix(item.file.name)[0], os.path.abspath(item.file)
-        if path in of_label:
-            matches = [of_label[path]]
-        elif labels:
-            matches = wanted[item.folder, _star(labels, item.file.name, stem)]
+        if os.path.abspath(item.file) in of_label:
+            matches = [of_label[os.path.abspath(item.file)]]
+        elif by_pattern:
+            matches = wanted[item.folder, item.text]
         else:
-            matches = _same_subset(wanted[item.folder.rpartition("/")[0], stem], sources, item.folder)
+            # imagesTs may have the same names as imagesTr
+            other = {"tr": "imagests", "ts": "imagestr"}.get(item.folder.lower()[-2:])
+            matches = wanted[item.folder.rpartition("/")[0], item.text]
+            matches = [i for i in matches if not (other and sources[i].folder.lower().endswith(other))]
         if not matches:
-            where = " in its folder" if labels else ""
+            where = " in its folder" if by_pattern else ""
             found.problems.append(f"{item.file}: is a label map without an image{where}; copy its image, or remove it")
         for i in matches:
             if i in labelled:
@@ -248,108 +316,30 @@ def _pair(sources: list[Source], label_files: list[Listed], images: str, labels:
             f"{len(bare)} images have no label map ({bare[0]}{', ...' if len(bare) > 1 else ''}); they are converted "
             "all the same, since pre-training needs none"
         )
-    return [_labelled(s, labelled[i]) if i in labelled else s for i, s in enumerate(sources)]
+    return [replace(source, label=labelled.get(i)) for i, source in enumerate(sources)]
 
 
-def _labelled(source: Source, label: Path) -> Source:
-    return replace(source, label=label, label_format=FORMATS[split_suffix(label.name)[1]])
-
-
-def _same_subset(matches: list[int], sources: Sequence[Source], folder: str) -> list[int]:
-    """Without images of the other subset: imagesTs may have the same names as imagesTr."""
-    other = {"tr": "ts", "ts": "tr"}.get(folder.lower()[-2:])
-    return [i for i in matches if not (other and sources[i].folder.lower().endswith(f"images{other}"))]
-
-
-def _star(pattern: str, name: str, stem: str) -> str:
-    """What the "*" of a pattern stands for in a name; the stem where the pattern has not exactly one."""
-    if pattern == "*" or pattern.count("*") != 1:
-        return stem
-    before, after = pattern.split("*")
-    return name[len(before) : len(name) - len(after)]
-
-
-def _with_channels(sources: list[Source], channel: int | str | None, found: Found) -> list[Source]:
-    """With the names of their channels and, where all are wanted, nnU-Net's files of a case together."""
-    names = found.description.channels
-    sources = [replace(s, channels=names) if s.format != "image" else s for s in sources]
-    groups: dict[tuple[str, str], list[Source]] = defaultdict(list)
-    for source in sorted(sources, key=lambda s: s.name):
-        if NNUNET_CHANNEL.search(source.stem) and source.format != "image":
-            groups[source.folder, NNUNET_CHANNEL.sub("", source.stem)].append(source)
-    groups = {key: members for key, members in groups.items() if max(len(names), len(members)) > 1}
-    if not groups:
-        return sources
-    count = len(names) or max(map(len, groups.values()))
-    if channel != "all":
-        found.notes.append(
-            f"{len(groups)} cases have up to {count} channels in files of their own (_0000, _0001, ...), which become "
-            "volumes of their own; --channel all keeps them together"
-        )
-        return sources
-    together = []
-    for (_, stem), members in groups.items():
-        if len(members) == count:
-            together.append(replace(members[0], stem=stem, files=tuple(s.files[0] for s in members)))
-        else:
-            found.problems.append(f"{members[0].path}: {stem} has {len(members)} of {count} channels; copy the others")
-    grouped = {member.name for members in groups.values() for member in members}
-    return [s for s in sources if s.name not in grouped] + together
-
-
-def _of_preset(
-    listed: Sequence[Listed], preset: Preset, name: str, channel: int | str | None, found: Found
-) -> list[Source]:
-    """The cases of a public data set by the endings of its file names."""
-    cases: dict[str, dict[str, Listed]] = defaultdict(dict)
-    endings = (*preset.channels, preset.label)
-    for item in listed:
-        stem, suffix = split_suffix(item.file.name)
-        ending = next((e for e in endings if stem.startswith(preset.prefix) and stem.endswith(e)), None)
-        if FORMATS.get(suffix) == "nifti" and ending:
-            cases[stem.removesuffix(ending)][ending] = item
-        else:
-            found.ignored[f"{suffix or 'without suffix'} not of {name}"] += 1
-    if not cases:
-        wanted = " ".join(f"{preset.prefix}CASE{ending}.nii.gz" for ending in endings)
-        raise UserError(f"preset: there is no file of {name}; its files are called {wanted}")
-    if isinstance(channel, int) and channel >= len(preset.channels):
-        raise UserError(f"channel: {name} has no channel {channel}; choose 0 to {len(preset.channels) - 1}, or all")
-    chosen = preset.channels[channel : channel + 1] if isinstance(channel, int) else preset.channels
-    sources = []
-    for case, items in cases.items():
-        absent = " and no ".join(f"{case}{ending}.nii.gz" for ending in (*chosen, preset.label) if ending not in items)
-        if absent:
-            found.problems.append(f"{next(iter(items.values())).file.parent}: {case} has no {absent}; add it")
-            continue
-        files = tuple(items[ending].file for ending in chosen)
-        source = Source(items[chosen[0]].name, case, "nifti", files, preset.modality, case)
-        names = tuple(ending.strip("_") for ending in chosen) if len(chosen) > 1 else ()
-        sources.append(_labelled(replace(source, channels=names), items[preset.label].file))
-    return sources
-
-
-def _of_dicom(dicom: list[Listed], found: Found, progress: Callable[[Iterable[Path]], Iterable[Path]]) -> list[Source]:
+def _of_dicom(dicom: Sequence[Listed], found: Found, progress: Progress) -> list[Source]:
     """DICOM files grouped into series by their headers, and single radiographs."""
-    names = {item.file: item.name for item in dicom}
-    series, single = group_series(progress(list(names)), {item.file: item.root for item in dicom}, found.problems)
+    listed = {item.file: item for item in dicom}
+    series, single = group_series(progress(list(listed)), {item.file: item.root for item in dicom}, found.problems)
     per_folder = Counter(folder for s in series for folder in {file.parent for file in s.files})
     sources = []
     for s in series:
-        folder = names[s.files[0]].rpartition("/")[0]
+        folder = listed[s.files[0]].folder
         alone = len({file.parent for file in s.files}) == 1 and per_folder[s.files[0].parent] == 1
         stem = folder.rpartition("/")[2] or "series"
         stem = stem if alone else f"{stem}_{s.digest}"
         sources.append(Source(f"{folder}#{s.digest}", stem, "dicom", s.files, s.modality, s.patient))
     for s in single:
-        name = names[s.files[0]]
-        sources.append(Source(name, split_suffix(s.files[0].name)[0], "dicom_image", s.files, s.modality, s.patient))
+        item = listed[s.files[0]]
+        sources.append(Source(item.name, item.stem, "dicom_image", s.files, s.modality, s.patient))
     return sources
 
 
 def _described(sources: list[Source], modality: str, channel: int | str | None, found: Found) -> list[Source]:
     """With modality and patient, as the user or dataset.json say."""
-    about, people = found.description, found.description.patients()
+    about, people = found.description, found.description.patients
     named = [people.get(s.stem) or people.get(NNUNET_CHANNEL.sub("", s.stem)) or s.patient for s in sources]
     missing = [s.stem for s, person in zip(sources, named, strict=True) if not person]
     if people and missing:

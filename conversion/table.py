@@ -125,7 +125,7 @@ def describe(
     cases: Sequence[Case],
     dest: Path,
     spacing_mm: Sequence[float],
-    window: Sequence[float] | None | str,
+    window: Sequence[float] | str | None,
     source: str,
     structures: dict[str, list[int]],
 ) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 
 # Sides of the patient towards which the row, column and slice index grows. Axial: front on top, right side on the
 # left, from the feet up. Coronal: head on top, right side on the left, from front to back. Sagittal: head on top,
@@ -19,21 +20,31 @@ class BadFile(ValueError):
     """A file cannot be converted; the message says why and what to do, without the file's name."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Options:
-    """Everything that the content of converted files depends on, beside the files; see prepare_data.Config."""
+    """Everything that the content of converted files depends on, beside the files."""
 
-    slice_axis: str = "auto"
+    slice_axis: Literal["auto", "axial", "coronal", "sagittal"] = "auto"
+    """plane of the slices; auto: across the axis of thickest spacing, axial where all are alike"""
     orientation: str = ""
-    spacing_mm: tuple[float, ...] = ()
-    window: tuple[float, float] | None = None
-    nan_value: float | None = None
-    channel: int | Literal["all"] | None = None
+    """sides of the patient towards which the axes of the file grow, e.g. LPS, where its header says nothing or lies"""
+    spacing_mm: list[NonNegativeFloat] = field(default_factory=list)
+    """millimetres to resample to: [rows, columns, slices]; 0 keeps an axis; empty: no resampling"""
+    channel: NonNegativeInt | Literal["all"] | None = None
+    """channel of 4D volumes, counted from 0, or all: (height, width, slices, channels), and nnU-Net's _0000, _0001, ...
+    together, for downstream tasks; default: all where dataset.json names them, else 4D volumes are an error"""
     channel_axis: int = -1
-    array_axis: int = 2
+    """axis of 4D NPY, NPZ and HDF5 arrays that counts channels"""
+    array_axis: Literal[0, 1, 2] = 2
+    """axis of NPY, NPZ and HDF5 arrays that counts slices"""
     array_key: str = ""
+    """name of the image in NPZ and HDF5 files; default: the only volume"""
     label_key: str = ""
+    """name of the label map in the same NPZ or HDF5 file"""
+    nan_value: float | None = None
+    """number written in place of NaN and Inf; default: such a file is an error"""
     allow_gaps: bool = False
+    """acceptance of DICOM series whose slices are not evenly spaced"""
 
 
 @dataclass
@@ -42,8 +53,9 @@ class Volume:
 
     affine: [4, 4] from indices to mm towards the right, the front and the head; None where the file does not say, and
     then the axes are rows, columns, slices.  codes: for each axis the side of the patient towards which its index grows
-    (R or L, A or P, S or I), such as "LPS"; what the affine says, or "".  notes: what a person should know but nothing
-    to stop for.  Raises BadFile for an affine without a volume.
+    (R or L, A or P, S or I), such as "LPS"; what the affine says, or "".  plane: after `arrange`, "" where the volume
+    does not know its orientation.  notes: what a person should know but nothing to stop for.
+    Raises BadFile for an affine without a volume.
     """
 
     array: np.ndarray
@@ -52,6 +64,7 @@ class Volume:
     intercept: float = 0.0
     notes: list[str] = field(default_factory=list)
     codes: str = ""
+    plane: str = ""
 
     def __post_init__(self) -> None:
         if self.affine is None:
@@ -65,24 +78,17 @@ class Volume:
 
     @property
     def spacing_mm(self) -> tuple[float, ...] | None:
-        return spacing_of(self.affine)
-
-
-class View(NamedTuple):
-    """A volume turned to a plane: what is written."""
-
-    array: np.ndarray  # [rows, columns, slices], or with channels as a fourth axis; a view of the volume's
-    codes: str  # "" where the volume does not know its orientation
-    plane: str  # and then this is ""
-    affine: np.ndarray | None  # of these axes
+        """Millimetres between voxels along each axis."""
+        return None if self.affine is None else tuple(np.linalg.norm(self.affine[:3, :3], axis=0).tolist())
 
     @property
-    def spacing_mm(self) -> tuple[float, ...] | None:
-        return spacing_of(self.affine)
+    def channels(self) -> list[np.ndarray]:
+        """A view [H, W, D] of each."""
+        return [self.array] if self.array.ndim == 3 else [self.array[..., k] for k in range(self.array.shape[3])]
 
 
-def arrange(volume: Volume, plane: str) -> View:
-    """The volume with its axes permuted and flipped, never interpolated.
+def arrange(volume: Volume, plane: str) -> Volume:
+    """The volume with its axes permuted and flipped, never interpolated: rows, columns, slices (and channels).
 
     plane: axial, coronal, sagittal or auto: slices along the axis of thickest spacing, axial where there is none.
     A volume that does not know its orientation stays as it is.
@@ -92,14 +98,15 @@ def arrange(volume: Volume, plane: str) -> View:
             raise BadFile(
                 f"does not say how it lies in the patient, so --slice_axis {plane} needs --orientation, e.g. LPS"
             )
-        return View(volume.array, "", "", volume.affine)
+        return volume
     from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 
     if plane == "auto":
         plane = _thickest(volume)
     turn = ornt_transform(axcodes2ornt(volume.codes), axcodes2ornt(PLANES[plane]))
     affine = None if volume.affine is None else volume.affine @ inv_ornt_aff(turn, volume.array.shape[:3])
-    return View(apply_orientation(volume.array, turn), PLANES[plane], plane, affine)
+    array = apply_orientation(volume.array, turn)
+    return replace(volume, array=array, affine=affine, codes=PLANES[plane], plane=plane)
 
 
 def _thickest(volume: Volume) -> str:
@@ -110,11 +117,6 @@ def _thickest(volume: Volume) -> str:
         return "axial"
     code = volume.codes[int(np.argmax(volume.spacing_mm))]
     return {"S": "axial", "I": "axial", "A": "coronal", "P": "coronal", "L": "sagittal", "R": "sagittal"}[code]
-
-
-def spacing_of(affine: np.ndarray | None) -> tuple[float, ...] | None:
-    """Millimetres between voxels along each axis."""
-    return None if affine is None else tuple(float(step) for step in np.linalg.norm(affine[:3, :3], axis=0))
 
 
 def channel_index(shape: tuple[int, ...], channel: int | str | None, axis: int) -> tuple[Any, ...]:

@@ -7,27 +7,24 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from conversion.convert import attempt
 from conversion.layouts import Source
 from conversion.table import Case
-from conversion.volume import Options
 from utils.errors import UserError
 
 POOL_AFTER_SECONDS = 3.0  # processes take as long to start, so short work goes without them
 
 
 def converted(
-    todo: Sequence[Source], ids: Mapping[str, str], dest: Path, options: Options, workers: int
+    todo: Sequence[Source], convert: Callable[[Source], Case | str], workers: int
 ) -> Iterator[tuple[Source, Case | str]]:
-    """(source, case or what is wrong with it) as they are finished.
+    """(source, what `convert` makes of it) as they are finished.
 
     workers: processes; 0: one per core, at most 8. Raises UserError where one of them was killed.
     """
@@ -36,7 +33,7 @@ def converted(
     began = time.monotonic()
     with tqdm(total=len(todo), desc="converting", unit="case", disable=not sys.stderr.isatty()) as bar:
         for source in waiting:
-            yield source, attempt(source, ids[source.name], dest, options)
+            yield source, convert(source)
             bar.update()
             if workers > 1 and time.monotonic() - began > POOL_AFTER_SECONDS:
                 break
@@ -49,7 +46,7 @@ def converted(
             try:
                 while True:
                     for source in waiting:
-                        jobs[pool.submit(attempt, source, ids[source.name], dest, options)] = source
+                        jobs[pool.submit(convert, source)] = source
                         if len(jobs) >= 2 * workers:
                             break
                     if not jobs:
