@@ -469,15 +469,17 @@ class Oracle(nn.Module):
         return self.answer
 
 
+def of_slices(mask: Tensor, masked: Tensor) -> Batch:
+    return Batch(torch.arange(len(mask)), mask=mask, masked=masked[None])
+
+
 def test_masked_loss_counts_masked_slices_only() -> None:
     targets, token = random(2, 6, 3), torch.tensor([5.0, 6.0, 7.0])
     mask = torch.arange(6) < torch.tensor([[6], [4]])
     masked = torch.zeros(2, 6, dtype=torch.bool)
     masked[0, [1, 2, 5]] = masked[1, 0] = True
     oracle = Oracle(targets, torch.zeros(2, 6))
-    losses = masked_loss(
-        oracle, token, nn.Identity(), targets[None], Batch(torch.arange(2), mask=mask, masked=masked[None])
-    )
+    losses = masked_loss(oracle, token, nn.Identity(), targets[None], of_slices(mask, masked))
     assert losses["loss"].item() == 0
     assert_close(oracle.saw[masked], token.expand(4, 3))
     assert torch.equal(oracle.saw[~masked], targets[~masked])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
