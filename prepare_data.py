@@ -32,7 +32,7 @@ from conversion.layouts import Found, Source, find
 from conversion.montage import montage
 from conversion.table import CASES, Case, assign_ids, clean, describe, in_order, read_table, summary, write_table
 from conversion.volume import BadFile, Options
-from conversion.workers import converted
+from conversion.workers import outcomes
 from datasets.index import LABEL_FOLDERS, MONTAGE
 from utils import config
 from utils.errors import UserError
@@ -81,8 +81,8 @@ def main(cfg: Config) -> None:
             table = read_table(dest)
             ids = assign_ids(found.sources, {source: case.id for source, case in table.items()})
             todo, problems = _compare(found, table, ids, dest, cfg, window)
-            results = converted(todo, partial(_attempt, ids=ids, dest=dest, options=cfg, window=window), cfg.workers)
-            problems += _keep(results, table, dest)
+            convert = partial(_attempt, ids=ids, dest=dest, options=cfg, window=window)
+            problems += _keep(outcomes({s.name: s for s in todo}, convert, cfg.workers), table, dest)
             cases = in_order(table)
             if not cases:
                 raise UserError("nothing was converted, for the reasons above")
@@ -231,18 +231,18 @@ def _attempt(source: Source, ids: dict[str, str], dest: Path, options: Options, 
     return attempt(source, ids[source.name], dest, options, window)
 
 
-def _keep(results: Iterable[tuple[Source, Case | str]], table: dict[str, Case], dest: Path) -> list[str]:
+def _keep(results: Iterable[tuple[str, Case | str]], table: dict[str, Case], dest: Path) -> list[str]:
     """Note what is converted in the table, which is saved meanwhile; returns what went wrong."""
     problems, notes = [], []
     saved = time.monotonic()
     try:
-        for source, result in results:
+        for name, result in results:
             if isinstance(result, Case):
-                old = table.get(source.name, result)
+                old = table.get(name, result)
                 for file in {old.file, old.label} - {result.file, result.label, ""}:
                     (dest / file).unlink(missing_ok=True)  # such as a label map that is gone from the source
-                table[source.name] = result
-                notes += [f"{source.name}: {result.notes}"] if result.notes else []
+                table[name] = result
+                notes += [f"{name}: {result.notes}"] if result.notes else []
             else:
                 problems.append(result)
                 tqdm.write(f"problem: {result}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Cases converted one after the other, and on several processes where that takes long."""
+"""Work on many files, one after the other, and on several processes where that takes long."""
 
 from __future__ import annotations
 
@@ -7,24 +7,20 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from tqdm import tqdm
 
-from conversion.layouts import Source
-from conversion.table import Case
 from utils.errors import UserError
 
 POOL_AFTER_SECONDS = 3.0  # processes take as long to start, so short work goes without them
 
 
-def converted(
-    todo: Sequence[Source], convert: Callable[[Source], Case | str], workers: int
-) -> Iterator[tuple[Source, Case | str]]:
-    """(source, what `convert` makes of it) as they are finished.
+def outcomes(todo: Mapping[str, Any], function: Callable[[Any], Any], workers: int) -> Iterator[tuple[str, Any]]:
+    """(name, what `function` makes of it) of things that are named, as they are finished.
 
     workers: processes; 0: one per core, at most 8. Raises UserError where one of them was killed.
     """
@@ -32,8 +28,8 @@ def converted(
     waiting = iter(todo)
     began = time.monotonic()
     with tqdm(total=len(todo), desc="converting", unit="case", disable=not sys.stderr.isatty()) as bar:
-        for source in waiting:
-            yield source, convert(source)
+        for name in waiting:
+            yield name, function(todo[name])
             bar.update()
             if workers > 1 and time.monotonic() - began > POOL_AFTER_SECONDS:
                 break
@@ -42,11 +38,11 @@ def converted(
         # Forked from a server that imports everything once and has no threads, of which a fork makes no copy.
         context = multiprocessing.get_context("forkserver")
         with ProcessPoolExecutor(min(workers, len(todo) - bar.n), context, _end_with_the_run) as pool:
-            jobs: dict[Any, Source] = {}
+            jobs: dict[Future, str] = {}
             try:
                 while True:
-                    for source in waiting:
-                        jobs[pool.submit(convert, source)] = source
+                    for name in waiting:
+                        jobs[pool.submit(function, todo[name])] = name
                         if len(jobs) >= 2 * workers:
                             break
                     if not jobs:
@@ -55,10 +51,9 @@ def converted(
                         yield jobs.pop(job), job.result()
                         bar.update()
             except BrokenProcessPool:
-                at_it = ", ".join(source.name for source in jobs.values())
                 raise UserError(
-                    f"a worker was killed, most likely for want of memory, at one of {at_it}; run the same command "
-                    "again with fewer --workers"
+                    f"a worker was killed, most likely for want of memory, at one of {', '.join(jobs.values())}; run "
+                    "the same command again with fewer --workers"
                 ) from None
 
 
