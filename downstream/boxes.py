@@ -235,7 +235,8 @@ def _measure(images: Iterable[Annotated], problems: list[str]) -> None:
             return 0, 0
         try:
             if image.path.suffix.lower() in DICOM_SUFFIXES:
-                from conversion.readers import BadFile, dicom_header
+                from conversion.dicom import dicom_header
+                from conversion.volume import BadFile
 
                 try:
                     header = dicom_header(image.path)

@@ -315,7 +315,7 @@ def prepare(images: Sequence[Annotated], cfg: Config) -> dict[str, Path]:
 def read_grey(path: Path) -> np.ndarray:
     """[H, W] grey values, bright where the file is shown bright. Raises ValueError: what is wrong and the remedy."""
     if path.suffix.lower() in DICOM_SUFFIXES:
-        from conversion.readers import read_dicom_image
+        from conversion.dicom import read_dicom_image
 
         return read_dicom_image(path)
     try:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from conversion.convert import arrange
-from conversion.readers import BadFile, ReadOptions, read
+from conversion.readers import read
+from conversion.volume import BadFile, Options, arrange
 from datasets.index import IMAGE_SUFFIXES, LABEL_FOLDERS
 from datasets.loaders import Slices
 from datasets.store import prepare
@@ -118,8 +118,8 @@ def places_of(names: Sequence[str]) -> dict[str, set[int]]:
 def read_nifti(path: Path) -> np.ndarray:
     """[H, W, D] float32 of a NIfTI volume, turned as prepare_data.py turns it. Raises UserError, whatever is wrong."""
     try:
-        volume = read("nifti", (path,), ReadOptions())
-        view = arrange(volume, "auto")[0]
+        volume = read("nifti", (path,), Options())
+        view = arrange(volume, "auto").array
     except BadFile as error:
         raise UserError(f"{path}: {error}") from None
     return np.ascontiguousarray(view, dtype=np.float32) * volume.slope + volume.intercept

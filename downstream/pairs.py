@@ -23,10 +23,11 @@ import nibabel
 import numpy as np
 import yaml
 
-from conversion.convert import OPPOSITE, PLANES, THICKEST
+from conversion.volume import PLANES, THICKEST
 from datasets.index import MIN_SIDE, bad_files, npy_header
 from utils.errors import UserError
 
+OPPOSITE = dict(zip("RLAPSI", "LRPAIS", strict=True))
 NIFTI = (".nii.gz", ".nii")
 SPACING_TOLERANCE = 1e-3  # relative; headers carry spacing in float32
 NO_CLASS = 255
