@@ -27,6 +27,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from benchmarks import timing
+from benchmarks.plain import package_attention
 from models.transformer import DeformableAttention1D
 from utils import config as options
 from utils import distributed
@@ -106,13 +107,6 @@ def attentions(cfg: Config, with_package: bool, device: torch.device) -> dict[st
         package = package_attention(cfg.slices).to(device)
         kinds["package"] = lambda x, mask: package(x)
     return kinds
-
-
-def package_attention(slices: int) -> nn.Module:
-    """Deformable attention on [B, slices, d] as the method's released code calls it."""
-    from deformable_attention import DeformableAttention1D as Package
-
-    return Package(dim=slices, downsample_factor=4, offset_scale=2, offset_kernel_size=6)
 
 
 def kept_bytes(forward: Callable[[], Tensor]) -> int:
