@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from datasets.batch import Counts
 from datasets.index import Sample, volumes
-from datasets.loaders import Counts, ImageLoader, Slices, VolumeLoader
+from datasets.loaders import ImageLoader, Slices, VolumeLoader
 from datasets.masks import draw_masks
 from datasets.store import SliceStore
 from models.resnet import pooled
@@ -200,7 +201,7 @@ class Network:
 def _restore(run: RunFolder, counts: Counts) -> Learner:
     """The learner of a run's checkpoint.  counts: of the shown data, for a checkpoint that does not tell its own."""
     state = run.state
-    counts = Counts(**state["counts"]) if "counts" in state else counts
+    counts = Counts(*state["counts"]) if "counts" in state else counts
     try:
         learner = run.script.model(run.config, counts).eval()
         learner.load_state_dict(state["learner"])

@@ -20,6 +20,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from datasets.augment import MultiCrop
+from datasets.batch import Batch
 from datasets.loaders import Slices, VolumeLoader
 from reporting import page
 from reporting.embed import spread
@@ -86,14 +87,14 @@ def main(cfg: Any) -> None:
     shown: list[dict[str, Any]] = []
     for batch in loader.epoch(cfg.epoch):
         if cfg.stage == 1:
-            crops = [crop for kind in batch["crops"] for crop in kind]
-            samples = of_images(loader.dataset, batch["index"].tolist(), crops, loader.crops, cfg.epoch)
+            crops = [crop for kind in batch.crops for crop in kind]
+            samples = of_images(loader.dataset, batch.index.tolist(), crops, loader.crops, cfg.epoch)
         else:
             samples = of_volumes(loader, batch, cfg.epoch, cfg.slices)
-            if "images" in batch:
-                index = (batch["image_index"] - loader.total_slices).tolist()
-                samples += of_images(loader.image_dataset, index, [*batch["images"]], loader.image_views, cfg.epoch)
-        for name, (about, stacks) in zip(loader.names(batch), samples, strict=True):
+            if batch.images is not None:
+                index = (batch.image_index - loader.total_slices).tolist()
+                samples += of_images(loader.image_dataset, index, [*batch.images], loader.image_views, cfg.epoch)
+        for name, (about, stacks) in zip(loader.names(batch.index, batch.image_index), samples, strict=True):
             pictures = [(stack, stack.pictures(thumbs)) for stack in stacks]
             shown.append({"name": name.removeprefix(f"{root}/"), "about": about, "stacks": pictures})
         if len(shown) >= cfg.samples:
@@ -127,9 +128,9 @@ def of_images(
     return found
 
 
-def of_volumes(loader: VolumeLoader, batch: dict[str, Any], epoch: int, slices: int) -> list[tuple[str, list[Stack]]]:
+def of_volumes(loader: VolumeLoader, batch: Batch, epoch: int, slices: int) -> list[tuple[str, list[Stack]]]:
     """(what is shown, its pictures) of volumes: the same slices of the window and of each of its views."""
-    dataset, index = loader.dataset, batch["index"].tolist()
+    dataset, index = loader.dataset, batch.index.tolist()
     windows, canvas = [dataset[epoch, i] for i in index], dataset.store.size
     content = np.array([window["extent"].tolist() for window in windows], dtype=float)
     lengths = np.array([window["length"] for window in windows])
@@ -141,8 +142,8 @@ def of_volumes(loader: VolumeLoader, batch: dict[str, Any], epoch: int, slices: 
         captions = [f"slice {start + place}" for place in places]
         stacks = [Stack("original", [], window["volume"][places].float(), captions)]
         for v, drawn in enumerate(draws):
-            masked = batch["hidden"][v, b, places].tolist() if "hidden" in batch else []
-            done, view = describe(drawn, b, canvas), batch["views"][v, b, places]
+            masked = [] if batch.masked is None else batch.masked[v, b, places].tolist()
+            done, view = describe(drawn, b, canvas), batch.views[v, b, places]
             stacks.append(Stack(f"view {v + 1}", done, view, captions, masked))
         total, padded = dataset.samples[dataset.items[index[b]]].slices, dataset.slices - length
         about = f"slices {start} to {start + length - 1} of {total}" + (f", then {padded} of padding" if padded else "")
