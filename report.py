@@ -91,6 +91,7 @@ def main(cfg: Config) -> None:
         data={", ".join(names): rows for rows, names in same_data.items() if rows},
         curves=figures.curves(runs),
         tables=tables,
+        stages=STAGES,
         thumbs=thumbs.uris,
         colours=figures.COLOURS,
         plotly=get_plotlyjs(),
@@ -100,17 +101,9 @@ def main(cfg: Config) -> None:
 
 def about_run(run: RunFolder, cfg: Config, thumbs: page.Thumbnails) -> dict[str, Any]:
     """All that the page shows of one run. What cannot be shown is said in `run.notes`."""
-    about: dict[str, Any] = {
-        "name": run.name,
-        "stage_name": STAGES[run.stage],
-        "method": method_of(run.config),
-        "epochs": (len(run.metrics), run.config.epochs),
-        "last": run.metrics.iloc[-1].to_dict() if len(run.metrics) else {},
-        "notes": run.notes,
-        "warnings": run.warnings,
-        "record": run.record,
-        **dict.fromkeys(("data", "levels", "neighbours", "attention", "masked"), ()),
-    }
+    about = vars(run) | dict.fromkeys(("data", "levels", "neighbours", "attention", "masked"), ())
+    about["method"] = method_of(run.config)
+    about["last"] = run.metrics.iloc[-1].to_dict() if len(run.metrics) else {}
     try:
         loader = embed.open_data(run, cfg.data_path, cfg.cache_path, cfg.workers)
     except UserError as error:
@@ -201,7 +194,8 @@ def command(given: list[str]) -> None:
     try:
         page_options, own = views.options_of(found.data)
     except UserError as error:
-        parser.error(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     config.main(views.main, page_options, views.__doc__, own + rest)
 
 

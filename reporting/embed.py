@@ -22,8 +22,8 @@ from models.transformer import AttentionMaps
 from objectives.learners import Learner
 from objectives.masked import interpolate_masked
 from reporting.runs import RunFolder
+from training.resume import explained
 from utils.distributed import Run
-from utils.errors import UserError
 
 AT_ONCE = 32  # slices in a forward pass
 Loader = ImageLoader | VolumeLoader
@@ -100,13 +100,17 @@ def open_data(run: RunFolder, data_path: str | None, cache_path: str | None, wor
 class Network:
     """A run's learner as its checkpoint holds it, in evaluation mode, and the data that it is shown.
 
-    seed: of the choice of items.  Raises UserError where the checkpoint does not fit its own configuration.
+    seed: of the choice of items.  Raises UserError where the checkpoint does not fit the run's options.
     """
 
     def __init__(self, run: RunFolder, loader: Loader, seed: int = 0) -> None:
         self.config, self.stage, self.seed = run.config, run.stage, seed
         self.store: SliceStore = loader.dataset.store
-        self.learner = _restore(run, loader.counts)
+        # What the learner was sized by; checkpoints of earlier versions do not say it.
+        counts = Counts(*run.state["counts"]) if "counts" in run.state else loader.counts
+        with explained(run.path):
+            self.learner: Learner = run.script.model(run.config, counts).eval()
+            self.learner.load_state_dict(run.state["learner"])
         # Height and width in pixels that the ResNet was trained on; stage 1: of the large crops.
         self.size = (run.config.size_crops[0],) * 2 if self.stage == 1 else tuple(run.config.target_shape[1:])
 
@@ -178,39 +182,23 @@ class Network:
         interpolation. Nothing for runs that predict no masked slices.
         """
         decoder = getattr(self.learner, "decoder", None)  # stage 3 has one where lambda_mask is above 0
-        for item in self.windows(count) if decoder else []:
-            tokens, mask = self.tokens(item)
+        for item in self.windows(count):
             D, how = item.slices, (self.config.mask_ratio, self.config.mask_style, self.seed)
-            if D < 2:
+            if decoder is None or D < 2:
                 continue
-            sums = torch.zeros(3, D)  # errors of the transformer, of interpolation, times masked
-            for draw in range(20 * D):  # random masks may take long to reach the last slice, but never this long
+            tokens, mask = self.tokens(item)
+            sums, draw = torch.zeros(3, D), 0  # errors of the transformer, of interpolation, times masked
+            while not bool(sums[2].all()):
                 masked = draw_masks(torch.tensor([D]), torch.tensor([item.index]), *how, draw, 1, D)
                 inside = torch.where(masked.unsqueeze(-1), self.learner.mask_token, tokens)
                 predicted = decoder(self.learner.encoder.transformer(inside, mask))
                 guessed = interpolate_masked(tokens, mask & ~masked)
                 errors = [(x - tokens).square().mean(dim=2) * masked for x in (predicted, guessed)]
                 sums += torch.cat([*errors, masked])
-                if bool((sums[2] > 0).all()):
-                    break
+                draw += 1
             transformer, interpolation = (sums[:2] / sums[2]).numpy()
             slices = range(item.start, item.stop)
             yield item, pd.DataFrame({"slice": slices, "transformer": transformer, "interpolation": interpolation})
-
-
-def _restore(run: RunFolder, counts: Counts) -> Learner:
-    """The learner of a run's checkpoint.  counts: of the shown data, for a checkpoint that does not tell its own."""
-    state = run.state
-    counts = Counts(*state["counts"]) if "counts" in state else counts
-    try:
-        learner = run.script.model(run.config, counts).eval()
-        learner.load_state_dict(state["learner"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(
-            f"{run.path}: the checkpoint does not fit config.yaml or this version of the project ({reason})"
-        ) from None
-    return learner
 
 
 def choose(groups: list[str], count: int, seed: int) -> list[int]:

@@ -69,6 +69,8 @@ def curves(runs: Sequence[RunFolder]) -> list[tuple[str, list[Figure]]]:
     for place, run in enumerate(runs):
         for column in run.metrics.columns.drop("epoch"):
             chart, line, dash = _place(column, run.stage)
+            if line == "ln K":
+                line = f"ln K = {run.metrics[column].iloc[-1]:.2f}"
             rows = run.metrics[["epoch"]] + 1  # counted from 1, as a run prints them
             rows["value"] = run.metrics[column]
             rows["line"] = html.escape(" · ".join(filter(None, (run.name, line))), quote=False)
@@ -83,19 +85,17 @@ def curves(runs: Sequence[RunFolder]) -> list[tuple[str, list[Figure]]]:
 def _place(column: str, stage: int) -> tuple[tuple[str, int, str], str, str]:
     """Where a column is drawn: (heading, stage of a loss or 0, chart), what its line is called, its dash."""
     level, _, name = column.partition("_") if column.startswith(("intra_", "inter_", "mask_")) else ("", "", column)
-    if name == "chance":  # the loss of guessing; the only loss of stage 1 is that of its slices and images
-        return ("Losses", stage, "loss" if stage == 1 else level), "ln K", "dot"
     chart = REFERENCES.get(name, name)
-    if stage == 2 and column == "loss":
+    if name == "chance":  # the loss of guessing; the only loss of stage 1 is that of its slices and images
+        chart = "loss" if stage == 1 else level
+    elif stage == 2 and name == "loss":
         chart = "mask"
-    if name in REFERENCES:
-        line, dash = column, "dot"
-    else:
-        line, dash = level, "dash" if level == "inter" else "solid"
-    if chart in CHARTS["Losses"]:  # those of other stages are other quantities
-        return ("Losses", stage, chart), line, dash
-    machine = chart in CHARTS["Schedule and machine"] or chart.startswith("time_")
-    return ("Schedule and machine" if machine else "Diagnostics", 0, chart), line, dash
+    machine = "Schedule and machine" if name.startswith("time_") else "Diagnostics"
+    heading = next((heading for heading, known in CHARTS.items() if chart in known), machine)
+    place = heading, stage if heading == "Losses" else 0, chart  # losses of other stages are other quantities
+    if name == "chance" or name in REFERENCES:
+        return place, "ln K" if name == "chance" else column, "dot"
+    return place, level, "dash" if level == "inter" else "solid"
 
 
 def _order(chart: tuple[str, int, str]) -> tuple[int, int]:
@@ -189,14 +189,13 @@ def _offsets(item: Item, number: int, maps: AttentionMaps) -> Figure:
     stride = -(-item.slices // points)
     centres = np.arange(points) * stride + (stride - 1) / 2
     offsets = positions - centres
+    names = [f"group {g + 1}" for g in range(groups)]
     figure = px.scatter(
-        x=np.tile(centres + item.start, groups),
-        y=offsets.ravel(),
-        color=[f"group {g + 1}" for g in range(groups) for _ in range(points)],
-        symbol=[f"group {g + 1}" for g in range(groups) for _ in range(points)],
+        pd.DataFrame(offsets.T, index=centres + item.start, columns=names),
+        symbol="variable",
         color_discrete_sequence=COLOURS,
         symbol_sequence=SYMBOLS,
-        labels={"x": "reference point, slice", "y": "offset, slices"},
+        labels={"index": "reference point, slice", "value": "offset, slices"},
     )
     hover = "from slice %{x:.1f}: %{y:+.2f} slices<extra>%{fullData.name}</extra>"
     figure.update_traces(hovertemplate=hover, marker={"size": 7, "opacity": 0.85})

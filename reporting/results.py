@@ -12,7 +12,6 @@ from typing import Any
 from utils.errors import UserError
 
 NAMES = ("results.json", "summary.csv")  # of a task, of a comparison
-MOST_ROWS = 200
 
 
 @dataclass
@@ -21,7 +20,6 @@ class Table:
     about: str
     columns: list[str]
     rows: list[list[str]]
-    left_out: int = 0  # rows beyond MOST_ROWS
 
 
 def read_tables(paths: list[str]) -> list[Table]:
@@ -52,9 +50,8 @@ def _read(path: Path) -> Table:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise UserError(f"{path}: is not a results file of downstream/ ({error})") from None
-    shown = [[_cell(value) for value in row] for row in rows[:MOST_ROWS]]
     about = f"{path}: {', '.join(facts)}" if facts else str(path)
-    return Table(path.parent.name, about, columns, shown, max(0, len(rows) - MOST_ROWS))
+    return Table(path.parent.name, about, columns, [[_cell(value) for value in row] for row in rows])
 
 
 def _from_csv(text: str) -> tuple[list[str], list[str], list[list[str]]]:

@@ -71,30 +71,26 @@ def script_of(folder: Path) -> tuple[ModuleType, Path]:
 def _read_run(folder: Path, name: str) -> RunFolder:
     script, path = script_of(folder)
     config = parse(script.Config, args=["--config", str(path)])
-    metrics = read_table(folder / METRICS, {"epoch": float}, others=float)
+    metrics = read_table(folder / METRICS, float)
     notes = [] if len(metrics) else ["No epoch is finished yet, so there are no curves."]
     state, record = _read_checkpoint(folder, notes), _read_record(config, notes)
     return RunFolder(name, folder, script, config, metrics, state, record, notes, read_warnings(folder))
 
 
-def read_table(path: Path, columns: dict[str, type], others: type = str) -> pd.DataFrame:
-    """A table with at least these columns, empty where there is no file. Raises UserError naming a file that is none.
+def read_table(path: Path, types: dict[str, type] | type) -> pd.DataFrame:
+    """A table with a column `epoch`, empty where there is no file. Raises UserError naming a file that is none.
 
-    columns, others: the types of what stands in these columns and in all others.
+    types: of these columns, or of all.
     """
     try:
-        names = pd.read_csv(path, nrows=0, encoding_errors="replace").columns
-        if missing := columns.keys() - set(names):
-            raise ValueError(f"it lacks the column {', '.join(sorted(missing))}")
-        types = {name: columns.get(name, others) for name in names}
-        table = pd.read_csv(path, dtype=types, index_col=False, encoding_errors="replace")
-        if table[[*columns]].isna().any(axis=None):
-            raise ValueError(f"a line lacks {' or '.join(columns)}")
+        table = pd.read_csv(path, index_col=False, encoding_errors="replace").astype(types)
+        if table["epoch"].isna().any():
+            raise ValueError("a line lacks its epoch")
     except FileNotFoundError:
-        return pd.DataFrame(columns=[*columns])
+        return pd.DataFrame(columns=[*types] if isinstance(types, dict) else ["epoch"])
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:  # as are all that pandas raises
+    except (KeyError, ValueError) as error:  # what pandas raises are ValueErrors
         raise UserError(f"{path}: is not a run's table ({error}); restore it, or move it away") from None
     return table
 
@@ -103,7 +99,7 @@ def read_warnings(folder: Path) -> list[str]:
     """What a run warned of, with its epoch, and how many updates were skipped. Raises UserError for a broken file."""
     warnings = read_table(folder / WARNINGS, {"epoch": int, "text": str})
     said = [f"epoch {epoch + 1}: {text}" for epoch, text in zip(warnings["epoch"], warnings["text"], strict=True)]
-    if skipped := len(read_table(folder / BAD_STEPS, {"epoch": int, "step": int})):
+    if skipped := len(read_table(folder / BAD_STEPS, {"epoch": int})):
         updates = "1 update was" if skipped == 1 else f"{skipped} updates were"
         said.append(f"{updates} skipped, because loss or gradient was not finite; {BAD_STEPS} names the files")
     return said
