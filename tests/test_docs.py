@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [p for p in sorted([*ROOT.glob("*.md"), *ROOT.glob("[!.]*/**/*.md")]) if not p.is_relative_to(ROOT / "runs")]
-SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("[!.]*/*.py")]
+SOURCES = [p for pattern in ("*.py", "[!.]*/*.py", "experiments/**/*.yaml") for p in ROOT.glob(pattern)]
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 OF_OTHERS = re.compile(r"--((nnodes|nodes|nproc_per_node|max-restarts|signals_to_handle)\b|rdzv-|options\.)")
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -109,8 +109,7 @@ def test_files_and_names_exist(page: Path) -> None:
 
 
 def test_pages_that_sources_name_exist() -> None:
-    sources = [*SOURCES, *ROOT.glob("experiments/**/*.yaml")]
-    named = {(p.name, page) for p in sources for page in re.findall(r"docs/[A-Z]+\.md", p.read_text(encoding="utf-8"))}
+    named = {(p.name, page) for p in SOURCES for page in re.findall(r"docs/[A-Z]+\.md", p.read_text(encoding="utf-8"))}
     assert sorted((source, page) for source, page in named if not (ROOT / page).is_file()) == []
 
 

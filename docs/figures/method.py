@@ -190,8 +190,7 @@ def draw(theme: str) -> None:
         part(Drawing(axes, colours))
     axes.set(xlim=(0, WIDTH), ylim=(HEIGHT, 0), aspect="equal")
     axes.axis("off")
-    path = Path(__file__).with_name(f"method_{theme}.png")
-    figure.savefig(path)
+    figure.savefig(path := Path(__file__).with_name(f"method_{theme}.png"))
     Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
 
 
