@@ -66,6 +66,22 @@ def check(
     return samples, found, contents
 
 
+def measure(members: Sequence[Sample], contents: dict[Sample, Content]) -> dict[str, dict[str, float]]:
+    """{measure: {"min", "median", "max"}} of a data set's volumes or images; intensities of those in contents."""
+    is_volume = members[0].kind == "volume"
+    read = [(sample, contents[sample]) for sample in members if sample in contents]
+    values = {"slices": [sample.slices for sample in members]} if is_volume else {}
+    values["height"] = [sample.height for sample in members]
+    values["width"] = [sample.width for sample in members]
+    values["file size, MB"] = [sample.size_bytes / 1e6 for sample in members]
+    if read:
+        for i, name in enumerate(("0.5 % of voxels below", "50 %", "99.5 %")):
+            values[name] = [content.percentiles[i] for _, content in read]
+        if is_volume:
+            values["blank slices, %"] = [100 * content.blank / sample.slices for sample, content in read]
+    return {name: {"min": min(v), "median": float(np.median(v)), "max": max(v)} for name, v in values.items()}
+
+
 def read_content(sample: Sample) -> Content:
     """Read a file once. Raises BadSource as training would."""
     source = open_source(sample)
