@@ -39,6 +39,11 @@ class Content:
     wrapped: bool  # looks like negative numbers stored as unsigned ones
     digest: str  # of the values as float32 [D, H, W]: blind to dtype, byte order, memory order and slice axis
 
+    def looks_like_hu(self) -> bool:
+        """Air and fat are negative, bone stays below a 12-bit scale, and tissue differs by more than noise."""
+        low, _, high = self.percentiles
+        return self.minimum < 0 and low >= HU_LOWEST and high <= HU_HIGHEST and high - low >= HU_RANGE
+
 
 def check(
     data_path: str | Path,
@@ -158,7 +163,8 @@ def content_findings(contents: dict[Sample, Content]) -> list[Finding]:
 def _intensity_findings(members: list[Sample], contents: dict[Sample, Content]) -> list[Finding]:
     """Files whose intensities are not what they should be; a file is reported by the first that catches it."""
     wrapped = [s for s in members if contents[s].wrapped]
-    not_hu = [s for s in members if s not in wrapped and _is_ct(s) and not _looks_like_hu(contents[s])]
+    is_ct = members[0].kind == "volume" and (members[0].modality or "").strip().upper() == "CT"
+    not_hu = [s for s in members if is_ct and s not in wrapped and not contents[s].looks_like_hu()]
     flat = [s for s in members if contents[s].percentiles[0] == contents[s].percentiles[2]]
     odd = _odd_intensities([s for s in members if s not in {*wrapped, *not_hu, *flat}], contents)
 
@@ -216,13 +222,3 @@ def _odd_intensities(members: list[Sample], contents: dict[Sample, Content]) -> 
     for values in (percentiles[:, 0], percentiles[:, 2]):  # the middle depends on how much air a picture shows
         odd |= outliers(values, LEVEL_SHARE * float(np.median(ranges)))
     return [s for s, is_odd in zip(members, odd, strict=True) if is_odd]
-
-
-def _is_ct(sample: Sample) -> bool:
-    return sample.kind == "volume" and (sample.modality or "").strip().upper() == "CT"
-
-
-def _looks_like_hu(content: Content) -> bool:
-    """Air and fat are negative, bone stays below a 12-bit scale, and tissue differs by more than noise."""
-    low, _, high = content.percentiles
-    return content.minimum < 0 and low >= HU_LOWEST and high <= HU_HIGHEST and high - low >= HU_RANGE

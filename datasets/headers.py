@@ -51,7 +51,14 @@ def header_warnings(samples: Sequence[Sample], target_shape: Sequence[int] | Non
 
     target_shape: (slices, height, width) of a view, or None where no view has slices. Reads nothing.
     """
-    lines = [finding.message for finding in header_findings(samples, target_shape) + _name_twins(samples)]
+    # Links to one file, or copies that kept their time. One without a fraction of a second is no evidence: archives
+    # and some file systems round.
+    twins = {s: (s.size_bytes, s.mtime_ns, s.path.name) for s in samples if s.mtime_ns % 1_000_000_000}
+    found = [
+        *header_findings(samples, target_shape),
+        *duplicates(twins, "probable duplicates (size, time and name agree)"),
+    ]
+    lines = [finding.message for finding in found]
     if len(lines) > LINES:
         lines[LINES - 1 :] = [f"{len(lines) - LINES + 1} more warnings about the data; check_data.py lists all of them"]
     return lines
@@ -122,13 +129,13 @@ def _turned(members: list[Sample]) -> dict[Sample, int]:
         for axis, varying, other in ((rows, heights, widths), (columns, widths, heights)):
             if len(counts) == 1 and other == counts and len(varying) > 2:
                 return dict.fromkeys(members, axis)
-    return {s: rows if s.height <= s.width else columns for s in members if _looks_turned(s)}
-
-
-def _looks_turned(sample: Sample) -> bool:
-    short, long = sorted((sample.height, sample.width))
-    thinner = THINNER_EQUAL if sample.slices == long else THINNER
-    return sample.slices > LONGER * long or min(sample.slices, long) > thinner * short
+    turned = {}
+    for s in members:
+        short, long = sorted((s.height, s.width))
+        thinner = THINNER_EQUAL if s.slices == long else THINNER
+        if s.slices > LONGER * long or min(s.slices, long) > thinner * short:
+            turned[s] = rows if s.height <= s.width else columns
+    return turned
 
 
 def _odd_sizes(members: list[Sample], without: set[Sample]) -> list[Finding]:
@@ -182,15 +189,6 @@ def _dominance(samples: Sequence[Sample]) -> list[Finding]:
             )
             found.append(Finding("warning", "balance", largest, message))
     return found
-
-
-def _name_twins(samples: Sequence[Sample]) -> list[Finding]:
-    """Files that are links to one, or copies that kept their time: equal in size, time and last part of the name.
-
-    A time without a fraction of a second is no evidence: archives and some file systems round.
-    """
-    keys = {s: (s.size_bytes, s.mtime_ns, s.path.name) for s in samples if s.mtime_ns % 1_000_000_000}
-    return duplicates(keys, "probable duplicates (size, time and name agree)")
 
 
 def probed_twins(samples: Sequence[Sample]) -> list[Finding]:
