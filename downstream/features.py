@@ -11,7 +11,6 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -21,17 +20,17 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from conversion.readers import read
-from conversion.volume import BadFile, Options, arrange
-from datasets.index import IMAGE_SUFFIXES, LABEL_FOLDERS
+from conversion.convert import arrange
+from conversion.readers import BadFile, ReadOptions, read
+from datasets.index import LABEL_FOLDERS
 from datasets.loaders import Slices
 from datasets.store import prepare
+from downstream.splits import SUFFIXES, without_suffix
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet, multi_scale, pooled
 from utils.errors import UserError
 
 SLICES_AT_ONCE = 64  # through the ResNet: 64 slices of 224 x 224 keep half a gigabyte of ResNet-50's maps
-SUFFIXES = (".nii.gz", ".nii", ".npy", *sorted(IMAGE_SUFFIXES))
 
 
 class Cases(Protocol):
@@ -101,25 +100,11 @@ def open_cases(
     return cases
 
 
-def without_suffix(name: str) -> str:
-    """`a/b.nii.gz` -> `a/b`, for all file types that hold cases; other endings stay."""
-    return name.removesuffix(name[len(name) - len(_suffix(name)) :]) if _suffix(name) else name
-
-
-def places_of(names: Sequence[str]) -> dict[str, set[int]]:
-    """How people may name a case -> its positions in `names`: path or file name, each with or without its suffix."""
-    places: dict[str, set[int]] = defaultdict(set)
-    for i, name in enumerate(names):
-        for key in {name, without_suffix(name), Path(name).name, without_suffix(Path(name).name)}:
-            places[key].add(i)
-    return places
-
-
 def read_nifti(path: Path) -> np.ndarray:
     """[H, W, D] float32 of a NIfTI volume, turned as prepare_data.py turns it. Raises UserError, whatever is wrong."""
     try:
-        volume = read("nifti", (path,), Options())
-        view = arrange(volume, "auto").array
+        volume = read("nifti", (path,), ReadOptions())
+        view = arrange(volume, "auto")[0]
     except BadFile as error:
         raise UserError(f"{path}: {error}") from None
     return np.ascontiguousarray(view, dtype=np.float32) * volume.slope + volume.intercept
