@@ -27,7 +27,7 @@ from downstream.features import frozen_features, mean_of_stacks, open_cases, pad
 from downstream.labels import Items, LabelRow, label_items, read_labels
 from downstream.scores import METRICS, Scores, classification_scores, score_intervals, validation_score
 from downstream.splits import choose_by_turns
-from downstream.task import Task, Tested, fingerprint
+from downstream.task import Outcome, Task, fingerprint
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet, pooled, wide
 from utils import config
@@ -82,7 +82,7 @@ class Model:
 
 
 @constants
-class Config(options.Data, Labels, Model, options.Start, options.Training, options.Running, options.Prepared):
+class Config(options.Running, options.Training, options.Start, Model, Labels, options.Prepared, options.Data):
     data_path = "Training_Data"
     fractions = [0.6, 0.2, 0.2]  # noqa: RUF012
     epochs = 30
@@ -133,7 +133,9 @@ class Classification(Task):
         usable = set(np.array(items.names)[~items.test_only].tolist())
         train = [case for case in train if case in usable]
         if not train:
-            raise UserError("split: no labelled case is left for training; change the split, or test_only in the labels")
+            raise UserError(
+                "split: no labelled case is left for training; change the split, or test_only in the labels"
+            )
         sizes = {f"@{share:g}": max(1, round(share * len(train))) for share in cfg.label_fractions}
         self.sizes = sizes or {"": cfg.labelled or len(train)}  # suffix of the metrics -> labelled cases
         return choose_by_turns(train, items.label_of, max(self.sizes.values()), cfg.seed)
@@ -231,7 +233,7 @@ class Classification(Task):
             raise UserError("fine-tuning gives NaN or Inf; lower --base_lr, or change --weights")
         return found
 
-    def test(self, model: nn.Module, folder: Path) -> Tested:
+    def test(self, model: nn.Module, folder: Path) -> Outcome:
         items, test = self.items, self.stacks(self.split.test, test=True)
         people = [self.patients[items.names[i]] for i in test]
         found, chosen = ({"": self.probabilities(model, test)}, {}) if self.epochs else self.by_features(model, test)
@@ -249,7 +251,7 @@ class Classification(Task):
         about = {"intervals": intervals, "reasons": reasons, "patients": len(set(people)), "chosen": chosen}
         if self.cfg.label_fractions:
             about["label_counts"] = self.sizes
-        return Tested(values, self.rows(test, found), format_table(values, intervals, reasons, self.sizes), about)
+        return Outcome(values, self.rows(test, found), format_table(values, intervals, reasons, self.sizes), about)
 
     def by_features(
         self, encoder: GreyResNet | JointEncoder, test: np.ndarray
@@ -365,7 +367,9 @@ def fit_logistic_regression(
     if not len(validation[1]):
         return _probabilities(fitted(1.0), test, classes), 1.0
     models = {cost: fitted(cost) for cost in COSTS}
-    scores = {cost: validation_score(validation[1], _probabilities(models[cost], validation[0], classes)) for cost in COSTS}
+    scores = {
+        cost: validation_score(validation[1], _probabilities(models[cost], validation[0], classes)) for cost in COSTS
+    }
     best = max(COSTS, key=scores.get)
     return _probabilities(models[best], test, classes), float(best)
 
