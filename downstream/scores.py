@@ -63,7 +63,7 @@ def auc(hits: np.ndarray, score: np.ndarray) -> float:
 
 
 def average_precision(hits: np.ndarray, score: np.ndarray) -> float:
-    """Mean precision over the hits, each at the threshold that just finds it; as scikit-learn's. Arguments as of `auc`."""
+    """Mean precision over the hits, each at the threshold that just finds it; as scikit-learn's. Arguments of `auc`."""
     order = np.argsort(-score, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))  # equal scores are found together
     found = np.cumsum(hits[order])[ends]
