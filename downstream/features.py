@@ -8,7 +8,6 @@ features = mean_of_stacks(slices.pooled, slices.stack)
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,15 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from datasets.index import IMAGE_SUFFIXES, LABEL_FOLDERS
+from datasets.index import LABEL_FOLDERS
 from datasets.loaders import Slices
 from datasets.store import prepare
+from downstream.splits import without_suffix
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet, multi_scale, pooled
 from utils.errors import UserError
 
 SLICES_AT_ONCE = 64  # through the ResNet: 64 slices of 224 x 224 keep half a gigabyte of ResNet-50's maps
-SUFFIXES = (".nii.gz", ".nii", ".npy", *sorted(IMAGE_SUFFIXES))
 
 
 class Cases:
@@ -101,21 +100,7 @@ def open_cases(
 def is_data_set(folder: Path) -> bool:
     """Whether a folder is one data set and not a tree of them: it holds cases, or its dataset.yaml, itself."""
     names = [entry.name for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith(".")]
-    return "dataset.yaml" in names or any(_suffix(name) for name in names)
-
-
-def without_suffix(name: str) -> str:
-    """`a/b.nii.gz` -> `a/b`, for all file types that hold cases; other endings stay."""
-    return name[: len(name) - len(_suffix(name))]
-
-
-def places_of(names: Sequence[str]) -> dict[str, set[int]]:
-    """How people may name a case -> its positions in `names`: path or file name, each with or without its suffix."""
-    places: dict[str, set[int]] = defaultdict(set)
-    for i, name in enumerate(names):
-        for key in {name, without_suffix(name), Path(name).name, without_suffix(Path(name).name)}:
-            places[key].add(i)
-    return places
+    return "dataset.yaml" in names or any(without_suffix(name) != name for name in names)
 
 
 class SliceFeatures(NamedTuple):
@@ -200,10 +185,6 @@ def pad(stacks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def _require_finite(features: Tensor) -> None:
     if not features.isfinite().all():
         raise UserError("weights: they give features that are NaN or Inf; the file is of a training that diverged")
-
-
-def _suffix(name: str) -> str:
-    return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
 
 
 def _walk(root: Path) -> Iterator[Path]:

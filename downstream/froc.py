@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jsonargparse.typing import NonNegativeInt
 
-from downstream.features import without_suffix
 from downstream.labels import read_csv
 from downstream.scores import bootstrap
+from downstream.splits import without_suffix
 from utils import config as options
 from utils.errors import UserError
 from utils.files import write_csv, write_json

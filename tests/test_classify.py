@@ -23,12 +23,11 @@ from downstream.features import (
     open_cases,
     pad,
     read_nifti,
-    without_suffix,
 )
 from downstream.labels import name_patients, read_labels
 from downstream.luna16 import EXCLUDED, NO_NODULE, cut_cube, froc, hit_nodules, read_scan
 from downstream.scores import bootstrap, classification_scores
-from downstream.splits import choose_by_turns
+from downstream.splits import choose_by_turns, without_suffix
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
