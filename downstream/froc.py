@@ -74,10 +74,8 @@ def run(cfg: Config) -> dict[str, Any]:
         return dict(zip(names, [float(curve.mean()), *curve.tolist()], strict=True))
 
     found = values()
-    scores, nodules = candidates.score, len(candidates.nodule_scan)
-    why = (
-        "the network could not learn: cases.csv holds no scores" if np.isnan(scores).any() else "no nodule in the test"
-    )
+    learnt = not np.isnan(candidates.score).any()
+    why = "no nodule in the test scans" if learnt else "the classification could not learn: its cases.csv has no scores"
     result = {
         "metrics": found,
         "intervals": bootstrap(values, candidates.scans, cfg.bootstrap, cfg.seed),

@@ -9,8 +9,6 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import rankdata
 
-from downstream.labels import some
-
 METRICS = ("auc", "average_precision", "accuracy", "balanced_accuracy")
 
 
@@ -49,7 +47,7 @@ def classification_scores(truth: np.ndarray, probability: np.ndarray, classes: S
         "balanced_accuracy": np.mean([(predicted[truth == k] == k).mean() for k in there]),
     }
     absent = [name for k, name in enumerate(classes) if k not in there]
-    reasons = dict.fromkeys(set(METRICS) - {"accuracy"}, f"without {some(absent)}") if absent else {}
+    reasons = dict.fromkeys(set(METRICS) - {"accuracy"}, f"without {', '.join(absent)}") if absent else {}
     return Scores({name: float(value) for name, value in values.items()}, reasons)
 
 
