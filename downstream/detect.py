@@ -30,6 +30,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from tqdm import tqdm
 
+from conversion.readers import read_dicom_image
 from datasets.cache import cache_folder, cached, key_of
 from datasets.index import IMAGE_FORMATS, bad_files
 from datasets.render import PERCENTILES, content_size
@@ -47,6 +48,7 @@ from utils.seeding import SHARED, SHUFFLE, stream
 
 FORMAT = 1  # of the prepared images; raise it when their content changes
 LEVELS = 5  # of both pyramids, each with its own anchor size
+PREDICTIONS = ("image_id", "class_name", "score", "x_min", "y_min", "x_max", "y_max")  # columns
 STAGES = ("layer4", "layer3", "layer2", "layer1", "stem")  # in the order in which they are set free
 
 
@@ -134,12 +136,16 @@ class Detection(Task):
         names = {"labelled": self.labelled, "validation": self.split.validation, "test": self.split.test}
         return {part: [self.images[name] for name in some] for part, some in names.items()}
 
+    def count(self, images: Sequence[Annotated]) -> Counter[str]:
+        """Boxes of each class."""
+        return Counter(self.classes[label - 1] for image in images for label in image.labels[~image.crowd])
+
     def build(self) -> nn.Module:
         return build_model(self.cfg, len(self.classes))
 
     def examine(self) -> None:
         for part, images in self.parts.items():
-            if not any((~image.crowd).any() for image in images):
+            if not self.count(images):
                 raise UserError(
                     f"{part}: none of its {len(images)} images has a box; use more images, another --split or seed, or "
                     "--empty drop"
@@ -154,12 +160,8 @@ class Detection(Task):
             lines.append(f"{part}: {len(images)} images, {counts.total()} boxes ({listed})")
         return "\n".join(lines)
 
-    def count(self, images: Sequence[Annotated]) -> Counter[str]:
-        """Boxes of each class."""
-        return Counter(self.classes[label - 1] for image in images for label in image.labels[~image.crowd])
-
     def batch(self, epoch: int, step: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-        """Images [1, h, w] and their targets at working resolution.
+        """Images [1, h, w] and their boxes [n, 4] and labels [n] at working resolution.
 
         Crowd boxes are left out: COCO marks with them what nobody counted.
         """
@@ -171,80 +173,62 @@ class Detection(Task):
         mirror = (draws.random(total) < 0.5) & cfg.flip
         pixels, targets = [], []
         for place in range(step * per_step, (step + 1) * per_step):
-            image = images[order[place]]
-            own = self.read(image)
-            target = target_of(image, own)
-            single = target.pop("iscrowd") == 0
-            target = {key: value[single] for key, value in target.items()}
+            image, single = images[order[place]], ~images[order[place]].crowd
+            own, boxes = self.read(image), torch.from_numpy(image.boxes[single]) * self.scale(image)
             if mirror[place]:
-                own, target["boxes"] = mirrored(own, target["boxes"])
-            pixels.append(own.to(self.device))
-            targets.append({key: value.to(self.device) for key, value in target.items()})
+                own, boxes = mirrored(own, boxes)
+            pixels.append(own)
+            labels = torch.from_numpy(image.labels[single])
+            targets.append({"boxes": boxes.to(self.device), "labels": labels.to(self.device)})
         return pixels, targets
 
     def loss(self, model: nn.Module, batch: tuple[list[Tensor], list[dict[str, Tensor]]]) -> Tensor:
         return sum(model(*batch).values())
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        scores, _ = self.score(model, self.parts["validation"])
+        images = self.parts["validation"]
+        scores = score(self.predict(model, images), images, self.classes)
         return {"ap50": scores["ap50"], "map": scores["map"]}
 
     def test(self, model: nn.Module, folder: Path) -> Outcome:
         images = self.parts["test"]
-        scores, found = self.score(model, images)
-        write_csv(self.predictions(images, found), folder / "predictions.csv")
-        rows = [
-            {
-                "case": image.name,
-                "patient": image.patient,
-                "boxes": self.count([image]).total(),
-                "found": len(own["boxes"]),
-            }
-            for image, own in zip(images, found, strict=True)
-        ]
-        return Outcome(scores, rows, self.table(scores), {"images": len(images), "classes": self.classes})
-
-    def score(self, model: nn.Module, images: list[Annotated]) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
         found = self.predict(model, images)
-        return score(found, [target_of(image) for image in images], self.classes), found
+        scores, counts = score(found, images, self.classes), self.count(images)
+        rows, boxes = [], []
+        for image, own in zip(images, found, strict=True):
+            counted = {"boxes": self.count([image]).total(), "found": len(own["boxes"])}
+            rows.append({"case": image.name, "patient": image.patient, **counted})
+            for box, value, label in zip(*(own[key].tolist() for key in ("boxes", "scores", "labels")), strict=True):
+                line = (image.name, self.classes[label - 1], f"{value:.4f}", *(f"{x:.1f}" for x in box))
+                boxes.append(dict(zip(PREDICTIONS, line, strict=True)))
+        write_csv(boxes, folder / "predictions.csv", PREDICTIONS)
+        width = max(map(len, [*self.classes, "all"]))
+        lines = [f"{'class':{width}s}   boxes     AP50      mAP"]
+        for name, suffix, count in [*((c, f"_{c}", counts[c]) for c in self.classes), ("all", "", counts.total())]:
+            numbers = f"{scores[f'ap50{suffix}']:6.3f}   {scores[f'map{suffix}']:6.3f}"
+            lines.append(f"{name:{width}s}  {count:6d}   {numbers}")
+        return Outcome(scores, rows, "\n".join(lines), {"images": len(images), "classes": self.classes})
 
     def predict(self, model: nn.Module, images: list[Annotated]) -> list[dict[str, Tensor]]:
-        """Of each image boxes [n, 4] in pixels of its file, scores [n] and labels [n], on the CPU."""
+        """Of each image boxes [n, 4] in pixels of its file, best first, scores [n] and labels [n], on the CPU."""
         found = []
         for start in range(0, len(images), self.cfg.batch_size):
             some = images[start : start + self.cfg.batch_size]
-            pixels = [self.read(image) for image in some]
             with self.precision.autocast():
-                outputs = model([one.to(self.device) for one in pixels])
-            for image, own, output in zip(some, pixels, outputs, strict=True):
-                output = {key: value.cpu() for key, value in output.items()}
-                output["boxes"] = output["boxes"].float() / scale_of(image, own)
-                output["scores"] = output["scores"].float()
-                found.append(output)
+                outputs = model([self.read(image) for image in some])
+            for image, output in zip(some, outputs, strict=True):
+                boxes, labels = output["boxes"].cpu().float() / self.scale(image), output["labels"].cpu()
+                found.append({"boxes": boxes, "labels": labels, "scores": output["scores"].cpu().float()})
         return found
 
     def read(self, image: Annotated) -> Tensor:
-        """The prepared copy [1, h, w] float32 in 0..1."""
-        return torch.from_numpy(np.load(self.files[image.name], allow_pickle=False)).float()[None]
+        """The prepared copy [1, h, w] float32 in 0..1, on the device."""
+        return torch.from_numpy(np.load(self.files[image.name], allow_pickle=False)).float()[None].to(self.device)
 
-    def predictions(self, images: list[Annotated], found: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
-        """Lines of predictions.csv: every box that was found, in pixels of the file, best first."""
-        rows = []
-        for image, output in zip(images, found, strict=True):
-            for box, value, label in zip(*(output[key].tolist() for key in ("boxes", "scores", "labels")), strict=True):
-                corners = dict(zip(("x_min", "y_min", "x_max", "y_max"), (f"{x:.1f}" for x in box), strict=True))
-                name = self.classes[label - 1]
-                rows.append({"image_id": image.name, "class_name": name, "score": f"{value:.4f}"} | corners)
-        return rows
-
-    def table(self, scores: dict[str, float]) -> str:
-        width, counts = max(map(len, [*self.classes, "all"])), self.count(self.parts["test"])
-        lines = [f"{'class':{width}s}   boxes     AP50      mAP"]
-        for name, suffix, boxes in [*((c, f"_{c}", counts[c]) for c in self.classes), ("all", "", counts.total())]:
-            lines.append(
-                f"{name:{width}s}  {boxes:6d}   {scores[f'ap50{suffix}']:6.3f}   {scores[f'map{suffix}']:6.3f}"
-            )
-        return "\n".join(lines)
+    def scale(self, image: Annotated) -> Tensor:
+        """[4] from coordinates in the file to those in its prepared copy."""
+        height, width = content_size(image.height, image.width, self.cfg.image_size)
+        return torch.tensor([width / image.width, height / image.height] * 2)
 
 
 def build_model(cfg: Config, classes: int) -> nn.Module:
@@ -257,17 +241,14 @@ def build_model(cfg: Config, classes: int) -> nn.Module:
     frozen = cfg.norm == "frozen" or (cfg.norm == "auto" and cfg.weights != "random")
     freeze(encoder, cfg.trainable_layers, frozen)
     torch.manual_seed(cfg.seed)
-    grey = {
-        "min_size": cfg.image_size,
-        "max_size": cfg.image_size,
-        "image_mean": [GREY_MEAN],
-        "image_std": [GREY_STD],
-    }
+    grey = {"min_size": cfg.image_size, "max_size": cfg.image_size, "image_mean": [GREY_MEAN], "image_std": [GREY_STD]}
+    first = 1 if cfg.model == "fasterrcnn" else 2  # stage of the ResNet that the pyramid begins with
+    names = {f"layer{i}": str(i - first) for i in range(first, 5)}
+    body = encoder, names, list(encoder.stage_features[first - 1 :]), cfg.pyramid_channels
     ratios = ((0.5, 1.0, 2.0),) * LEVELS
     if cfg.model == "fasterrcnn":
-        names, widths = {f"layer{i}": str(i - 1) for i in range(1, 5)}, list(encoder.stage_features)
         return FasterRCNN(
-            BackboneWithFPN(encoder, names, widths, cfg.pyramid_channels),
+            BackboneWithFPN(*body),
             classes + 1,  # and the background
             rpn_anchor_generator=AnchorGenerator(tuple((size,) for size in cfg.anchor_sizes), ratios),
             rpn_post_nms_top_n_train=2 * cfg.proposals,
@@ -275,11 +256,9 @@ def build_model(cfg: Config, classes: int) -> nn.Module:
             box_batch_size_per_image=math.ceil(cfg.proposals / 2),
             **grey,
         )
-    names, widths = {f"layer{i}": str(i - 2) for i in range(2, 5)}, list(encoder.stage_features[1:])
-    pyramid = LastLevelP6P7(cfg.pyramid_channels, cfg.pyramid_channels)
     thirds = tuple(tuple(int(size * 2 ** (i / 3)) for i in range(3)) for size in cfg.anchor_sizes)
     return RetinaNet(
-        BackboneWithFPN(encoder, names, widths, cfg.pyramid_channels, pyramid),
+        BackboneWithFPN(*body, LastLevelP6P7(cfg.pyramid_channels, cfg.pyramid_channels)),
         classes + 1,  # label 0 stays unused
         anchor_generator=AnchorGenerator(thirds, ratios),
         **grey,
@@ -338,8 +317,6 @@ def prepare(images: Sequence[Annotated], cfg: Config) -> dict[str, Path]:
 def read_grey(path: Path) -> np.ndarray:
     """[H, W] grey values, bright where the file is shown bright. Raises ValueError: what is wrong and the remedy."""
     if path.suffix.lower() in DICOM_SUFFIXES:
-        from conversion.readers import read_dicom_image
-
         return read_dicom_image(path)
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
@@ -361,33 +338,22 @@ def _normalised(pixels: np.ndarray, size: int) -> np.ndarray:
     return resized[0, 0].clamp(0, 1).half().numpy()
 
 
-def scale_of(image: Annotated, pixels: Tensor) -> Tensor:
-    """[4], from coordinates in the file to those in its prepared copy [1, h, w]."""
-    x, y = pixels.shape[2] / image.width, pixels.shape[1] / image.height
-    return torch.tensor([x, y, x, y])
-
-
-def target_of(image: Annotated, pixels: Tensor | None = None) -> dict[str, Tensor]:
-    """boxes [n, 4], labels [n] and iscrowd [n], in coordinates of the prepared copy [1, h, w], or of the file."""
-    boxes = torch.from_numpy(image.boxes)
-    boxes = boxes if pixels is None else boxes * scale_of(image, pixels)
-    return {"boxes": boxes, "labels": torch.from_numpy(image.labels), "iscrowd": torch.from_numpy(image.crowd).long()}
-
-
 def mirrored(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     """Image [1, h, w] and its boxes, left to right."""
     width = image.shape[-1]
     return image.flip(-1), torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1)
 
 
-def score(found: list[dict[str, Tensor]], targets: list[dict[str, Tensor]], classes: Sequence[str]) -> dict[str, float]:
+def score(found: list[dict[str, Tensor]], images: Sequence[Annotated], classes: Sequence[str]) -> dict[str, float]:
     """COCO's average precision over all images: `map` (mean over IoU 0.50:0.95) and `ap50`, and both per class.
 
-    A class without boxes among the targets is nan and left out of the mean; one with boxes of which none is found is 0.
+    A class without boxes in the images is nan and left out of the mean; one with boxes of which none is found is 0.
     At most 100 boxes of an image count. Source: pycocotools, through torchmetrics.
     """
     from torchmetrics.detection import MeanAveragePrecision
 
+    truth = [(image.boxes, image.labels, image.crowd.astype(int)) for image in images]
+    targets = [dict(zip(("boxes", "labels", "iscrowd"), map(torch.from_numpy, one), strict=True)) for one in truth]
     scores: dict[str, float] = {}
     for name, thresholds in (("map", None), ("ap50", [0.5])):
         metric = MeanAveragePrecision(iou_thresholds=thresholds, class_metrics=True)
@@ -395,14 +361,11 @@ def score(found: list[dict[str, Tensor]], targets: list[dict[str, Tensor]], clas
         metric.update(found, targets)
         result = metric.compute()
         labels, values = result["classes"].reshape(-1).tolist(), result["map_per_class"].reshape(-1).tolist()
-        per_class = dict(zip(labels, values, strict=True))
-        scores[name] = _or_nan(result["map"].item())
-        scores |= {f"{name}_{one}": _or_nan(per_class.get(label, -1)) for label, one in enumerate(classes, start=1)}
+        of_label = dict(zip(labels, values, strict=True)) | {0: result["map"].item()}
+        for label, suffix in enumerate(["", *(f"_{one}" for one in classes)]):
+            value = of_label.get(label, -1)
+            scores[name + suffix] = math.nan if value < 0 else value  # -1 is pycocotools' word for no boxes
     return scores
-
-
-def _or_nan(value: float) -> float:
-    return math.nan if value < 0 else value  # -1 is pycocotools' word for no boxes
 
 
 if __name__ == "__main__":

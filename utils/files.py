@@ -65,10 +65,11 @@ def write_json(value: Any, path: Path) -> None:
     write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n", path)
 
 
-def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A whole CSV file with the columns of all rows, in the order in which they first appear."""
+def write_csv(rows: Sequence[Mapping[str, Any]], path: Path, columns: Sequence[str] = ()) -> None:
+    """A whole CSV file with `columns` and all others of the rows, in the order in which they first appear."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    names = dict.fromkeys([*columns, *(name for row in rows for name in row)])
+    writer = csv.DictWriter(text, list(names), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(text.getvalue(), path)
