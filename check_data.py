@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from datasets.check import Content, Finding, check, groups
-from datasets.index import Sample
+from datasets.check import Content, check
+from datasets.headers import Finding
+from datasets.index import Sample, groups
 from datasets.store import unused_files
 from utils import config as options
 from utils.errors import UserError

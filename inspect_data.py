@@ -20,8 +20,9 @@ from typing import Any
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from datasets.cache import shown_size
 from datasets.loaders import ImageLoader, Slices, VolumeLoader, VolumeWindows, canvas_size
-from datasets.store import prepare, shown_size
+from datasets.store import prepare
 from reporting import page, views
 from reporting.runs import method_of, stage_of
 from utils import config as options

@@ -18,7 +18,7 @@ from typing import Any
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from datasets.store import shown_size
+from datasets.cache import shown_size
 from reporting import clusters, embed, figures, page, results
 from reporting.clusters import MapMethod
 from reporting.runs import STAGES, Run, method_of, read_runs

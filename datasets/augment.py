@@ -11,7 +11,7 @@ while it is resampled.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -128,16 +128,24 @@ class VolumeViews:
             )
         content, length = np.array(extents.tolist(), dtype=float), mask.sum(1).cpu()
         out = volumes.new_empty(views, B, D, self.height, self.width, dtype=torch.float32)
-        orders = self._orders(epoch, index.tolist()) if self.policy == "paper" else None
-        for view in range(1, views + 1):
-            u = Uniforms(self.seed, epoch, index.tolist(), view)
-            if orders is None:
-                draws = self._draw_strong(u, S, content, length.numpy())
-            else:
-                kind = orders[:, (view - 1) % len(PAPER_TRANSFORMS)]
-                draws = self._draw_paper(u, kind, S, content, length.numpy())
-            _transform(volumes, draws, out[view - 1], length)
+        for view, draws in zip(out, self.draws(S, content, length.numpy(), index.tolist(), epoch, views), strict=True):
+            _transform(volumes, draws, view, length)
         return out
+
+    def draws(
+        self, canvas: int, content: np.ndarray, slices: np.ndarray, index: Sequence[int], epoch: int, views: int = 2
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """The parameters of views 1 to `views`, by name, a row per sample: a pure function of the arguments.
+
+        canvas: S.  content: [B, 2] the extents.  slices: [B] real slices.  index: B global sample indices.
+        """
+        orders = self._orders(epoch, index) if self.policy == "paper" else None
+        for view in range(1, views + 1):
+            u = Uniforms(self.seed, epoch, index, view)
+            if orders is None:
+                yield self._draw_strong(u, canvas, content, slices)
+            else:
+                yield self._draw_paper(u, orders[:, (view - 1) % len(PAPER_TRANSFORMS)], canvas, content, slices)
 
     def _orders(self, epoch: int, index: Sequence[int]) -> np.ndarray:
         """[B, 7] places in PAPER_TRANSFORMS: the order in which the views of each sample take them."""
@@ -219,16 +227,23 @@ class MultiCrop:
         shapes = (images.shape, extents.shape, index.shape)
         if shapes != ((B, S, S), (B, 2), (B,)) or B == 0:
             raise ValueError(f"need images [B, S, S], extents [B, 2], index [B], got {[*map(tuple, shapes)]}")
-        content = np.array(extents.tolist(), dtype=float)
-        kinds, view = [], 0
-        for size, count, scale in zip(self.sizes, self.counts, self.scales, strict=True):
+        kinds, draws = [], self.draws(S, np.array(extents.tolist(), dtype=float), index.tolist(), epoch)
+        for size, count in zip(self.sizes, self.counts, strict=True):
             crops = images.new_empty(count, B, 1, *size, dtype=torch.float32)
-            for out in crops:
-                view += 1
-                u = Uniforms(self.seed, epoch, index.tolist(), view)
-                _transform(images[:, None], self._draw(u, S, content, size, scale), out)
+            for crop in crops:
+                _transform(images[:, None], next(draws), crop)
             kinds.append(crops[:, :, 0])
         return kinds
+
+    def draws(
+        self, canvas: int, content: np.ndarray, index: Sequence[int], epoch: int
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """The parameters of crops 1 to sum(counts), as `VolumeViews.draws` gives those of views."""
+        view = 0
+        for size, count, scale in zip(self.sizes, self.counts, self.scales, strict=True):
+            for _ in range(count):
+                view += 1
+                yield self._draw(Uniforms(self.seed, epoch, index, view), canvas, content, size, scale)
 
     def _draw(
         self,

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datasets.cache import BadSource, cached, cached_unless_busy, key_of, remove_leftovers
+from datasets.cache import BadSource, cached, cached_unless_busy, key_of, make_room
 from utils.errors import UserError
 
 ARRAY = np.arange(12.0).reshape(3, 4)
@@ -141,13 +141,13 @@ def test_a_killed_process_leaves_its_work_to_others(tmp_path: Path) -> None:
     assert files(tmp_path) == [".left.tmp.npy", ".taken.tmp.npy"]
     path = cached(tmp_path, "taken", lambda temporary: np.save(temporary, ARRAY))
     np.testing.assert_array_equal(np.load(path), ARRAY)
-    remove_leftovers(tmp_path)
+    make_room(tmp_path, 0, "")
     assert files(tmp_path) == ["taken.npy"]
 
 
 def test_a_file_at_work_is_no_leftover(tmp_path: Path) -> None:
     def make(temporary: Path) -> None:
-        remove_leftovers(tmp_path)
+        make_room(tmp_path, 0, "")
         assert temporary.exists()
         np.save(temporary, ARRAY)
 
