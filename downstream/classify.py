@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from datasets.augment import Ranges, VolumeViews
 from downstream import options, task
 from downstream.encoders import load_encoder, load_joint_encoder
-from downstream.features import fit_logistic_regression, frozen_features, mean_of_stacks, open_cases, pad, vote
+from downstream.features import StackEncoder, fit_logistic_regression, frozen_features, open_cases, pad, vote
 from downstream.labels import Items, LabelRow, label_items, read_labels
 from downstream.scores import METRICS, Scores, classification_scores, score_intervals, validation_score
 from downstream.splits import choose_by_turns
 from downstream.task import Outcome, Task, fingerprint
 from models.encoder import JointEncoder
-from models.resnet import GreyResNet, pooled, wide
+from models.resnet import GreyResNet, wide
 from utils import config
 from utils.errors import UserError
 from utils.options import constants
@@ -305,28 +305,21 @@ def open_items(cfg: Config) -> Items:
     return label_items(cases, rows, cfg.classes, cfg.positive, cfg.patient_pattern, cfg.labels or cfg.data_path)
 
 
-class Classifier(nn.Module):
-    """A new linear layer on the whole encoder: volumes [B, D, H, W], mask [B, D] -> logits [B, classes].
+class Classifier(StackEncoder):
+    """A new linear layer on the whole encoder: volumes [B, D, S, S], mask [B, D] -> logits [B, classes].
 
-    Its input is the mean over real slices of f_intra's last stage, and f_inter's volume embedding where there is one,
-    each brought to unit variance (LayerNorm without parameters), as their scales have nothing in common.
+    Each part of its input is brought to unit variance (LayerNorm without parameters): they have no scale in common.
     """
 
     def __init__(self, encoder: GreyResNet | JointEncoder, classes: int) -> None:
-        super().__init__()
-        self.encoder = encoder
+        super().__init__(encoder)
         joint = isinstance(encoder, JointEncoder)
         width = encoder.encoder.num_features + encoder.projection.out_features if joint else encoder.num_features
         self.head = nn.Linear(width, classes)
 
     def forward(self, volumes: Tensor, mask: Tensor) -> Tensor:
-        stack = mask.nonzero()[:, 0]  # of every real slice
-        if isinstance(self.encoder, JointEncoder):
-            slices, tokens = self.encoder.tokens(volumes, mask)
-            parts = [mean_of_stacks(wide(slices), stack), self.encoder.holistic(tokens, mask)]
-        else:
-            parts = [mean_of_stacks(wide(pooled(self.encoder(volumes[mask].unsqueeze(1)))), stack)]
-        return wide(self.head(torch.cat([F.layer_norm(part, part.shape[1:]) for part in parts], dim=1)))
+        parts = [F.layer_norm(part, part.shape[1:]) for part in self.parts(volumes, mask)]
+        return wide(self.head(torch.cat(parts, dim=1)))
 
 
 def format_table(

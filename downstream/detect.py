@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jsonargparse.typing import OpenUnitInterval, PositiveInt
-from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -32,8 +31,8 @@ from tqdm import tqdm
 
 from conversion.readers import read_dicom_image
 from datasets.cache import cache_folder, cached, key_of
-from datasets.index import IMAGE_FORMATS, bad_files
-from datasets.render import PERCENTILES, content_size
+from datasets.index import bad_files
+from datasets.render import content_size, read_grey, robust_limits
 from downstream import options, task
 from downstream.boxes import DICOM_SUFFIXES, Annotated, read_boxes
 from downstream.encoders import load_encoder
@@ -46,7 +45,7 @@ from utils.options import constants
 from utils.precision import Precision
 from utils.seeding import SHARED, SHUFFLE, stream
 
-FORMAT = 1  # of the prepared images; raise it when their content changes
+FORMAT = 2  # of the prepared images; raise it when their content changes
 LEVELS = 5  # of both pyramids, each with its own anchor size
 PREDICTIONS = ("image_id", "class_name", "score", "x_min", "y_min", "x_max", "y_max")  # columns
 STAGES = ("layer4", "layer3", "layer2", "layer1", "stem")  # in the order in which they are set free
@@ -298,12 +297,10 @@ def prepare(images: Sequence[Annotated], cfg: Config) -> dict[str, Path]:
     folder = cache_folder(Path(cfg.data_path), cfg.cache_path) / f"boxes_{cfg.image_size}px_v{FORMAT}"
 
     def one(image: Annotated) -> Path | str:
-        def make(temporary: Path) -> None:
-            np.save(temporary, _normalised(read_grey(image.path), cfg.image_size), allow_pickle=False)
-
         status = image.path.stat()
+        key = key_of(image.name, status.st_size, status.st_mtime_ns)
         try:
-            return cached(folder, key_of(image.name, status.st_size, status.st_mtime_ns), make)
+            return cached(folder, key, lambda file: np.save(file, normalised(image.path, cfg.image_size)))
         except ValueError as error:
             return f"{image.path}: {error}"
 
@@ -314,26 +311,13 @@ def prepare(images: Sequence[Annotated], cfg: Config) -> dict[str, Path]:
     return {image.name: file for image, file in zip(images, made, strict=True)}
 
 
-def read_grey(path: Path) -> np.ndarray:
-    """[H, W] grey values, bright where the file is shown bright. Raises ValueError: what is wrong and the remedy."""
-    if path.suffix.lower() in DICOM_SUFFIXES:
-        return read_dicom_image(path)
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            own = image.mode in ("L", "I", "F") or image.mode.startswith("I;16")
-            return np.asarray(image if own else image.convert("L"))
-    except Exception as error:  # decoders fail in many ways on damaged data
-        raise ValueError(f"broken image data ({error}); export it again or remove its annotations") from None
-
-
-def _normalised(pixels: np.ndarray, size: int) -> np.ndarray:
-    pixels = pixels.astype(np.float64)
-    low, high = np.percentile(pixels, PERCENTILES)
-    if low == high:  # an X-ray on a large empty ground
-        low, high = pixels.min(), pixels.max()
+def normalised(path: Path, size: int) -> np.ndarray:
+    """A prepared copy, bright where the file is shown bright. Raises ValueError: what is wrong and the remedy."""
+    pixels = read_dicom_image(path) if path.suffix.lower() in DICOM_SUFFIXES else read_grey(path)
+    low, high = robust_limits(pixels)
     if not high > low:  # also where there are NaN
         raise ValueError("is constant or holds NaN; export it again or remove its annotations")
-    grey = torch.from_numpy(((pixels - low) / (high - low)).clip(0, 1)).float()[None, None]
+    grey = torch.from_numpy(((pixels.astype(np.float64) - low) / (high - low)).clip(0, 1)).float()[None, None]
     resized = F.interpolate(grey, content_size(*pixels.shape, size), mode="bilinear", antialias=True)
     return resized[0, 0].clamp(0, 1).half().numpy()
 

@@ -18,19 +18,12 @@ from test_task import stopping
 from datasets.store import prepare
 from downstream import classify, froc, task
 from downstream.encoders import load_encoder, load_joint_encoder
-from downstream.features import (
-    encode_slices,
-    encode_volumes,
-    fit_logistic_regression,
-    mean_of_stacks,
-    open_cases,
-    pad,
-    vote,
-)
+from downstream.features import fit_logistic_regression, frozen_features, open_cases, pad, vote
 from downstream.froc import EXCLUDED, NO_NODULE, Candidates
 from downstream.labels import name_patients, read_labels
 from downstream.scores import auc, average_precision, bootstrap, classification_scores
 from downstream.splits import choose_by_turns
+from models.resnet import multi_scale
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -440,19 +433,24 @@ def test_tables_that_do_not_fit_are_named(tmp_path, table, old, new, message):
 # --- features ---
 
 
-def test_features_do_not_depend_on_what_else_is_in_the_batch_and_are_those_of_the_joint_encoder(tree, tmp_path):
+@pytest.mark.parametrize("features", ["pooled", "multi_scale"])
+def test_features_do_not_depend_on_what_else_is_encoded_and_are_those_of_the_joint_encoder(tree, tmp_path, features):
     cases = open_cases(tree, 32, cache_path=tmp_path)
     joint = load_joint_encoder("random", "resnet18", d_model=32, layers=1).eval()
-    together = encode_slices(joint.encoder, cases, [0, 1, 2])
-    assert together.stack.tolist() == [0] * 3 + [1] * 4 + [2] * 5
-    embedded, mean = encode_volumes(joint, together), mean_of_stacks(together.pooled, together.stack)
+    together = frozen_features(joint, cases, [0, 1, 2], features)
     for i in range(3):
-        alone = encode_slices(joint.encoder, cases, [i])
-        torch.testing.assert_close(encode_volumes(joint, alone)[0], embedded[i], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(alone.pooled.mean(0), mean[i], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(frozen_features(joint, cases, [i], features)[0], together[i], rtol=1e-4, atol=1e-5)
     batch, mask = pad([torch.from_numpy(cases.read(i)) for i in range(3)])
     with torch.no_grad():
-        torch.testing.assert_close(embedded, joint.holistic(joint.tokens(batch, mask)[1], mask))
+        slices, tokens = joint.tokens(batch, mask)
+        embedded = joint.holistic(tokens, mask).numpy()
+        if features == "multi_scale":
+            slices = multi_scale(joint.encoder(batch[mask][:, None]))
+    np.testing.assert_allclose(together[:, -32:], embedded, rtol=1e-4, atol=1e-5)
+    means = [part.mean(0).numpy() for part in slices.split([3, 4, 5])]
+    np.testing.assert_allclose(together[:, :-32], means, rtol=1e-4, atol=1e-5)
+    alone = frozen_features(joint.encoder, cases, [0, 1, 2], features)
+    np.testing.assert_allclose(alone, together[:, :-32], rtol=1e-4, atol=1e-5)
 
 
 def test_stored_values_are_those_of_training_from_a_tree_and_from_a_single_folder(tree, tmp_path):
@@ -471,5 +469,5 @@ def test_stored_values_are_those_of_training_from_a_tree_and_from_a_single_folde
 def test_the_encoder_is_left_as_it_was(tree, tmp_path):
     encoder = load_encoder("random", "resnet18").train()
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
-    encode_slices(encoder, open_cases(tree, 32, cache_path=tmp_path), [0])
+    frozen_features(encoder, open_cases(tree, 32, cache_path=tmp_path), [0])
     assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())

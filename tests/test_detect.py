@@ -370,7 +370,8 @@ def joint(tmp_path_factory) -> tuple[JointEncoder, str]:
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
     path = tmp_path_factory.mktemp("weights") / "joint.pth"
-    weights.save_joint(SimpleNamespace(encoder=made), path, {"config": {"arch": "resnet18", "d_model": 32, "layers": 1}})
+    record = {"config": {"arch": "resnet18", "d_model": 32, "layers": 1}}
+    weights.save_joint(SimpleNamespace(encoder=made), path, record)
     return made.eval(), str(path)
 
 
