@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from datasets.augment import Ranges, VolumeViews
 from downstream import options, task
 from downstream.encoders import load_encoder, load_joint_encoder
-from downstream.features import StackEncoder, fit_logistic_regression, frozen_features, open_cases, pad, vote
+from downstream.features import Cases, StackEncoder, fit_logistic_regression, frozen_features, pad, vote
 from downstream.labels import Items, LabelRow, label_items, read_labels
 from downstream.scores import METRICS, Scores, classification_scores, score_intervals, validation_score
 from downstream.splits import choose_by_turns
@@ -297,7 +297,7 @@ class Classification(Task):
 
 def open_items(cfg: Config) -> Items:
     """The labelled images or volumes below data_path."""
-    cases = open_cases(cfg.data_path, cfg.size, cfg.slices, cfg.cache_path, cfg.on_bad, cfg.level)
+    cases = Cases(cfg.data_path, cfg.size, cfg.slices, cfg.cache_path, cfg.on_bad, cfg.level)
     if cfg.labels:
         rows = read_labels(cfg.labels, cases.names, cfg.case_column, cfg.label_column, cfg.patient_column)
     else:

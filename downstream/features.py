@@ -1,13 +1,12 @@
 """Frozen features of images and volumes, from files read and normalised as in training.
 
-cases = open_cases("Training_Data", size=224)
+cases = Cases("Training_Data", size=224)
 features = frozen_features(load_encoder("weights/swav3D_encoder.pth"), cases, range(len(cases.names)))  # [cases, C]
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from datasets.index import LABEL_FOLDERS
 from datasets.loaders import Slices
 from datasets.store import prepare
 from downstream.scores import validation_score
@@ -31,25 +29,32 @@ Features = Literal["pooled", "multi_scale"]  # of f_intra: its last stage, or al
 
 
 class Cases:
-    """Images and volumes of a data tree or of one data set, as stacks of slices on a square canvas.
+    """Images and volumes, normalised as in training, as stacks of slices on a square canvas.
 
-    A volume is at most `slices` evenly spaced slices (0: all of them). A stack is a case or, at level `slice`, a single
-    slice of one.  names: of the cases, relative to data_path.  datasets: the data set of each case.
-    owner: [stacks] position of the case that a stack is of.  size: S, side of the canvas in pixels.
+    data_path: a data tree, or the folder of a single data set.  size: S, side of the canvas in pixels.
+    slices: evenly spaced ones of a volume that are used, at most; 0: all.  cache_path, on_bad: as in
+    `datasets.store.prepare`.  level: a stack is a case, or a single slice of one.
+    Has names (of the cases, relative to data_path), datasets (of each case the data set), and owner ([stacks] the
+    position of the case that a stack is of). Raises UserError naming what cannot be used.
     """
 
     def __init__(
         self,
-        data_path: Path,
+        data_path: str | Path,
         size: int,
-        slices: int,
-        cache_path: str | Path | None,
-        on_bad: Literal["error", "skip"],
-        level: Literal["slice", "volume"],
+        slices: int = 32,
+        cache_path: str | Path | None = None,
+        on_bad: Literal["error", "skip"] = "error",
+        level: Literal["slice", "volume"] = "volume",
     ) -> None:
-        alone = is_data_set(data_path)
-        tree, only = (data_path.resolve().parent, data_path.resolve().name) if alone else (data_path, None)
-        cache = cache_path or (data_path / ".cache" if alone else None)
+        root = Path(data_path).expanduser().resolve()
+        if not root.is_dir():
+            raise UserError(f"data_path: {root} is not a folder; give the one that holds the images or volumes")
+        files = [file.name for file in root.iterdir() if file.is_file()]
+        alone = "dataset.yaml" in files or any(without_suffix(name) != name for name in files)
+        tree, only, cache = (
+            (root.parent, root.name, cache_path or root / ".cache") if alone else (root, None, cache_path)
+        )
         samples, self.store = prepare(tree, size, cache, on_bad, progress=False, only=only)
         self.size = size
         self.names = [sample.name.split("/", 1)[1] if alone else sample.name for sample in samples]
@@ -67,38 +72,6 @@ class Cases:
         """Height and width in pixels of what the canvas shows of a stack; it is centred."""
         height, width = self.store.extents[self.owner[index]].tolist()
         return height, width
-
-
-def open_cases(
-    data_path: str | Path,
-    size: int,
-    slices: int = 32,
-    cache_path: str | Path | None = None,
-    on_bad: Literal["error", "skip"] = "error",
-    level: Literal["slice", "volume"] = "volume",
-) -> Cases:
-    """The cases of a data tree as training reads it, or of a single folder of images or volumes.
-
-    Intensities, windows (`dataset.yaml`) and in-plane size are those of training (`datasets.render`). Folders of
-    labels are not entered. on_bad: as in `datasets.store.prepare`. Raises UserError naming what cannot be used.
-    """
-    root = Path(data_path).expanduser()
-    if not root.is_dir():
-        raise UserError(f"data_path: {root} is not a folder; give the one that holds the images or volumes")
-    volume = next((file for file in _walk(root) if file.name.lower().endswith((".nii", ".nii.gz"))), None)
-    if volume:
-        raise UserError(
-            f"data_path: {root} holds NIfTI files ({volume.name}); prepare them first: "
-            f"python prepare_data.py --source {root} --dest Training_Data/{root.resolve().name}, which --data_path "
-            "then names"
-        )
-    return Cases(root, size, slices, cache_path, on_bad, level)
-
-
-def is_data_set(folder: Path) -> bool:
-    """Whether a folder is one data set and not a tree of them: it holds cases, or its dataset.yaml, itself."""
-    names = [entry.name for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith(".")]
-    return "dataset.yaml" in names or any(without_suffix(name) != name for name in names)
 
 
 class StackEncoder(nn.Module):
@@ -209,10 +182,3 @@ def _probabilities(model: Any, x: np.ndarray, classes: int) -> np.ndarray:
     result = np.zeros((len(x), classes))
     result[:, model.classes_] = model.predict_proba(x)
     return result
-
-
-def _walk(root: Path) -> Iterator[Path]:
-    """All files but hidden ones and those in folders of labels."""
-    for parent, folders, names in os.walk(root):
-        folders[:] = [n for n in folders if not n.startswith(".") and n.lower() not in LABEL_FOLDERS]
-        yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
