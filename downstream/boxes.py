@@ -16,8 +16,8 @@ from PIL import Image
 
 from conversion.readers import BadFile, dicom_header
 from datasets.index import IMAGE_FORMATS, IMAGE_SUFFIXES, bad_files
-from downstream.labels import read_csv
 from utils.errors import UserError
+from utils.files import read_csv
 
 DICOM_SUFFIXES = {".dcm", ".dicom"}
 NO_FINDING = "No finding"  # VinDr-CXR's class of images without boxes

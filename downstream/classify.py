@@ -123,7 +123,7 @@ class Classification(Task):
             )
         self.items = open_items(cfg)
         self.patients = self.items.patients
-        self.fingerprint = fingerprint(sample.path for sample in self.items.cases.store.samples)
+        self.fingerprint = fingerprint(sample.path for sample in self.items.cases.samples)
 
     def choose(self, train: list[str]) -> list[str]:
         """The classes by turns: the labels of a smaller fraction are the first of a larger one's."""
@@ -301,7 +301,7 @@ def open_items(cfg: Config) -> Items:
     if cfg.labels:
         rows = read_labels(cfg.labels, cases.names, cfg.case_column, cfg.label_column, cfg.patient_column)
     else:
-        rows = [LabelRow(i, name) for i, name in enumerate(cases.datasets)]
+        rows = [LabelRow(i, sample.dataset) for i, sample in enumerate(cases.samples)]
     return label_items(cases, rows, cfg.classes, cfg.positive, cfg.patient_pattern, cfg.labels or cfg.data_path)
 
 

@@ -34,8 +34,8 @@ class Cases:
     data_path: a data tree, or the folder of a single data set.  size: S, side of the canvas in pixels.
     slices: evenly spaced ones of a volume that are used, at most; 0: all.  cache_path, on_bad: as in
     `datasets.store.prepare`.  level: a stack is a case, or a single slice of one.
-    Has names (of the cases, relative to data_path), datasets (of each case the data set), and owner ([stacks] the
-    position of the case that a stack is of). Raises UserError naming what cannot be used.
+    Has samples (the cases), names (theirs, relative to data_path), and owner ([stacks] the position of the case that a
+    stack is of). Raises UserError naming what cannot be used.
     """
 
     def __init__(
@@ -55,11 +55,10 @@ class Cases:
         tree, only, cache = (
             (root.parent, root.name, cache_path or root / ".cache") if alone else (root, None, cache_path)
         )
-        samples, self.store = prepare(tree, size, cache, on_bad, progress=False, only=only)
+        self.samples, self.store = prepare(tree, size, cache, on_bad, progress=False, only=only)
         self.size = size
-        self.names = [sample.name.split("/", 1)[1] if alone else sample.name for sample in samples]
-        self.datasets = [sample.dataset for sample in samples]
-        items = np.asarray(Slices(samples, self.store, slices).items)  # [n, 2]: sample and slice, sample by sample
+        self.names = [sample.name.split("/", 1)[1] if alone else sample.name for sample in self.samples]
+        items = np.asarray(Slices(self.samples, self.store, slices).items)  # [n, 2]: sample and slice, sample by sample
         ends = np.arange(1, len(items)) if level == "slice" else np.flatnonzero(np.diff(items[:, 0])) + 1
         self.stacks = np.split(items, ends)
         self.owner = np.array([stack[0, 0] for stack in self.stacks])

@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jsonargparse.typing import NonNegativeInt
 
-from downstream.labels import read_csv
 from downstream.scores import bootstrap
 from downstream.splits import without_suffix
 from utils import config as options
 from utils.errors import UserError
-from utils.files import write_csv, write_json
+from utils.files import read_csv, write_csv, write_json
 
 RATES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # false positives per scan
 NO_NODULE, EXCLUDED = -1, -2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,14 @@ def test_patients_of_the_pattern_stay_together(tree, tmp_path):
     assert result["patients"] == len(parts["test"])
 
 
+def test_patients_that_a_prepared_tree_knows_stay_together(tree, tmp_path):
+    shutil.copytree(tree, tmp_path / "tree")
+    for organ in ("Bright", "Dark"):
+        rows = [f"{file.name},p{int(file.stem[-1]) // 5}" for file in (tmp_path / "tree" / organ).glob("*.npy")]
+        (tmp_path / "tree" / organ / "cases.csv").write_text("\n".join(["file,patient", *rows]))
+    assert run(tmp_path / "tree", tmp_path, fractions=[0.5, 0.0, 0.5])["patients"] == 1  # of p0 and p1
+
+
 def test_chest_x_rays_end_to_end(shared, tmp_path):
     labels = str(shared / "chest_xray/labels.csv")
     result = run(shared / "chest_xray", tmp_path, labels=labels, classes=["No finding", "COVID-19"])
@@ -273,7 +282,6 @@ def test_patients_are_read_from_file_names():
     pattern = r"^(.*?)(?:_(?:t1|t2|t1ce|flair))?_frame_"
     names = ["Brain/Brats18_2013_1_1_t1ce_frame_097.png", "Heart/la_030_frame_12.png"]
     assert name_patients(names, pattern) == ["Brats18_2013_1_1", "la_030"]
-    assert name_patients(names, None) == names
     for wrong, message in ((r"^la", "has no group"), (r"(", "regular expression"), (r"(mr\d)", "finds no patient")):
         with pytest.raises(UserError, match=message):
             name_patients(names, wrong)
