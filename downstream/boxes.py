@@ -135,13 +135,12 @@ def _read_coco(path: Path, root: Path, problems: list[str]) -> Read:
             f"annotations: {path}: an entry of images or categories is not right ({error}); images have id and "
             "file_name, categories id and name, and ids are all numbers or all texts"
         ) from None
-    for what, ids in (("categories", categories), ("images", entries)):
-        if len(ids) < len(content[what]):
+    for what, texts in (("categories", categories), ("images", names)):
+        if len(texts) < len(content[what]):
             raise UserError(f"annotations: {path}: two {what} have the same id; number them again")
-    for what, texts in (("categories", categories.values()), ("file names", names.values())):
-        twice = [text for text, count in Counter(texts).items() if count > 1]
-        if twice:
-            raise UserError(f"annotations: {path}: {what}: {twice[0]!r} is there twice; merge the entries")
+        text, count = Counter(texts.values()).most_common(1)[0] if texts else ("", 0)
+        if count > 1:
+            raise UserError(f"annotations: {path}: {what}: {text!r} is there twice; merge the entries")
 
     marks: dict[str, list[Mark]] = defaultdict(list)
     for number, entry in enumerate(content["annotations"]):
@@ -162,9 +161,9 @@ def _read_coco(path: Path, root: Path, problems: list[str]) -> Read:
 
     images = []
     for i, name in names.items():
-        patient = next((str(entries[i][key]) for key in ("patient_id", "patient") if key in entries[i]), name)
-        image = Annotated(name, root / name, patient, entries[i].get("height", 0), entries[i].get("width", 0))
-        images.append(image)
+        entry = entries[i]
+        patient = str(entry.get("patient_id", entry.get("patient", name)))
+        images.append(Annotated(name, root / name, patient, entry.get("height", 0), entry.get("width", 0)))
     return images, marks, classes
 
 
