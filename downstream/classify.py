@@ -10,7 +10,7 @@ docs/DOWNSTREAM.md shows all.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,68 +21,73 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from datasets.augment import Ranges, VolumeViews
-from downstream import options, task
+from downstream import task
 from downstream.encoders import load_encoder, load_joint_encoder
-from downstream.features import Cases, StackEncoder, fit_logistic_regression, frozen_features, pad, vote
+from downstream.features import Cases, Features, StackEncoder, fit_logistic_regression, frozen_features, pad, vote
 from downstream.labels import Items, LabelRow, label_items, read_labels
+from downstream.options import Data, Running, Start, Training, WorkingCopy
 from downstream.scores import METRICS, Scores, classification_scores, score_intervals, validation_score
 from downstream.splits import choose_by_turns
 from downstream.task import Outcome, Task, fingerprint
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet, wide
-from utils import config
+from utils import config, options
 from utils.errors import UserError
-from utils.options import constants
 
 
 @dataclass(kw_only=True)
-class Labels:
-    """Labels"""
+class Labels(options.Group):
+    """The cases' labels, classes and patients."""
 
-    labels: str | None = None
-    """CSV with a label per case; null: the data set that a case is of"""
-    classes: list[str] = field(default_factory=list)
-    """labels to tell apart, cases with other labels are left out; empty: all labels in the file"""
-    positive: str | None = None
-    """one label against all others; a cell may then hold several, as in Effusion|Mass"""
-    case_column: str | None = None
-    """column with the case; null: the first of case, file, filename, image"""
-    label_column: str | None = None
-    """column with the label; null: the first of label, finding, class"""
-    patient_column: str | None = None
-    """column with the patient; null: the first of patient, subject, patient_id, if there is one"""
-    patient_pattern: str | None = None
-    """regular expression whose first group, found in the file name, is the patient or scan"""
-    label_fractions: list[PositiveFloat] = field(default_factory=list)
-    """shares of the training cases whose labels are used, one after the other (knn, linear); empty: as labelled says"""
+    labels: str | None = options.data(None, "CSV with a label per case; null: the data set that a case is of")
+    classes: list[str] = options.data(
+        [], "labels to tell apart, cases with other labels are left out; empty: all labels in the file"
+    )
+    positive: str | None = options.data(
+        None, "one label against all others; a cell may then hold several, as in Effusion|Mass"
+    )
+    case_column: str | None = options.data(None, "column with the case; null: the first of case, file, filename, image")
+    label_column: str | None = options.data(None, "column with the label; null: the first of label, finding, class")
+    patient_column: str | None = options.data(
+        None, "column with the patient; null: the first of patient, subject, patient_id, if there is one"
+    )
+    patient_pattern: str | None = options.data(
+        None, "regular expression whose first group, found in the file name, is the patient or scan"
+    )
+    label_fractions: list[PositiveFloat] = options.data(
+        [], "shares of the training cases whose labels are used, one after the other (knn, linear); empty: see labelled"
+    )
+    size: PositiveInt = options.data(224, "side in pixels that images and slices are resized to")
+    slices: NonNegativeInt = options.data(32, "evenly spaced slices of a volume that are used; 0: all")
 
 
 @dataclass(kw_only=True)
-class Model:
-    """What is classified, and how"""
+class Model(options.Group):
+    """What is classified, and how."""
 
-    mode: Literal["knn", "linear", "finetune"] = "linear"
-    """vote of the nearest neighbours or logistic regression on frozen features, or training of the whole network"""
-    level: Literal["slice", "volume"] = "volume"
-    """what gets a label: whole volumes, or every slice with the label of its volume; images are the same in both"""
-    model: Literal["intra", "joint"] = "intra"
-    """the slice encoder alone (features averaged over slices), or also the transformer's volume embedding"""
-    features: Literal["pooled", "multi_scale"] = "pooled"
-    """frozen features of the slice encoder: the last stage, or all four stages"""
-    k: PositiveInt = 5
-    """neighbours that vote, by cosine similarity; all labelled ones where there are fewer"""
-    size: PositiveInt = 224
-    """side in pixels that images and slices are resized to"""
-    slices: NonNegativeInt = 32
-    """evenly spaced slices of a volume that are used; 0: all"""
-    bootstrap: NonNegativeInt = 1000
-    """resamplings of the test patients for the 95 % intervals; 0: none"""
+    mode: Literal["knn", "linear", "finetune"] = options.model(
+        "linear",
+        "vote of nearest neighbours or logistic regression on frozen features, or training of the whole network",
+    )
+    level: Literal["slice", "volume"] = options.model(
+        "volume", "what gets a label: a whole volume, or each of its slices; images are the same in both"
+    )
+    model: Literal["intra", "joint"] = options.model(
+        "intra", "the slice encoder alone (features averaged over slices), or also the transformer's volume embedding"
+    )
+    features: Features = options.model("pooled", "frozen features: the ResNet's last stage, or all four stages")
+    k: PositiveInt = options.model(
+        5, "neighbours that vote, by cosine similarity; all labelled ones where there are fewer"
+    )
+    bootstrap: NonNegativeInt = options.running(
+        1000, "resamplings of the test patients for the 95 % intervals; 0: none"
+    )
 
 
-@constants
-class Config(options.Running, options.Training, options.Start, Model, Labels, options.Prepared, options.Data):
+@options.constants
+class Config(Running, Training, Start, Model, Labels, WorkingCopy, Data):
     data_path = "Training_Data"
-    fractions = [0.6, 0.2, 0.2]  # noqa: RUF012
+    fractions = [0.6, 0.2, 0.2]
     epochs = 30
     wd = 0.01
     dump_path = "runs/classify"

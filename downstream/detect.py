@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,15 +33,15 @@ from conversion.readers import read_dicom_image
 from datasets.cache import cache_folder, cached, key_of
 from datasets.index import bad_files
 from datasets.render import content_size, read_grey, robust_limits
-from downstream import options, task
+from downstream import task
 from downstream.boxes import DICOM_SUFFIXES, Annotated, read_boxes
 from downstream.encoders import load_encoder
+from downstream.options import Data, Running, Start, Training
 from downstream.task import Outcome, Task, fingerprint
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet
-from utils import config
+from utils import config, options
 from utils.errors import UserError
 from utils.files import write_csv
-from utils.options import constants
 from utils.precision import Precision
 from utils.seeding import SHARED, SHUFFLE, stream
 
@@ -52,48 +52,51 @@ STAGES = ("layer4", "layer3", "layer2", "layer1", "stem")  # in the order in whi
 
 
 @dataclass(kw_only=True)
-class Boxes:
-    """Boxes"""
+class Boxes(options.Group):
+    """Images and their boxes."""
 
-    annotations: str
-    """COCO .json, or VinDr-CXR's .csv (image_id, class_name, x_min, y_min, x_max, y_max; rad_id)"""
-    classes: list[str] | None = None
-    """classes to detect; null: all that the annotations have"""
-    merge_iou: OpenUnitInterval = 0.5
-    """boxes of several readers (rad_id) that overlap by more are one finding, their mean"""
-    empty: Literal["keep", "drop"] = "keep"
-    """images without boxes: train and test on them, or leave them out"""
-    image_size: PositiveInt = 512
-    """pixels of an image's longer side, up or down, aspect kept"""
-    flip: bool = True
-    """mirror half of the training images left to right"""
-    workers: PositiveInt = field(default=4, metadata=options.FREE)
-    """threads that prepare images"""
-    cache_path: str | None = field(default=None, metadata=options.FREE)
-    """folder for images at image_size; null: .cache in data_path"""
+    annotations: str = options.data(
+        MISSING, "COCO .json, or VinDr-CXR's .csv (image_id, class_name, x_min, y_min, x_max, y_max; rad_id)"
+    )
+    classes: list[str] | None = options.data(None, "classes to detect; null: all that the annotations have")
+    merge_iou: OpenUnitInterval = options.data(
+        0.5, "overlap above which boxes of several readers (rad_id) are one finding, their mean"
+    )
+    empty: Literal["keep", "drop"] = options.data(
+        "keep", "images without boxes: kept in training and test, or left out"
+    )
+    image_size: PositiveInt = options.data(512, "pixels of an image's longer side, up or down, aspect kept")
+    flip: bool = options.data(True, "half of the training images mirrored left to right")
+    workers: PositiveInt = options.running(4, "threads that prepare images", may_change=True)
+    cache_path: str | None = options.data(
+        None, "folder for images at image_size; null: .cache in data_path", may_change=True
+    )
 
 
 @dataclass(kw_only=True)
-class Detector:
-    """Detector"""
+class Detector(options.Group):
+    """The network."""
 
-    model: Literal["fasterrcnn", "retinanet"] = "fasterrcnn"
-    """detector of two stages or of one"""
-    trainable_layers: Literal[0, 1, 2, 3, 4, 5] = 5
-    """how much of the ResNet trains, from its end: 0 nothing, 3 layer2 to layer4, 5 the stem too"""
-    norm: Literal["auto", "frozen", "batch"] = "auto"
-    """BatchNorm of the ResNet: fixed as loaded, or statistics of the batch; auto: frozen unless weights are random"""
-    anchor_sizes: list[PositiveInt] = field(default_factory=lambda: [32, 64, 128, 256, 512])
-    """side in pixels (of image_size) of the anchors of the five pyramid levels"""
-    pyramid_channels: PositiveInt = 256
-    """width of the feature pyramid"""
-    proposals: PositiveInt = 1000
-    """Faster R-CNN: regions of an image that its second stage looks at; half as many train it"""
+    model: Literal["fasterrcnn", "retinanet"] = options.model("fasterrcnn", "detector of two stages or of one")
+    trainable_layers: Literal[0, 1, 2, 3, 4, 5] = options.model(
+        5, "how much of the ResNet trains, from its end: 0 nothing, 3 layer2 to layer4, 5 the stem too"
+    )
+    norm: Literal["auto", "frozen", "batch"] = options.model(
+        "auto",
+        "BatchNorm of the ResNet: fixed as loaded, or statistics of the batch; auto: frozen unless weights are random",
+    )
+    anchor_sizes: list[PositiveInt] = options.model(
+        [32, 64, 128, 256, 512], "side in pixels (of image_size) of the anchors of the five pyramid levels"
+    )
+    pyramid_channels: PositiveInt = options.model(256, "width of the feature pyramid")
+    proposals: PositiveInt = options.model(
+        1000, "Faster R-CNN: regions of an image that its second stage looks at; half as many train it"
+    )
 
 
-@constants
-class Config(options.Running, options.Training, Detector, options.Start, Boxes, options.Data):
-    fractions = [0.7, 0.1, 0.2]  # noqa: RUF012
+@options.constants
+class Config(Running, Training, Detector, Start, Boxes, Data):
+    fractions = [0.7, 0.1, 0.2]
     dump_path = "runs/detect"
 
 
