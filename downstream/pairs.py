@@ -124,8 +124,6 @@ def find_pairs(
     if problems:
         raise bad_files(problems, f"data_path {root}")
     window = window or about.get("window")
-    if window and not (len(window) == 2 and window[0] < window[1]):
-        raise UserError(f"window: {list(window)} must be two increasing numbers, e.g. [-160, 240]")
     said = [f"{count} volumes {what}" for what, count in notes.items() if count]
     declared = structures or _declared(root, about)
     return LabelledVolumes(root.resolve().name, pairs, declared, tuple(window) if window else None, said)

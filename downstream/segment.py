@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,14 +27,14 @@ from torch import Tensor, nn
 
 from datasets.render import content_size, robust_limits
 from datasets.transforms import gamma, jitter, resample
-from downstream import metrics, options, task
+from downstream import metrics, task
 from downstream.encoders import choose_arch, has_transformer, load_encoder, load_joint_encoder
+from downstream.options import Data, Running, Start, Training
 from downstream.pairs import Pair, find_pairs, intensity_limits, label_values, read_image, read_label, require_declared
 from downstream.unet import ARCHITECTURES, SliceUNet
-from utils import config
+from utils import config, options
 from utils.errors import UserError
 from utils.optim import parameter_groups
-from utils.options import constants
 from utils.precision import Precision
 from utils.seeding import SHUFFLE, stream
 
@@ -42,39 +42,57 @@ LAYERS = 4  # of a transformer that starts from random weights
 
 
 @dataclass(kw_only=True)
-class Segmenting:
-    """Segmentation"""
+class Segmenting(options.Group):
+    """Options of segmentation."""
 
-    structures: dict[str, list[int]] | None = None
-    """label values of each structure, which may overlap; null: what dataset.yaml says"""
-    slice_axis: Literal[0, 1, 2] | None = None
-    """axis of the files that counts slices; null: what dataset.yaml says, else the last"""
-    window: list[float] | None = None
-    """intensities that become 0 and 1 (HU for CT); null: what dataset.yaml says, else robust percentiles"""
-    patients: str | None = None
-    """JSON or YAML file that maps cases to patients; null: what cases.csv says"""
-    freeze: bool = False
-    """the encoder, and f_inter with it, kept as loaded; only the rest of the U-Net is trained"""
-    f_inter: bool = False
-    """transformer over slices at the bottleneck, from the weights where they have one"""
-    inter_slices: PositiveInt = 16
-    """consecutive slices that f_inter sees together"""
-    d_model: PositiveInt = 640
-    """width of an f_inter that starts from random weights"""
-    decoder_norm: Literal["batch", "instance"] = "batch"
-    """normalisation in the U-Net's decoder; instance needs no running means, which few steps leave unsettled"""
-    size: PositiveInt = 224
-    """side in pixels of the square that slices are fitted to, up or down, aspect kept"""
-    augment: bool = True
-    """small rotations, scalings, shifts, changes of brightness, contrast and gamma"""
-    encoder_lr: PositiveFloat = 1.0
-    """learning rate of the encoder, and of f_inter, as a share of base_lr, from whatever weights they start"""
-    overlays: NonNegativeInt = field(default=0, metadata=options.FREE)
-    """test cases of which a slice is drawn with outlines: reference on the left, prediction on the right"""
+    structures: dict[str, list[int]] | None = options.data(
+        None, "label values of each structure, which may overlap; null: what dataset.yaml says"
+    )
+    slice_axis: Literal[0, 1, 2] | None = options.data(
+        None, "axis of the files that counts slices; null: what dataset.yaml says, else the last"
+    )
+    window: list[float] | None = options.data(
+        None,
+        "intensities that become 0 and 1 (HU for CT); null: what dataset.yaml says, else robust percentiles",
+    )
+    patients: str | None = options.data(
+        None, "JSON or YAML file that maps cases to patients; null: what cases.csv says"
+    )
+    size: PositiveInt = options.data(
+        224, "side in pixels of the square that slices are fitted to, up or down, aspect kept"
+    )
+    augment: bool = options.data(True, "small rotations, scalings, shifts, changes of brightness, contrast and gamma")
+    freeze: bool = options.model(
+        False, "keep the encoder, and f_inter with it, as loaded; only the rest of the U-Net is trained"
+    )
+    f_inter: bool = options.model(
+        False, "transformer over slices at the bottleneck, from the weights where they have one"
+    )
+    inter_slices: PositiveInt = options.model(16, "consecutive slices that f_inter sees together")
+    d_model: PositiveInt = options.model(640, "width of an f_inter that starts from random weights")
+    decoder_norm: Literal["batch", "instance"] = options.model(
+        "batch",
+        "normalisation in the U-Net's decoder; instance needs no running means, which few steps leave unsettled",
+    )
+    encoder_lr: PositiveFloat = options.optimisation(
+        1.0, "learning rate of the encoder, and of f_inter, as a share of base_lr, from whatever weights they start"
+    )
+    overlays: NonNegativeInt = options.running(
+        0,
+        "test cases of which a slice is drawn with outlines: reference on the left, prediction on the right",
+        may_change=True,
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.size < 32:
+            raise UserError(f"size: {self.size} pixels; the encoder halves them five times, so at least 32 are needed")
+        if self.window and not (len(self.window) == 2 and self.window[0] < self.window[1]):
+            raise UserError(f"window: {self.window} must be two increasing numbers, e.g. [-160, 240]")
 
 
-@constants
-class Config(options.Running, options.Training, Segmenting, options.Start, options.Data):
+@options.constants
+class Config(Running, Training, Segmenting, Start, Data):
     data_path = "Training_Data/Task02_Heart"
     base_lr = 0.001
     dump_path = "runs/segment"
@@ -108,8 +126,6 @@ class Segmentation(task.Task):
 
     def __init__(self, cfg: Config, device: torch.device) -> None:
         super().__init__(cfg, device)
-        if cfg.size < 32:
-            raise UserError(f"size: {cfg.size} pixels; the encoder halves them five times, so at least 32 are needed")
         self.data = find_pairs(cfg.data_path, cfg.structures, cfg.slice_axis, cfg.window, cfg.patients)
         self.pairs = {pair.case: pair for pair in self.data.pairs}
         self.patients = {case: pair.patient for case, pair in self.pairs.items()}

@@ -7,7 +7,6 @@ by validation, one test, the files in `dump_path`, and an exact continuation of 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from downstream.encoders import describe_weights
 from downstream.splits import Split, choose_labelled, draw_split, write_split
+from training.resume import explained
 from utils import checkpoint, config, distributed, signals
 from utils.errors import UserError
 from utils.files import write_csv, write_json
@@ -222,12 +222,13 @@ class Fit:
 
     def load(self, state: dict[str, Any]) -> None:
         """Take up a run that was stopped."""
-        self.model.load_state_dict(state["learner"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # empty when `precision auto` meant another format on the device before
-            self.task.precision.scaler.load_state_dict(state["scaler"])
-        self.best = state["best"]
-        self.at = Progress(**{f.name: state[f.name] for f in fields(Progress)})
+        with explained(self.folder):
+            self.model.load_state_dict(state["learner"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if state["scaler"]:  # empty when `precision auto` meant another format on the device before
+                self.task.precision.scaler.load_state_dict(state["scaler"])
+            self.best = state["best"]
+            self.at = Progress(**{f.name: state[f.name] for f in fields(Progress)})
         print(f"continuing at epoch {self.at.epoch + 1} of {self.task.epochs}, step {self.at.seen + 1}", flush=True)
 
     def epoch(self) -> None:
@@ -354,9 +355,8 @@ def _open(kind: type[Task], cfg: Any) -> Opened:
 
 def _settings(cfg: Any, data: str) -> dict[str, Any]:
     """What a result depends on: options, the content of the files that they name, and the data."""
-    bases = [base for base in type(cfg).__mro__ if dataclasses.is_dataclass(base)]
-    free = {f.name for base in bases for f in fields(base) if f.metadata.get("free")}
-    chosen = {name: value for name, value in config.to_dict(cfg).items() if name not in free}
+    values = config.to_dict(cfg)
+    chosen = {f.name: values[f.name] for f in fields(cfg) if not f.metadata.get("may_change")}
     files = {name: Path(value) for name, value in chosen.items() if isinstance(value, str) and Path(value).is_file()}
     contents = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
     return {"options": chosen, "files": contents, "data": data}

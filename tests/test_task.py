@@ -16,18 +16,18 @@ import torch.nn.functional as F
 from tiny import write_pairs
 from torch import Tensor, nn
 
-from downstream import options, segment, task
+from downstream import segment, task
+from downstream.options import Data, Running, Start, Training
 from downstream.task import Outcome, Task
-from utils import checkpoint
+from utils import checkpoint, options
 from utils.errors import UserError
-from utils.options import constants
 from utils.seeding import stream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@constants
-class Config(options.Running, options.Training, options.Start, options.Data):
+@options.constants
+class Config(Running, Training, Start, Data):
     data_path = ""
     arch = "resnet18"
     epochs = 3
