@@ -1,6 +1,5 @@
 """datasets/transforms.py against other implementations, and what datasets/augment.py promises about its draws."""
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -129,12 +128,8 @@ def test_bias_field_equals_the_polynomial(keep_mean):
     assert max(map(sum, transforms.BIAS_EXPONENTS)) == 3
 
 
-def test_gamma_and_jitter_equal_numpy():
-    x = batch()[0]
-    log_gamma = torch.tensor([0.3, -0.2, 0.0])
-    theirs = [x[b].numpy() ** np.exp(log_gamma[b].item()) for b in range(3)]
-    np.testing.assert_allclose(transforms.gamma(x, log_gamma).numpy(), theirs, rtol=1e-5)
-    b, c = np.array([0.4, -0.3, 0.0]), np.array([-0.2, 0.4, 0.0])
+def test_jitter_equals_numpy():
+    x, b, c = batch()[0], np.array([0.4, -0.3, 0.0]), np.array([-0.2, 0.4, 0.0])
     bright = x.numpy() * (1 + b)[:, None, None, None]
     mean = bright.mean((1, 2, 3), keepdims=True)
     theirs = np.clip(mean + (bright - mean) * (1 + c)[:, None, None, None], 0, 1)
@@ -151,55 +146,28 @@ def test_noise_has_the_asked_std_and_leaves_its_input_alone():
     assert (x == 0).all()
 
 
-def scrambled(z: int) -> int:
-    """SplitMix64's finaliser, with shifts that keep the sign, in Python's integers."""
-
-    def signed(z: int) -> int:
-        return (z + 2**63) % 2**64 - 2**63
-
-    z = signed(z)
-    z = signed((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9)
-    z = signed((z ^ (z >> 27)) * 0x94D049BB133111EB)
-    return z ^ (z >> 31)
-
-
 def test_normal_numbers_are_a_function_of_seed_slice_and_pixel():
-    height, width = 3, 5
-    golden, seeds, pairs = 0x9E3779B97F4A7C15, [3, 2**53 - 1], -(-height * width // 2)
-    ours = transforms.normal(torch.tensor(seeds), 3, height, width, torch.device("cpu")).flatten(2)
-    for b, seed in enumerate(seeds):
-        for d in range(3):
-            for p in range(pairs):
-                bits = scrambled(scrambled(seed + golden * (d + 1)) + scrambled(golden * (p + 1)))
-                high, low = bits >> 32, (bits + 2**31) % 2**32 - 2**31
-                radius, angle = math.sqrt(-2 * math.log((high + 1) / 2**31)), low * math.pi / 2**31
-                assert ours[b, d, p].item() == pytest.approx(radius * math.cos(angle), abs=1e-5)
-                if p + pairs < height * width:
-                    assert ours[b, d, p + pairs].item() == pytest.approx(radius * math.sin(angle), abs=1e-5)
+    seeds, cpu = torch.tensor([3, 2**53 - 1]), torch.device("cpu")
+    golden = [
+        [[[-0.0279, -0.8026, -1.2243]], [[-1.0805, 0.6848, -1.4936]]],
+        [[[-0.1613, -1.8547, -0.8031]], [[0.7924, 1.4920, 0.5180]]],
+    ]
+    assert_close(transforms.normal(seeds, 2, 1, 3, cpu), torch.tensor(golden), atol=1e-4, rtol=0)
+    assert torch.equal(transforms.normal(seeds, 9, 5, 4, cpu)[1:, :3], transforms.normal(seeds[1:], 3, 5, 4, cpu))
 
 
 def test_normal_numbers_are_normal_and_uncorrelated():
     x = transforms.normal(torch.tensor([0, 1, 2, 2**52]), 16, 128, 128, torch.device("cpu")).double()
-    n = x[0].numel()
     for sample in x:
-        assert abs(sample.mean()) < 4 / n**0.5
-        assert abs(sample.var() - 1) < 4 * (2 / n) ** 0.5
-        assert abs((sample**3).mean()) < 4 * (15 / n) ** 0.5
-        assert abs((sample**4).mean() - 3) < 4 * (96 / n) ** 0.5
         assert kstest(sample.flatten().numpy(), "norm").pvalue > 1e-3
         assert 4 < sample.abs().max() < 6.6
     # Neighbours along each axis, the partners of Box-Muller, samples of neighbouring seeds, and their squares.
     halves = x.flatten(2).unflatten(2, (2, -1)).unbind(2)
     pairs = [(x.narrow(a, 1, x.shape[a] - 1), x.narrow(a, 0, x.shape[a] - 1)) for a in range(4)] + [halves]
-    pairs += [(x[:, :, :-1, :-1], x[:, :, 1:, 1:]), (x[0], x[3])]
-    for a, b in pairs:
+    for a, b in [*pairs, (x[:, :, :-1, :-1], x[:, :, 1:, 1:]), (x[0], x[3])]:
         for power in (1, 2):
             correlation = np.corrcoef((a**power).flatten(), (b**power).flatten())[0, 1]
             assert abs(correlation) < 4.5 / a.numel() ** 0.5
-    # No shift at which two samples, or two slices, resemble each other; the maximum of n normal numbers is below 6.
-    for a, b in ((x[0], x[1]), (x[0, :8], x[0, 8:])):
-        spectrum = torch.fft.fftn(a) * torch.fft.fftn(b).conj()
-        assert (torch.fft.ifftn(spectrum).real / a.numel() ** 0.5).abs().max() < 6
 
 
 def test_neutral_parameters_return_the_input_exactly():
@@ -402,16 +370,9 @@ def test_paper_applies_exactly_one_transform_each_as_often_in_torchios_ranges():
 @pytest.mark.parametrize("canvas", [60, 61, 59])
 def test_paper_is_a_plain_crop_but_for_the_transform(canvas):
     x, mask, extents, _ = batch(B=1, D=2, S=canvas)
-    neutral = replace(
-        RANGES["paper"],
-        scale=(1.0, 1.0),
-        degrees=(0.0, 0.0),
-        downsampling=(1.0, 1.0),
-        blur_std=(0.0, 0.0),
-        noise_std=(0.0, 0.0),
-        bias=(0.0, 0.0),
-        log_gamma=(0.0, 0.0),
-    )
+    ones = dict.fromkeys(("scale", "downsampling"), (1.0, 1.0))
+    zeros = dict.fromkeys(("degrees", "blur_std", "noise_std", "bias", "log_gamma"), (0.0, 0.0))
+    neutral = replace(RANGES["paper"], **ones, **zeros)
     side = round(0.8 * canvas)
     top = (canvas - side) // 2
     crop = x[0, :, top : top + side, top : top + side]

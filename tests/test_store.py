@@ -361,28 +361,6 @@ def test_a_file_that_another_process_is_making_is_left_to_it(tmp_path: Path) -> 
 # --- bad content
 
 
-def test_bad_content_is_listed_in_one_error_and_the_rest_is_kept(tmp_path: Path) -> None:
-    good = RNG.random((8, 8, 8))
-    some = good.copy()
-    some[1, 2, 3], some[4, 5, 6], some[0, 0, 0] = np.nan, np.inf, -np.inf
-    save(tmp_path / "A/1_nan.npy", some)
-    save(tmp_path / "A/2_good.npy", good)
-    save(tmp_path / "A/3_all_nan.npy", np.full((8, 8, 8), np.nan, np.float32))
-    save(tmp_path / "A/4_constant.npy", np.full((8, 8, 8), 7, np.int16))
-    save(tmp_path / "B/5_black.png", np.zeros((20, 20), np.uint8))
-    cut = save(tmp_path / "B/6_cut.png", RNG.integers(0, 255, (50, 50)).astype(np.uint8))
-    cut.write_bytes(cut.read_bytes()[:900])
-    lines = refusal(tmp_path).splitlines()
-    assert "5 problems" in lines[0]
-    reasons = ["3 of 512 voxels", "512 of 512 voxels", "all voxels are 7", "all pixels are 0", "broken image data"]
-    for line, reason in zip(lines[1:], reasons, strict=True):
-        assert reason in line
-    assert lines[1].startswith(f"  {tmp_path / 'A/1_nan.npy'}: ")
-    assert "on_bad skip" in lines[1]
-    kinds = sorted(file.suffix for file in cache_files(tmp_path / ".cache"))
-    assert kinds == [".bad"] * 5 + [".npy"]  # the good one is done already
-
-
 def test_a_verdict_is_kept_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save(tmp_path / "A/1.npy", np.full((8, 8, 8), 7.0))
     save(tmp_path / "A/2.npy", RNG.random((8, 8, 8)))
@@ -400,23 +378,6 @@ def test_a_disk_that_failed_to_answer_is_asked_again(tmp_path: Path, monkeypatch
         patch.setattr(render_module, "_open_volume", mock.Mock(side_effect=OSError(5, "Input/output error")))
         assert "Input/output error" in refusal(tree(tmp_path))
     assert len(built(tmp_path).samples) == 1
-
-
-def test_skip_leaves_bad_files_out_of_index_and_store(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    values = {"A/1.npy": 10, "A/2.npy": None, "A/3.npy": 30, "B/4.png": None, "B/5.png": 50}
-    for name, value in values.items():
-        array = np.zeros((8, 8, 3) if name.endswith("npy") else (8, 8), np.uint8)
-        if value:
-            array[:4] = 100
-            array[4, 4] = value  # marks the file
-        save(tmp_path / name, array)
-    samples, store = prepare(tmp_path, 8, on_bad="skip", progress=False)
-    assert [sample.name for sample in samples] == ["A/1.npy", "A/3.npy", "B/5.png"]
-    assert store.samples == samples
-    assert [store.read(i, 0, 1)[0, 4, 4] for i in range(3)] == pytest.approx([0.1, 0.3, 0.5], abs=HALF)
-    assert len(store.extents) == 3
-    warnings = capsys.readouterr().err.splitlines()
-    assert [line.split(": ")[1] for line in warnings] == [f"left out {tmp_path / f}" for f in ("A/2.npy", "B/4.png")]
 
 
 def test_nothing_left_to_train_on_and_an_unknown_choice_are_errors(tmp_path: Path) -> None:
