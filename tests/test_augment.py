@@ -64,14 +64,6 @@ def test_resampling_equals_map_coordinates():
     assert_close(ours[0, 0], torch.from_numpy(theirs).float(), atol=1e-4, rtol=0)
 
 
-def test_samples_are_resampled_each_by_its_own_theta():
-    x = batch()[0]
-    thetas = torch.cat([theta(20, (10, 10), (20, 20)), theta(20, (9, 8), (11, 13), 7.0), theta(20, (8, 8), (9, 9))])
-    together = transforms.resample(x, thetas, 16, 18)
-    for b in range(3):
-        assert torch.equal(together[b], transforms.resample(x[b : b + 1], thetas[b : b + 1], 16, 18)[0])
-
-
 def test_shrinking_takes_the_mean_over_the_area():
     x = batch(B=2, S=24)[0]
     shrunk = transforms.resample(x, theta(24, (12, 12), (24, 24)).expand(2, 2, 3), 8, 12)
@@ -96,18 +88,6 @@ def test_anisotropy_samples_coarsely_and_interpolates_between():
     assert torch.equal(out[:, [1, 4, 7]], x[:, [1, 4, 7]])  # centres of thirds
     assert_close(out[:, 2], x[:, 1] * 2 / 3 + x[:, 4] / 3)
     assert torch.equal(out[:, [0, 8]], x[:, [1, 7]])
-
-
-def test_anisotropy_and_noise_end_at_the_last_real_slice():
-    x = batch(B=1, D=9, S=8)[0]
-    length, factor = torch.tensor([6]), torch.tensor([[4.0, 1.0, 1.0]])
-    coarse = transforms.anisotropy(x, factor, length)
-    assert_close(coarse[:, :6], transforms.anisotropy(x[:, :6], factor))
-    noisy = transforms.noise(x, torch.tensor([0.1]), torch.tensor([1]), length)
-    assert torch.equal(noisy[:, :6], transforms.noise(x[:, :6], torch.tensor([0.1]), torch.tensor([1])))
-    assert (noisy[:, :6] != x[:, :6]).all()
-    assert (coarse[:, 6:] == 0).all()
-    assert (noisy[:, 6:] == 0).all()
 
 
 @pytest.mark.parametrize("keep_mean", [False, True])
