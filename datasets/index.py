@@ -73,41 +73,41 @@ class Sample:
         return self.path.parents[self.name.count("/")]
 
 
-def scan(data_path: str | Path) -> list[Sample]:
+def scan(data_path: str | Path, only: str | None = None) -> list[Sample]:
     """All volumes and images below data_path, ordered by data set and then by relative path (both as bytes).
 
     A data set is a first-level folder. Hidden files and folders and folders of labels are not entered. Only
-    headers are read. Raises one UserError that lists the first ten bad files, each with its remedy, and counts
+    headers are read. only: the one data set that is looked at; None: all. Raises one UserError that lists the first ten bad files, each with its remedy, and counts
     all of them.
     """
-    samples, problems = inspect_tree(data_path)
+    samples, problems = inspect_tree(data_path, only)
     if problems:
         raise bad_files(problems, f"data_path {Path(data_path).expanduser()}")
     return samples
 
 
-def scan_usable(data_path: str | Path) -> tuple[list[Sample], list[str]]:
+def scan_usable(data_path: str | Path, only: str | None = None) -> tuple[list[Sample], list[str]]:
     """(good samples in the order of `scan`, one line for each file that is not good).
 
     Raises UserError for what concerns a whole data set, as `scan` does: without its dataset.yaml, for one, volumes
     would be read as something else than they are.
     """
-    samples, files, data_sets = _inspect_tree(data_path)
+    samples, files, data_sets = _inspect_tree(data_path, only)
     if data_sets:
         raise bad_files(data_sets, f"data_path {Path(data_path).expanduser()}")
     return samples, files
 
 
-def inspect_tree(data_path: str | Path) -> tuple[list[Sample], list[str]]:
+def inspect_tree(data_path: str | Path, only: str | None = None) -> tuple[list[Sample], list[str]]:
     """(good samples in the order of `scan`, one line with its remedy for each data set or file that is not good).
 
     Raises UserError where there is no data tree at all.
     """
-    samples, files, data_sets = _inspect_tree(data_path)
+    samples, files, data_sets = _inspect_tree(data_path, only)
     return samples, data_sets + files
 
 
-def _inspect_tree(data_path: str | Path) -> tuple[list[Sample], list[str], list[str]]:
+def _inspect_tree(data_path: str | Path, only: str | None) -> tuple[list[Sample], list[str], list[str]]:
     """(good samples, problems of single files, problems of whole data sets)."""
     root = Path(data_path).expanduser()
     if not root.exists():
@@ -116,6 +116,7 @@ def _inspect_tree(data_path: str | Path) -> tuple[list[Sample], list[str], list[
         raise UserError(f"data_path: {root} is a file, not a folder; {GET_DATA}")
     try:
         entries = sorted((e for e in root.iterdir() if not e.name.startswith(".")), key=_as_bytes)
+        entries = [e for e in entries if only in (None, e.name)]
     except OSError as error:
         raise UserError(f"data_path: {root} cannot be listed ({error}); change its permissions") from None
     folders = [e for e in entries if e.is_dir() and e.name.lower() not in LABEL_FOLDERS]

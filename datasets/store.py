@@ -43,6 +43,7 @@ def prepare(
     workers: int = 1,
     progress: bool = True,
     target_shape: tuple[int, int, int] | None = None,
+    only: str | None = None,
 ) -> tuple[list[Sample], SliceStore]:
     """Scan data_path, check it by its headers, and build its cache: (samples, store), the same on every process.
 
@@ -50,13 +51,14 @@ def prepare(
     broken image data): `error` raises one UserError that lists them, `skip` leaves them out and prints each on
     process 0. workers: threads that build, per process. progress: show what looks odd about the data (check_data.py
     tells more), the building and, at the end, a table of the data sets. target_shape: slices, height and width of a
-    view of volumes, for these warnings. The other arguments are those of SliceStore.
+    view of volumes, for these warnings. only: the one data set of the tree that is taken; None: all. The other
+    arguments are those of SliceStore.
     """
     samples: list[Sample] = []
     bad: list[str] = []
     error = None
     try:
-        samples, bad = scan_usable(data_path) if on_bad == "skip" else (scan(data_path), [])
+        samples, bad = scan_usable(data_path, only) if on_bad == "skip" else (scan(data_path, only), [])
         if not samples:
             raise UserError(f"no usable file is left below {data_path}; the first: {bad[0]}")
     except UserError as e:

@@ -10,6 +10,8 @@ import numpy as np
 
 from downstream.labels import some
 
+METRICS = ("auc", "average_precision", "accuracy", "balanced_accuracy")
+
 
 class Scores(NamedTuple):
     """Metrics by name, and for those that are nan, or leave a class out, why."""
@@ -19,8 +21,7 @@ class Scores(NamedTuple):
 
     @classmethod
     def undefined(cls, why: str) -> Scores:
-        names = ("auc", "average_precision", "accuracy", "balanced_accuracy")
-        return cls(dict.fromkeys(names, math.nan), dict.fromkeys(names, why))
+        return cls(dict.fromkeys(METRICS, math.nan), dict.fromkeys(METRICS, why))
 
 
 def classification_scores(truth: np.ndarray, probability: np.ndarray, classes: Sequence[str]) -> Scores:
@@ -34,22 +35,23 @@ def classification_scores(truth: np.ndarray, probability: np.ndarray, classes: S
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     predicted = probability.argmax(axis=1)
-    values = {"auc": math.nan, "average_precision": math.nan}
-    values["accuracy"] = float((predicted == truth).mean())
-    values["balanced_accuracy"] = math.nan
+    accuracy = float((predicted == truth).mean())
     there = sorted(set(truth.tolist()))
     if len(there) < 2:
-        why = f"the split holds only {classes[there[0]]!r}"
-        return Scores(values, {name: why for name, value in values.items() if math.isnan(value)})
-    values["balanced_accuracy"] = float(np.mean([(predicted[truth == k] == k).mean() for k in there]))
+        scores = Scores.undefined(f"the split holds only {classes[there[0]]!r}")
+        scores.values["accuracy"] = accuracy
+        del scores.reasons["accuracy"]
+        return scores
     asked = [1] if len(classes) == 2 else there
-    values["auc"] = float(np.mean([roc_auc_score(truth == k, probability[:, k]) for k in asked]))
-    precision = [average_precision_score(truth == k, probability[:, k]) for k in asked]
-    values["average_precision"] = float(np.mean(precision))
+    values = {
+        "auc": np.mean([roc_auc_score(truth == k, probability[:, k]) for k in asked]),
+        "average_precision": np.mean([average_precision_score(truth == k, probability[:, k]) for k in asked]),
+        "accuracy": accuracy,
+        "balanced_accuracy": np.mean([(predicted[truth == k] == k).mean() for k in there]),
+    }
     absent = [name for k, name in enumerate(classes) if k not in there]
-    if not absent:
-        return Scores(values, {})
-    return Scores(values, dict.fromkeys(("auc", "average_precision", "balanced_accuracy"), f"without {some(absent)}"))
+    reasons = dict.fromkeys(set(METRICS) - {"accuracy"}, f"without {some(absent)}") if absent else {}
+    return Scores({name: float(value) for name, value in values.items()}, reasons)
 
 
 def validation_score(truth: np.ndarray, probability: np.ndarray) -> tuple[float, float]:
@@ -66,7 +68,7 @@ def bootstrap(
     """95 % percentile intervals over patients, drawn with replacement.
 
     statistic: from how often each patient was drawn [patients] to metrics. Draws on which a metric is nan do not count
-    for it; where more than half are, so is its interval.
+    for it; where more than half are, so is its interval. (scipy's bootstrap has one metric and no such draws.)
     """
     rng = np.random.default_rng(seed)
     drawn = [statistic(rng.multinomial(patients, [1 / patients] * patients)) for _ in range(repeats)]
