@@ -1,4 +1,21 @@
-"""One case of any format to `<id>.npy` (H x W x C) or `<id>.png`, its label map to `labels/<id>.npy`.
+"""One case of any format to its files in a prepared tree, which is what training and downstream read:
+
+    <dest>/<id>.npy          a volume (height, width, slices), or (height, width, slices, channels); images: <id>.png ...
+    <dest>/labels/<id>.npy   its label map (height, width, slices) in an unsigned integer type; of an image: <id>.png ...
+    <dest>/cases.csv         a line per case with the columns of `Case`
+    <dest>/dataset.yaml      what holds for all cases; a key is missing where nothing is known or cases differ
+
+dataset.yaml: modality; window (two intensities that become 0 and 1); slice_axis (always 2); plane and orientation
+(sides towards which rows, columns and slices grow, such as PLS); spacing_mm (rows, columns, slices); channels (names,
+in the order of the fourth axis); structures ({name: [label values]}, which may overlap, background left out); source.
+
+cases.csv, beside what its names say: `patient` is empty where the source does not tell it. `channels` are joined by
+", ". `affine` takes voxels of the stored array to millimetres: the first three rows of the 4 x 4 matrix, row by row,
+as 12 numbers with spaces between: (row, column, slice, 1) -> (to the right, to the front, to the head), nibabel's RAS,
+a voxel's centre at whole numbers. So a mask of the array's shape is put back on the scan's grid by
+
+    affine = np.vstack([np.array(case["affine"].split(), float).reshape(3, 4), [0, 0, 0, 1]])
+    nibabel.Nifti1Image(mask, affine)
 
 A volume is turned to one of three planes as radiologists view them, by permuting and flipping its axes (never by
 interpolation), resampled if asked, and written slice by slice in the smallest type that holds its intensities.
