@@ -133,7 +133,9 @@ class Classification(Task):
         usable = set(np.array(items.names)[~items.test_only].tolist())
         train = [case for case in train if case in usable]
         if not train:
-            raise UserError("split: no labelled case is left for training; change the split, or test_only in the labels")
+            raise UserError(
+                "split: no labelled case is left for training; change the split, or test_only in the labels"
+            )
         sizes = {f"@{share:g}": max(1, round(share * len(train))) for share in cfg.label_fractions}
         self.sizes = sizes or {"": cfg.labelled or len(train)}  # suffix of the metrics -> labelled cases
         return choose_by_turns(train, items.label_of, max(self.sizes.values()), cfg.seed)
@@ -365,7 +367,9 @@ def fit_logistic_regression(
     if not len(validation[1]):
         return _probabilities(fitted(1.0), test, classes), 1.0
     models = {cost: fitted(cost) for cost in COSTS}
-    scores = {cost: validation_score(validation[1], _probabilities(models[cost], validation[0], classes)) for cost in COSTS}
+    scores = {
+        cost: validation_score(validation[1], _probabilities(models[cost], validation[0], classes)) for cost in COSTS
+    }
     best = max(COSTS, key=scores.get)
     return _probabilities(models[best], test, classes), float(best)
 

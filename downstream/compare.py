@@ -13,11 +13,12 @@ import dataclasses
 import importlib
 import itertools
 import math
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -26,17 +27,15 @@ from jsonargparse.typing import NonNegativeInt
 from scipy.stats import ttest_1samp
 
 from downstream import jobs
-from downstream.encoders import NAMED, choose_arch, describe_weights, load_encoder
-from downstream.recipes import Pretraining, at, made_with, read_recipes
+from downstream.encoders import NAMED, choose_arch, load_encoder
+from downstream.recipes import Pretraining, at, read_recipes
+from downstream.task import RESULTS, read_results, settings_of
 from training.scripts import load
 from utils import config as options
 from utils.errors import UserError
-from utils.files import whole_file, write_json, write_text
+from utils.files import whole_file, write_text
 
 MAIN_METRIC = {"segment": "mean.dice", "classify": "auc", "detect": "ap50"}
-# Of a task's options: those that do not change what a cell computes.
-FREE = {"dump_path", "cache_path", "device", "overlays", "workers"}
-COLUMNS = ["initialisation", "weights", "pretraining_seed", "labelled", "seed", "cases", "seconds"]
 
 
 @dataclass
@@ -70,10 +69,8 @@ class Config:
 class Cell:
     """One run of the task, a `jobs.Job`."""
 
-    task: str
+    task: ModuleType  # of downstream
     initialisation: str  # its name in tables
-    labelled: int
-    seed: int
     config: Any  # of the task
     pretraining: Pretraining | None  # which makes config.weights
     out: Path
@@ -81,7 +78,7 @@ class Cell:
 
     @property
     def title(self) -> str:
-        return f"{self.out.name}: {self.initialisation}, {_count(self.labelled)}, seed {self.seed}"
+        return f"{self.out.name}: {self.initialisation}, {_count(self.config.labelled)}, seed {self.config.seed}"
 
     @property
     def group(self) -> str:
@@ -91,46 +88,23 @@ class Cell:
     def needs(self) -> list[Pretraining]:
         return [self.pretraining] if self.pretraining else []
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """All that the result depends on but the data themselves: options, and what is in the files that they name."""
-        chosen = {name: value for name, value in options.to_dict(self.config).items() if name not in FREE}
-        values = {name: jobs.digest(value) for name, value in chosen.items()}
-        if self.pretraining and self.pretraining.record:
-            values["weights"] = self.pretraining.record["sha256"]
-        return {"task": self.task, "options": values}
-
-    @property
+    @cached_property
     def folder(self) -> Path:
-        return self.out / "cells" / jobs.short_key(self.settings)
+        """Named by all that the result depends on but the data, whose change the task itself notices."""
+        return self.out / "cells" / jobs.short_key([self.task.__name__, settings_of(self.config)])
 
     @property
     def record(self) -> dict[str, Any] | None:
-        if self.pretraining and not self.pretraining.record:
+        """What the task has written when it was finished: metrics by their full names, cases, seconds, commit."""
+        if not all(need.record for need in self.needs) or not (self.folder / RESULTS).is_file():
             return None
-        found = jobs.read_record(self.folder / "cell.json")
-        if found is None:
-            return None
-        metrics = {name: math.nan if value is None else value for name, value in found["metrics"].items()}
-        seed = self.pretraining.seed if self.pretraining else None
-        return found | {"metrics": metrics, "initialisation": self.initialisation, "pretraining_seed": seed}
+        found = read_results(self.folder)
+        return found | {"metrics": dict(_flat(found["metrics"]))}
 
     def make(self) -> str:
-        began = time.monotonic()
         cfg = dataclasses.replace(self.config, dump_path=str(self.folder))
-        found = importlib.import_module(f"downstream.{self.task}").run(cfg)
-        result = {
-            "weights": describe_weights(cfg.weights),
-            "labelled": self.labelled,
-            "seed": self.seed,
-            "cases": found["cases"],
-            "seconds": round(time.monotonic() - began, 1),
-            "metrics": dict(_flat(found["metrics"])),
-            "settings": self.settings,
-            "made_with": made_with(),
-        }
-        write_json(result, self.folder / "cell.json")
-        return f"{self.metric} {result['metrics'].get(self.metric, math.nan):.3f}"
+        found = dict(_flat(self.task.run(cfg)["metrics"]))
+        return f"{self.metric} {found.get(self.metric, math.nan):.3f}"
 
 
 def main(cfg: Config) -> None:
@@ -174,15 +148,18 @@ def make_cells(cfg: Config, recipes: Mapping[str, Sequence[Pretraining]]) -> lis
     for name, values in {"labelled": cfg.labelled, "seeds": cfg.seeds}.items():
         if not values or len(set(values)) < len(values):
             raise UserError(f"{name}: {values} must be at least one number, each once")
+    task = importlib.import_module(f"downstream.{cfg.task}")
+    for name in ("weights", "labelled", "seed", "dump_path", *["split_seed"] * _splits_vary(cfg)):
+        if name in cfg.options:
+            raise UserError(f"options: {name} is set by compare itself; leave it out")
+    common = jobs.parsed(task.Config, cfg.options)
     out, metric = Path(cfg.dump_path), cfg.metric or MAIN_METRIC[cfg.task]
     cells = []
-    for k, seed in enumerate(cfg.seeds):
-        for labelled in cfg.labelled:
-            for name, of in found.items():
-                pretraining = None if isinstance(of, str) else at(of, k)
-                weights = str(pretraining.weights) if pretraining else of
-                config = _task_config(cfg, weights, labelled, seed)
-                cells.append(Cell(cfg.task, name, labelled, seed, config, pretraining, out, metric))
+    for (k, seed), labelled, (name, of) in itertools.product(enumerate(cfg.seeds), cfg.labelled, found.items()):
+        pretraining = None if isinstance(of, str) else at(of, k)
+        own = {"weights": str(pretraining.weights) if pretraining else of, "labelled": labelled, "seed": seed}
+        config = dataclasses.replace(common, **own, **({"split_seed": seed} if _splits_vary(cfg) else {}))
+        cells.append(Cell(task, name, config, pretraining, out, metric))
     return cells
 
 
@@ -200,15 +177,20 @@ def check(cells: Sequence[Cell]) -> None:
             cfg = dataclasses.replace(cfg, weights="random", arch=cfg.arch or _arch_of(cell.pretraining))
         if cfg not in checked:
             checked.append(cfg)
-            importlib.import_module(f"downstream.{cell.task}").check(cfg)
+            cell.task.check(cfg)
 
 
 def results(cells: Sequence[Cell]) -> pd.DataFrame:
     """A row per finished cell and metric."""
-    records = [cell.record for cell in cells if cell.record]
-    return pd.DataFrame(
-        [{key: r[key] for key in COLUMNS} | {"metric": m, "value": v} for r in records for m, v in r["metrics"].items()]
-    )
+    rows = []
+    for cell in cells:
+        if record := cell.record:
+            about = {"initialisation": cell.initialisation, "weights": record["weights"]}
+            about |= {"pretraining_seed": cell.pretraining.seed if cell.pretraining else None}
+            about |= {"labelled": cell.config.labelled, "seed": cell.config.seed}
+            about |= {name: record[name] for name in ("cases", "seconds", "commit")}
+            rows += [about | {"metric": name, "value": value} for name, value in record["metrics"].items()]
+    return pd.DataFrame(rows).astype({"pretraining_seed": "Int64"})
 
 
 def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> tuple[float, float, float, int]:
@@ -343,17 +325,6 @@ def _arch_of(run: Pretraining) -> str:
 
 def _splits_vary(cfg: Config) -> bool:
     return cfg.vary_split and not cfg.options.get("split")
-
-
-def _task_config(cfg: Config, weights: str, labelled: int, seed: int) -> Any:
-    """The task's checked configuration of one cell."""
-    own = {"weights": weights, "labelled": labelled, "seed": seed}
-    if _splits_vary(cfg):
-        own["split_seed"] = seed
-    for name in [*own, "dump_path"]:
-        if name in cfg.options:
-            raise UserError(f"options: {name} is set by compare itself; leave it out")
-    return jobs.parsed(importlib.import_module(f"downstream.{cfg.task}").Config, cfg.options | own)
 
 
 def _flat(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -75,7 +75,9 @@ def run(cfg: Config) -> dict[str, Any]:
 
     found = values()
     scores, nodules = candidates.score, len(candidates.nodule_scan)
-    why = "the network could not learn: cases.csv holds no scores" if np.isnan(scores).any() else "no nodule in the test"
+    why = (
+        "the network could not learn: cases.csv holds no scores" if np.isnan(scores).any() else "no nodule in the test"
+    )
     result = {
         "metrics": found,
         "intervals": bootstrap(values, candidates.scans, cfg.bootstrap, cfg.seed),
@@ -138,7 +140,9 @@ def read_candidates(cases: Path, labels: str, nodules: str) -> Candidates:
     own = [row for row in annotated if row["series"] in scans]
     place = {row["nodule"]: k for k, row in enumerate(own)} | {"": NO_NODULE, "excluded": EXCLUDED}
     if unknown := [row["nodule"] for row in found if row["nodule"] not in place]:
-        raise UserError(f"nodules: {nodules} has no nodule {unknown[0]}, which {labels} names; give both of one data set")
+        raise UserError(
+            f"nodules: {nodules} has no nodule {unknown[0]}, which {labels} names; give both of one data set"
+        )
     return Candidates(
         score=np.array([float(row[score_name[0]]) for row in tested]),
         scan=np.array([scans[row["series"]] for row in found]),

@@ -9,14 +9,12 @@ import json
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import pandas as pd
 
 from utils import config
-from utils.errors import UserError
 from utils.files import write_text
 
 
@@ -101,16 +99,6 @@ def claim(folder: Path) -> Iterator[bool]:
             yield True
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
-    """What a finished job has written; None where there is no such file. Raises UserError where it is not whole."""
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError:
-        raise UserError(f"{path}: is damaged; remove it to have the job done again") from None
-
-
 def parsed(config_class: type, values: Mapping[str, Any]) -> Any:
     """The configuration with these options; a wrong one ends the process as on the command line."""
     words = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()]
@@ -120,19 +108,6 @@ def parsed(config_class: type, values: Mapping[str, Any]) -> Any:
 def short_key(value: Any) -> str:
     """A name for plain values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def digest(value: Any) -> Any:
-    """sha256 of the content, for the name of a file; everything else stands for itself."""
-    if not isinstance(value, str) or not Path(value).is_file():
-        return value
-    status = Path(value).stat()
-    return _digest(value, status.st_mtime_ns, status.st_size)
-
-
-@cache
-def _digest(file: str, _modified: int, _size: int) -> str:
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def _attempt(job: Job, title: str) -> bool:

@@ -10,18 +10,18 @@ before, a file, or none. seeds: one pre-training each; the k-th starts from the 
 from __future__ import annotations
 
 import dataclasses
-import os
+import hashlib
+import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-import torchvision
 
 from downstream import jobs
 from training.scripts import load
@@ -65,7 +65,7 @@ class Pretraining:
 
         Not of the data, nor of the script's code and constants: those are the commit's, which the record names.
         """
-        start = {option: getattr(of, "key", jobs.digest(of)) for option, of in self.start.items()}
+        start = {option: of.key if isinstance(of, Pretraining) else _digest(of) for option, of in self.start.items()}
         return jobs.short_key([self.script, self.options, start])
 
     @property
@@ -78,8 +78,9 @@ class Pretraining:
 
     @property
     def record(self) -> dict[str, Any] | None:
-        """Also: sha256 of the weights, made_with, and last, the last line of metrics.csv."""
-        return jobs.read_record(self.folder / "recipe.json")
+        """Also: commit, torch, and last, the last line of metrics.csv."""
+        path = self.folder / "recipe.json"
+        return json.loads(path.read_text()) if path.is_file() else None
 
     def make(self) -> str:
         told = {option: str(getattr(of, "weights", of)) for option, of in self.start.items()} | self.options
@@ -95,8 +96,8 @@ class Pretraining:
             raise UserError(f"{self.script}.py ended with {code}; see {self.folder / 'log.txt'}")
         metrics = pd.read_csv(self.folder / "metrics.csv")
         found = {"recipe": self.recipe, "seed": self.seed, "script": self.script, "options": told}
-        found |= {"sha256": jobs.digest(str(self.weights)), "seconds": round(float(metrics.seconds.sum()), 1)}
-        found |= {"last": metrics.iloc[-1].to_dict(), "made_with": made_with()}
+        found |= {"seconds": round(float(metrics.seconds.sum()), 1), "last": metrics.iloc[-1].to_dict()}
+        found |= {"commit": commit(), "torch": torch.__version__}
         write_json(found, self.folder / "recipe.json")
         return f"loss {found['last']['loss']:.3f}"
 
@@ -142,11 +143,8 @@ def end(process: subprocess.Popen) -> None:
             process.wait()
 
 
-@cache
-def made_with() -> str:
-    """The state of this repository when it is first asked for, and what runs on it."""
-    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, {os.cpu_count()} cores"
-    return f"{commit()}: {versions}"
+def _digest(file: str) -> str:
+    return file if file == "none" else hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def _whole_path(file: str) -> str:

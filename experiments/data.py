@@ -2,16 +2,15 @@
 
     python -m experiments.data --source ../shared/data --dest runs/experiments/data
 
-Writes splits/<task>.json (fixed: train is the pool of labelled cases, validation, test), pretrain/ (a tree for the
-training scripts: volumes and images of train and validation patients only, without labels) and tasks/ (what the
-downstream scripts read). The same command again makes only what is missing.
+Writes tasks/ (prepared trees and folders of images, which the downstream scripts read), splits/<task>.json (fixed:
+train is the pool of labelled cases, validation, test) and pretrain/ (what training reads: volumes and images
+of train and validation patients only, without labels). The same command again makes only what is missing.
 """
 
 from __future__ import annotations
 
-import csv
 import itertools
-import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
 import prepare_data
-from downstream.features import read_nifti
-from downstream.splits import Split, check_split, make_split, read_split, write_split
+from downstream.splits import PARTS, Split, check_split, make_split, read_split, write_split
 from utils import config as options
-from utils import files
 from utils.errors import UserError
+from utils.files import write_csv
 
 VOLUMES = {"heart_la": (0.6, 0.15, 0.25), "hippocampus": (0.75, 0.05, 0.2)}  # patients in train, validation, test
 SLICES = (0.6, 0.1, 0.3)
@@ -41,44 +40,44 @@ class Config:
     source: str = "../shared/data"
     """folder with heart_la, hippocampus, misc_nifti, slices_png and chest_xray"""
     dest: str = "runs/experiments/data"
-    """receives splits/, pretrain/ and tasks/"""
+    """receives tasks/, splits/ and pretrain/"""
 
 
 def main(cfg: Config) -> None:
-    source, dest = Path(cfg.source).expanduser().resolve(), Path(cfg.dest).expanduser().resolve()
+    source, dest = Path(cfg.source).expanduser(), Path(cfg.dest).expanduser()
     for name in (*VOLUMES, "misc_nifti", "slices_png", "chest_xray"):
         if not (source / name).is_dir():
             raise UserError(f"source: {source} has no folder {name}")
     for name, fractions in VOLUMES.items():
+        _prepare(source / name, dest / "tasks" / name)
         patients = patients_of_volumes(source / name)
         split = _fixed(dest, name, make_split(list(patients), list(patients.values()), fractions, 0), patients)
-        _link(source / name, dest / "tasks" / name)
-        _convert([source / name / "imagesTr" / f"{case}.nii.gz" for case in allowed(split, patients)], dest, name)
-    _stacks(source / "heart_la", dest)
-    _convert(sorted((source / "misc_nifti").glob("*.nii.gz")), dest, "misc_nifti")
+        files = [f"{case}.npy" for case in allowed(split, patients)]
+        _link(["dataset.yaml", *files], dest / "tasks" / name, dest / "pretrain" / name)
+    _prepare(source / "misc_nifti", dest / "pretrain" / "misc_nifti")
+    _stacks(dest, patients_of_volumes(source / "heart_la"))
 
     patients, organs = slices(source / "slices_png")
     split = _fixed(dest, "slices_png", stratified(patients, organs, SLICES, 0), patients)
     _copy(patients, source / "slices_png", dest / "tasks" / "slices_png")
-    _copy(allowed(split, patients), source / "slices_png", dest / "pretrain")
+    _link(allowed(split, patients), dest / "tasks" / "slices_png", dest / "pretrain")
 
     everyone, findings = xrays(source / "chest_xray")
     patients = {case: everyone[case] for case, finding in findings.items() if finding in FINDINGS}
     split = _fixed(dest, "chest_xray", stratified(patients, findings, XRAY, 0), patients)
     _copy(everyone, source / "chest_xray", dest / "tasks" / "chest_xray")
     shutil.copyfile(source / "chest_xray" / "labels.csv", dest / "tasks" / "chest_xray.csv")
-    _copy(allowed(split, everyone), source / "chest_xray", dest / "pretrain" / "chest_xray")
+    _link(allowed(split, everyone), dest / "tasks" / "chest_xray", dest / "pretrain" / "chest_xray")
     print(f"wrote {dest}")
 
 
 def patients_of_volumes(folder: Path) -> dict[str, str]:
     """Case -> patient, of a data set in Decathlon's layout whose dataset.json names the patients."""
-    return json.loads((folder / "dataset.json").read_text())["patient"]
+    return options.read_yaml(folder / "dataset.json")["patient"]
 
 
 def slices(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Slice -> scan or patient, and slice -> organ; slices are named <organ>/<file>. Slices without contrast are left
-    out."""
+    """Slice -> scan or patient, and slice -> organ; slices are <organ>/<file>, those without contrast left out."""
     patients, organs = {}, {}
     for path in sorted(folder.glob("*/*.png")):
         pixels = np.asarray(Image.open(path))
@@ -93,9 +92,8 @@ def slices(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
 
 def xrays(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Image -> patient, and image -> finding, of labels.csv."""
-    with open(folder / "labels.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {row["filename"]: row["patient"] for row in rows}, {row["filename"]: row["finding"] for row in rows}
+    rows = pd.read_csv(folder / "labels.csv", dtype=str).set_index("filename")
+    return rows.patient.to_dict(), rows.finding.to_dict()
 
 
 def stratified(patients: Mapping[str, str], labels: Mapping[str, str], fractions: Sequence[float], seed: int) -> Split:
@@ -107,8 +105,7 @@ def stratified(patients: Mapping[str, str], labels: Mapping[str, str], fractions
     for label in sorted(set(of_patient.values())):
         own = [case for case in patients if of_patient[patients[case]] == label]
         parts.append(make_split(own, [patients[case] for case in own], fractions, seed))
-    joined = {name: [getattr(part, name) for part in parts] for name in ("train", "validation", "test")}
-    return Split(**{name: sorted(itertools.chain(*lists)) for name, lists in joined.items()})
+    return Split(*(sorted(itertools.chain(*(getattr(part, name) for part in parts))) for name in PARTS))
 
 
 def allowed(split: Split, patients: Mapping[str, str]) -> list[str]:
@@ -128,50 +125,46 @@ def _fixed(dest: Path, name: str, drawn: Split, patients: Mapping[str, str]) -> 
     return split
 
 
-def _stacks(folder: Path, dest: Path) -> None:
+def _stacks(dest: Path, patients: Mapping[str, str]) -> None:
     """A task of whole volumes: is the atrium in a stack of slices, and does it begin or end there?
 
-    Every volume is cut into stacks of STACK slices (the rest is left out), labelled `inside` (all slices show the
-    atrium), `edge` (some) or `none`, and split as its volume is.
+    Every volume of heart_la is cut into stacks of STACK slices (the rest is left out), labelled `inside` (all slices
+    show the atrium), `edge` (some) or `none`, and split as its volume is.
     """
-    name = f"{folder.name}_stacks"
-    path = dest / "tasks" / f"{name}.csv"
-    if path.is_file():  # which is written last
+    heart, folder = dest / "tasks" / "heart_la", dest / "tasks" / "heart_la_stacks"
+    if folder.with_suffix(".csv").is_file():  # which is written last
         return
-    (dest / "tasks" / name).mkdir(parents=True, exist_ok=True)
-    patients, stacks, rows = patients_of_volumes(folder), {}, ["case,patient,label"]
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, stacks = [], {}
     for case, patient in sorted(patients.items()):
-        image, label = (read_nifti(folder / kind / f"{case}.nii.gz") for kind in ("imagesTr", "labelsTr"))
+        image, label = (np.load(heart / kind / f"{case}.npy", mmap_mode="r") for kind in ("", "labels"))
         shown = label.any(axis=(0, 1))
         stacks[case] = [f"{case}_{k}.npy" for k in range(len(shown) // STACK)]
         for k, stack in enumerate(stacks[case]):
             part = slice(k * STACK, (k + 1) * STACK)
-            np.save(dest / "tasks" / name / stack, image[:, :, part].astype(np.int16), allow_pickle=False)
+            np.save(folder / stack, image[:, :, part], allow_pickle=False)
             kind = "inside" if shown[part].all() else "edge" if shown[part].any() else "none"
-            rows.append(f"{stack},{patient},{kind}")
-    split = read_split(dest / "splits" / f"{folder.name}.json")
-    parts = {field: [stack for case in getattr(split, field) for stack in stacks[case]] for field in vars(split)}
-    write_split(Split(**parts), dest / "splits" / f"{name}.json")
-    files.write_text("\n".join(rows) + "\n", path)
+            rows.append({"case": stack, "patient": patient, "label": kind})
+    split = read_split(dest / "splits" / "heart_la.json")
+    parts = ([stack for case in getattr(split, part) for stack in stacks[case]] for part in PARTS)
+    write_split(Split(*parts), dest / "splits" / "heart_la_stacks.json")
+    write_csv(rows, folder.with_suffix(".csv"))
 
 
-def _convert(files: Sequence[Path], dest: Path, name: str) -> None:
-    prepare_data.main(
-        prepare_data.Config(source=[str(file) for file in files], dest=str(dest / "pretrain" / name), workers=1)
-    )
+def _prepare(source: Path, dest: Path) -> None:
+    prepare_data.main(prepare_data.Config(source=str(source), dest=str(dest), workers=1))
 
 
-def _copy(cases: Iterable[str], source: Path, dest: Path) -> None:
-    for case in cases:
-        (dest / case).parent.mkdir(parents=True, exist_ok=True)
-        if not (dest / case).is_file():
-            shutil.copyfile(source / case, dest / case)
+def _copy(files: Iterable[str], source: Path, dest: Path, how=shutil.copyfile) -> None:
+    for file in files:
+        (dest / file).parent.mkdir(parents=True, exist_ok=True)
+        if not (dest / file).exists():
+            how(source / file, dest / file)
 
 
-def _link(source: Path, dest: Path) -> None:
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    if not dest.exists():
-        dest.symlink_to(source, target_is_directory=True)
+def _link(files: Iterable[str], source: Path, dest: Path) -> None:
+    """The same files in another folder, where they take no room."""
+    _copy(files, source, dest, os.link)
 
 
 if __name__ == "__main__":
