@@ -23,18 +23,16 @@ from torch import Tensor, nn
 from datasets.augment import Ranges, VolumeViews
 from downstream import options, task
 from downstream.encoders import load_encoder, load_joint_encoder
-from downstream.features import frozen_features, mean_of_stacks, open_cases, pad
+from downstream.features import fit_logistic_regression, frozen_features, mean_of_stacks, open_cases, pad, vote
 from downstream.labels import Items, LabelRow, label_items, read_labels
 from downstream.scores import METRICS, Scores, classification_scores, score_intervals, validation_score
 from downstream.splits import choose_by_turns
-from downstream.task import Task, Tested, fingerprint
+from downstream.task import Outcome, Task, fingerprint
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet, pooled, wide
 from utils import config
 from utils.errors import UserError
 from utils.options import constants
-
-COSTS = tuple(10.0 ** np.arange(-4, 3))  # inverse regularisation C of the logistic regression, chosen on validation
 
 
 @dataclass(kw_only=True)
@@ -82,7 +80,7 @@ class Model:
 
 
 @constants
-class Config(options.Data, Labels, Model, options.Start, options.Training, options.Running, options.Prepared):
+class Config(options.Running, options.Training, options.Start, Model, Labels, options.Prepared, options.Data):
     data_path = "Training_Data"
     fractions = [0.6, 0.2, 0.2]  # noqa: RUF012
     epochs = 30
@@ -233,7 +231,7 @@ class Classification(Task):
             raise UserError("fine-tuning gives NaN or Inf; lower --base_lr, or change --weights")
         return found
 
-    def test(self, model: nn.Module, folder: Path) -> Tested:
+    def test(self, model: nn.Module, folder: Path) -> Outcome:
         items, test = self.items, self.stacks(self.split.test, test=True)
         people = [self.patients[items.names[i]] for i in test]
         found, chosen = ({"": self.probabilities(model, test)}, {}) if self.epochs else self.by_features(model, test)
@@ -251,7 +249,7 @@ class Classification(Task):
         about = {"intervals": intervals, "reasons": reasons, "patients": len(set(people)), "chosen": chosen}
         if self.cfg.label_fractions:
             about["label_counts"] = self.sizes
-        return Tested(values, self.rows(test, found), format_table(values, intervals, reasons, self.sizes), about)
+        return Outcome(values, self.rows(test, found), format_table(values, intervals, reasons, self.sizes), about)
 
     def by_features(
         self, encoder: GreyResNet | JointEncoder, test: np.ndarray
@@ -329,56 +327,6 @@ class Classifier(nn.Module):
         else:
             parts = [mean_of_stacks(wide(pooled(self.encoder(volumes[mask].unsqueeze(1)))), stack)]
         return wide(self.head(torch.cat([F.layer_norm(part, part.shape[1:]) for part in parts], dim=1)))
-
-
-def vote(train: np.ndarray, labels: np.ndarray, test: np.ndarray, classes: int, k: int) -> np.ndarray:
-    """Shares [n, classes] of the k nearest training features by cosine similarity, each weighted by exp(s / 0.07).
-
-    Features are centred on the training mean first: pooled features are all positive, and their common mean would hide
-    the differences. Source of the weights: Wu et al. 2018 (instance discrimination), as k-NN evaluations use them.
-    """
-    from sklearn.neighbors import KNeighborsClassifier
-
-    mean, k = train.mean(axis=0), min(k, len(train))
-    model = KNeighborsClassifier(k, weights=lambda distance: np.exp(-distance / 0.07), metric="cosine")
-    return _probabilities(model.fit(train - mean, labels), test - mean, classes)
-
-
-def fit_logistic_regression(
-    train: tuple[np.ndarray, np.ndarray],
-    validation: tuple[np.ndarray, np.ndarray],
-    test: np.ndarray,
-    classes: int,
-) -> tuple[np.ndarray, float]:
-    """Probabilities [n, classes] for the features `test`, and the C that validation chose.
-
-    train, validation: features [n, C] and class numbers [n], of at least two classes in train.  Features are
-    standardised by the training cases; classes weigh the same. C is the smallest of those with the best
-    `validation_score`, and 1 without validation cases.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    def fitted(cost: float) -> Any:
-        regression = LogisticRegression(C=cost, class_weight="balanced", max_iter=5000)
-        return make_pipeline(StandardScaler(), regression).fit(*train)
-
-    if not len(validation[1]):
-        return _probabilities(fitted(1.0), test, classes), 1.0
-    models = {cost: fitted(cost) for cost in COSTS}
-    scores = {
-        cost: validation_score(validation[1], _probabilities(models[cost], validation[0], classes)) for cost in COSTS
-    }
-    best = max(COSTS, key=scores.get)
-    return _probabilities(models[best], test, classes), float(best)
-
-
-def _probabilities(model: Any, x: np.ndarray, classes: int) -> np.ndarray:
-    """[n, classes] of a scikit-learn model that has not seen all classes; 0 for these."""
-    result = np.zeros((len(x), classes))
-    result[:, model.classes_] = model.predict_proba(x)
-    return result
 
 
 def format_table(

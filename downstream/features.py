@@ -8,25 +8,26 @@ features = mean_of_stacks(slices.pooled, slices.stack)
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from datasets.index import IMAGE_SUFFIXES, LABEL_FOLDERS
+from datasets.index import LABEL_FOLDERS
 from datasets.loaders import Slices
 from datasets.store import prepare
+from downstream.scores import validation_score
+from downstream.splits import without_suffix
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet, multi_scale, pooled
 from utils.errors import UserError
 
+COSTS = tuple(10.0 ** np.arange(-4, 3))  # inverse regularisation C of the logistic regression, chosen on validation
 SLICES_AT_ONCE = 64  # through the ResNet: 64 slices of 224 x 224 keep half a gigabyte of ResNet-50's maps
-SUFFIXES = (".nii.gz", ".nii", ".npy", *sorted(IMAGE_SUFFIXES))
 
 
 class Cases:
@@ -101,21 +102,7 @@ def open_cases(
 def is_data_set(folder: Path) -> bool:
     """Whether a folder is one data set and not a tree of them: it holds cases, or its dataset.yaml, itself."""
     names = [entry.name for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith(".")]
-    return "dataset.yaml" in names or any(_suffix(name) for name in names)
-
-
-def without_suffix(name: str) -> str:
-    """`a/b.nii.gz` -> `a/b`, for all file types that hold cases; other endings stay."""
-    return name[: len(name) - len(_suffix(name))]
-
-
-def places_of(names: Sequence[str]) -> dict[str, set[int]]:
-    """How people may name a case -> its positions in `names`: path or file name, each with or without its suffix."""
-    places: dict[str, set[int]] = defaultdict(set)
-    for i, name in enumerate(names):
-        for key in {name, without_suffix(name), Path(name).name, without_suffix(Path(name).name)}:
-            places[key].add(i)
-    return places
+    return "dataset.yaml" in names or any(without_suffix(name) != name for name in names)
 
 
 class SliceFeatures(NamedTuple):
@@ -197,13 +184,59 @@ def pad(stacks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return batch, (torch.arange(batch.shape[1]) < lengths.unsqueeze(1)).to(batch.device)
 
 
+def vote(train: np.ndarray, labels: np.ndarray, test: np.ndarray, classes: int, k: int) -> np.ndarray:
+    """Shares [n, classes] of the k nearest training features by cosine similarity, each weighted by exp(s / 0.07).
+
+    Features are centred on the training mean first: pooled features are all positive, and their common mean would hide
+    the differences. Source of the weights: Wu et al. 2018 (instance discrimination), as k-NN evaluations use them.
+    """
+    from sklearn.neighbors import KNeighborsClassifier
+
+    mean, k = train.mean(axis=0), min(k, len(train))
+    model = KNeighborsClassifier(k, weights=lambda distance: np.exp(-distance / 0.07), metric="cosine")
+    return _probabilities(model.fit(train - mean, labels), test - mean, classes)
+
+
+def fit_logistic_regression(
+    train: tuple[np.ndarray, np.ndarray],
+    validation: tuple[np.ndarray, np.ndarray],
+    test: np.ndarray,
+    classes: int,
+) -> tuple[np.ndarray, float]:
+    """Probabilities [n, classes] for the features `test`, and the C that validation chose.
+
+    train, validation: features [n, C] and class numbers [n], of at least two classes in train.  Features are
+    standardised by the training cases; classes weigh the same. C is the smallest of those with the best
+    `validation_score`, and 1 without validation cases.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    def fitted(cost: float) -> Any:
+        regression = LogisticRegression(C=cost, class_weight="balanced", max_iter=5000)
+        return make_pipeline(StandardScaler(), regression).fit(*train)
+
+    if not len(validation[1]):
+        return _probabilities(fitted(1.0), test, classes), 1.0
+    models = {cost: fitted(cost) for cost in COSTS}
+    scores = {
+        cost: validation_score(validation[1], _probabilities(models[cost], validation[0], classes)) for cost in COSTS
+    }
+    best = max(COSTS, key=scores.get)
+    return _probabilities(models[best], test, classes), float(best)
+
+
+def _probabilities(model: Any, x: np.ndarray, classes: int) -> np.ndarray:
+    """[n, classes] of a scikit-learn model that has not seen all classes; 0 for these."""
+    result = np.zeros((len(x), classes))
+    result[:, model.classes_] = model.predict_proba(x)
+    return result
+
+
 def _require_finite(features: Tensor) -> None:
     if not features.isfinite().all():
         raise UserError("weights: they give features that are NaN or Inf; the file is of a training that diverged")
-
-
-def _suffix(name: str) -> str:
-    return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
 
 
 def _walk(root: Path) -> Iterator[Path]:

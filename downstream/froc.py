@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jsonargparse.typing import NonNegativeInt
 
-from downstream.features import without_suffix
 from downstream.labels import read_csv
 from downstream.scores import bootstrap
+from downstream.splits import without_suffix
 from utils import config as options
 from utils.errors import UserError
 from utils.files import write_csv, write_json
@@ -74,16 +74,14 @@ def run(cfg: Config) -> dict[str, Any]:
         return dict(zip(names, [float(curve.mean()), *curve.tolist()], strict=True))
 
     found = values()
-    scores, nodules = candidates.score, len(candidates.nodule_scan)
-    why = (
-        "the network could not learn: cases.csv holds no scores" if np.isnan(scores).any() else "no nodule in the test"
-    )
+    learnt = not np.isnan(candidates.score).any()
+    why = "no nodule in the test scans" if learnt else "the classification could not learn: its cases.csv has no scores"
     result = {
         "metrics": found,
         "intervals": bootstrap(values, candidates.scans, cfg.bootstrap, cfg.seed),
         "reasons": {name: why for name, value in found.items() if math.isnan(value)},
-        "candidates": len(scores),
-        "nodules": nodules,
+        "candidates": len(candidates.score),
+        "nodules": len(candidates.nodule_scan),
         "scans": candidates.scans,
     }
     write_json(result, Path(cfg.run) / "froc.json")

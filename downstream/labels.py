@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from downstream.features import Cases, places_of, without_suffix
+from downstream.features import Cases
+from downstream.splits import places_of, without_suffix
 from utils.errors import UserError
 
 CASE_COLUMNS = ("case", "file", "filename", "image")
