@@ -8,8 +8,9 @@ Needs weights/resnet_deepcluster2D.pth from ssl_deepcluster2D.py or elsewhere. R
 
 from __future__ import annotations
 
+from datasets.batch import Counts
 from datasets.embeddings import EmbeddingLoader
-from datasets.loaders import Counts, VolumeLoader, open_volumes
+from datasets.loaders import VolumeLoader, open_volumes
 from models.encoder import JointEncoder
 from objectives import MaskedSlices
 from training import train, weights
@@ -19,7 +20,7 @@ from utils.precision import Precision
 
 
 @options.constants
-class Config(options.Volumes, options.Masked, options.Training):
+class Config(options.Masked, options.Training):
     resnet_pretrained = "resnet_deepcluster2D.pth"  # stage 1; frozen here
     checkpoint_name = "mask_deepcluster.pth"
     dump_path = "runs/mask_deepcluster"
@@ -53,10 +54,10 @@ def model(cfg: Config, counts: Counts) -> MaskedSlices:
 
 
 def main(cfg: Config) -> None:
-    run = distributed.start(cfg.device, cfg.seed, cfg.timeout_minutes)
+    run = train.start(cfg)
     loader = data(cfg, run)
     learner = model(cfg, loader.counts)
-    weights.load_backbone(learner.encoder.encoder, cfg.pretrained_path, cfg.resnet_pretrained, "ssl_deepcluster2D.py")
+    weights.load_backbone(learner.resnet, cfg)
     if cfg.projection_init == "pca":
         fit_projection(learner.encoder, loader.dataset, cfg.target_shape[1:], run)
     if cfg.cached_views:

@@ -11,7 +11,8 @@ copy into downstream code.
 
 from __future__ import annotations
 
-from datasets.loaders import Counts, VolumeLoader, open_volumes
+from datasets.batch import Counts
+from datasets.loaders import VolumeLoader, open_volumes
 from models.encoder import JointEncoder
 from models.heads import ProjectionHead
 from objectives import DeepClusterV2, JointClustering
@@ -20,7 +21,7 @@ from utils import config, distributed, options
 
 
 @options.constants
-class Config(options.Volumes, options.Joint, options.DeepCluster, options.TrainedResNet, options.Training):
+class Config(options.Joint, options.DeepCluster, options.TrainedResNet, options.Training):
     resnet_pretrained = "resnet_deepcluster2D.pth"  # stage 1
     trans_pretrained = "mask_deepcluster.pth"  # stage 2
     checkpoint_name = "deepcluster3D.pth"
@@ -61,25 +62,26 @@ def data(cfg: Config, run: distributed.Run) -> VolumeLoader:
         mask_ratio=cfg.mask_ratio if cfg.lambda_mask else 0,
         intra_slices=cfg.intra_slices,
         images_per_step=cfg.images_per_step if cfg.lambda_intra else 0,
+        min_scale_images=cfg.min_scale_images,
     )
 
 
 def model(cfg: Config, counts: Counts) -> JointClustering:
     encoder = JointEncoder(cfg.arch, cfg.d_model, cfg.layers, cfg.dropout, cfg.recompute, cfg.attention)
     head = ProjectionHead(encoder.encoder.num_features, cfg.hidden_mlp, cfg.feat_dim)
-    inter = DeepClusterV2.of(cfg, cfg.d_model, counts.volumes, counts.volume_batch, "inter")
-    intra = DeepClusterV2.of(cfg, cfg.feat_dim, counts.slices, counts.slice_batch, "intra")
+    inter = DeepClusterV2.of(cfg, cfg.d_model, counts, "inter")
+    intra = DeepClusterV2.of(cfg, cfg.feat_dim, counts, "intra")
     return JointClustering(encoder, head, intra, inter, cfg.lambda_intra, cfg.lambda_inter, cfg.lambda_mask, cfg.freeze)
 
 
 def main(cfg: Config) -> None:
-    run = distributed.start(cfg.device, cfg.seed, cfg.timeout_minutes)
+    run = train.start(cfg)
     loader = data(cfg, run)
     learner = model(cfg, loader.counts)
-    weights.load_backbone(learner.encoder.encoder, cfg.pretrained_path, cfg.resnet_pretrained, "ssl_deepcluster2D.py")
-    weights.load_transformer(learner.encoder, cfg.pretrained_path, cfg.trans_pretrained, "mask_deepcluster.py")
+    weights.load_backbone(learner.resnet, cfg)
+    weights.load_transformer(learner.encoder, cfg)
     if cfg.lambda_mask:
-        weights.load_mask_head(learner, cfg.pretrained_path, cfg.trans_pretrained)
+        weights.load_mask_head(learner, cfg)
     train.run(learner, loader, cfg, run, weights.save_joint)
 
 

@@ -8,7 +8,8 @@ Result: weights/resnet_swav2D.pth, a flat torchvision ResNet state dict. Method:
 
 from __future__ import annotations
 
-from datasets.loaders import Counts, ImageLoader, open_images
+from datasets.batch import Counts
+from datasets.loaders import ImageLoader, open_images
 from models.heads import ProjectionHead
 from models.resnet import GreyResNet
 from objectives import ImageClustering, SwAV
@@ -49,15 +50,14 @@ def data(cfg: Config, run: distributed.Run) -> ImageLoader:
 def model(cfg: Config, counts: Counts) -> ImageClustering:
     encoder = GreyResNet(cfg.arch, cfg.recompute)
     head = ProjectionHead(encoder.num_features, cfg.hidden_mlp, cfg.feat_dim)
-    return ImageClustering(encoder, head, SwAV.of(cfg, cfg.feat_dim, counts.slices, counts.slice_batch, "intra"))
+    return ImageClustering(encoder, head, SwAV.of(cfg, cfg.feat_dim, counts, "intra"))
 
 
 def main(cfg: Config) -> None:
-    run = distributed.start(cfg.device, cfg.seed, cfg.timeout_minutes)
+    run = train.start(cfg)
     loader = data(cfg, run)
     learner = model(cfg, loader.counts)
-    if cfg.resnet_pretrained != "none":
-        weights.load_backbone(learner.encoder, cfg.pretrained_path, cfg.resnet_pretrained, "ssl_swav2D.py")
+    weights.load_backbone(learner.resnet, cfg)
     train.run(learner, loader, cfg, run, weights.save_resnet)
 
 

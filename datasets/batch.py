@@ -1,4 +1,4 @@
-"""What a loader hands to a learner."""
+"""What a loader hands to a learner: how many samples there are, and batches of them."""
 
 from __future__ import annotations
 
@@ -26,3 +26,16 @@ class Batch(NamedTuple):
     image_index: Tensor | None = None  # [M] their index, which goes on where that of the slices ends
     masked: Tensor | None = None  # [V, B, D] slices whose embeddings are to be predicted
     targets: Tensor | None = None  # [V, B, D, d] frozen slice embeddings, where they are known already
+
+
+class Counts(NamedTuple):
+    """What the size of an objective depends on: samples of each level, and embeddings of a global batch per view."""
+
+    slices: int  # and images: stage 1's samples, or all slices of all volumes and the images beside them
+    slice_batch: int
+    volumes: int = 0
+    volume_batch: int = 0
+
+    def of(self, level: str) -> tuple[int, int]:
+        """(samples, batch) of the level `intra` or `inter`."""
+        return (self.volumes, self.volume_batch) if level == "inter" else (self.slices, self.slice_batch)

@@ -19,11 +19,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from datasets.loaders import Key, VolumeLoader, VolumeWindows, to_device, torch_loader
+from datasets.batch import Batch
+from datasets.loaders import VolumeLoader, VolumeWindows, torch_loader
 from datasets.render import FORMAT
+from datasets.samplers import Key
 from datasets.store import NPY_HEADER, claim, shown_size
+from datasets.transforms import upload
 from utils.distributed import raise_everywhere
 from utils.errors import UserError
+from utils.guards import Reading
 from utils.precision import Precision
 
 LAYOUT = 1  # of the files; a new number makes all of them anew
@@ -123,7 +127,7 @@ def write(array: Tensor, path: Path) -> None:
 class EmbeddingLoader:
     """Stage 2 from cached embeddings: a `VolumeLoader`'s batches with `targets` [2, B, D, d] in place of `views`.
 
-    versions: n > 0; epoch e sees version e mod n of every volume, with fresh hidden slices.  width: d.
+    versions: n > 0; epoch e sees version e mod n of every volume, with fresh masked slices.  width: d.
     precision: what the embeddings are computed in. They are stored in float32 where that is fp32, otherwise in float16,
     which holds bf16 and fp16 results: nothing is lost.
     What is not on disk yet is computed when its turn comes and written: by any process, for all and for later runs.
@@ -137,29 +141,29 @@ class EmbeddingLoader:
         self.workers, self.precision, self.run = workers, precision, volumes.run
         self.dtype = torch.float32 if precision.dtype == torch.float32 else torch.float16
         self.batches, self.samples, self.steps = volumes.batches, volumes.samples, volumes.steps
-        self.dataset, self.views = volumes.dataset, volumes.views
+        self.dataset, self.views, self.names = volumes.dataset, volumes.views, volumes.names
+        self.counts, self.groups = volumes.counts, volumes.groups
         self.cache: Embeddings | None = None
         self.loader: DataLoader | None = None
 
-    def epoch(self, epoch: int, seen: int = 0) -> Iterator[dict[str, Any]]:
+    @property
+    def reading(self) -> list[Reading]:
+        """What the data-loading workers are at."""
+        return [self.loader.dataset] if self.loader else []
+
+    def epoch(self, epoch: int, seen: int = 0) -> Iterator[Batch]:
         if self.loader is None:
             self._open()
-        self.batches.epoch, self.batches.seen = epoch, seen
+        self.batches.begin(epoch, seen)
         for raw, (_, counts) in zip(self.loader, self.batches.plan(seen), strict=True):
             if isinstance(raw, list):
                 raw = default_collate(self._complete(raw, epoch % self.versions))
             index, length = raw["index"], raw["length"]
-            batch = {
-                "mask": torch.arange(self.dataset.slices) < length.unsqueeze(1),
-                "index": index,
-                "targets": raw["targets"].transpose(0, 1),
-                "hidden": self.volumes.hidden(index, length, epoch, VIEWS),
-                "counts": counts,
-            }
-            yield to_device(batch, self.run.device)
-
-    def names(self, batch: dict[str, Any]) -> list[str]:
-        return self.volumes.names(batch)
+            mask = torch.arange(self.dataset.slices) < length.unsqueeze(1)
+            masked = self.volumes.masked(index, length, epoch, VIEWS)
+            targets = raw["targets"].transpose(0, 1)
+            index, mask, masked, targets = (upload(x, self.run.device) for x in (index, mask, masked, targets))
+            yield Batch(index, counts, mask=mask, masked=masked, targets=targets)
 
     def _open(self) -> None:
         """Only with the first epoch, when the weights are those of the checkpoint that the run goes on from."""
@@ -210,10 +214,10 @@ class EmbeddingLoader:
             part = missing[first : first + together]
             raw = default_collate(part)
             mask = torch.arange(self.dataset.slices) < raw["length"].unsqueeze(1)
-            moved = to_device({"volume": raw["volume"], "mask": mask}, self.run.device)
-            views = self.views(moved["volume"], mask, raw["extent"], raw["index"], version)
+            volumes, real = upload(raw["volume"], self.run.device), upload(mask, self.run.device)
+            views = self.views(volumes, mask, raw["extent"], raw["index"], version)
             with self.precision.autocast():
-                targets = self.embedder.targets(views, moved["mask"]).to("cpu", self.dtype)
+                targets = self.embedder.targets(views, real).to("cpu", self.dtype)
             for sample, own in zip(part, targets.unbind(1), strict=True):
                 sample["targets"] = own
                 write(own[:, : sample["length"]], self.cache.path(version, sample["index"]))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datasets.batch import Counts
 from models.heads import Prototypes
 from objectives.bank import MemoryBank
 from objectives.kmeans import assign, choose_backend, fast_products, gather_rows, kmeans_faiss, kmeans_torch
@@ -61,8 +62,9 @@ class DeepClusterV2(nn.Module):
         self.assign_crops, self.precision = assign_crops, precision
 
     @classmethod
-    def of(cls, cfg: Any, dim: int, samples: int, batch: int, level: str) -> DeepClusterV2:
-        """From a script's options.  samples: N of the level.  batch: not needed."""
+    def of(cls, cfg: Any, dim: int, counts: Counts, level: str) -> DeepClusterV2:
+        """From a script's options, for the level `intra` or `inter` of its data."""
+        samples, _ = counts.of(level)
         option, wanted = of_level(cfg, "nmb_prototypes", level)
         kmeans = cfg.kmeans_iterations, cfg.kmeans_backend
         sizes = prototype_counts(wanted, samples, option)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from datasets.batch import Counts
 from models.heads import Prototypes
 from objectives.sinkhorn import sinkhorn
 from objectives.sizes import prototype_counts, queue_size
@@ -54,8 +55,9 @@ class SwAV(nn.Module):
         self.register_buffer("queue", torch.zeros(assign_crops, queue_length, dim))
 
     @classmethod
-    def of(cls, cfg: Any, dim: int, samples: int, batch: int, level: str) -> SwAV:
-        """From a script's options.  samples: of the level.  batch: embeddings per view of a joint batch."""
+    def of(cls, cfg: Any, dim: int, counts: Counts, level: str) -> SwAV:
+        """From a script's options, for the level `intra` or `inter` of its data."""
+        samples, batch = counts.of(level)
         option, wanted = of_level(cfg, "nmb_prototypes", level)
         sizes = prototype_counts(wanted, samples, option)
         option, length = of_level(cfg, "queue_length", level)

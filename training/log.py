@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from datasets.batch import Batch
 from utils import distributed, files
 from utils.config import save_yaml, to_dict
 from utils.distributed import Run
@@ -97,7 +98,7 @@ class Log:
     def wants_views(self) -> bool:
         return self._tensorboard is not None
 
-    def views(self, epoch: int, batch: dict[str, Any]) -> None:
+    def views(self, epoch: int, batch: Batch) -> None:
         """Remember, on the device, what an epoch's first batch looks like; `row` shows it every IMAGES_EVERY epochs."""
         if self.wants_views and epoch % IMAGES_EVERY == 0:
             self._views = some_views(batch)
@@ -200,15 +201,15 @@ class Bar:
         self.tqdm.close()
 
 
-def some_views(batch: dict[str, Any]) -> Tensor | None:
+def some_views(batch: Batch) -> Tensor | None:
     """Two views [2, n, H, W] of the first samples of a training batch, of a volume its middle slice; None: no pictures.
 
     Stays on the device, and does not wait for it.
     """
-    if "crops" in batch:
-        views = batch["crops"][0][:2, :IMAGES_SHOWN]
-    elif "views" in batch:
-        views = batch["views"][:2, :IMAGES_SHOWN, batch["views"].shape[2] // 2]
+    if batch.crops is not None:
+        views = batch.crops[0][:2, :IMAGES_SHOWN]
+    elif batch.views is not None:
+        views = batch.views[:2, :IMAGES_SHOWN, batch.views.shape[2] // 2]
     else:
         return None
     return views.detach().clone()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import itertools
 import json
 import math
 import os
@@ -18,13 +19,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.optim import Optimizer
 
+from datasets.loaders import OneAhead
 from utils import config as options
-from utils import distributed, guards
-from utils.distributed import Run
 from utils.errors import UserError
-from utils.precision import Precision
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
@@ -57,36 +55,35 @@ class Fit:
         return self.base + self.per_sample * batch_size
 
 
-def fit_batch(learner: torch.nn.Module, loader: Any, optimizer: Optimizer, config: Any, run: Run) -> None:
-    """Say the largest batch_size whose step needs at most `config.fit_batch` GiB; nothing is trained or written.
+def fit_batch(training: Any) -> None:
+    """Say the largest batch_size whose step needs at most `fit_batch` GiB; nothing is trained or written.
 
-    Every batch size is tried in a process of its own, which builds what the script builds and makes real steps. On a
-    GPU its memory is what the allocator reserved at most, and the context; on a CPU the most that was resident. Memory
-    of data-loading processes comes on top. Raises UserError where there are several processes, or nothing fits.
+    training: `training.train.Training`. Every batch size is tried in a process of its own, which builds what the script
+    builds and makes real updates. On a GPU its memory is what the allocator reserved at most, and the context; on a CPU
+    the most that was resident. Memory of data-loading processes comes on top. Raises UserError where there are several
+    processes, or nothing fits.
     """
+    config, device = training.config, training.run.device
     if os.environ.get(PROBE):
-        print(f"{FOUND}{json.dumps(_peak(learner, loader, optimizer, config, run))}", flush=True)
+        print(f"{FOUND}{json.dumps(_peak(training))}", flush=True)
         return
-    if run.world_size > 1:
+    if training.run.world_size > 1:
         raise UserError("fit_batch: start the script without torchrun; what fits in one process fits in each of many")
-    limit = config.fit_batch * GIB
-    most = loader.samples
-    before = torch.cuda.mem_get_info(run.device)[0] if run.device.type == "cuda" else 0
-    print(
-        f"fit_batch: looking for the largest batch_size within {config.fit_batch:g} GiB on {run.device.type}",
-        flush=True,
-    )
+    limit, most = config.fit_batch * GIB, training.loader.samples
+    before = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    print(f"fit_batch: looking for the largest batch_size within {config.fit_batch:g} GiB on {device.type}", flush=True)
 
     def probe(batch_size: int) -> int | None:
         used = measure(config, batch_size, before)
         print(f"  batch_size {batch_size}: {'does not fit' if used is None else f'{used / GIB:.2f} GiB'}", flush=True)
         return used
 
-    fit = search(probe, limit, most, free_memory(run.device))
+    fit = search(probe, limit, most, free_memory(device))
     if not fit.batch_size:
+        recompute = ", or --recompute true" if config.stage != 2 else ""
         raise UserError(
             f"fit_batch: one sample needs {fit.predict(1) / GIB:.2f} GiB, more than {config.fit_batch:g}; use a "
-            "smaller view or --arch" + (", or --recompute true" if hasattr(config, "recompute") else "")
+            f"smaller view or --arch{recompute}"
         )
     how = "measured" if fit.measured else "extrapolated"
     used = fit.points.get(fit.batch_size, fit.predict(fit.batch_size))
@@ -189,38 +186,25 @@ def probe(script: str, values: str) -> None:
     module.main(module.Config(**json.loads(values)))
 
 
-def _peak(learner: torch.nn.Module, loader: Any, optimizer: Optimizer, config: Any, run: Run) -> tuple[int, int, int]:
-    """A few steps as `train.fit` makes them -> bytes at their peak; of a GPU: reserved and free at the end."""
-    core = distributed.unwrap(learner)
-    precision = Precision(config.precision, run.device)
-    _begin(core, config)
-    learner.train()
-    statistics = guards.BatchNormStatistics(core)
-    batches = (batch for epoch in range(STEPS + 1) for batch in loader.epoch(epoch))
-    batch = next(batches)
-    for _ in range(STEPS):
-        statistics.remember()
-        with precision.autocast():
-            losses = learner(**batch)
-        precision.backward(losses["loss"])
-        core.cancel_gradients(0)
-        batch = next(batches)  # made while the device still computes, so both are in memory
-        if bool(guards.gradients_are_finite(optimizer)):
-            precision.step(optimizer)
-        if config.accumulate == 1:  # otherwise a batch finds the gradients of those before it
-            optimizer.zero_grad(set_to_none=True)
-    return peak_memory(run.device)
+def _peak(training: Any) -> tuple[int, int, int]:
+    """A few updates -> bytes at their peak; of a GPU: reserved and free at the end."""
+    begin_full_epoch(training)
+    batches = OneAhead(batch for epoch in itertools.count() for batch in training.loader.epoch(epoch))
+    for step in range(STEPS):
+        training.update(batches, step, training.config.accumulate)
+    return peak_memory(training.run.device)
 
 
-def _begin(core: Any, config: Any) -> None:
-    """An epoch that has all that takes memory: queues in use, k-means over full banks."""
-    for _, objective in core.objectives():
+def begin_full_epoch(training: Any) -> None:
+    """An epoch that has all that takes memory and time: queues in use, k-means over full banks (of random points)."""
+    for _, objective in training.core.objectives():
         if objective.fills_memory:
-            crops, samples, dim = (objective.assign_crops, objective.bank.samples, objective.bank.embeddings.shape[2])
+            crops, samples, dim = objective.assign_crops, objective.bank.samples, objective.bank.embeddings.shape[2]
             embeddings = F.normalize(torch.randn(crops, samples, dim), dim=2)
             objective.bank.load({"embeddings": embeddings, "seen": torch.ones(samples, dtype=torch.bool)})
     gc.collect()
-    core.begin_epoch(getattr(config, "epoch_queue_starts", 0))
+    training.core.begin_epoch(training.config.epochs)
+    training.learner.train()
 
 
 def peak_memory(device: torch.device) -> tuple[int, int, int]:

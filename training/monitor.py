@@ -6,11 +6,9 @@ docs/DIAGNOSTICS.md defines every quantity and says what is healthy.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from objectives.deepcluster import DeepClusterV2
@@ -18,6 +16,7 @@ from objectives.diagnostics import NAN, Diagnostics
 from objectives.learners import Learner
 from objectives.sizes import CROWDED
 from objectives.swav import SwAV
+from utils.options import of_level
 
 # When a figure is a warning. Healthy runs stay far from all of them (docs/DIAGNOSTICS.md has what was measured).
 AT_CHANCE = 0.99  # loss / ln K: within 1 % of guessing
@@ -33,16 +32,6 @@ LASTING = ("_collapse", "_chance")  # conditions that must hold for two epochs i
 SETTLING_EPOCHS = 1  # after the warm-up, before what takes time to learn is judged
 SETTLING_STEPS = 100  # and steps, with prototypes that move: a demonstration of a few steps has learnt little, and may
 TRANSIENT_STEPS = 30  # at first a high rate folds the embeddings together, and they unfold again
-
-
-def origins(loader: Any) -> dict[str, Sequence[str]]:
-    """Level -> the data set of every global index of it, for loaders of clustering stages."""
-    groups = list(loader.dataset.groups)
-    if not hasattr(loader, "slice_offsets"):
-        return {"intra": groups}
-    slices = np.repeat(np.array(groups, dtype=object), np.diff(loader.slice_offsets.numpy()))
-    pictures = loader.image_dataset.groups if loader.image_dataset is not None else []
-    return {"inter": groups, "intra": np.concatenate([slices, np.array(pictures, dtype=object)])}
 
 
 @dataclass(frozen=True)
@@ -71,25 +60,21 @@ class Monitor:
         self.observers: dict[str, Diagnostics] = {}
         for name, objective in core.objectives():
             self.levels[name] = level(name, objective, loader, config)
-            origin = origins(loader)[name]
-            head = objective.prototypes.heads[0]
-            objective.observer = self.observers[name] = Diagnostics(
-                len(origin), head.out_features, head.in_features, objective.temperature, device, origin
+            head, groups = objective.prototypes.heads[0], loader.groups[name]
+            self.observers[name] = Diagnostics(
+                len(groups), head.out_features, head.in_features, objective.temperature, device, groups
             )
+        core.observe(self.observers)
         self.raised: list[str] = []  # conditions that hold and were reported
         self.suspected: list[str] = []  # those of the epoch before that count when they last
         self.losses: dict[str, float] = {}  # of the epoch before
+        self.only = "loss" if core.stage == 1 else None  # name of the loss where there is one level alone
 
     @property
     def chance(self) -> dict[str, float]:
         """Name of a loss -> what guessing scores, where that is known."""
         found = {name: level.chance for name, level in self.levels.items()}
-        return {"loss": found["intra"], **found} if self._alone else found
-
-    @property
-    def _alone(self) -> bool:
-        """Stage 1, whose `loss` is that of its only level."""
-        return not hasattr(self.loader, "slice_offsets") and "intra" in self.levels
+        return {self.only: found["intra"], **found} if self.only else found
 
     def finish(self, epoch: int, means: dict[str, float]) -> tuple[dict[str, float], list[tuple[str, str]]]:
         """Columns for metrics.csv, and (condition, text) of what became wrong; all processes call it together."""
@@ -99,7 +84,7 @@ class Monitor:
             figures = observer.finish()
             columns |= {f"{name}_{key}": value for key, value in figures.items()}
             columns[f"{name}_chance"] = self.levels[name].chance
-            loss = means.get("loss" if self._alone else name, NAN)
+            loss = means.get(self.only or name, NAN)
             found |= self._judge(self.levels[name], epoch, loss, figures)
             self.losses[name] = loss
         if "interpolation" in means:
@@ -119,50 +104,52 @@ class Monitor:
         return columns, new
 
     def _settled(self, epoch: int) -> bool:
-        steps = (epoch + 1) * self.loader.steps - getattr(self.config, "freeze_prototypes_niters", 0)
+        """Whether what takes time to learn may be judged."""
+        steps = self._steps(epoch) - getattr(self.config, "freeze_prototypes_niters", 0)
         return epoch >= self.config.warmup_epochs + SETTLING_EPOCHS and steps >= SETTLING_STEPS
 
+    def _steps(self, epoch: int) -> int:
+        return (epoch + 1) * self.loader.steps
+
     def _judge(self, level: Level, epoch: int, loss: float, figures: dict[str, float]) -> dict[str, str]:
-        K, found = level.prototypes, {}
-        if self._settled(epoch) and loss > AT_CHANCE * level.chance:
-            if figures["target_entropy"] > UNIFORM:
-                why = f"the targets are almost uniform (entropy {figures['target_entropy']:.2f} ln K): lower --epsilon"
-            else:
-                why = "raise --base_lr if it was low, lower it if the loss had been falling, or use fewer prototypes"
-            found["chance"] = f"the loss {loss:.4f} is no better than guessing, ln K = {level.chance:.4f}; {why}"
-        used = figures["usage"] * K
-        signs = []
+        """Condition -> what is said of it."""
+        before = self.losses.get(level.name, NAN)
+        found = {
+            "chance": self._at_chance(level, loss, figures) if self._settled(epoch) else "",
+            "collapse": self._collapse(level, figures) if self._steps(epoch) >= TRANSIENT_STEPS else "",
+            **_queue(level),
+        }
+        if loss - before > JUMP * level.chance:
+            found["jump"] = (
+                f"the loss rose from {before:.3f} to {loss:.3f} over an epoch: the learning rate may be too high; "
+                "lower --base_lr or lengthen --warmup_epochs"
+            )
+        return {f"{level.name}_{name}": f"{level.name}: {text}" for name, text in found.items() if text}
+
+    def _at_chance(self, level: Level, loss: float, figures: dict[str, float]) -> str:
+        if not loss > AT_CHANCE * level.chance:
+            return ""
+        if figures["target_entropy"] > UNIFORM:
+            why = f"the targets are almost uniform (entropy {figures['target_entropy']:.2f} ln K): lower --epsilon"
+        else:
+            why = "raise --base_lr if it was low, lower it if the loss had been falling, or use fewer prototypes"
+        return f"the loss {loss:.4f} is no better than guessing, ln K = {level.chance:.4f}; {why}"
+
+    def _collapse(self, level: Level, figures: dict[str, float]) -> str:
+        K, used, signs = level.prototypes, figures["usage"] * level.prototypes, []
         if figures["std"] < SAME_POINT:
             signs.append(f"spread {figures['std']:.3f} (1: whole sphere, 0: one point)")
         if figures["rank"] < SAME_LINE and level.samples >= FEW_SAMPLES:
             signs.append(f"effective rank {figures['rank']:.2f}")
         if used < min(ONE_PROTOTYPE, (1 + K) / 2):
             signs.append(f"as few as {used:.2f} of {K} prototypes in use")
-        if signs and (epoch + 1) * self.loader.steps >= TRANSIENT_STEPS:
-            found["collapse"] = (
-                f"the embeddings are collapsing: {', '.join(signs)}; start again with a lower --base_lr, "
-                + ("a lower --epsilon or --temperature" if level.swav else "or fewer prototypes")
-                + (f", or without a queue ({level.option('queue_length')} 0)" if level.queue else "")
-            )
-        if level.swav and (level.batch + level.queue) * CROWDED < K:
-            found["few"] = (
-                f"{level.batch} embeddings per step + a queue of {level.queue} are far fewer than {K} prototypes, "
-                "which cannot all be used equally: "
-                f"{level.option('queue_length')} {2 * K - level.batch} or fewer prototypes"
-            )
-        if level.queue > STALE * level.samples:
-            found["stale"] = (
-                f"the queue of {level.queue} embeddings is {level.queue / level.samples:.1f} epochs long: its oldest "
-                f"are {level.queue // level.batch} steps old and from other weights; "
-                f"{level.option('queue_length')} {level.samples}, fewer prototypes or more data"
-            )
-        before = self.losses.get(level.name, NAN)
-        if loss - before > JUMP * level.chance:
-            found["jump"] = (
-                f"the loss rose from {before:.3f} to {loss:.3f} over an epoch: the learning rate may be too high; "
-                "lower --base_lr or lengthen --warmup_epochs"
-            )
-        return {f"{level.name}_{name}": f"{level.name}: {text}" for name, text in found.items()}
+        if not signs:
+            return ""
+        return (
+            f"the embeddings are collapsing: {', '.join(signs)}; start again with a lower --base_lr, "
+            + ("a lower --epsilon or --temperature" if level.swav else "or fewer prototypes")
+            + (f", or without a queue ({level.option('queue_length')} 0)" if level.queue else "")
+        )
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint; all processes call it together."""
@@ -180,17 +167,35 @@ class Monitor:
 def level(name: str, objective: SwAV | DeepClusterV2, loader: Any, config: Any) -> Level:
     sizes = [head.out_features for head in objective.prototypes.heads]
     is_swav = isinstance(objective, SwAV)
-    batch = getattr(loader, f"joint_batch_{name}", loader.batches.joint)
+    batch = loader.counts.of(name)[1]
     return Level(
         name=name,
         prototypes=sizes[0],
         chance=sum(map(math.log, sizes)) / len(sizes),
         batch=batch,
         queue=objective.queue.shape[1] if is_swav else 0,
-        samples=loader.samples * batch // loader.batches.joint,
+        samples=loader.samples * batch // loader.batches.global_batch,
         swav=is_swav,
-        ending=f"_{name}" if hasattr(config, f"nmb_prototypes_{name}") else "",
+        ending=of_level(config, "nmb_prototypes", name)[0].removeprefix("nmb_prototypes"),
     )
+
+
+def _queue(level: Level) -> dict[str, str]:
+    """What is wrong with the size of SwAV's queue."""
+    found = {}
+    if level.swav and (level.batch + level.queue) * CROWDED < level.prototypes:
+        found["few"] = (
+            f"{level.batch} embeddings per step + a queue of {level.queue} are far fewer than {level.prototypes} "
+            "prototypes, which cannot all be used equally: "
+            f"{level.option('queue_length')} {2 * level.prototypes - level.batch} or fewer prototypes"
+        )
+    if level.queue > STALE * level.samples:
+        found["stale"] = (
+            f"the queue of {level.queue} embeddings is {level.queue / level.samples:.1f} epochs long: its oldest "
+            f"are {level.queue // level.batch} steps old and from other weights; "
+            f"{level.option('queue_length')} {level.samples}, fewer prototypes or more data"
+        )
+    return found
 
 
 def dominating(loader: Any) -> dict[str, str]:
@@ -200,7 +205,7 @@ def dominating(loader: Any) -> dict[str, str]:
     if len(quotas) < 2 or share <= DOMINATES:
         return {}
     largest = loader.batches.members[quotas.index(max(quotas))][0]
-    name = getattr(loader, "volumes", loader).dataset.groups[largest]
+    name = loader.dataset.groups[largest]
     return {
         "dominating": f"data set {name} gives {share:.0%} of the samples of an epoch, {len(quotas) - 1} other(s) the "
         "rest: --sampling_temperature 2 or more draws small data sets more often"

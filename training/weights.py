@@ -20,58 +20,85 @@ from utils.distributed import rank
 from utils.errors import UserError
 from utils.versions import commit
 
+STAGE_1, STAGE_2 = "ssl_swav2D.py or ssl_deepcluster2D.py", "mask_swav.py or mask_deepcluster.py"
 WRAPPERS = ("state_dict", "model_state_dict", "model", "classy_state_dict", "base_model", "trunk")
 
 
-def load_backbone(resnet: GreyResNet, folder: str, name: str, made_by: str) -> None:
-    """Load a ResNet from any known layout: torchvision, official SwAV / DeepCluster-v2, VISSL trunk, or this project's.
+def check(config: Any) -> None:
+    """Refuse weights files of the options that are missing, damaged or of another network, before any long work.
 
-    Heads and prototypes in the file are left out and counted. name `none` loads nothing and says so. Raises UserError
-    when the file is missing, unreadable, or any backbone tensor is absent or has another shape.
+    The networks have shapes but no values here, so nothing is loaded and no random number drawn. Raises UserError.
     """
-    if name == "none":
-        _say_random("slice encoder (ResNet)", f"resnet_pretrained is none; {made_by} makes pre-trained ones")
+    with torch.device("meta"):
+        if config.stage == 1:
+            resnet = GreyResNet(config.arch)
+        else:
+            encoder = JointEncoder(config.arch, config.d_model, config.layers, attention=config.attention)
+            resnet = encoder.encoder
+    if config.resnet_pretrained != "none":
+        load_backbone(resnet, config)
+    if config.stage == 3 and config.trans_pretrained != "none":
+        load_transformer(encoder, config)
+
+
+def load_backbone(resnet: GreyResNet, config: Any) -> None:
+    """Load `resnet_pretrained` from any known layout: torchvision, SwAV, DeepCluster-v2, VISSL, or ours.
+
+    Heads and prototypes in the file are left out and counted. The name `none` loads nothing and says so where a stage
+    builds on pre-trained weights. Raises UserError when the file is missing, unreadable, or any backbone tensor is
+    absent or has another shape.
+    """
+    if config.resnet_pretrained == "none":
+        if config.stage > 1:
+            _say_random("slice encoder (ResNet)", f"resnet_pretrained is none; {STAGE_1} make pre-trained ones")
         return
-    path = Path(folder) / name
-    remedy = (
-        f"run {made_by} first, or copy a ResNet there (torchvision, SwAV / DeepCluster-v2 and VISSL layouts load), "
-        "or pass --resnet_pretrained none to go on with random weights"
+    path = Path(config.pretrained_path) / config.resnet_pretrained
+    load_resnet(
+        resnet,
+        path,
+        f"run {STAGE_1} first, or copy a ResNet there (torchvision, SwAV / DeepCluster-v2 and VISSL layouts load), "
+        "or pass --resnet_pretrained none to go on with random weights",
     )
+
+
+def load_resnet(resnet: GreyResNet, path: Path, remedy: str) -> None:
+    """A ResNet from a file of any known layout. Raises UserError; remedy: what to do where there is no such file."""
     state = _strip(_unwrap(_read(path, remedy)))
-    own = resnet.state_dict()
     stem = state.get("conv1.weight")
     if stem is not None and stem.dim() == 4 and stem.shape[1] == 3:
         state["conv1.weight"] = fold_grey(stem)
-    _load(resnet, state, path, ignore={k for k in own if k.endswith("num_batches_tracked")})
+    _load(resnet, state, path, ignore={key for key in resnet.state_dict() if key.endswith("num_batches_tracked")})
 
 
-def load_transformer(encoder: JointEncoder, folder: str, name: str, made_by: str) -> None:
-    """Load stage 2's slice projection and transformer; name `none` loads nothing and says so.
+def load_transformer(encoder: JointEncoder, config: Any) -> None:
+    """Load `trans_pretrained`: stage 2's slice projection and transformer; the name `none` loads nothing and says so.
 
     Warns when stage 2 was trained on another ResNet than the one in `encoder`: its embeddings would mean nothing to
     this transformer. It is the same where no weight of the stems differs by more than 2^-10 of the largest, which is
     what storing either file in half precision may change. Raises UserError as `load_backbone` does.
     """
-    if name == "none":
-        _say_random("projection and transformer", f"trans_pretrained is none; {made_by} makes pre-trained ones")
+    if config.trans_pretrained == "none":
+        _say_random("projection and transformer", f"trans_pretrained is none; {STAGE_2} make pre-trained ones")
         return
-    path = Path(folder) / name
-    state = _read(path, f"run {made_by} first, or pass --trans_pretrained none to go on with random weights")
+    path = Path(config.pretrained_path) / config.trans_pretrained
+    state = _read(path, f"run {STAGE_2} first, or pass --trans_pretrained none to go on with random weights")
     for part in ("projection", "transformer"):
         _load(getattr(encoder, part), _below(state, f"{part}."), path, label=f" {part}.")
-    theirs = _below(state, "encoder.").get("conv1.weight")
+    if encoder.encoder.conv1.weight.is_meta:
+        return
     ours = encoder.encoder.conv1.weight.detach().cpu()
+    theirs = _below(state, "encoder.").get("conv1.weight")
     rounding = torch.finfo(torch.float16).eps * float(ours.abs().max())
     if theirs is None or not torch.allclose(fold_grey(theirs.float()), ours, rtol=0, atol=rounding):
         warnings.warn(f"{path} was trained on another ResNet than the one loaded here", stacklevel=2)
 
 
-def load_mask_head(learner: nn.Module, folder: str, name: str) -> None:
+def load_mask_head(learner: nn.Module, config: Any) -> None:
     """Load stage 2's mask token and decoder into a learner that goes on predicting masked slices."""
-    if name == "none":
+    if config.trans_pretrained == "none":
         return
-    path = Path(folder) / name
-    state = _read(path, "run stage 2 first")
+    path = Path(config.pretrained_path) / config.trans_pretrained
+    state = _read(path, f"run {STAGE_2} first")
     _load(learner.decoder, _below(state, "decoder."), path, label=" decoder.")
     with torch.no_grad():
         learner.mask_token.copy_(state["mask_token"])
@@ -209,6 +236,8 @@ def _load(
     broken = [k for k in own if k in state and state[k].is_floating_point() and not bool(state[k].isfinite().all())]
     if broken:
         raise UserError(f"{path}: {_some(broken)} hold NaN or Inf; what made this file went wrong, take another")
+    if next(module.parameters()).is_meta:  # `check` asks whether it would fit
+        return
     module.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
     if rank() == 0:
         print(line, flush=True)

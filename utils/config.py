@@ -2,44 +2,124 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import difflib
 import itertools
 import math
+import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
+import docstring_parser
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from utils import distributed, files, signals
 from utils.errors import UserError
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
+TOPICS = ("options", "data", "model", "objective", "optimisation", "running")
 MAX_YAML_BYTES = 100_000
+# What the restricted types are called in errors.
+WORDS = {
+    "PositiveInt": "a whole number above 0",
+    "NonNegativeInt": "a whole number, 0 or more",
+    "QueueLength": "a whole number, -1 or more",
+    "PositiveFloat": "a number above 0",
+    "NonNegativeFloat": "a number, 0 or more",
+    "OpenUnitInterval": "a number between 0 and 1",
+    "ClosedUnitInterval": "a number from 0 to 1",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "NoneType": "null",
+}
+
+
+GIVEN = re.compile(r"(?:Got|Given) value: (.*)|base 10: '(.*)'|to float: '(.*)'|: (\S*) does not conform")
+
+
+class Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """A script's docstring as it stands there."""
+
+
+class Parser(ArgumentParser):
+    """A parser whose errors are one line that names the option, what it takes, and the nearest right name."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        print(f"error: {self._in_short(message)} ({self.prog} --help explains all options)", file=sys.stderr)
+        raise SystemExit(2)
+
+    def _in_short(self, message: str) -> str:
+        """jsonargparse's message, which may list types over many lines, in one."""
+        types = {action.dest: getattr(action, "_typehint", None) for action in self._actions}
+        named = re.search(r"key [\"']([\w.]+)[\"']", message)
+        hint = types.get(named[1].split(".")[0]) if named else None
+        if hint:
+            given = GIVEN.search(message)
+            value = f"{given[given.lastindex]} is not" if given else "must be"
+            return f"{named[1]}: {value} {describe_type(hint)}"
+        text = " ".join(message.split()).removeprefix("Parser key ")
+        unknown = re.search(r"unrecognized arguments: --(\w+)|(?:Key|Option) [\"'](\w+)[\"']", text, re.IGNORECASE)
+        close = difflib.get_close_matches(unknown[unknown.lastindex], types, n=1) if unknown else []
+        return text + (f"; did you mean --{close[0]}?" if close else "")
+
+
+def describe_type(hint: Any) -> str:
+    """A type as people say it: `list[PositiveInt]` -> a list [...], each a whole number above 0."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, parts))
+    if origin in (Union, UnionType):
+        return ", or ".join(map(describe_type, parts))
+    if origin in (list, Sequence):
+        return f"a list [...], each {describe_type(parts[0])}"
+    if origin is tuple:
+        return f"[{', '.join('.' * len(parts))}], {len(parts)} values, each {describe_type(parts[0])}"
+    if origin is dict:
+        return "a mapping {name: value}"
+    return WORDS.get(getattr(hint, "__name__", ""), str(hint))
 
 
 def parse(config_class: type, doc: str | None = None, args: list[str] | None = None) -> Any:
     """An instance of the dataclass from `args` (default: the command line). Exits with code 2 on a wrong option.
 
-    The message names the field, for a wrong name or type as well as for a value outside the field's range.
+    Options stand in the help by topic, with what their field's metadata (`utils.options`) or docstring says. The
+    message names the field, for a wrong name or type as well as for a value outside the field's range.
     """
-    parser = ArgumentParser(description=doc, allow_abbrev=False)
+    parser = Parser(description=doc, usage="%(prog)s [--option value ...]", allow_abbrev=False, formatter_class=Help)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below")
-    parser.add_class_arguments(config_class, as_group=False)
+    hints, helps, groups = get_type_hints(config_class), _docstrings(config_class), {}
+    for f in sorted(dataclasses.fields(config_class), key=lambda f: TOPICS.index(f.metadata.get("topic", "options"))):
+        topic = f.metadata.get("topic", "options")
+        group = groups.get(topic) or groups.setdefault(topic, parser.add_argument_group(topic))
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        given = {"required": True} if default is dataclasses.MISSING else {"default": default}
+        group.add_argument(f"--{f.name}", type=hints[f.name], help=f.metadata.get("help", helps.get(f.name)), **given)
     for path in _config_files(sys.argv[1:] if args is None else args):
         if not isinstance(read_yaml(path), dict | None):
             raise UserError(f"{path}: must be a mapping of options, e.g. 'epochs: 20'")
     values = parser.parse_args(args)
     fields = {f.name: _plain(getattr(values, f.name)) for f in dataclasses.fields(config_class)}
-    for f in dataclasses.fields(config_class):
-        if fields[f.name] is None and "None" not in str(f.type):  # `epochs:` without a value, in YAML
-            parser.error(f"{f.name}: null is not a value of {f.type}")
+    for name, value in fields.items():
+        if value is None and type(None) not in get_args(hints[name]):  # `epochs:` without a value, in YAML
+            parser.error(f"{name}: null is not {describe_type(hints[name])}")
     return config_class(**fields)
+
+
+def _docstrings(config_class: type) -> dict[str, str]:
+    """Field -> the docstring below it, in this class and those that it inherits."""
+    found: dict[str, str] = {}
+    for base in reversed(config_class.__mro__[:-1]):
+        about = docstring_parser.parse_from_object(base)
+        found |= {part.arg_name: part.description for part in about.params if part.description}
+    return found
 
 
 def main(script: Callable[[Any], None], config_class: type, doc: str | None, args: list[str] | None = None) -> None:
@@ -69,35 +149,12 @@ def main(script: Callable[[Any], None], config_class: type, doc: str | None, arg
 
 
 def check(config: Any) -> None:
-    """Rules between options, for those that a script has. Raises UserError naming the options."""
-    values = to_dict(config)
-    has = set(values)
-    for name, value in values.items():
+    """Raises UserError for numbers that are not finite, and what the options' own `check` refuses."""
+    for name, value in to_dict(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name}: {value} is not a finite number")
-    if "warmup_epochs" in has and config.warmup_epochs >= config.epochs:
-        raise UserError(
-            f"warmup_epochs: a warm-up of {config.warmup_epochs} epochs leaves nothing of epochs: {config.epochs}; "
-            f"add --warmup_epochs {config.epochs // 10}"
-        )
-    if "size_crops" in has:
-        kinds = ("size_crops", "nmb_crops", "min_scale_crops", "max_scale_crops")
-        if len({len(getattr(config, name)) for name in kinds}) > 1 or not config.size_crops:
-            raise UserError(f"{', '.join(kinds)}: must all have one value per kind of crop")
-        if config.nmb_crops[0] < 2:
-            raise UserError("nmb_crops: the first kind needs at least 2 crops, between which assignments are swapped")
-        for low, high in zip(config.min_scale_crops, config.max_scale_crops, strict=True):
-            if not low <= high <= 1:
-                raise UserError(f"min_scale_crops, max_scale_crops: need min <= max <= 1, got {low} and {high}")
-    if "lambda_inter" in has and not (config.lambda_intra or config.lambda_inter or config.lambda_mask):
-        raise UserError("lambda_intra, lambda_inter, lambda_mask: at least one must be above 0")
-    if "d_model" in has and config.d_model % 8:
-        raise UserError(f"d_model: {config.d_model} must be a multiple of 8, the number of attention heads")
-    if "min_scale_images" in has and config.min_scale_images > 1:
-        raise UserError(f"min_scale_images: a view cannot cover {config.min_scale_images} of an image; at most 1")
-    masks = "mask_ratio" in has and getattr(config, "lambda_mask", 1)
-    if masks and config.target_shape[0] < 2:
-        raise UserError("target_shape: masking needs views of at least 2 slices")
+    if hasattr(config, "check"):
+        config.check()
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import hashlib
 import os
 import signal
 import socket
-import weakref
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,16 @@ def gradients_are_finite(optimizer: Optimizer) -> Tensor:
     return torch.stack(torch._foreach_norm(gradients)).isfinite().all()
 
 
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    """All BatchNorm layers, of whatever kind."""
+    return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
 class BatchNormStatistics:
     """Running statistics of a network as they were before a step, which moves them in its forward pass."""
 
     def __init__(self, module: nn.Module) -> None:
-        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        statistics = [b for m in norms for b in m.buffers()]
+        statistics = [b for m in batch_norms(module) for b in m.buffers()]
         self.floats = [b for b in statistics if b.is_floating_point()]
         self.counts = [b for b in statistics if not b.is_floating_point()]
         self.saved = [[b.clone() for b in part] for part in (self.floats, self.counts)]
@@ -138,7 +142,6 @@ class Reading(Dataset):
     def __init__(self, dataset: Any, workers: int) -> None:
         self.dataset = dataset
         self.now = torch.full((max(1, workers), 2), -1).share_memory_()  # process id, index or -1, by worker
-        _readers.add(self)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -155,15 +158,12 @@ class Reading(Dataset):
             note[1] = -1
 
 
-_readers: weakref.WeakSet[Reading] = weakref.WeakSet()
-
-
-def name_dead_worker(error: Exception) -> None:
+def name_dead_worker(error: Exception, reading: Sequence[Reading]) -> None:
     """Raises UserError with the file that a data-loading worker was reading when it died, if one did.
 
     error: what the training process met: torch's own message, or a broken connection to that worker.
     """
-    dead = [(r.dataset.name(i), pid) for r in _readers for pid, i in r.now.tolist() if i >= 0 and _died(pid)]
+    dead = [(r.dataset.name(i), pid) for r in reading for pid, i in r.now.tolist() if i >= 0 and _died(pid)]
     if not dead:
         return
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__

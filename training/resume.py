@@ -1,0 +1,87 @@
+"""When a run may go on from a checkpoint, and where in its data it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.config import to_dict
+from utils.distributed import Run
+from utils.errors import UserError
+
+
+@dataclass
+class Progress:
+    """Where a run is, as far as it is not in weights, optimiser and objectives."""
+
+    epoch: int = 0
+    seen: int = 0  # samples of this epoch that all processes together have seen
+    counted: int = 0  # those of them that entered `sums`: not those of skipped updates
+    sums: dict[str, float] = field(default_factory=dict)  # of the losses of this epoch, times samples
+    last: dict[str, float] = field(default_factory=dict)  # the means of the epoch before
+    bad_steps: int = 0  # skipped updates of this epoch
+    bad_in_a_row: int = 0
+
+    def applied(self, means: dict[str, float], samples: int) -> None:
+        """An update of so many samples was made."""
+        self.bad_in_a_row, self.counted = 0, self.counted + samples
+        for name, value in means.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value * samples
+
+    def means(self) -> dict[str, float]:
+        """Of the losses of this epoch."""
+        return {name: value / self.counted for name, value in self.sums.items()}
+
+    def next_epoch(self) -> None:
+        self.last = self.means()
+        self.epoch, self.seen, self.counted, self.bad_steps, self.sums = self.epoch + 1, 0, 0, 0, {}
+
+
+def check_same_run(state: dict[str, Any], config: Any, run: Run, data: str, folder: Path) -> str:
+    """Raises UserError unless the run may go on with these options; what is said of another number of processes.
+
+    Options whose field says `may_change` are free. Another number of processes is welcome, with the same batch on each
+    or with the same global batch.  data: fingerprint of the files.
+    """
+    old, new = state["config"], to_dict(config)
+    fixed = [f.name for f in dataclasses.fields(config) if not f.metadata.get("may_change")]
+    changed = [f"{name}: {old.get(name)} -> {new[name]}" for name in fixed if old.get(name) != new[name]]
+    batches = old["batch_size"], config.batch_size
+    processes = state["processes"], run.world_size
+    totals = tuple(b * p for b, p in zip(batches, processes, strict=True))
+    if batches[0] != batches[1] and totals[0] != totals[1]:
+        changed.append(f"batch_size: {batches[0]} -> {batches[1]} (x processes: {totals[0]} -> {totals[1]})")
+    if state["data"] != data:
+        changed.append("the files below data_path")
+    if (state["epoch"], state["seen"]) > (config.epochs, 0):
+        begun = state["epoch"] + (state["seen"] > 0)
+        raise UserError(f"epochs: {folder} has begun {begun} epochs already, more than {config.epochs}")
+    if changed:
+        raise UserError(
+            f"dump_path: {folder} holds a run made with other options ({'; '.join(changed)}); "
+            "choose another --dump_path, or delete that folder to start again"
+        )
+    if processes[0] == processes[1]:
+        return ""
+    return f"processes: {processes[0]} -> {processes[1]}, global batch: {totals[0]} -> {totals[1]}"
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """A state that does not fit this version's modules is the user's to solve."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise UserError(
+            f"dump_path: the checkpoint in {folder} does not fit this version of the project ({reason}); go on "
+            "with the version that wrote it, or choose another --dump_path"
+        ) from None
