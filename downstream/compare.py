@@ -30,7 +30,6 @@ from downstream import jobs
 from downstream.encoders import NAMED, choose_arch, load_encoder
 from downstream.recipes import Pretraining, at, read_recipes
 from downstream.task import RESULTS, read_results, settings_of
-from training.scripts import load
 from utils import config as options
 from utils.errors import UserError
 from utils.files import whole_file, write_text
@@ -320,7 +319,7 @@ def _initialisations(
 
 
 def _arch_of(run: Pretraining) -> str:
-    return run.options.get("arch", load(run.script).Config.arch)
+    return run.options.get("arch", run.config_class.arch)
 
 
 def _splits_vary(cfg: Config) -> bool:

@@ -11,7 +11,7 @@ import torchvision
 
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet
-from training.weights import load_backbone, load_joint
+from training.weights import load_joint, load_resnet
 from utils.architectures import ARCHITECTURES
 from utils.errors import UserError
 
@@ -26,7 +26,7 @@ def load_encoder(weights: str, arch: str | None = None, seed: int = 0) -> GreyRe
     """f_intra, the slice encoder.
 
     weights: `random`; `imagenet` (torchvision's, if they lie in torch's cache: nothing is downloaded); or the path of
-    a ResNet in any layout of `training.weights.load_backbone` or of a stage 2 or 3 file.
+    a ResNet in any layout of `training.weights.load_resnet` or of a stage 2 or 3 file.
     arch: a torchvision ResNet; None: what the `.json` beside the file says, else resnet50.
     seed: of random weights. Torch's global random state is left as it was.
     Raises UserError where the weights are missing or are those of another arch.
@@ -39,7 +39,7 @@ def load_encoder(weights: str, arch: str | None = None, seed: int = 0) -> GreyRe
         return encoder
     path = _imagenet_file(arch) if weights == "imagenet" else Path(weights)
     try:
-        load_backbone(encoder, str(path.parent), path.name, made_by="ssl_*2D.py")
+        load_resnet(encoder, path, REMEDY)
     except UserError as error:
         raise UserError(f"{error} (loaded as {arch}; another one is chosen with --arch)") from None
     return encoder

@@ -80,9 +80,8 @@ def progress(jobs: Sequence[Job]) -> str:
         finished=("done", "sum"), jobs=("done", "size"), seconds_each=("seconds", "mean")
     )
     hours = (groups.seconds_each * (groups.jobs - groups.finished)).sum() / 3600
-    unknown = ", ".join(groups.index[groups.finished == 0])
-    text = f"{table.done.sum()} of {len(jobs)} jobs are finished; left: about {hours:.2f} h of one process"
-    text += f", without {unknown}, whose time is not known yet" if unknown else ""
+    known = "about" if (groups.finished > 0).all() else "more than"  # groups of which none is finished
+    text = f"{table.done.sum()} of {len(jobs)} jobs are finished; left: {known} {hours:.2f} h of one process"
     return f"{text}\n\n{groups.round(1).to_string(na_rep='-')}\n"
 
 

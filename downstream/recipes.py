@@ -33,6 +33,7 @@ from utils.versions import commit
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = {"script", "options", "start", "seeds"}
 PLACES = ("dump_path", "pretrained_path", "checkpoint_name")  # options that are set here
+MATTER = {"data_path", "epochs", "batch_size"}  # of the options that may change when a run goes on
 GRACE = 60.0  # seconds in which a run that is told to stop may save
 
 
@@ -61,12 +62,19 @@ class Pretraining:
 
     @cached_property
     def key(self) -> str:
-        """Of the script, the recipe's options, and what it starts from.
+        """Of the script, the recipe's options that its result depends on, and what it starts from.
 
-        Not of the data, nor of the script's code and constants: those are the commit's, which the record names.
+        Not of what the data hold, nor of the script's code and constants: the record names the commit of those.
         """
+        may_change = {field.name for field in dataclasses.fields(self.config_class) if field.metadata.get("may_change")}
+        options = {name: value for name, value in self.options.items() if name not in may_change - MATTER}
         start = {option: of.key if isinstance(of, Pretraining) else _digest(of) for option, of in self.start.items()}
-        return jobs.short_key([self.script, self.options, start])
+        return jobs.short_key([self.script, options, start])
+
+    @property
+    def config_class(self) -> type:
+        """The script's `Config`."""
+        return load(self.script).Config
 
     @property
     def folder(self) -> Path:
