@@ -165,18 +165,18 @@ def make_cells(cfg: Config, recipes: Mapping[str, Sequence[Pretraining]]) -> lis
 def check(cells: Sequence[Cell]) -> None:
     """Everything that can be wrong with the cells that are not finished, before the first is run. Raises UserError.
 
-    Weights that are still to be made are checked as random ones of the same network.
+    All weights and all draws of labels are seen, not each with each. Weights that are still to be made are checked as
+    random ones of the same network.
     """
-    checked = []
+    seen: set[tuple[Any, ...]] = set()
     for cell in cells:
-        if cell.record:
-            continue
         cfg = cell.config
         if cell.pretraining and not cell.pretraining.record:
             cfg = dataclasses.replace(cfg, weights="random", arch=cfg.arch or _arch_of(cell.pretraining))
-        if cfg not in checked:
-            checked.append(cfg)
+        facts = {(cell.out, cfg.weights), (cell.out, cfg.labelled, cfg.seed)}
+        if not facts <= seen and not cell.record:
             cell.task.check(cfg)
+            seen |= facts
 
 
 def results(cells: Sequence[Cell]) -> pd.DataFrame:

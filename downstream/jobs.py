@@ -49,10 +49,9 @@ def run_jobs(jobs: Sequence[Job], progress_file: Path) -> list[str]:
     """Do what is not done, in this order; returns the titles of what failed, which stops only what needs it.
 
     Several processes may be given the same jobs: each takes the first that no other has taken. Progress is written to
-    a file after every job. Whatever ends this process ends the job under way, which goes on the next time.
+    a file with every job. Whatever ends this process ends the job under way, which goes on the next time.
     """
     failed: list[str] = []
-    write_text(progress(jobs), progress_file)
     while waiting := [job for job in jobs if job.title not in failed and not job.record]:
         for job in waiting:
             if any(need.title in failed for need in job.needs):
@@ -62,12 +61,16 @@ def run_jobs(jobs: Sequence[Job], progress_file: Path) -> list[str]:
             if all(need.record for need in job.needs):
                 with claim(job.folder) as mine:
                     if mine and not job.record:
-                        if not _attempt(job, f"[{jobs.index(job) + 1}/{len(jobs)}] {job.title}"):
+                        title = f"[{jobs.index(job) + 1}/{len(jobs)}] {job.title}"
+                        started = f"{title}: started at {time.strftime('%d %b %H:%M')}, see {job.folder / 'log.txt'}"
+                        print(started, flush=True)
+                        write_text(f"{progress(jobs)}\n{started}\n", progress_file)
+                        if not _attempt(job, title):
                             failed.append(job.title)
-                        write_text(progress(jobs), progress_file)
                         break
         else:
             time.sleep(0.5)  # the other processes are doing what is left
+    write_text(progress(jobs), progress_file)
     return failed
 
 
@@ -111,9 +114,7 @@ def short_key(value: Any) -> str:
 
 def _attempt(job: Job, title: str) -> bool:
     """Do a job with its output in its log; whether it was finished."""
-    log = job.folder / "log.txt"
-    print(f"{title}: started, see {log}", flush=True)
-    with open(log, "a") as file:
+    with open(job.folder / "log.txt", "a") as file:
         try:
             with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
                 outcome = job.make()
