@@ -75,17 +75,10 @@ class Cell:
     out: Path
     metric: str
 
-    @property
-    def title(self) -> str:
-        return f"{self.out.name}: {self.initialisation}, {_count(self.config.labelled)}, seed {self.config.seed}"
-
-    @property
-    def group(self) -> str:
-        return self.out.name
-
-    @property
-    def needs(self) -> list[Pretraining]:
-        return [self.pretraining] if self.pretraining else []
+    def __post_init__(self) -> None:
+        self.group = self.out.name
+        self.title = f"{self.group}: {self.initialisation}, {_count(self.config.labelled)}, seed {self.config.seed}"
+        self.needs = [self.pretraining] if self.pretraining else []
 
     @cached_property
     def folder(self) -> Path:
@@ -238,22 +231,25 @@ def summarise(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
 def format_tables(summary: pd.DataFrame, metric: str, baseline: str) -> str:
     """Mean ± standard deviation, and below it the paired differences to the baseline, of one metric."""
     rows = summary[summary.metric == metric]
-
-    def table(rows: pd.DataFrame, cell: Any) -> str:
-        shown = rows.assign(cell=[cell(row) for row in rows.itertuples()], count=[_count(n) for n in rows.labelled])
-        wide = shown.pivot(index="initialisation", columns="count", values="cell")
-        ordered = wide.loc[shown.initialisation.unique(), shown["count"].unique()].rename_axis(columns=None)
-        return ordered.reset_index().to_string(index=False, col_space=20)
-
-    def mean(row: Any) -> str:
-        return f"{row.mean:.3f} ± {row.sd:.3f}" + (f" ({row.n} of {row.seeds})" if row.n < row.seeds else "")
-
-    text = f"{metric}: mean ± standard deviation of {rows.seeds.max()} seeds\n{table(rows, mean)}"
+    text = f"{metric}: mean ± standard deviation of {rows.seeds.max()} seeds\n{as_text(rows, 'means').to_string()}"
     others = rows[rows.initialisation != baseline]
     if len(others):
-        title = f"difference to {baseline}, seed by seed: mean [95 % t-interval]"
-        text += f"\n\n{title}\n" + table(others, lambda row: f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]")
+        text += f"\n\ndifference to {baseline}, seed by seed: mean [95 % t-interval]\n"
+        text += as_text(others, "differences").to_string()
     return text
+
+
+def as_text(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """Rows of one metric of a summary as words, initialisations by numbers of labels: its means or differences."""
+    if kind == "means":
+        spread = [f"{row.mean:.3f} ± {row.sd:.3f}" for row in rows.itertuples()]
+        missing = [f" ({row.n} of {row.seeds})" * (row.n < row.seeds) for row in rows.itertuples()]
+        words = [a + b for a, b in zip(spread, missing, strict=True)]
+    else:
+        words = [f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in rows.itertuples()]
+    shown = pd.DataFrame({"name": rows.initialisation, "count": rows.labelled.map(_count), "words": words})
+    wide = shown.pivot(index="name", columns="count", values="words")
+    return wide.loc[shown.name.unique(), shown["count"].unique()].rename_axis(index=None, columns=None)
 
 
 def plot(table: pd.DataFrame, metric: str, path: Path) -> None:

@@ -21,25 +21,11 @@ from utils.files import write_text
 class Job(Protocol):
     """A pre-training, or a cell of a comparison."""
 
-    @property
-    def title(self) -> str:
-        """A line for people; no two jobs have the same."""
-
-    @property
-    def group(self) -> str:
-        """Jobs of one group take about as long."""
-
-    @property
-    def needs(self) -> Sequence[Job]:
-        """Jobs that must be done before; they stand before this one."""
-
-    @property
-    def folder(self) -> Path:
-        """Holds log.txt and all that the job writes; known when what it needs is done."""
-
-    @property
-    def record(self) -> dict[str, Any] | None:
-        """What came out, with its `seconds`; None until the job is done."""
+    title: str  # a line for people; no two jobs have the same
+    group: str  # jobs of one group take about as long
+    needs: Sequence[Job]  # jobs that must be done before; they stand before this one
+    folder: Path  # holds log.txt and all that the job writes; known when what it needs is done
+    record: dict[str, Any] | None  # what came out, with its `seconds`; None until the job is done
 
     def make(self) -> str:
         """Do it, or go on with it; returns what came out, in a few words."""

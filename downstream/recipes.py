@@ -41,24 +41,17 @@ GRACE = 60.0  # seconds in which a run that is told to stop may save
 class Pretraining:
     """One run of a training script, a `jobs.Job`: a recipe with one of its seeds."""
 
-    recipe: str
+    group: str  # the recipe
     seed: int | None  # None: the recipe has no seeds
     script: str
     options: dict[str, Any]
     start: dict[str, Pretraining | str]  # option -> the run whose weights it gets, a file, or none
     root: Path
 
-    @property
-    def title(self) -> str:
-        return self.recipe if self.seed is None else f"{self.recipe}, seed {self.seed}"
-
-    @property
-    def group(self) -> str:
-        return self.recipe
-
-    @property
-    def needs(self) -> list[Pretraining]:
-        return [of for of in self.start.values() if isinstance(of, Pretraining)]
+    def __post_init__(self) -> None:
+        self.title = self.group if self.seed is None else f"{self.group}, seed {self.seed}"
+        self.needs = [of for of in self.start.values() if isinstance(of, Pretraining)]
+        self.config_class = load(self.script).Config
 
     @cached_property
     def key(self) -> str:
@@ -70,11 +63,6 @@ class Pretraining:
         options = {name: value for name, value in self.options.items() if name not in may_change - MATTER}
         start = {option: of.key if isinstance(of, Pretraining) else _digest(of) for option, of in self.start.items()}
         return jobs.short_key([self.script, options, start])
-
-    @property
-    def config_class(self) -> type:
-        """The script's `Config`."""
-        return load(self.script).Config
 
     @property
     def folder(self) -> Path:
@@ -103,7 +91,7 @@ class Pretraining:
         if code:
             raise UserError(f"{self.script}.py ended with {code}; see {self.folder / 'log.txt'}")
         metrics = pd.read_csv(self.folder / "metrics.csv")
-        found = {"recipe": self.recipe, "seed": self.seed, "script": self.script, "options": told}
+        found = {"recipe": self.group, "seed": self.seed, "script": self.script, "options": told}
         found |= {"seconds": round(float(metrics.seconds.sum()), 1), "last": metrics.iloc[-1].to_dict()}
         found |= {"commit": commit(), "torch": torch.__version__}
         write_json(found, self.folder / "recipe.json")

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from downstream import compare, jobs
 from downstream.recipes import Pretraining, read_recipes
@@ -17,13 +17,11 @@ from utils.errors import UserError
 SECTIONS = ("defaults", "recipes", "comparisons", "differences")
 
 
-@dataclass
-class Comparison:
+class Comparison(NamedTuple):
     """A comparison of a file: its cells, and which of their metrics are kept, the main one first."""
 
-    config: compare.Config
-    metrics: list[str]
     cells: list[compare.Cell]
+    metrics: list[str]
 
 
 @dataclass
@@ -64,9 +62,9 @@ def read_plan(files: Sequence[str | Path], out: Path) -> Plan:
     plan.comparisons = {name: _comparison(name, about, plan.recipes, out) for name, about in comparisons.items()}
     # Seed by seed over all that has seeds: whenever the time is up, every table has as many as the others.
     ranked = [((place[name], k), run) for name, runs in plan.recipes.items() for k, run in enumerate(runs)]
-    for name, comparison in plan.comparisons.items():
-        seeds = comparison.config.seeds
-        ranked += [((place[name], seeds.index(cell.config.seed)), cell) for cell in comparison.cells]
+    for name, (cells, _) in plan.comparisons.items():
+        seeds = list(dict.fromkeys(cell.config.seed for cell in cells))
+        ranked += [((place[name], seeds.index(cell.config.seed)), cell) for cell in cells]
     plan.jobs = [job for _, job in sorted(ranked, key=lambda pair: pair[0])]
     return plan
 
@@ -92,12 +90,11 @@ def _with_defaults(recipe: Mapping[str, Any], defaults: Mapping[str, Any]) -> di
 
 
 def _comparison(name: str, about: dict[str, Any], recipes: dict[str, list[Pretraining]], out: Path) -> Comparison:
-    about = dict(about)
-    metrics = about.pop("metrics", None)
-    config = jobs.parsed(compare.Config, about | {"dump_path": str(out / name)})
-    config.metric = metrics[0] if metrics else config.metric
+    metrics = about.get("metrics", [None])
+    given = {option: value for option, value in about.items() if option != "metrics"}
+    config = jobs.parsed(compare.Config, given | {"metric": metrics[0], "dump_path": str(out / name)})
     try:
         cells = compare.make_cells(config, recipes)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
-    return Comparison(config, metrics or [cells[0].metric], cells)
+    return Comparison(cells, [cells[0].metric, *metrics[1:]])

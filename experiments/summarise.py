@@ -111,22 +111,22 @@ def summarise(name: str, comparison: Comparison, cells: pd.DataFrame, plan: Plan
 
 def table(kind: str, names: list[str], known: dict[str, Comparison], summary: pd.DataFrame) -> str:
     """The comparisons' main metrics in Markdown: means ± sd, or differences with their 95 % intervals."""
-    columns: dict[str, dict[str, str]] = {}
+    frames = {}
     for name in names:
         if name not in known:
             raise UserError(f"page: a table names {name}, which is no comparison of these files that is finished")
         rows = summary[(summary.comparison == name) & (summary.metric == known[name].metrics[0])]
-        rows = rows.drop_duplicates(["labelled", "initialisation"]) if kind == "means" else rows
-        for row in rows.itertuples():
-            column = columns.setdefault(f"{name}, " * (len(names) > 1) + f"{row.labelled or 'all'} labelled", {})
-            if kind == "means":
-                column[row.initialisation] = f"{row.mean:.3f} ± {row.sd:.3f}"
-            elif row.initialisation != row.baseline:
-                value = f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
-                column[f"{row.initialisation} - {row.baseline}"] = value
-    frame = pd.DataFrame(columns).fillna("-")
-    corner = known[names[0]].metrics[0] if len(names) == 1 else ""
-    lines = [(corner, *frame.columns), ("---",) * (1 + len(frame.columns)), *frame.itertuples()]
+        if kind == "means":
+            rows = rows.drop_duplicates(["labelled", "initialisation"])
+        else:
+            rows = rows[rows.initialisation != rows.baseline]
+            rows = rows.assign(initialisation=rows.initialisation + " - " + rows.baseline)
+        frames[name] = compare.as_text(rows, kind)
+    frame = pd.concat(frames, axis=1).fillna("-")
+    several = len(names) > 1
+    head = [f"{name}, {count}" if several else count for name, count in frame.columns]
+    corner = "" if several else known[names[0]].metrics[0]
+    lines = [(corner, *head), ("---",) * (1 + len(head)), *frame.itertuples()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

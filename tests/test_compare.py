@@ -188,6 +188,7 @@ def test_a_mistake_in_a_recipe_is_named_before_anything_is_trained(data, tmp_pat
     assert not (tmp_path / "compare").exists()
 
 
+@pytest.mark.slow
 def test_cells_run_once_and_new_ones_are_added(data, weights, tmp_path, monkeypatch):
     asked = quick(monkeypatch)
     first = run(data, tmp_path)
@@ -208,6 +209,7 @@ def test_cells_run_once_and_new_ones_are_added(data, weights, tmp_path, monkeypa
     assert len(asked) == 7
 
 
+@pytest.mark.slow
 def test_files_hold_what_was_returned_of_paired_cells(data, weights, tmp_path):
     found = run(data, tmp_path, initialisations=["random", str(weights)])
     out = tmp_path / "compare"

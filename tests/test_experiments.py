@@ -65,8 +65,8 @@ def test_files_become_jobs_seed_by_seed(tmp_path: Path) -> None:
     assert changed.start == {"resnet_pretrained": flat, "trans_pretrained": "none"}
     cell = plan.comparisons["a"].cells[-1]
     assert (cell.config.weights, cell.metric) == (str(changed.weights), "accuracy")
-    other = plan.comparisons["b"].config.options
-    assert (other["size"], other["data_path"]) == (64, "x")
+    other = plan.comparisons["b"].cells[0].config
+    assert (other.size, other.data_path) == (64, "x")
     assert plan.differences == [("2D", "random")]
 
 
@@ -167,15 +167,16 @@ def test_from_a_file_to_a_page(data: Path, tmp_path: Path) -> None:
 
 
 def test_stratified_splits_keep_patients_together_and_labels_in_every_part() -> None:
-    patients = {f"{i}_{side}": f"p{i}" for i in range(20) for side in "lr"}
-    labels = {case: "ill" if int(case[:-2]) < 8 else "well" for case in patients}
-    split = layout.stratified(patients, labels, (0.5, 0.25, 0.25), 0)
-    parts = [split.train, split.validation, split.test]
-    assert sorted(case for part in parts for case in part) == sorted(patients)
-    assert [len({patients[case] for case in part}) for part in parts] == [10, 5, 5]
-    assert all({labels[case] for case in part} == {"ill", "well"} for part in parts)
-    seen = {patients[case] for case in layout.allowed(split, patients)}
-    assert seen.isdisjoint(patients[case] for case in split.test)
+    cases = [f"{i}_{side}" for i in range(20) for side in "lr"]
+    numbers = [int(case[:-2]) for case in cases]
+    labels = ["ill" if i < 8 else "well" for i in numbers]
+    table = pd.DataFrame({"patient": [f"p{i}" for i in numbers], "label": labels}, index=cases)
+    split = layout.stratified(table, (0.5, 0.25, 0.25))
+    parts = [table.loc[part] for part in (split.train, split.validation, split.test)]
+    assert sorted(case for part in parts for case in part.index) == sorted(cases)
+    assert [part.patient.nunique() for part in parts] == [10, 5, 5]
+    assert all(set(part.label) == {"ill", "well"} for part in parts)
+    assert set(table.patient[layout.allowed(split, table)]) == set(table.patient) - set(parts[2].patient)
 
 
 def write_source(source: Path) -> None:
@@ -210,7 +211,7 @@ def test_data_are_laid_out_once_without_tested_patients(tmp_path: Path) -> None:
     cfg = layout.Config(source=str(tmp_path / "source"), dest=str(dest))
     layout.main(cfg)
     splits = {path.stem: json.loads(path.read_text()) for path in (dest / "splits").glob("*.json")}
-    assert set(splits) == {*layout.VOLUMES, "heart_la_stacks", "slices_png", "chest_xray"}
+    assert set(splits) == {*layout.SETS, "heart_la_stacks"}
     trained = {path.name.removesuffix(".npy") for path in (dest / "pretrain").rglob("*") if path.is_file()}
     of_stacks = splits.pop("heart_la_stacks")
     for name, split in splits.items():
