@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import math
 import os
+import shutil
 import time
 import uuid
 import zipfile
@@ -32,18 +33,33 @@ class BadSource(ValueError):
         self.lasting = lasting
 
 
+def is_whole(path: Path, shape: tuple[int, ...] | None = None) -> bool:
+    """Whether a file is there and as long as an NPY's header says, or with the directory that ends an NPZ.
+
+    shape: also whether the NPY holds an array of this shape.
+    """
+    try:
+        if path.suffix == ".npy":
+            found, dtype, offset = npy_header(path)
+            size = offset + dtype.itemsize * math.prod(found)
+            return path.stat().st_size == size and found == (shape or found)
+        return zipfile.is_zipfile(path) if path.suffix == ".npz" else path.exists()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+
+
 def cached(
     folder: Path,
     key: str,
     make: Callable[[Path], Any],
     suffix: str = ".npy",
-    whole: Callable[[Path], bool] | None = None,
+    whole: Callable[[Path], bool] = is_whole,
 ) -> Path:
     """The whole file `<folder>/<key><suffix>`; where there is none, `make(temporary)` writes it under another name.
 
     key: changes with everything that the content depends on; see `key_of`.  make: e.g. `lambda temporary:
-    np.savez(temporary, **arrays)`; an OSError of its own counts as one of writing.  whole: whether a file is good,
-    by default `is_whole`: what a power failure spoils is made again.
+    np.savez(temporary, **arrays)`; an OSError of its own counts as one of writing.  whole: whether a file is good; one
+    that a power failure has spoilt is made again.
 
     One thread of one process makes a file, others wait for it. Raises what `make` does: a BadSource that lasts is
     remembered in `<key>.bad` and raised again without a call of `make`. Raises UserError where the folder cannot be
@@ -59,10 +75,10 @@ def cached_unless_busy(
     key: str,
     make: Callable[[Path], Any],
     suffix: str = ".npy",
-    whole: Callable[[Path], bool] | None = None,
+    whole: Callable[[Path], bool] = is_whole,
 ) -> Path | None:
     """As `cached`, but None at once while another thread or process makes this file."""
-    path, verdict, whole = folder / f"{key}{suffix}", folder / f"{key}.bad", whole or is_whole
+    path, verdict = folder / f"{key}{suffix}", folder / f"{key}.bad"
     try:
         if whole(path):
             return path
@@ -95,17 +111,6 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(os.fsencode(repr(parts))).hexdigest()[:32]
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a file is there and as long as an NPY's header says, or with the directory that ends an NPZ."""
-    try:
-        if path.suffix == ".npy":
-            shape, dtype, offset = npy_header(path)
-            return path.stat().st_size == offset + dtype.itemsize * math.prod(shape)
-        return zipfile.is_zipfile(path) if path.suffix == ".npz" else path.exists()
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return False
-
-
 def cache_folder(data_path: Path, cache_path: str | Path | None = None) -> Path:
     """Where the caches of a data tree are: inside it, or in a folder of their own in `cache_path`."""
     if cache_path is None:
@@ -115,17 +120,32 @@ def cache_folder(data_path: Path, cache_path: str | Path | None = None) -> Path:
     return Path(cache_path).expanduser() / f"{os.path.basename(root)}_{digest}"
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Make a folder of cached files, and remove what killed processes left there: what nobody locks."""
+def make_room(folder: Path, need: int, what: str, remedy: str = "") -> str:
+    """Make a folder for `need` more bytes, and say how much that is. Raises UserError where the disk has less.
+
+    what: needs them, e.g. "prepared slices".  remedy: what to do beside freeing space, e.g. "lower --n, ".
+    Removes what killed processes left there: temporary files that nobody locks.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = [entry.path for entry in os.scandir(folder) if entry.name.startswith(".") and ".tmp" in entry.name]
+        for name in names:
+            with contextlib.suppress(OSError), open(name, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(name)
+        free = shutil.disk_usage(folder).free
     except OSError as error:
         raise cannot_write(folder, error) from None
-    for name in names:
-        with contextlib.suppress(OSError), open(name, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(name)
+    if need > free:
+        raise UserError(
+            f"{what} need {shown_size(need)} more in {folder}, but only {shown_size(free)} are free; {remedy}free some "
+            "space, or name another folder with --cache_path"
+        )
+    return f"{shown_size(need)} ({shown_size(free)} free)"
+
+
+def shown_size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def cannot_write(folder: Path, error: OSError) -> UserError:

@@ -10,7 +10,7 @@ docs/DOWNSTREAM.md shows all.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,68 +21,73 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from datasets.augment import Ranges, VolumeViews
-from downstream import options, task
+from downstream import task
 from downstream.encoders import load_encoder, load_joint_encoder
-from downstream.features import fit_logistic_regression, frozen_features, mean_of_stacks, open_cases, pad, vote
+from downstream.features import Cases, Features, StackEncoder, fit_logistic_regression, frozen_features, pad, vote
 from downstream.labels import Items, LabelRow, label_items, read_labels
+from downstream.options import Data, Running, Start, Training, WorkingCopy
 from downstream.scores import METRICS, Scores, classification_scores, score_intervals, validation_score
 from downstream.splits import choose_by_turns
 from downstream.task import Outcome, Task, fingerprint
 from models.encoder import JointEncoder
-from models.resnet import GreyResNet, pooled, wide
-from utils import config
+from models.resnet import GreyResNet, wide
+from utils import config, options
 from utils.errors import UserError
-from utils.options import constants
 
 
 @dataclass(kw_only=True)
-class Labels:
-    """Labels"""
+class Labels(options.Group):
+    """The cases' labels, classes and patients."""
 
-    labels: str | None = None
-    """CSV with a label per case; null: the data set that a case is of"""
-    classes: list[str] = field(default_factory=list)
-    """labels to tell apart, cases with other labels are left out; empty: all labels in the file"""
-    positive: str | None = None
-    """one label against all others; a cell may then hold several, as in Effusion|Mass"""
-    case_column: str | None = None
-    """column with the case; null: the first of case, file, filename, image"""
-    label_column: str | None = None
-    """column with the label; null: the first of label, finding, class"""
-    patient_column: str | None = None
-    """column with the patient; null: the first of patient, subject, patient_id, if there is one"""
-    patient_pattern: str | None = None
-    """regular expression whose first group, found in the file name, is the patient or scan"""
-    label_fractions: list[PositiveFloat] = field(default_factory=list)
-    """shares of the training cases whose labels are used, one after the other (knn, linear); empty: as labelled says"""
+    labels: str | None = options.data(None, "CSV with a label per case; null: the data set that a case is of")
+    classes: list[str] = options.data(
+        [], "labels to tell apart, cases with other labels are left out; empty: all labels in the file"
+    )
+    positive: str | None = options.data(
+        None, "one label against all others; a cell may then hold several, as in Effusion|Mass"
+    )
+    case_column: str | None = options.data(None, "column with the case; null: the first of case, file, filename, image")
+    label_column: str | None = options.data(None, "column with the label; null: the first of label, finding, class")
+    patient_column: str | None = options.data(
+        None, "column with the patient; null: the first of patient, subject, patient_id, if there is one"
+    )
+    patient_pattern: str | None = options.data(
+        None, "regular expression whose first group, found in the file name, is the patient or scan"
+    )
+    label_fractions: list[PositiveFloat] = options.data(
+        [], "shares of the training cases whose labels are used, one after the other (knn, linear); empty: see labelled"
+    )
+    size: PositiveInt = options.data(224, "side in pixels that images and slices are resized to")
+    slices: NonNegativeInt = options.data(32, "evenly spaced slices of a volume that are used; 0: all")
 
 
 @dataclass(kw_only=True)
-class Model:
-    """What is classified, and how"""
+class Model(options.Group):
+    """What is classified, and how."""
 
-    mode: Literal["knn", "linear", "finetune"] = "linear"
-    """vote of the nearest neighbours or logistic regression on frozen features, or training of the whole network"""
-    level: Literal["slice", "volume"] = "volume"
-    """what gets a label: whole volumes, or every slice with the label of its volume; images are the same in both"""
-    model: Literal["intra", "joint"] = "intra"
-    """the slice encoder alone (features averaged over slices), or also the transformer's volume embedding"""
-    features: Literal["pooled", "multi_scale"] = "pooled"
-    """frozen features of the slice encoder: the last stage, or all four stages"""
-    k: PositiveInt = 5
-    """neighbours that vote, by cosine similarity; all labelled ones where there are fewer"""
-    size: PositiveInt = 224
-    """side in pixels that images and slices are resized to"""
-    slices: NonNegativeInt = 32
-    """evenly spaced slices of a volume that are used; 0: all"""
-    bootstrap: NonNegativeInt = 1000
-    """resamplings of the test patients for the 95 % intervals; 0: none"""
+    mode: Literal["knn", "linear", "finetune"] = options.model(
+        "linear",
+        "vote of nearest neighbours or logistic regression on frozen features, or training of the whole network",
+    )
+    level: Literal["slice", "volume"] = options.model(
+        "volume", "what gets a label: a whole volume, or each of its slices; images are the same in both"
+    )
+    model: Literal["intra", "joint"] = options.model(
+        "intra", "the slice encoder alone (features averaged over slices), or also the transformer's volume embedding"
+    )
+    features: Features = options.model("pooled", "frozen features: the ResNet's last stage, or all four stages")
+    k: PositiveInt = options.model(
+        5, "neighbours that vote, by cosine similarity; all labelled ones where there are fewer"
+    )
+    bootstrap: NonNegativeInt = options.running(
+        1000, "resamplings of the test patients for the 95 % intervals; 0: none"
+    )
 
 
-@constants
-class Config(options.Running, options.Training, options.Start, Model, Labels, options.Prepared, options.Data):
+@options.constants
+class Config(Running, Training, Start, Model, Labels, WorkingCopy, Data):
     data_path = "Training_Data"
-    fractions = [0.6, 0.2, 0.2]  # noqa: RUF012
+    fractions = [0.6, 0.2, 0.2]
     epochs = 30
     wd = 0.01
     dump_path = "runs/classify"
@@ -123,7 +128,7 @@ class Classification(Task):
             )
         self.items = open_items(cfg)
         self.patients = self.items.patients
-        self.fingerprint = fingerprint(sample.path for sample in self.items.cases.store.samples)
+        self.fingerprint = fingerprint(sample.path for sample in self.items.cases.samples)
 
     def choose(self, train: list[str]) -> list[str]:
         """The classes by turns: the labels of a smaller fraction are the first of a larger one's."""
@@ -297,36 +302,29 @@ class Classification(Task):
 
 def open_items(cfg: Config) -> Items:
     """The labelled images or volumes below data_path."""
-    cases = open_cases(cfg.data_path, cfg.size, cfg.slices, cfg.cache_path, cfg.on_bad, cfg.level)
+    cases = Cases(cfg.data_path, cfg.size, cfg.slices, cfg.cache_path, cfg.on_bad, cfg.level)
     if cfg.labels:
         rows = read_labels(cfg.labels, cases.names, cfg.case_column, cfg.label_column, cfg.patient_column)
     else:
-        rows = [LabelRow(i, name) for i, name in enumerate(cases.datasets)]
+        rows = [LabelRow(i, sample.dataset) for i, sample in enumerate(cases.samples)]
     return label_items(cases, rows, cfg.classes, cfg.positive, cfg.patient_pattern, cfg.labels or cfg.data_path)
 
 
-class Classifier(nn.Module):
-    """A new linear layer on the whole encoder: volumes [B, D, H, W], mask [B, D] -> logits [B, classes].
+class Classifier(StackEncoder):
+    """A new linear layer on the whole encoder: volumes [B, D, S, S], mask [B, D] -> logits [B, classes].
 
-    Its input is the mean over real slices of f_intra's last stage, and f_inter's volume embedding where there is one,
-    each brought to unit variance (LayerNorm without parameters), as their scales have nothing in common.
+    Each part of its input is brought to unit variance (LayerNorm without parameters): they have no scale in common.
     """
 
     def __init__(self, encoder: GreyResNet | JointEncoder, classes: int) -> None:
-        super().__init__()
-        self.encoder = encoder
+        super().__init__(encoder)
         joint = isinstance(encoder, JointEncoder)
         width = encoder.encoder.num_features + encoder.projection.out_features if joint else encoder.num_features
         self.head = nn.Linear(width, classes)
 
     def forward(self, volumes: Tensor, mask: Tensor) -> Tensor:
-        stack = mask.nonzero()[:, 0]  # of every real slice
-        if isinstance(self.encoder, JointEncoder):
-            slices, tokens = self.encoder.tokens(volumes, mask)
-            parts = [mean_of_stacks(wide(slices), stack), self.encoder.holistic(tokens, mask)]
-        else:
-            parts = [mean_of_stacks(wide(pooled(self.encoder(volumes[mask].unsqueeze(1)))), stack)]
-        return wide(self.head(torch.cat([F.layer_norm(part, part.shape[1:]) for part in parts], dim=1)))
+        parts = [F.layer_norm(part, part.shape[1:]) for part in self.parts(volumes, mask)]
+        return wide(self.head(torch.cat(parts, dim=1)))
 
 
 def format_table(

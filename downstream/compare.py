@@ -82,8 +82,9 @@ class Cell:
 
     @cached_property
     def folder(self) -> Path:
-        """Named by all that the result depends on but the data, whose change the task itself notices."""
-        return self.out / "cells" / jobs.short_key([self.task.__name__, settings_of(self.config)])
+        """Named by all that the result depends on, but not by what is in the data."""
+        settings = [self.task.__name__, self.config.data_path, settings_of(self.config)]
+        return self.out / "cells" / jobs.short_key(settings)
 
     @property
     def record(self) -> dict[str, Any] | None:

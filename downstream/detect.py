@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jsonargparse.typing import OpenUnitInterval, PositiveInt
-from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -30,69 +29,74 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from tqdm import tqdm
 
+from conversion.readers import read_dicom_image
 from datasets.cache import cache_folder, cached, key_of
-from datasets.index import IMAGE_FORMATS, bad_files
-from datasets.render import PERCENTILES, content_size
-from downstream import options, task
+from datasets.index import bad_files
+from datasets.render import content_size, read_grey, robust_limits
+from downstream import task
 from downstream.boxes import DICOM_SUFFIXES, Annotated, read_boxes
 from downstream.encoders import load_encoder
+from downstream.options import Data, Running, Start, Training
 from downstream.task import Outcome, Task, fingerprint
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet
-from utils import config
+from utils import config, options
 from utils.errors import UserError
 from utils.files import write_csv
-from utils.options import constants
 from utils.precision import Precision
 from utils.seeding import SHARED, SHUFFLE, stream
 
-FORMAT = 1  # of the prepared images; raise it when their content changes
+FORMAT = 2  # of the prepared images; raise it when their content changes
 LEVELS = 5  # of both pyramids, each with its own anchor size
+PREDICTIONS = ("image_id", "class_name", "score", "x_min", "y_min", "x_max", "y_max")  # columns
 STAGES = ("layer4", "layer3", "layer2", "layer1", "stem")  # in the order in which they are set free
 
 
 @dataclass(kw_only=True)
-class Boxes:
-    """Boxes"""
+class Boxes(options.Group):
+    """Images and their boxes."""
 
-    annotations: str
-    """COCO .json, or VinDr-CXR's .csv (image_id, class_name, x_min, y_min, x_max, y_max; rad_id)"""
-    classes: list[str] | None = None
-    """classes to detect; null: all that the annotations have"""
-    merge_iou: OpenUnitInterval = 0.5
-    """boxes of several readers (rad_id) that overlap by more are one finding, their mean"""
-    empty: Literal["keep", "drop"] = "keep"
-    """images without boxes: train and test on them, or leave them out"""
-    image_size: PositiveInt = 512
-    """pixels of an image's longer side, up or down, aspect kept"""
-    flip: bool = True
-    """mirror half of the training images left to right"""
-    workers: PositiveInt = field(default=4, metadata=options.FREE)
-    """threads that prepare images"""
-    cache_path: str | None = field(default=None, metadata=options.FREE)
-    """folder for images at image_size; null: .cache in data_path"""
+    annotations: str = options.data(
+        MISSING, "COCO .json, or VinDr-CXR's .csv (image_id, class_name, x_min, y_min, x_max, y_max; rad_id)"
+    )
+    classes: list[str] | None = options.data(None, "classes to detect; null: all that the annotations have")
+    merge_iou: OpenUnitInterval = options.data(
+        0.5, "overlap above which boxes of several readers (rad_id) are one finding, their mean"
+    )
+    empty: Literal["keep", "drop"] = options.data(
+        "keep", "images without boxes: kept in training and test, or left out"
+    )
+    image_size: PositiveInt = options.data(512, "pixels of an image's longer side, up or down, aspect kept")
+    flip: bool = options.data(True, "half of the training images mirrored left to right")
+    workers: PositiveInt = options.running(4, "threads that prepare images", may_change=True)
+    cache_path: str | None = options.data(
+        None, "folder for images at image_size; null: .cache in data_path", may_change=True
+    )
 
 
 @dataclass(kw_only=True)
-class Detector:
-    """Detector"""
+class Detector(options.Group):
+    """The network."""
 
-    model: Literal["fasterrcnn", "retinanet"] = "fasterrcnn"
-    """detector of two stages or of one"""
-    trainable_layers: Literal[0, 1, 2, 3, 4, 5] = 5
-    """how much of the ResNet trains, from its end: 0 nothing, 3 layer2 to layer4, 5 the stem too"""
-    norm: Literal["auto", "frozen", "batch"] = "auto"
-    """BatchNorm of the ResNet: fixed as loaded, or statistics of the batch; auto: frozen unless weights are random"""
-    anchor_sizes: list[PositiveInt] = field(default_factory=lambda: [32, 64, 128, 256, 512])
-    """side in pixels (of image_size) of the anchors of the five pyramid levels"""
-    pyramid_channels: PositiveInt = 256
-    """width of the feature pyramid"""
-    proposals: PositiveInt = 1000
-    """Faster R-CNN: regions of an image that its second stage looks at; half as many train it"""
+    model: Literal["fasterrcnn", "retinanet"] = options.model("fasterrcnn", "detector of two stages or of one")
+    trainable_layers: Literal[0, 1, 2, 3, 4, 5] = options.model(
+        5, "how much of the ResNet trains, from its end: 0 nothing, 3 layer2 to layer4, 5 the stem too"
+    )
+    norm: Literal["auto", "frozen", "batch"] = options.model(
+        "auto",
+        "BatchNorm of the ResNet: fixed as loaded, or statistics of the batch; auto: frozen unless weights are random",
+    )
+    anchor_sizes: list[PositiveInt] = options.model(
+        [32, 64, 128, 256, 512], "side in pixels (of image_size) of the anchors of the five pyramid levels"
+    )
+    pyramid_channels: PositiveInt = options.model(256, "width of the feature pyramid")
+    proposals: PositiveInt = options.model(
+        1000, "Faster R-CNN: regions of an image that its second stage looks at; half as many train it"
+    )
 
 
-@constants
-class Config(options.Running, options.Training, Detector, options.Start, Boxes, options.Data):
-    fractions = [0.7, 0.1, 0.2]  # noqa: RUF012
+@options.constants
+class Config(Running, Training, Detector, Start, Boxes, Data):
+    fractions = [0.7, 0.1, 0.2]
     dump_path = "runs/detect"
 
 
@@ -134,12 +138,16 @@ class Detection(Task):
         names = {"labelled": self.labelled, "validation": self.split.validation, "test": self.split.test}
         return {part: [self.images[name] for name in some] for part, some in names.items()}
 
+    def count(self, images: Sequence[Annotated]) -> Counter[str]:
+        """Boxes of each class."""
+        return Counter(self.classes[label - 1] for image in images for label in image.labels[~image.crowd])
+
     def build(self) -> nn.Module:
         return build_model(self.cfg, len(self.classes))
 
     def examine(self) -> None:
         for part, images in self.parts.items():
-            if not any((~image.crowd).any() for image in images):
+            if not self.count(images):
                 raise UserError(
                     f"{part}: none of its {len(images)} images has a box; use more images, another --split or seed, or "
                     "--empty drop"
@@ -154,12 +162,8 @@ class Detection(Task):
             lines.append(f"{part}: {len(images)} images, {counts.total()} boxes ({listed})")
         return "\n".join(lines)
 
-    def count(self, images: Sequence[Annotated]) -> Counter[str]:
-        """Boxes of each class."""
-        return Counter(self.classes[label - 1] for image in images for label in image.labels[~image.crowd])
-
     def batch(self, epoch: int, step: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-        """Images [1, h, w] and their targets at working resolution.
+        """Images [1, h, w] and their boxes [n, 4] and labels [n] at working resolution.
 
         Crowd boxes are left out: COCO marks with them what nobody counted.
         """
@@ -171,80 +175,62 @@ class Detection(Task):
         mirror = (draws.random(total) < 0.5) & cfg.flip
         pixels, targets = [], []
         for place in range(step * per_step, (step + 1) * per_step):
-            image = images[order[place]]
-            own = self.read(image)
-            target = target_of(image, own)
-            single = target.pop("iscrowd") == 0
-            target = {key: value[single] for key, value in target.items()}
+            image, single = images[order[place]], ~images[order[place]].crowd
+            own, boxes = self.read(image), torch.from_numpy(image.boxes[single]) * self.scale(image)
             if mirror[place]:
-                own, target["boxes"] = mirrored(own, target["boxes"])
-            pixels.append(own.to(self.device))
-            targets.append({key: value.to(self.device) for key, value in target.items()})
+                own, boxes = mirrored(own, boxes)
+            pixels.append(own)
+            labels = torch.from_numpy(image.labels[single])
+            targets.append({"boxes": boxes.to(self.device), "labels": labels.to(self.device)})
         return pixels, targets
 
     def loss(self, model: nn.Module, batch: tuple[list[Tensor], list[dict[str, Tensor]]]) -> Tensor:
         return sum(model(*batch).values())
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        scores, _ = self.score(model, self.parts["validation"])
+        images = self.parts["validation"]
+        scores = score(self.predict(model, images), images, self.classes)
         return {"ap50": scores["ap50"], "map": scores["map"]}
 
     def test(self, model: nn.Module, folder: Path) -> Outcome:
         images = self.parts["test"]
-        scores, found = self.score(model, images)
-        write_csv(self.predictions(images, found), folder / "predictions.csv")
-        rows = [
-            {
-                "case": image.name,
-                "patient": image.patient,
-                "boxes": self.count([image]).total(),
-                "found": len(own["boxes"]),
-            }
-            for image, own in zip(images, found, strict=True)
-        ]
-        return Outcome(scores, rows, self.table(scores), {"images": len(images), "classes": self.classes})
-
-    def score(self, model: nn.Module, images: list[Annotated]) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
         found = self.predict(model, images)
-        return score(found, [target_of(image) for image in images], self.classes), found
+        scores, counts = score(found, images, self.classes), self.count(images)
+        rows, boxes = [], []
+        for image, own in zip(images, found, strict=True):
+            counted = {"boxes": self.count([image]).total(), "found": len(own["boxes"])}
+            rows.append({"case": image.name, "patient": image.patient, **counted})
+            for box, value, label in zip(*(own[key].tolist() for key in ("boxes", "scores", "labels")), strict=True):
+                line = (image.name, self.classes[label - 1], f"{value:.4f}", *(f"{x:.1f}" for x in box))
+                boxes.append(dict(zip(PREDICTIONS, line, strict=True)))
+        write_csv(boxes, folder / "predictions.csv", PREDICTIONS)
+        width = max(map(len, [*self.classes, "all"]))
+        lines = [f"{'class':{width}s}   boxes     AP50      mAP"]
+        for name, suffix, count in [*((c, f"_{c}", counts[c]) for c in self.classes), ("all", "", counts.total())]:
+            numbers = f"{scores[f'ap50{suffix}']:6.3f}   {scores[f'map{suffix}']:6.3f}"
+            lines.append(f"{name:{width}s}  {count:6d}   {numbers}")
+        return Outcome(scores, rows, "\n".join(lines), {"images": len(images), "classes": self.classes})
 
     def predict(self, model: nn.Module, images: list[Annotated]) -> list[dict[str, Tensor]]:
-        """Of each image boxes [n, 4] in pixels of its file, scores [n] and labels [n], on the CPU."""
+        """Of each image boxes [n, 4] in pixels of its file, best first, scores [n] and labels [n], on the CPU."""
         found = []
         for start in range(0, len(images), self.cfg.batch_size):
             some = images[start : start + self.cfg.batch_size]
-            pixels = [self.read(image) for image in some]
             with self.precision.autocast():
-                outputs = model([one.to(self.device) for one in pixels])
-            for image, own, output in zip(some, pixels, outputs, strict=True):
-                output = {key: value.cpu() for key, value in output.items()}
-                output["boxes"] = output["boxes"].float() / scale_of(image, own)
-                output["scores"] = output["scores"].float()
-                found.append(output)
+                outputs = model([self.read(image) for image in some])
+            for image, output in zip(some, outputs, strict=True):
+                boxes, labels = output["boxes"].cpu().float() / self.scale(image), output["labels"].cpu()
+                found.append({"boxes": boxes, "labels": labels, "scores": output["scores"].cpu().float()})
         return found
 
     def read(self, image: Annotated) -> Tensor:
-        """The prepared copy [1, h, w] float32 in 0..1."""
-        return torch.from_numpy(np.load(self.files[image.name], allow_pickle=False)).float()[None]
+        """The prepared copy [1, h, w] float32 in 0..1, on the device."""
+        return torch.from_numpy(np.load(self.files[image.name], allow_pickle=False)).float()[None].to(self.device)
 
-    def predictions(self, images: list[Annotated], found: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
-        """Lines of predictions.csv: every box that was found, in pixels of the file, best first."""
-        rows = []
-        for image, output in zip(images, found, strict=True):
-            for box, value, label in zip(*(output[key].tolist() for key in ("boxes", "scores", "labels")), strict=True):
-                corners = dict(zip(("x_min", "y_min", "x_max", "y_max"), (f"{x:.1f}" for x in box), strict=True))
-                name = self.classes[label - 1]
-                rows.append({"image_id": image.name, "class_name": name, "score": f"{value:.4f}"} | corners)
-        return rows
-
-    def table(self, scores: dict[str, float]) -> str:
-        width, counts = max(map(len, [*self.classes, "all"])), self.count(self.parts["test"])
-        lines = [f"{'class':{width}s}   boxes     AP50      mAP"]
-        for name, suffix, boxes in [*((c, f"_{c}", counts[c]) for c in self.classes), ("all", "", counts.total())]:
-            lines.append(
-                f"{name:{width}s}  {boxes:6d}   {scores[f'ap50{suffix}']:6.3f}   {scores[f'map{suffix}']:6.3f}"
-            )
-        return "\n".join(lines)
+    def scale(self, image: Annotated) -> Tensor:
+        """[4] from coordinates in the file to those in its prepared copy."""
+        height, width = content_size(image.height, image.width, self.cfg.image_size)
+        return torch.tensor([width / image.width, height / image.height] * 2)
 
 
 def build_model(cfg: Config, classes: int) -> nn.Module:
@@ -257,17 +243,14 @@ def build_model(cfg: Config, classes: int) -> nn.Module:
     frozen = cfg.norm == "frozen" or (cfg.norm == "auto" and cfg.weights != "random")
     freeze(encoder, cfg.trainable_layers, frozen)
     torch.manual_seed(cfg.seed)
-    grey = {
-        "min_size": cfg.image_size,
-        "max_size": cfg.image_size,
-        "image_mean": [GREY_MEAN],
-        "image_std": [GREY_STD],
-    }
+    grey = {"min_size": cfg.image_size, "max_size": cfg.image_size, "image_mean": [GREY_MEAN], "image_std": [GREY_STD]}
+    first = 1 if cfg.model == "fasterrcnn" else 2  # stage of the ResNet that the pyramid begins with
+    names = {f"layer{i}": str(i - first) for i in range(first, 5)}
+    body = encoder, names, list(encoder.stage_features[first - 1 :]), cfg.pyramid_channels
     ratios = ((0.5, 1.0, 2.0),) * LEVELS
     if cfg.model == "fasterrcnn":
-        names, widths = {f"layer{i}": str(i - 1) for i in range(1, 5)}, list(encoder.stage_features)
         return FasterRCNN(
-            BackboneWithFPN(encoder, names, widths, cfg.pyramid_channels),
+            BackboneWithFPN(*body),
             classes + 1,  # and the background
             rpn_anchor_generator=AnchorGenerator(tuple((size,) for size in cfg.anchor_sizes), ratios),
             rpn_post_nms_top_n_train=2 * cfg.proposals,
@@ -275,11 +258,9 @@ def build_model(cfg: Config, classes: int) -> nn.Module:
             box_batch_size_per_image=math.ceil(cfg.proposals / 2),
             **grey,
         )
-    names, widths = {f"layer{i}": str(i - 2) for i in range(2, 5)}, list(encoder.stage_features[1:])
-    pyramid = LastLevelP6P7(cfg.pyramid_channels, cfg.pyramid_channels)
     thirds = tuple(tuple(int(size * 2 ** (i / 3)) for i in range(3)) for size in cfg.anchor_sizes)
     return RetinaNet(
-        BackboneWithFPN(encoder, names, widths, cfg.pyramid_channels, pyramid),
+        BackboneWithFPN(*body, LastLevelP6P7(cfg.pyramid_channels, cfg.pyramid_channels)),
         classes + 1,  # label 0 stays unused
         anchor_generator=AnchorGenerator(thirds, ratios),
         **grey,
@@ -319,12 +300,10 @@ def prepare(images: Sequence[Annotated], cfg: Config) -> dict[str, Path]:
     folder = cache_folder(Path(cfg.data_path), cfg.cache_path) / f"boxes_{cfg.image_size}px_v{FORMAT}"
 
     def one(image: Annotated) -> Path | str:
-        def make(temporary: Path) -> None:
-            np.save(temporary, _normalised(read_grey(image.path), cfg.image_size), allow_pickle=False)
-
         status = image.path.stat()
+        key = key_of(image.name, status.st_size, status.st_mtime_ns)
         try:
-            return cached(folder, key_of(image.name, status.st_size, status.st_mtime_ns), make)
+            return cached(folder, key, lambda file: np.save(file, normalised(image.path, cfg.image_size)))
         except ValueError as error:
             return f"{image.path}: {error}"
 
@@ -335,43 +314,15 @@ def prepare(images: Sequence[Annotated], cfg: Config) -> dict[str, Path]:
     return {image.name: file for image, file in zip(images, made, strict=True)}
 
 
-def read_grey(path: Path) -> np.ndarray:
-    """[H, W] grey values, bright where the file is shown bright. Raises ValueError: what is wrong and the remedy."""
-    if path.suffix.lower() in DICOM_SUFFIXES:
-        from conversion.readers import read_dicom_image
-
-        return read_dicom_image(path)
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            own = image.mode in ("L", "I", "F") or image.mode.startswith("I;16")
-            return np.asarray(image if own else image.convert("L"))
-    except Exception as error:  # decoders fail in many ways on damaged data
-        raise ValueError(f"broken image data ({error}); export it again or remove its annotations") from None
-
-
-def _normalised(pixels: np.ndarray, size: int) -> np.ndarray:
-    pixels = pixels.astype(np.float64)
-    low, high = np.percentile(pixels, PERCENTILES)
-    if low == high:  # an X-ray on a large empty ground
-        low, high = pixels.min(), pixels.max()
+def normalised(path: Path, size: int) -> np.ndarray:
+    """A prepared copy, bright where the file is shown bright. Raises ValueError: what is wrong and the remedy."""
+    pixels = read_dicom_image(path) if path.suffix.lower() in DICOM_SUFFIXES else read_grey(path)
+    low, high = robust_limits(pixels)
     if not high > low:  # also where there are NaN
         raise ValueError("is constant or holds NaN; export it again or remove its annotations")
-    grey = torch.from_numpy(((pixels - low) / (high - low)).clip(0, 1)).float()[None, None]
+    grey = torch.from_numpy(((pixels.astype(np.float64) - low) / (high - low)).clip(0, 1)).float()[None, None]
     resized = F.interpolate(grey, content_size(*pixels.shape, size), mode="bilinear", antialias=True)
     return resized[0, 0].clamp(0, 1).half().numpy()
-
-
-def scale_of(image: Annotated, pixels: Tensor) -> Tensor:
-    """[4], from coordinates in the file to those in its prepared copy [1, h, w]."""
-    x, y = pixels.shape[2] / image.width, pixels.shape[1] / image.height
-    return torch.tensor([x, y, x, y])
-
-
-def target_of(image: Annotated, pixels: Tensor | None = None) -> dict[str, Tensor]:
-    """boxes [n, 4], labels [n] and iscrowd [n], in coordinates of the prepared copy [1, h, w], or of the file."""
-    boxes = torch.from_numpy(image.boxes)
-    boxes = boxes if pixels is None else boxes * scale_of(image, pixels)
-    return {"boxes": boxes, "labels": torch.from_numpy(image.labels), "iscrowd": torch.from_numpy(image.crowd).long()}
 
 
 def mirrored(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -380,14 +331,16 @@ def mirrored(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     return image.flip(-1), torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1)
 
 
-def score(found: list[dict[str, Tensor]], targets: list[dict[str, Tensor]], classes: Sequence[str]) -> dict[str, float]:
+def score(found: list[dict[str, Tensor]], images: Sequence[Annotated], classes: Sequence[str]) -> dict[str, float]:
     """COCO's average precision over all images: `map` (mean over IoU 0.50:0.95) and `ap50`, and both per class.
 
-    A class without boxes among the targets is nan and left out of the mean; one with boxes of which none is found is 0.
+    A class without boxes in the images is nan and left out of the mean; one with boxes of which none is found is 0.
     At most 100 boxes of an image count. Source: pycocotools, through torchmetrics.
     """
     from torchmetrics.detection import MeanAveragePrecision
 
+    truth = [(image.boxes, image.labels, image.crowd.astype(int)) for image in images]
+    targets = [dict(zip(("boxes", "labels", "iscrowd"), map(torch.from_numpy, one), strict=True)) for one in truth]
     scores: dict[str, float] = {}
     for name, thresholds in (("map", None), ("ap50", [0.5])):
         metric = MeanAveragePrecision(iou_thresholds=thresholds, class_metrics=True)
@@ -395,14 +348,11 @@ def score(found: list[dict[str, Tensor]], targets: list[dict[str, Tensor]], clas
         metric.update(found, targets)
         result = metric.compute()
         labels, values = result["classes"].reshape(-1).tolist(), result["map_per_class"].reshape(-1).tolist()
-        per_class = dict(zip(labels, values, strict=True))
-        scores[name] = _or_nan(result["map"].item())
-        scores |= {f"{name}_{one}": _or_nan(per_class.get(label, -1)) for label, one in enumerate(classes, start=1)}
+        of_label = dict(zip(labels, values, strict=True)) | {0: result["map"].item()}
+        for label, suffix in enumerate(["", *(f"_{one}" for one in classes)]):
+            value = of_label.get(label, -1)
+            scores[name + suffix] = math.nan if value < 0 else value  # -1 is pycocotools' word for no boxes
     return scores
-
-
-def _or_nan(value: float) -> float:
-    return math.nan if value < 0 else value  # -1 is pycocotools' word for no boxes
 
 
 if __name__ == "__main__":

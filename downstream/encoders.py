@@ -80,23 +80,24 @@ def has_transformer(weights: str) -> bool:
 
 def choose_arch(weights: str, arch: str | None) -> str:
     """`arch`, or what the `.json` beside the weights says, or resnet50. UserError where the first two differ."""
-    if arch is not None and arch not in ARCHITECTURES:
-        raise UserError(f"arch: {arch!r} is not one of {', '.join(ARCHITECTURES)}")
-    if weights in NAMED:
-        return arch or "resnet50"
-    path = _existing(weights)
-    about = path.with_suffix(".json")
-    made_with = None
-    if about.is_file():
-        try:
-            made_with = json.loads(about.read_text())["config"]["arch"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{about}: damaged; it should say the arch of {path.name}, or be removed") from None
-        if made_with not in ARCHITECTURES:
-            raise UserError(f"{about}: arch {made_with!r} is not one of {', '.join(ARCHITECTURES)}")
+    made_with = None if weights in NAMED else _recorded_arch(_existing(weights))
     if arch and made_with and arch != made_with:
-        raise UserError(f"arch: {arch} was asked for, but {path} was made with {made_with}; leave --arch out")
+        raise UserError(f"arch: {arch} was asked for, but {weights} was made with {made_with}; leave --arch out")
     return arch or made_with or "resnet50"
+
+
+def _recorded_arch(path: Path) -> str | None:
+    """What the `.json` beside a weights file says; None where there is none."""
+    about = path.with_suffix(".json")
+    if not about.is_file():
+        return None
+    try:
+        arch = json.loads(about.read_text(encoding="utf-8"))["config"]["arch"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{about}: damaged; it should say the arch of {path.name}, or be removed") from None
+    if arch not in ARCHITECTURES:
+        raise UserError(f"{about}: arch {arch!r} is not one of {', '.join(ARCHITECTURES)}")
+    return arch
 
 
 def _existing(weights: str) -> Path:

@@ -1,71 +1,71 @@
 """Frozen features of images and volumes, from files read and normalised as in training.
 
-cases = open_cases("Training_Data", size=224)
-slices = encode_slices(load_encoder("weights/swav3D_encoder.pth"), cases, range(len(cases.names)))
-features = mean_of_stacks(slices.pooled, slices.stack)
+cases = Cases("Training_Data", size=224)
+features = frozen_features(load_encoder("weights/swav3D_encoder.pth"), cases, range(len(cases.names)))  # [cases, C]
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from datasets.index import LABEL_FOLDERS
 from datasets.loaders import Slices
 from datasets.store import prepare
 from downstream.scores import validation_score
 from downstream.splits import without_suffix
-from models.encoder import JointEncoder
-from models.resnet import GreyResNet, multi_scale, pooled
+from models.encoder import JointEncoder, real_rows, spread
+from models.resnet import GreyResNet, multi_scale, pooled, wide
 from utils.errors import UserError
 
 COSTS = tuple(10.0 ** np.arange(-4, 3))  # inverse regularisation C of the logistic regression, chosen on validation
 SLICES_AT_ONCE = 64  # through the ResNet: 64 slices of 224 x 224 keep half a gigabyte of ResNet-50's maps
+Features = Literal["pooled", "multi_scale"]  # of f_intra: its last stage, or all four
 
 
 class Cases:
-    """Images and volumes of a data tree or of one data set, as stacks of slices on a square canvas.
+    """Images and volumes, normalised as in training, as stacks of slices on a square canvas.
 
-    A volume is at most `slices` evenly spaced slices (0: all of them). A stack is a case or, at level `slice`, a single
-    slice of one.  names: of the cases, relative to data_path.  datasets: the data set of each case.
-    owner: [stacks] position of the case that a stack is of.  size: S, side of the canvas in pixels.
+    data_path: a data tree, or the folder of a single data set.  size: S, side of the canvas in pixels.
+    slices: evenly spaced ones of a volume that are used, at most; 0: all.  cache_path, on_bad: as in
+    `datasets.store.prepare`.  level: a stack is a case, or a single slice of one.
+    Has samples (the cases), names (theirs, relative to data_path), and owner ([stacks] the position of the case that a
+    stack is of). Raises UserError naming what cannot be used.
     """
 
     def __init__(
         self,
-        data_path: Path,
+        data_path: str | Path,
         size: int,
-        slices: int,
-        cache_path: str | Path | None,
-        on_bad: Literal["error", "skip"],
-        level: Literal["slice", "volume"],
+        slices: int = 32,
+        cache_path: str | Path | None = None,
+        on_bad: Literal["error", "skip"] = "error",
+        level: Literal["slice", "volume"] = "volume",
     ) -> None:
-        alone = is_data_set(data_path)
-        tree, only = (data_path.resolve().parent, data_path.resolve().name) if alone else (data_path, None)
-        cache = cache_path or (data_path / ".cache" if alone else None)
-        samples, self.store = prepare(tree, size, cache, on_bad, progress=False, only=only)
+        root = Path(data_path).expanduser().resolve()
+        if not root.is_dir():
+            raise UserError(f"data_path: {root} is not a folder; give the one that holds the images or volumes")
+        files = [file.name for file in root.iterdir() if file.is_file()]
+        alone = "dataset.yaml" in files or any(without_suffix(name) != name for name in files)
+        tree, only, cache = (
+            (root.parent, root.name, cache_path or root / ".cache") if alone else (root, None, cache_path)
+        )
+        self.samples, self.store = prepare(tree, size, cache, on_bad, progress=False, only=only)
         self.size = size
-        self.names = [sample.name.split("/", 1)[1] if alone else sample.name for sample in samples]
-        self.datasets = [sample.dataset for sample in samples]
-        items = np.asarray(Slices(samples, self.store, slices).items)  # [n, 2]: sample and slice, sample by sample
+        self.names = [sample.name.split("/", 1)[1] if alone else sample.name for sample in self.samples]
+        items = np.asarray(Slices(self.samples, self.store, slices).items)  # [n, 2]: sample and slice, sample by sample
         ends = np.arange(1, len(items)) if level == "slice" else np.flatnonzero(np.diff(items[:, 0])) + 1
         self.stacks = np.split(items, ends)
         self.owner = np.array([stack[0, 0] for stack in self.stacks])
 
     def read(self, index: int) -> np.ndarray:
         """A stack [D, S, S] float32 in 0..1; D = 1 for an image."""
-        return self.read_slices(self.stacks[index])
-
-    def read_slices(self, items: np.ndarray) -> np.ndarray:
-        """Slices [n, S, S] of a part of the rows of `stacks`, joined."""
-        return np.concatenate([self.store.read(sample, place, place + 1) for sample, place in items.tolist()])
+        return np.concatenate([self.store.read(case, s, s + 1) for case, s in self.stacks[index].tolist()])
 
     def extent(self, index: int) -> tuple[int, int]:
         """Height and width in pixels of what the canvas shows of a stack; it is centred."""
@@ -73,115 +73,64 @@ class Cases:
         return height, width
 
 
-def open_cases(
-    data_path: str | Path,
-    size: int,
-    slices: int = 32,
-    cache_path: str | Path | None = None,
-    on_bad: Literal["error", "skip"] = "error",
-    level: Literal["slice", "volume"] = "volume",
-) -> Cases:
-    """The cases of a data tree as training reads it, or of a single folder of images or volumes.
+class StackEncoder(nn.Module):
+    """Stacks of slices to their features: [B, D, S, S] in 0..1, mask [B, D] True for real slices -> a list of [B, C].
 
-    Intensities, windows (`dataset.yaml`) and in-plane size are those of training (`datasets.render`). Folders of
-    labels are not entered. on_bad: as in `datasets.store.prepare`. Raises UserError naming what cannot be used.
+    The first is the mean over slices of f_intra, its last stage or, with `multi_scale`, all four stages, each of unit
+    length; the second, of a joint encoder, f_inter's embedding of the whole stack, of unit length.
     """
-    root = Path(data_path).expanduser()
-    if not root.is_dir():
-        raise UserError(f"data_path: {root} is not a folder; give the one that holds the images or volumes")
-    volume = next((file for file in _walk(root) if file.name.lower().endswith((".nii", ".nii.gz"))), None)
-    if volume:
-        raise UserError(
-            f"data_path: {root} holds NIfTI files ({volume.name}); prepare them first: "
-            f"python prepare_data.py --source {root} --dest Training_Data/{root.resolve().name}, which --data_path "
-            "then names"
-        )
-    return Cases(root, size, slices, cache_path, on_bad, level)
 
+    def __init__(
+        self, encoder: GreyResNet | JointEncoder, features: Literal["pooled", "multi_scale"] = "pooled"
+    ) -> None:
+        super().__init__()
+        self.encoder, self.features = encoder, {"pooled": pooled, "multi_scale": multi_scale}[features]
 
-def is_data_set(folder: Path) -> bool:
-    """Whether a folder is one data set and not a tree of them: it holds cases, or its dataset.yaml, itself."""
-    names = [entry.name for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith(".")]
-    return "dataset.yaml" in names or any(without_suffix(name) != name for name in names)
-
-
-class SliceFeatures(NamedTuple):
-    """Frozen features of n slices, stack after stack."""
-
-    pooled: Tensor  # [n, C4] global average of the last stage
-    multi_scale: Tensor  # [n, C1 + C2 + C3 + C4] of all stages, each of unit length
-    stack: Tensor  # [n] position of the slice's stack in the list that was asked for
+    def parts(self, volumes: Tensor, mask: Tensor) -> list[Tensor]:
+        joint = self.encoder if isinstance(self.encoder, JointEncoder) else None
+        resnet = joint.encoder if joint else self.encoder
+        rows = real_rows(mask)
+        images = volumes.flatten(0, 1)[rows].unsqueeze(1)
+        slices, scales = [], []
+        for some in images.split(len(images) if self.training else SLICES_AT_ONCE):  # BatchNorm is trained on all
+            stages = resnet(some)
+            slices.append(wide(self.features(stages)))
+            if joint:
+                scales.append(joint.projection(multi_scale(stages)))
+        parts = [spread(torch.cat(slices), rows, mask.shape).sum(dim=1) / mask.sum(dim=1, keepdim=True)]
+        if joint:
+            parts.append(joint.holistic(spread(torch.cat(scales), rows, mask.shape), mask))
+        return parts
 
 
 @torch.no_grad()
-def encode_slices(
-    encoder: GreyResNet, cases: Cases, indices: Sequence[int], device: torch.device | str = "cpu"
-) -> SliceFeatures:
-    """f_intra of every slice of the stacks at `indices`, on the CPU; the encoder is put in eval mode.
-
-    Raises UserError where a feature is not finite.
-    """
-    encoder.eval().to(device)
-    stacks = [cases.stacks[i] for i in indices]
-    items = np.concatenate(stacks)
-    last, scales = [], []
-    for first in range(0, len(items), SLICES_AT_ONCE):
-        images = torch.from_numpy(cases.read_slices(items[first : first + SLICES_AT_ONCE]))
-        stages = encoder(images.unsqueeze(1).to(device))
-        last.append(pooled(stages).cpu())
-        scales.append(multi_scale(stages).cpu())
-        _require_finite(last[-1])
-    owner = torch.arange(len(stacks)).repeat_interleave(torch.tensor([len(stack) for stack in stacks]))
-    return SliceFeatures(torch.cat(last), torch.cat(scales), owner)
-
-
-def mean_of_stacks(features: Tensor, stack: Tensor) -> Tensor:
-    """Mean over the slices of each stack: [n, C] and stack [n] -> [stacks, C]."""
-    count = int(stack.max()) + 1
-    sums = features.new_zeros(count, features.shape[1]).index_add_(0, stack, features)
-    return sums / torch.bincount(stack, minlength=count).unsqueeze(1)
-
-
-@torch.no_grad()
-def encode_volumes(encoder: JointEncoder, slices: SliceFeatures, batch_size: int = 16) -> Tensor:
-    """f_inter, the holistic embedding of each stack, from its slices in order: [stacks, d], unit length, on the CPU.
-
-    Stacks of different lengths share a batch, padded; the padding is masked and changes nothing.
-    """
-    encoder.eval()
-    device = encoder.projection.weight.device
-    parts = slices.multi_scale.split(torch.bincount(slices.stack).tolist())
-    embeddings = []
-    for first in range(0, len(parts), batch_size):
-        batch, mask = pad([part.to(device) for part in parts[first : first + batch_size]])
-        tokens = encoder.projection(batch) * mask.unsqueeze(-1)
-        embeddings.append(encoder.holistic(tokens, mask).cpu())
-        _require_finite(embeddings[-1])
-    return torch.cat(embeddings)
-
-
 def frozen_features(
     encoder: GreyResNet | JointEncoder,
     cases: Cases,
     indices: Sequence[int],
-    features: Literal["pooled", "multi_scale"],
+    features: Features = "pooled",
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
-    """[stacks, C]: the mean over slices of f_intra and, from a joint encoder, its volume embedding behind it."""
-    joint = isinstance(encoder, JointEncoder)
-    encoder.to(device)
-    slices = encode_slices(encoder.encoder if joint else encoder, cases, indices, device)
-    parts = [mean_of_stacks(getattr(slices, features), slices.stack)]
-    if joint:
-        parts.append(encode_volumes(encoder, slices))
-    return torch.cat(parts, dim=1).numpy()
+    """[stacks, C] of the stacks at `indices`: the features of `StackEncoder`, joined.
+
+    The encoder is put in eval mode. Raises UserError where a feature is not finite.
+    """
+    network = StackEncoder(encoder, features).eval().to(device)
+    rows = []
+    ends = np.cumsum([len(cases.stacks[i]) for i in indices])
+    for some in np.split(indices, np.flatnonzero(np.diff((ends - 1) // SLICES_AT_ONCE)) + 1):
+        volumes, mask = pad([torch.from_numpy(cases.read(i)) for i in some])
+        rows.append(torch.cat(network.parts(volumes.to(device), mask.to(device)), dim=1).cpu())
+        if not rows[-1].isfinite().all():
+            raise UserError("weights: they give features of NaN or Inf; the file is of a training that diverged")
+    return torch.cat(rows).numpy()
 
 
 def pad(stacks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Stacks [D_i, ...] of different lengths -> batch [B, D, ...] with zeros at the end, mask [B, D]: True if real."""
     lengths = torch.tensor([len(stack) for stack in stacks])
     batch = pad_sequence(list(stacks), batch_first=True)
-    return batch, (torch.arange(batch.shape[1]) < lengths.unsqueeze(1)).to(batch.device)
+    return batch, torch.arange(batch.shape[1]) < lengths.unsqueeze(1)
 
 
 def vote(train: np.ndarray, labels: np.ndarray, test: np.ndarray, classes: int, k: int) -> np.ndarray:
@@ -232,15 +181,3 @@ def _probabilities(model: Any, x: np.ndarray, classes: int) -> np.ndarray:
     result = np.zeros((len(x), classes))
     result[:, model.classes_] = model.predict_proba(x)
     return result
-
-
-def _require_finite(features: Tensor) -> None:
-    if not features.isfinite().all():
-        raise UserError("weights: they give features that are NaN or Inf; the file is of a training that diverged")
-
-
-def _walk(root: Path) -> Iterator[Path]:
-    """All files but hidden ones and those in folders of labels."""
-    for parent, folders, names in os.walk(root):
-        folders[:] = [n for n in folders if not n.startswith(".") and n.lower() not in LABEL_FOLDERS]
-        yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))

@@ -10,36 +10,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jsonargparse.typing import NonNegativeInt
 
-from downstream.labels import read_csv
 from downstream.scores import bootstrap
 from downstream.splits import without_suffix
-from utils import config as options
+from utils import config, options
 from utils.errors import UserError
-from utils.files import write_csv, write_json
+from utils.files import read_csv, write_csv, write_json
 
 RATES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # false positives per scan
 NO_NODULE, EXCLUDED = -1, -2
 
 
 @dataclass
-class Config:
-    run: str
-    """dump_path of the classification; receives froc.json and froc.csv"""
-    labels: str
-    """labels.csv of the candidates (case, series, nodule: its number, excluded, or empty)"""
-    nodules: str
-    """nodules.csv (series, nodule): every annotated nodule, those without a candidate too"""
-    bootstrap: NonNegativeInt = 1000
-    """resamplings of the test scans for the 95 % intervals; 0: none"""
-    seed: NonNegativeInt = 0
-    """random seed of the resamplings"""
+class Config(options.Group):
+    run: str = options.data(MISSING, "dump_path of the classification; receives froc.json and froc.csv")
+    labels: str = options.data(
+        MISSING, "labels.csv of the candidates (case, series, nodule: its number, excluded, or none)"
+    )
+    nodules: str = options.data(MISSING, "nodules.csv (series, nodule): every nodule, those without a candidate too")
+    bootstrap: NonNegativeInt = options.running(1000, "resamplings of the test scans for the 95 % intervals; 0: none")
+    seed: NonNegativeInt = options.running(0, "random seed of the resamplings")
 
 
 class Candidates(NamedTuple):
@@ -166,4 +162,4 @@ def _row(rate: float, result: Mapping[str, Any]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    options.main(main, Config, __doc__)
+    config.main(main, Config, __doc__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 from downstream.features import Cases
 from downstream.splits import places_of, without_suffix
 from utils.errors import UserError
+from utils.files import read_csv
 
 CASE_COLUMNS = ("case", "file", "filename", "image")
 LABEL_COLUMNS = ("label", "finding", "class")
@@ -117,9 +117,11 @@ def label_items(
     if len(set(labels)) < 2:
         raise UserError(f"labels: all cases in {source} have the same label; two are needed to tell apart")
     names = [cases.names[row.case] for row in rows]
-    patients = [row.patient for row in rows]
-    if patient_pattern or None in patients:
+    if patient_pattern:
         patients = name_patients(names, patient_pattern)
+    else:
+        told = _prepared_patients(cases)
+        patients = [row.patient or told.get(cases.samples[row.case].name, cases.names[row.case]) for row in rows]
     wanted = [row.case for row in rows]
     first, end = (np.searchsorted(cases.owner, wanted, side) for side in ("left", "right"))  # the stacks of each row
     row_of = np.repeat(np.arange(len(rows)), end - first)
@@ -134,10 +136,8 @@ def label_items(
     )
 
 
-def name_patients(names: Sequence[str], pattern: str | None) -> list[str]:
-    """The patient of each case: the first group of `pattern` in its file name; without a pattern, the case itself."""
-    if pattern is None:
-        return list(names)
+def name_patients(names: Sequence[str], pattern: str) -> list[str]:
+    """The patient of each case: the first group of `pattern` in its file name."""
     try:
         expression = re.compile(pattern)
     except re.error as error:
@@ -151,28 +151,22 @@ def name_patients(names: Sequence[str], pattern: str | None) -> list[str]:
     return [match[1] for match in found]
 
 
-def read_csv(path: str | Path, option: str) -> list[dict[str, str]]:
-    """Lines of a CSV file as dictionaries of stripped texts. Raises UserError for anything that is not one."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            rows = list(reader)
-    except OSError as error:
-        raise UserError(f"{option}: {path}: cannot be read ({error.strerror}); name an existing CSV file") from None
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{option}: {path}: is not a CSV text file ({error}); export it again, as UTF-8") from None
-    if not rows:
-        raise UserError(f"{option}: {path}: has no lines below its header; write one per case")
-    for line, row in enumerate(rows, start=2):
-        if None in row or None in row.values():
-            raise UserError(f"{option}: {path}, line {line}: has not the header's {len(reader.fieldnames)} fields")
-    return [{key.strip(): value.strip() for key, value in row.items()} for row in rows]
-
-
 def some(names: Sequence[str] | set[str], count: int = 5) -> str:
     """The first few names, for messages."""
     listed = sorted(names)
     return ", ".join(listed[:count]) + (", ..." if len(listed) > count else "")
+
+
+def _prepared_patients(cases: Cases) -> dict[str, str]:
+    """Name of a sample -> its patient, where prepare_data.py has found one (cases.csv)."""
+    tables = {sample.dataset: sample.data_path / sample.dataset / "cases.csv" for sample in cases.samples}
+    return {
+        f"{dataset}/{row.get('file')}": row["patient"]
+        for dataset, table in tables.items()
+        if table.is_file()
+        for row in read_csv(table, "data_path")
+        if row.get("patient")
+    }
 
 
 def _column(path: str | Path, row: dict[str, str], wanted: str | None, known: Sequence[str], option: str) -> str:

@@ -7,7 +7,6 @@ by validation, one test, the files in `dump_path`, and an exact continuation of 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from downstream.encoders import describe_weights
 from downstream.splits import Split, choose_labelled, draw_split, write_split
+from training.resume import explained
 from utils import checkpoint, config, distributed, signals
 from utils.errors import UserError
 from utils.files import write_csv, write_json
@@ -33,6 +33,7 @@ from utils.seeding import DROPOUT, stream
 from utils.versions import commit
 
 RESULTS = "results.json"  # of a run that is finished
+SAVE_SECONDS = 60.0  # between checkpoints at the end of epochs: one takes seconds, for gigabytes of weights
 
 
 @dataclass
@@ -84,6 +85,9 @@ class Task(ABC):
     def describe(self) -> str:
         """What is trained and tested on, in a few lines, with warnings; printed when a run starts."""
 
+    def load(self) -> None:  # noqa: B027 - most tasks have nothing to do here
+        """Read into memory what training keeps there."""
+
     @property
     def epochs(self) -> int:
         """Epochs of training; 0 for what is fitted without gradients, in `test`."""
@@ -132,12 +136,22 @@ class Progress:
     seconds: float = 0.0  # of the parts of the run before this one
 
 
+@dataclass
+class Opened:
+    """A task with split and labelled cases, and what its folder holds."""
+
+    task: Task
+    settings: dict[str, Any]  # what its result depends on
+    finished: dict[str, Any] | None = None  # the result
+    state: dict[str, Any] | None = None  # the checkpoint of a run that was stopped
+
+
 def check(kind: type[Task], cfg: Any) -> None:
     """Raise UserError for whatever would stop `run`: options, weights, split, labels, data. Nothing is trained."""
-    task, _, finished = _open(kind, cfg)
-    if not finished:
-        task.build()
-        task.examine()
+    opened = _open(kind, cfg)
+    if not opened.finished:
+        opened.task.build()
+        opened.task.examine()
 
 
 def run(kind: type[Task], cfg: Any) -> dict[str, Any]:
@@ -150,17 +164,17 @@ def run(kind: type[Task], cfg: Any) -> dict[str, Any]:
     """
     began, folder = time.monotonic(), Path(cfg.dump_path)
     with signals.handled():
-        task, settings, finished = _open(kind, cfg)
-        if finished:
+        opened = _open(kind, cfg)
+        if opened.finished:
             print(f"{folder} holds this run, finished; for another one choose another --dump_path", flush=True)
-            return finished
-        model = task.build()
+            return opened.finished
+        task, model = opened.task, opened.task.build()
         task.examine()
         print(task.describe(), flush=True)
         config.save_yaml(config.to_dict(cfg), folder / "config.yaml")
         write_split(task.split, folder / "split.json")
-        fit = Fit(task, model, settings, began)
-        fit.start()
+        task.load()
+        fit = Fit(opened, model, began)
         while fit.at.epoch < task.epochs:
             fit.epoch()
         if task.epochs:
@@ -180,7 +194,7 @@ def run(kind: type[Task], cfg: Any) -> dict[str, Any]:
             "commit": commit(),
             "torch": torch.__version__,
             "config": config.to_dict(cfg),
-            "settings": settings,
+            "settings": opened.settings,
         }
         write_csv(tested.rows, folder / "cases.csv")
         write_json(result, folder / RESULTS)  # the last: it says that the run is finished
@@ -196,27 +210,28 @@ def run(kind: type[Task], cfg: Any) -> dict[str, Any]:
 class Fit:
     """Training under way: all that a checkpoint holds, and what is done with it."""
 
-    def __init__(self, task: Task, model: nn.Module, settings: dict[str, Any], began: float) -> None:
-        self.task, self.settings, self.began = task, settings, began
-        self.model = model.to(task.device)
-        self.folder = Path(task.cfg.dump_path)
-        self.at, self.best = Progress(), {}
-        if task.epochs:
-            self.optimizer = torch.optim.AdamW(task.groups(model), task.cfg.base_lr)
-            self.rate = WarmupCosine(task.cfg.base_lr, 0.0, 0.0, task.warmup_steps, task.epochs * task.steps)
+    def __init__(self, opened: Opened, model: nn.Module, began: float) -> None:
+        self.task, self.settings, self.began = opened.task, opened.settings, began
+        self.cfg, self.folder = opened.task.cfg, Path(opened.task.cfg.dump_path)
+        self.model = model.to(self.task.device)
+        self.at, self.best, self.saved_at = Progress(), {}, began
+        if self.task.epochs:
+            total = self.task.epochs * self.task.steps
+            self.optimizer = torch.optim.AdamW(self.task.groups(model), self.cfg.base_lr)
+            self.rate = WarmupCosine(self.cfg.base_lr, 0.0, 0.0, self.task.warmup_steps, total)
+            if opened.state:
+                self.load(opened.state)
 
-    def start(self) -> None:
-        """Take up the checkpoint of a run that was stopped, if there is one."""
-        state = checkpoint.load(self.folder)
-        if state is None or not self.task.epochs:
-            return
-        self.model.load_state_dict(state["learner"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # empty when `precision auto` meant another format on the device before
-            self.task.precision.scaler.load_state_dict(state["scaler"])
-        self.best = state["best"]
-        self.at = Progress(**{f.name: state[f.name] for f in fields(Progress)})
-        print(f"continuing at epoch {self.at.epoch + 1} of {self.task.epochs}, step {self.at.seen}", flush=True)
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up a run that was stopped."""
+        with explained(self.folder):
+            self.model.load_state_dict(state["learner"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if state["scaler"]:  # empty when `precision auto` meant another format on the device before
+                self.task.precision.scaler.load_state_dict(state["scaler"])
+            self.best = state["best"]
+            self.at = Progress(**{f.name: state[f.name] for f in fields(Progress)})
+        print(f"continuing at epoch {self.at.epoch + 1} of {self.task.epochs}, step {self.at.seen + 1}", flush=True)
 
     def epoch(self) -> None:
         """The steps of an epoch that are still to be done, validation, and the checkpoint behind them."""
@@ -241,13 +256,14 @@ class Fit:
             said = "".join(f"  {name} {value:.4f}" for name, value in at.history[-1].items())
             tqdm.write(f"epoch {at.epoch + 1:3}{said}")
             at.epoch, at.seen, at.loss = at.epoch + 1, 0, 0.0
-            self.save()
+            if time.monotonic() - self.saved_at > SAVE_SECONDS:
+                self.save()
 
     def step(self) -> None:
         at, task = self.at, self.task
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(at.epoch * task.steps + at.seen) * group["share"]
-        torch.manual_seed(int(stream(task.cfg.seed, at.epoch, at.seen, 0, DROPOUT).integers(2**63)))
+        torch.manual_seed(int(stream(self.cfg.seed, at.epoch, at.seen, 0, DROPOUT).integers(2**63)))
         batch = task.batch(at.epoch, at.seen)
         with task.precision.autocast():
             loss = task.loss(self.model, batch)
@@ -290,6 +306,7 @@ class Fit:
             "settings": self.settings,
         }
         checkpoint.save(state, self.folder)
+        self.saved_at = time.monotonic()
 
     def seconds(self) -> float:
         """Of the run, all its parts together."""
@@ -315,32 +332,33 @@ def read_results(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: is damaged, or of another version; remove it to have the run repeated") from None
 
 
-def _open(kind: type[Task], cfg: Any) -> tuple[Task, dict[str, Any], dict[str, Any] | None]:
-    """The task with split and labelled cases, what its result depends on, and this result if the run is finished."""
+def _open(kind: type[Task], cfg: Any) -> Opened:
+    """Check options, data, split and weights file, and that `dump_path` holds no run with others."""
     config.check(cfg)
     place = distributed.start(cfg.device, cfg.seed)
     if place.world_size > 1:
         raise UserError("downstream tasks train in one process; start them with python, not with torchrun")
     describe_weights(cfg.weights)  # a missing file is found before the data are read
-    task = kind(cfg, place.device)
+    task, folder = kind(cfg, place.device), Path(cfg.dump_path)
     task.split = draw_split(cfg.split, cfg.fractions, task.patients, cfg.split_seed, task.needed)
     task.labelled = task.choose(task.split.train)
-    settings, folder = settings_of(cfg) | {"data": task.fingerprint}, Path(cfg.dump_path)
-    finished = read_results(folder) if (folder / RESULTS).is_file() else None
-    begun = finished or checkpoint.load(folder)
-    if begun and (changed := _differences(begun.get("settings"), settings)):
+    opened = Opened(task, settings_of(cfg) | {"data": task.fingerprint})
+    if (folder / RESULTS).is_file():
+        begun = opened.finished = read_results(folder)
+    else:
+        begun = opened.state = checkpoint.load(folder)
+    if begun and (changed := _differences(begun.get("settings"), opened.settings)):
         raise UserError(
             f"dump_path: {folder} holds a run made with other options ({'; '.join(changed)}); "
             "choose another --dump_path, or delete that folder to start again"
         )
-    return task, settings, finished
+    return opened
 
 
 def settings_of(cfg: Any) -> dict[str, Any]:
     """What a result depends on beside the data: options, and the content of the files that they name."""
-    bases = [base for base in type(cfg).__mro__ if dataclasses.is_dataclass(base)]
-    free = {f.name for base in bases for f in fields(base) if f.metadata.get("free")}
-    chosen = {name: value for name, value in config.to_dict(cfg).items() if name not in free}
+    values = config.to_dict(cfg)
+    chosen = {f.name: values[f.name] for f in fields(cfg) if not f.metadata.get("may_change")}
     files = {name: Path(value) for name, value in chosen.items() if isinstance(value, str) and Path(value).is_file()}
     contents = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
     return {"options": {name: value for name, value in chosen.items() if name not in files}, "files": contents}

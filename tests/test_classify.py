@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,12 @@ from test_task import stopping
 from datasets.store import prepare
 from downstream import classify, froc, task
 from downstream.encoders import load_encoder, load_joint_encoder
-from downstream.features import (
-    encode_slices,
-    encode_volumes,
-    fit_logistic_regression,
-    mean_of_stacks,
-    open_cases,
-    pad,
-    vote,
-)
+from downstream.features import Cases, fit_logistic_regression, frozen_features, pad, vote
 from downstream.froc import EXCLUDED, NO_NODULE, Candidates
 from downstream.labels import name_patients, read_labels
 from downstream.scores import auc, average_precision, bootstrap, classification_scores
 from downstream.splits import choose_by_turns
+from models.resnet import multi_scale
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -191,6 +185,14 @@ def test_patients_of_the_pattern_stay_together(tree, tmp_path):
     assert result["patients"] == len(parts["test"])
 
 
+def test_patients_that_a_prepared_tree_knows_stay_together(tree, tmp_path):
+    shutil.copytree(tree, tmp_path / "tree")
+    for organ in ("Bright", "Dark"):
+        rows = [f"{file.name},p{int(file.stem[-1]) // 5}" for file in (tmp_path / "tree" / organ).glob("*.npy")]
+        (tmp_path / "tree" / organ / "cases.csv").write_text("\n".join(["file,patient", *rows]))
+    assert run(tmp_path / "tree", tmp_path, fractions=[0.5, 0.0, 0.5])["patients"] == 1  # of p0 and p1
+
+
 def test_chest_x_rays_end_to_end(shared, tmp_path):
     labels = str(shared / "chest_xray/labels.csv")
     result = run(shared / "chest_xray", tmp_path, labels=labels, classes=["No finding", "COVID-19"])
@@ -235,7 +237,7 @@ def test_errors_in_the_labels_name_the_line_and_the_remedy(images, tmp_path, con
         ({"label_fractions": [0.5], "mode": "finetune"}, "of --mode knn or linear"),
         ({"model": "joint", "level": "slice"}, "model: joint describes whole volumes"),
         ({"weights": "nowhere.pth"}, r"weights: nowhere\.pth: no such file"),
-        ({"data_path": "nowhere"}, "data_path: nowhere is not a folder"),
+        ({"data_path": "nowhere"}, "data_path: .*nowhere is not a folder"),
         ({"split": "{tmp}/split.json"}, r"patient p5 is in two parts: x_10\.png in train, x_11\.png in test"),
     ],
 )
@@ -261,8 +263,9 @@ def test_weights_or_steps_that_give_nan_are_one_clear_error(images, tmp_path):
 def test_nifti_is_refused_with_the_command_that_prepares_it(tmp_path):
     (tmp_path / "imagesTr").mkdir()
     (tmp_path / "imagesTr" / "a.nii.gz").touch()
-    with pytest.raises(UserError, match=rf"NIfTI .*a\.nii\.gz.*prepare_data\.py --source {tmp_path} --dest"):
-        open_cases(tmp_path, 32)
+    for folder in (tmp_path, tmp_path / "imagesTr"):
+        with pytest.raises(UserError, match=r"found 1 \.nii\.gz.*with prepare_data\.py"):
+            Cases(folder, 32)
 
 
 def test_a_case_is_found_by_path_or_unique_name_with_or_without_suffix(tmp_path):
@@ -279,7 +282,6 @@ def test_patients_are_read_from_file_names():
     pattern = r"^(.*?)(?:_(?:t1|t2|t1ce|flair))?_frame_"
     names = ["Brain/Brats18_2013_1_1_t1ce_frame_097.png", "Heart/la_030_frame_12.png"]
     assert name_patients(names, pattern) == ["Brats18_2013_1_1", "la_030"]
-    assert name_patients(names, None) == names
     for wrong, message in ((r"^la", "has no group"), (r"(", "regular expression"), (r"(mr\d)", "finds no patient")):
         with pytest.raises(UserError, match=message):
             name_patients(names, wrong)
@@ -440,29 +442,34 @@ def test_tables_that_do_not_fit_are_named(tmp_path, table, old, new, message):
 # --- features ---
 
 
-def test_features_do_not_depend_on_what_else_is_in_the_batch_and_are_those_of_the_joint_encoder(tree, tmp_path):
-    cases = open_cases(tree, 32, cache_path=tmp_path)
+@pytest.mark.parametrize("features", ["pooled", "multi_scale"])
+def test_features_do_not_depend_on_what_else_is_encoded_and_are_those_of_the_joint_encoder(tree, tmp_path, features):
+    cases = Cases(tree, 32, cache_path=tmp_path)
     joint = load_joint_encoder("random", "resnet18", d_model=32, layers=1).eval()
-    together = encode_slices(joint.encoder, cases, [0, 1, 2])
-    assert together.stack.tolist() == [0] * 3 + [1] * 4 + [2] * 5
-    embedded, mean = encode_volumes(joint, together), mean_of_stacks(together.pooled, together.stack)
+    together = frozen_features(joint, cases, [0, 1, 2], features)
     for i in range(3):
-        alone = encode_slices(joint.encoder, cases, [i])
-        torch.testing.assert_close(encode_volumes(joint, alone)[0], embedded[i], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(alone.pooled.mean(0), mean[i], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(frozen_features(joint, cases, [i], features)[0], together[i], rtol=1e-4, atol=1e-5)
     batch, mask = pad([torch.from_numpy(cases.read(i)) for i in range(3)])
     with torch.no_grad():
-        torch.testing.assert_close(embedded, joint.holistic(joint.tokens(batch, mask)[1], mask))
+        slices, tokens = joint.tokens(batch, mask)
+        embedded = joint.holistic(tokens, mask).numpy()
+        if features == "multi_scale":
+            slices = multi_scale(joint.encoder(batch[mask][:, None]))
+    np.testing.assert_allclose(together[:, -32:], embedded, rtol=1e-4, atol=1e-5)
+    means = [part.mean(0).numpy() for part in slices.split([3, 4, 5])]
+    np.testing.assert_allclose(together[:, :-32], means, rtol=1e-4, atol=1e-5)
+    alone = frozen_features(joint.encoder, cases, [0, 1, 2], features)
+    np.testing.assert_allclose(alone, together[:, :-32], rtol=1e-4, atol=1e-5)
 
 
 def test_stored_values_are_those_of_training_from_a_tree_and_from_a_single_folder(tree, tmp_path):
     _, store = prepare(tree, 32, tmp_path, progress=False)
-    cases = open_cases(tree, 32, slices=0, cache_path=tmp_path)
+    cases = Cases(tree, 32, slices=0, cache_path=tmp_path)
     np.testing.assert_array_equal(cases.read(2), store.read(2, 0, 5))
     assert cases.extent(2) == (26, 32)  # 24 x 30
-    few = open_cases(tree, 32, slices=3, cache_path=tmp_path)
+    few = Cases(tree, 32, slices=3, cache_path=tmp_path)
     np.testing.assert_array_equal(few.read(2), store.read(2, 0, 5)[[0, 2, 4]])
-    single = open_cases(tree / "Dark", 32, slices=3, cache_path=tmp_path, level="slice")
+    single = Cases(tree / "Dark", 32, slices=3, cache_path=tmp_path, level="slice")
     assert single.names[:2] == ["Dark_p0_0.npy", "Dark_p0_1.npy"]
     assert single.owner[:7].tolist() == [0, 0, 0, 1, 1, 1, 2]
     np.testing.assert_array_equal(single.read(7)[0], store.read(12, 2, 3)[0])
@@ -471,5 +478,5 @@ def test_stored_values_are_those_of_training_from_a_tree_and_from_a_single_folde
 def test_the_encoder_is_left_as_it_was(tree, tmp_path):
     encoder = load_encoder("random", "resnet18").train()
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
-    encode_slices(encoder, open_cases(tree, 32, cache_path=tmp_path), [0])
+    frozen_features(encoder, Cases(tree, 32, cache_path=tmp_path), [0])
     assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())

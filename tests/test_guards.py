@@ -16,6 +16,7 @@ from tiny import losses, run, stop_after
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from datasets.batch import Batch
 from objectives import DeepClusterV2, SwAV
 from objectives.learners import Learner
 from training import train
@@ -29,16 +30,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def spoil(script: str, monkeypatch: pytest.MonkeyPatch, bad: set[int], what: str) -> None:
     """Make the batch, the loss or the gradient of these steps (counted from 0) not finite."""
     agree, backward, calls = train._agree, Precision.backward, []
-    image = "crops" if "2D" in script else "views"
 
     def spoiled_batch(forward):
-        def wrapped(self: Learner, **batch: Any) -> dict[str, torch.Tensor]:
+        def wrapped(self: Learner, batch: Batch) -> dict[str, torch.Tensor]:
             calls.append(1)
             now = len(calls) - 1 in bad
             if now and what == "batch":
-                views = batch[image][0] if image == "crops" else batch[image]
+                views = batch.crops[0] if "2D" in script else batch.views
                 views.view(-1)[0] = float("nan")
-            found = forward(self, **batch)
+            found = forward(self, batch)
             return found | {"loss": found["loss"] * float("nan")} if now and what == "loss" else found
 
         return wrapped
@@ -129,14 +129,6 @@ def test_bad_steps_in_a_row_stop_the_run_and_the_count_goes_on_after_a_stop(data
     assert not list((tmp_path / "weights").glob("*.pth"))
 
 
-def test_a_good_step_between_bad_ones_lets_the_run_go_on(data, tmp_path, monkeypatch):
-    spoil("mask_swav", monkeypatch, {0, 1, 3, 4}, "loss")
-    run("mask_swav", data, tmp_path, max_bad_steps=3)
-    first, second = losses(tmp_path / "runs" / "mask_swav")
-    assert (first["bad_steps"], second["bad_steps"]) == ("3", "1")
-    assert all(float(row["loss"]) > 0 for row in (first, second))
-
-
 def test_an_epoch_of_bad_steps_alone_has_no_means(data, tmp_path, monkeypatch):
     spoil("mask_swav", monkeypatch, {0, 1, 2, 3}, "loss")
     run("mask_swav", data, tmp_path, max_bad_steps=5)
@@ -173,26 +165,6 @@ def test_weights_that_are_not_finite_are_never_saved(data, tmp_path, monkeypatch
     with pytest.raises(UserError, match=r"in a row|weights are not finite"):
         run("mask_swav", data, tmp_path, epochs=2)
     assert (tmp_path / "runs" / "mask_swav" / checkpoint.LATEST).read_bytes() == good
-    with pytest.raises(UserError, match=r"1 of 2 weights are not finite \(weight is the first\)"):
-        guards.require_finite_weights(spoiled_linear())
-
-
-def spoiled_linear() -> nn.Module:
-    layer = nn.Linear(2, 2)
-    layer.weight.data[0, 0] = float("nan")
-    return layer
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_one_bad_value_in_any_gradient_is_found(value):
-    layers = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    optimizer = torch.optim.SGD(layers.parameters(), 0.1)
-    assert guards.gradients_are_finite(optimizer)  # none yet
-    for p in layers.parameters():
-        p.grad = torch.full_like(p, 1e15)
-    assert guards.gradients_are_finite(optimizer)
-    layers[1].bias.grad[2] = value
-    assert not guards.gradients_are_finite(optimizer)
 
 
 def test_the_queue_and_the_bank_keep_nothing_that_is_not_finite():
@@ -260,7 +232,7 @@ def read_until_a_worker_dies(said: Path) -> None:
         list(DataLoader(files, batch_sampler=[[(0, i)] for i in range(6)], num_workers=2))
     except (RuntimeError, OSError, EOFError) as error:
         try:
-            guards.name_dead_worker(error)
+            guards.name_dead_worker(error, [files])
         except UserError as named:
             said.write_text(str(named))
 

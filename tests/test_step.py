@@ -14,33 +14,31 @@ import torch
 import torchvision
 from syncs import no_waiting
 from torch import Tensor, nn
-from torch.testing import assert_close
 
+from datasets.batch import Batch
 from datasets.loaders import VolumeLoader
 from models.encoder import JointEncoder
 from models.heads import ProjectionHead
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet
 from objectives import DeepClusterV2, ImageClustering, JointClustering, MaskedSlices, SwAV
-from training import train
 from utils import guards, optim
-from utils.errors import UserError
 from utils.precision import Precision
 
 STEPS = 5
 
 
-def batch(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def batch(seed: int, dtype: torch.dtype = torch.float32) -> Batch:
     draw = torch.Generator().manual_seed(seed)
     mask = torch.arange(6) < torch.tensor([[6], [4], [6]])
-    return {
-        "views": torch.rand(2, 3, 6, 32, 32, generator=draw).to(dtype),
-        "mask": mask,
-        "rows": mask.flatten().nonzero().squeeze(1),
-        "index": torch.arange(3),
-        "picked": torch.randint(0, 4, (3, 2), generator=draw),
-        "slice_index": torch.arange(6),
-        "counts": [3],
-    }
+    return Batch(
+        views=torch.rand(2, 3, 6, 32, 32, generator=draw).to(dtype),
+        mask=mask,
+        rows=mask.flatten().nonzero().squeeze(1),
+        index=torch.arange(3),
+        picked=torch.randint(0, 4, (3, 2), generator=draw),
+        slice_index=torch.arange(6),
+        counts=[3],
+    )
 
 
 def learner(recompute: bool = False) -> JointClustering:
@@ -84,7 +82,7 @@ def plain_larc(groups: list[dict[str, Any]], momenta: dict[nn.Parameter, Tensor]
 def losses(module: nn.Module, lr: float = 1.0) -> Iterator[float]:
     optimizer = optim.LARC(optim.parameter_groups(module, 1e-4), lr)
     for step in range(STEPS):
-        loss = module(**batch(step % 2, next(module.parameters()).dtype))["loss"]
+        loss = module(batch(step % 2, next(module.parameters()).dtype))["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -98,7 +96,7 @@ def test_loss_curve_is_that_of_the_plain_network_and_the_plain_optimiser(one_thr
     plain.encoder.encoder = PlainResNet(ours.encoder.encoder)
     groups, momenta, expected = optim.parameter_groups(plain, 1e-4), {}, []
     for step in range(STEPS):
-        loss = plain(**batch(step % 2, torch.float64))["loss"]
+        loss = plain(batch(step % 2, torch.float64))["loss"]
         loss.backward()
         # LARC's step depends on the tensor's norm, which three equal channels change: update the stem as a grey one.
         conv1 = plain.encoder.encoder.net.conv1.weight
@@ -121,7 +119,7 @@ def test_float32_and_bf16_stay_near_float64(one_thread: None) -> None:
     for name, dtype in (("fp64", torch.float64), ("fp32", torch.float32), ("bf16", torch.float32)):
         module = learner().to(dtype)
         with Precision("bf16" if name == "bf16" else "fp32", torch.device("cpu")).autocast():
-            loss = module(**batch(0, dtype))["loss"]
+            loss = module(batch(0, dtype))["loss"]
         loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in module.encoder.encoder.parameters()]).double()
         found[name] = float(loss.detach()), gradient
@@ -146,33 +144,6 @@ def test_recomputing_works_with_the_synchronised_batch_norm_of_gpus(one_thread: 
     assert list(losses(usual)) == list(losses(again))
     for (name, a), b in zip(usual.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-
-
-def test_recomputing_and_compiling_is_one_clear_error() -> None:
-    with pytest.raises(UserError, match="compile: does not work together with recompute"):
-        GreyResNet("resnet18", recompute=True).compile()
-
-
-def test_recomputing_keeps_less_for_the_backward_pass() -> None:
-    kept = {}
-    for recompute in (False, True):
-        net, sizes = GreyResNet("resnet18", recompute), []
-
-        def pack(x: Tensor, sizes: list[int] = sizes) -> Tensor:
-            sizes.append(x.numel())
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            net(torch.rand(2, 1, 64, 64))
-        kept[recompute] = sum(sizes)
-    assert kept[True] < 0.5 * kept[False]
-
-
-def test_weights_leave_the_network_contiguous() -> None:
-    """Inside they lie channels-last; other programs (safetensors among them) expect the plain order."""
-    net = GreyResNet("resnet18")
-    assert net.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
-    assert all(value.is_contiguous() for value in net.torchvision_state().values())
 
 
 def test_what_an_epoch_leaves_over_is_an_update_of_its_own(
@@ -201,26 +172,6 @@ def test_what_an_epoch_leaves_over_is_an_update_of_its_own(
     assert float(row["loss"]) == pytest.approx(mean, rel=1e-4)
 
 
-def test_accumulation_adds_gradients_up_and_divides_by_the_number_of_batches(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: dict[str, list[Tensor]] = {}
-    monkeypatch.setattr(train.Precision, "step", lambda self, optimizer: found.append(gradient(optimizer)))
-
-    def gradient(optimizer: torch.optim.Optimizer) -> Tensor:
-        return torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]])
-
-    for name, accumulate in (("one", 1), ("two", 2)):  # nothing is applied, so both see the same weights throughout
-        found = seen[name] = []
-        out = tmp_path / name
-        options = {"epochs": 1, "accumulate": accumulate, "dropout": 0.0, "projection_init": "orthogonal"}
-        tiny.run("mask_swav", data, out, **options)
-    first, second, third, fourth = seen["one"]
-    assert len(seen["two"]) == 2
-    assert_close(seen["two"][0], (first + second) / 2, rtol=1e-4, atol=1e-7)
-    assert_close(seen["two"][1], (third + fourth) / 2, rtol=1e-4, atol=1e-7)
-
-
 def test_accumulation_keeps_no_batch_that_it_has_used(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,9 +179,9 @@ def test_accumulation_keeps_no_batch_that_it_has_used(
     alive: list[int] = []
     epoch = VolumeLoader.epoch
 
-    def counting(self: VolumeLoader, *place: int) -> Iterator[dict[str, Any]]:
+    def counting(self: VolumeLoader, *place: int) -> Iterator[Batch]:
         for batch in epoch(self, *place):
-            made.append(weakref.ref(batch["views"]))
+            made.append(weakref.ref(batch.views))
             alive.append(sum(views() is not None for views in made))
             yield batch
 
@@ -247,25 +198,24 @@ def test_a_step_does_not_wait_for_the_device(stage: str) -> None:
     if stage == "images":
         encoder = GreyResNet("resnet18")
         module = ImageClustering(encoder, ProjectionHead(512, 32, 16), SwAV(16, [5]))
-        given = {"crops": [torch.rand(2, 4, 32, 32), torch.rand(2, 4, 16, 16)], "index": torch.arange(4), "counts": [4]}
+        given = Batch(torch.arange(4), [4], crops=[torch.rand(2, 4, 32, 32), torch.rand(2, 4, 16, 16)])
     elif stage == "masked":
         module = MaskedSlices(JointEncoder("resnet18", 32, layers=1))
-        given = {name: given[name] for name in ("views", "mask", "rows", "index", "counts")}
     else:
         make = (lambda d, k, n: DeepClusterV2(d, [k], n)) if "deepcluster" in stage else (lambda d, k, n: SwAV(d, [k]))
         lambdas = {"lambda_inter": 0.0} if stage == "slices only" else {"lambda_mask": 0.5}
         encoder = JointEncoder("resnet18", 32, layers=1)
         module = JointClustering(encoder, ProjectionHead(512, 32, 16), make(16, 5, 8), make(32, 3, 3), **lambdas)
-        given |= {"images": torch.rand(2, 2, 32, 32), "image_index": torch.tensor([6, 7])}
+        given = given._replace(images=torch.rand(2, 2, 32, 32), image_index=torch.tensor([6, 7]))
     if stage not in ("images", "slices only"):
-        given["hidden"] = (torch.arange(6) == 2).expand(2, 3, 6)
+        given = given._replace(masked=(torch.arange(6) == 2).expand(2, 3, 6))
     module.train()
     optimizer = optim.LARC(optim.parameter_groups(module, 1e-6), 0.1)
     statistics = guards.BatchNormStatistics(module)
     for _ in range(2):
         with no_waiting():
             statistics.remember()
-            module(**given)["loss"].backward()
+            module(given)["loss"].backward()
             module.cancel_gradients(0)
             guards.gradients_are_finite(optimizer)
             optimizer.step()

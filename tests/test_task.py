@@ -13,20 +13,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import write_pairs
 from torch import Tensor, nn
 
-from downstream import options, task
+from downstream import segment, task
+from downstream.options import Data, Running, Start, Training
 from downstream.task import Outcome, Task
-from utils import checkpoint
+from utils import checkpoint, options
 from utils.errors import UserError
-from utils.options import constants
 from utils.seeding import stream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@constants
-class Config(options.Running, options.Training, options.Start, options.Data):
+@options.constants
+class Config(Running, Training, Start, Data):
     data_path = ""
     arch = "resnet18"
     epochs = 3
@@ -76,7 +77,18 @@ def line(tmp_path: Path) -> tuple[type[Task], Config]:
     return Line, Config(dump_path=str(tmp_path / "run"))
 
 
-TASKS = [line]  # each makes (task, configuration of three epochs of two steps) in a folder
+def balls(tmp_path: Path) -> tuple[type[Task], segment.Config]:
+    if not (tmp_path / "balls").exists():
+        write_pairs(tmp_path / "balls", 4, (16, 16, 4))
+    return segment.Segmentation, segment.Config(
+        data_path=str(tmp_path / "balls"), dump_path=str(tmp_path / "run"), arch="resnet18", size=32, epochs=3,
+        steps_per_epoch=2, batch_size=4, device="cpu", f_inter=True, d_model=16, inter_slices=2,
+        fractions=[0.4, 0.3, 0.3],
+    )  # fmt: skip
+
+
+# Each makes (task, configuration of three epochs of two steps) in a folder.
+TASKS = [line, pytest.param(balls, marks=pytest.mark.slow)]
 
 
 def stopping(kind: type[Task], at: str, when: int) -> type[Task]:
