@@ -30,6 +30,7 @@ from utils.files import write_csv, write_json
 from utils.optim import WarmupCosine, parameter_groups
 from utils.precision import Precision
 from utils.seeding import DROPOUT, stream
+from utils.versions import commit
 
 RESULTS = "results.json"  # of a run that is finished
 SAVE_SECONDS = 60.0  # between checkpoints at the end of epochs: one takes seconds, for gigabytes of weights
@@ -190,6 +191,7 @@ def run(kind: type[Task], cfg: Any) -> dict[str, Any]:
             **({"best_epoch": fit.at.best_epoch + 1, "history": fit.at.history} if task.epochs else {}),
             **tested.about,
             "seconds": round(fit.seconds(), 1),
+            "commit": commit(),
             "torch": torch.__version__,
             "config": config.to_dict(cfg),
             "settings": opened.settings,
@@ -340,7 +342,7 @@ def _open(kind: type[Task], cfg: Any) -> Opened:
     task, folder = kind(cfg, place.device), Path(cfg.dump_path)
     task.split = draw_split(cfg.split, cfg.fractions, task.patients, cfg.split_seed, task.needed)
     task.labelled = task.choose(task.split.train)
-    opened = Opened(task, _settings(cfg, task.fingerprint))
+    opened = Opened(task, settings_of(cfg) | {"data": task.fingerprint})
     if (folder / RESULTS).is_file():
         begun = opened.finished = read_results(folder)
     else:
@@ -353,23 +355,23 @@ def _open(kind: type[Task], cfg: Any) -> Opened:
     return opened
 
 
-def _settings(cfg: Any, data: str) -> dict[str, Any]:
-    """What a result depends on: options, the content of the files that they name, and the data."""
+def settings_of(cfg: Any) -> dict[str, Any]:
+    """What a result depends on beside the data: options, and the content of the files that they name."""
     values = config.to_dict(cfg)
     chosen = {f.name: values[f.name] for f in fields(cfg) if not f.metadata.get("may_change")}
     files = {name: Path(value) for name, value in chosen.items() if isinstance(value, str) and Path(value).is_file()}
     contents = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-    return {"options": chosen, "files": contents, "data": data}
+    return {"options": {name: value for name, value in chosen.items() if name not in files}, "files": contents}
 
 
 def _differences(old: dict[str, Any] | None, new: dict[str, Any]) -> list[str]:
-    """In what two `_settings` differ."""
+    """In what the settings of two runs differ."""
     if not old:
         return ["of another script"]
     before, now = old["options"], new["options"]
     changed = [f"{name}: {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
     before, now = old["files"], new["files"]
-    changed += [f"the content of {name}" for name in now if name in before and before[name] != now[name]]
+    changed += [f"the content of {name}" for name in now if before.get(name) != now[name]]
     return changed + ["the files below data_path"] * (old["data"] != new["data"])
 
 

@@ -12,6 +12,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -113,6 +114,7 @@ def parse(config_class: type, doc: str | None = None, args: list[str] | None = N
     return config_class(**fields)
 
 
+@cache
 def _docstrings(config_class: type) -> dict[str, str]:
     """Field -> the docstring below it, in this class and those that it inherits."""
     found: dict[str, str] = {}
