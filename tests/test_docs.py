@@ -11,14 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(
-    {p for place in ("*.md", "docs/*.md", "[!.]*/README.md", "experiments/*/*.md") for p in ROOT.glob(place)}
-)
+PLACES = ("*.md", "docs/*.md", "[!.]*/README.md", "experiments/**/*.md")
 SOURCES = [p for pattern in ("*.py", "[!.]*/*.py", "experiments/**/*.yaml") for p in ROOT.glob(pattern)]
-TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
+TEXTS = {page: page.read_text(encoding="utf-8") for place in PLACES for page in ROOT.glob(place)}
 VIEWS = ROOT / "reporting/views.py"
 OF_OTHERS = re.compile(r"--((nnodes|nodes|nproc_per_node|max-restarts|signals_to_handle)\b|rdzv-|options\.)")
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+every_page = pytest.mark.parametrize("page", sorted(TEXTS), ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def blocks(text: str, language: str) -> list[str]:
