@@ -82,8 +82,10 @@ def draw_split(
     it may name a patient in place of all of the patient's cases.
     patients: of every case.  needed: parts that must not be empty. Raises UserError.
     """
-    drawn = [*patients], [*patients.values()], fractions, seed
-    split = _full_names(read_split(file), patients) if file else make_split(*drawn)
+    if file:
+        split = _full_names(read_split(file), patients)
+    else:
+        split = make_split(list(patients), list(patients.values()), fractions, seed)
     check_split(split, patients)
     for part in needed:
         if not getattr(split, part):
