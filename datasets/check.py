@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets.cache import BadSource
-from datasets.headers import Finding, duplicates, header_findings, outliers, probed_twins, warning
+from datasets.headers import Finding, duplicates, header_findings, name_twins, outliers, warning
 from datasets.index import Sample, groups, inspect_tree
 from datasets.render import PERCENTILES, SLICES_AT_ONCE, intensity_limits, open_source, sampled
 
@@ -55,7 +55,7 @@ def check(
 ) -> tuple[list[Sample], list[Finding], dict[Sample, Content]]:
     """(samples with a good header, everything found with the errors first, contents of the samples that were read).
 
-    full: read all files, on `workers` threads; otherwise only headers, and a few kilobytes of files of equal size.
+    full: read all files, on `workers` threads; otherwise only headers.
     Raises UserError where there is no data tree.
     """
     samples, bad_sets, bad = inspect_tree(data_path)
@@ -66,7 +66,7 @@ def check(
         found += [Finding("error", "content", s.dataset, f"{s.path}: {why}", [s.name]) for s, why in refused.items()]
         warnings = header_findings(list(contents), target_shape) + content_findings(contents)
     else:
-        warnings = header_findings(samples, target_shape) + probed_twins(samples)
+        warnings = header_findings(samples, target_shape) + name_twins(samples)
     place = {sample.dataset: i for i, sample in enumerate(samples)}
     found += sorted(warnings, key=lambda warning: place.get(warning.dataset, len(samples)))
     return samples, found, contents
