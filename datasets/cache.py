@@ -36,7 +36,7 @@ class BadSource(ValueError):
 def is_whole(path: Path, shape: tuple[int, ...] | None = None) -> bool:
     """Whether a file is there and as long as an NPY's header says, or with the directory that ends an NPZ.
 
-    shape: also whether the NPY holds an array of this shape.
+    shape: also whether the NPY holds an array of this shape. Raises UserError where the folder cannot be read.
     """
     try:
         if path.suffix == ".npy":
@@ -46,6 +46,15 @@ def is_whole(path: Path, shape: tuple[int, ...] | None = None) -> bool:
         return zipfile.is_zipfile(path) if path.suffix == ".npz" else path.exists()
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
+    except OSError as error:
+        raise cannot_write(path.parent, error) from None
+
+
+def cannot_write(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{folder}: the cache cannot be written ({error.strerror or error}); free some space, or name another folder "
+        "with --cache_path"
+    )
 
 
 def cached(
@@ -139,13 +148,6 @@ def make_room(folder: Path, need: int, what: str, remedy: str = "") -> str:
 
 def shown_size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def cannot_write(folder: Path, error: OSError) -> UserError:
-    return UserError(
-        f"{folder}: the cache cannot be written ({error.strerror or error}); free some space, or name another folder "
-        "with --cache_path"
-    )
 
 
 @contextlib.contextmanager

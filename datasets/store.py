@@ -136,9 +136,7 @@ class SliceStore:
         show = progress and rank() == 0 and sys.stderr.isatty()
         workers = max(1, min(workers, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         threads = torch.get_num_threads()
-        torch.set_num_threads(
-            1
-        )  # for those of the pool, too: threads that are new to torch take over what was set last
+        torch.set_num_threads(1)  # for the pool: threads that are new to torch take over what was set last
         try:
             with (
                 tqdm(total=len(todo), desc="preparing data", unit="file", disable=not show) as bar,
