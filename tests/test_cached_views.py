@@ -18,6 +18,7 @@ from torch import Tensor
 import mask_deepcluster
 from check_data import tidy_cache
 from datasets.augment import VolumeViews
+from datasets.batch import Batch
 from datasets.embeddings import EmbeddingLoader, read, write
 from datasets.index import scan
 from datasets.loaders import VolumeLoader, VolumeWindows
@@ -84,10 +85,10 @@ def cached(store: SliceStore) -> list[Path]:
     return sorted(store.folder.parent.glob("embeddings_*/*.npy"))
 
 
-def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value) if isinstance(value, Tensor) else found[name] == value, name
+def same(found: Batch, expected: Batch) -> None:
+    for name, value in expected._asdict().items():
+        own = getattr(found, name)
+        assert torch.equal(own, value) if isinstance(value, Tensor) else own == value, name
 
 
 # ---- batches
@@ -100,15 +101,15 @@ def test_epochs_see_the_embeddings_of_their_version_and_masks_of_their_own(polic
         steps = 0
         version = {}
         for batch in plain.epoch(epoch % 2):
-            embedded = Rows().targets(batch["views"], batch["mask"]).unbind(1)
-            version |= dict(zip(batch["index"].tolist(), embedded, strict=True))
+            embedded = Rows().targets(batch.views, batch.mask).unbind(1)
+            version |= dict(zip(batch.index.tolist(), embedded, strict=True))
         for batch, expected in zip(loader.epoch(epoch), plain.epoch(epoch), strict=True):
-            assert set(batch) == {"mask", "index", "hidden", "counts", "targets"}
-            for name in ("mask", "index", "hidden"):
-                assert torch.equal(batch[name], expected[name])
-            assert batch["counts"] == expected["counts"]
-            targets = torch.stack([version[i] for i in batch["index"].tolist()], dim=1)
-            assert torch.equal(batch["targets"], targets)
+            assert batch.views is batch.rows is None
+            for name in ("mask", "index", "masked"):
+                assert torch.equal(getattr(batch, name), getattr(expected, name))
+            assert batch.counts == expected.counts
+            targets = torch.stack([version[i] for i in batch.index.tolist()], dim=1)
+            assert torch.equal(batch.targets, targets)
             steps += 1
         assert steps == loader.steps == 2
     assert len(cached(store)) == 2 * 8
@@ -122,9 +123,9 @@ def test_half_precision_is_stored_in_float16_which_holds_it(store):
 
     plain, loader = loaders(store, Rounded(), precision="bf16")
     for batch, expected in zip(loader.epoch(0), plain.epoch(0), strict=True):
-        targets = Rows().targets(expected["views"], expected["mask"]).bfloat16()
-        assert batch["targets"].dtype == torch.float16
-        assert torch.equal(batch["targets"].float(), targets.float())
+        targets = Rows().targets(expected.views, expected.mask).bfloat16()
+        assert batch.targets.dtype == torch.float16
+        assert torch.equal(batch.targets.float(), targets.float())
 
 
 def test_after_n_epochs_neither_images_nor_network_are_needed(store):
@@ -136,11 +137,11 @@ def test_after_n_epochs_neither_images_nor_network_are_needed(store):
     calls = embedder.calls
     again = [list(loader.epoch(epoch, seen)) for epoch, seen in ((2, 0), (3, 4))]
     assert embedder.calls == calls
-    targets = {int(i): t for batch in first[0] for i, t in zip(batch["index"], batch["targets"].unbind(1), strict=True)}
+    targets = {int(i): t for batch in first[0] for i, t in zip(batch.index, batch.targets.unbind(1), strict=True)}
     for batch in again[0]:
-        for i, t in zip(batch["index"], batch["targets"].unbind(1), strict=True):
+        for i, t in zip(batch.index, batch.targets.unbind(1), strict=True):
             assert torch.equal(t, targets[int(i)])
-    assert sum(len(batch["index"]) for batch in again[1]) == 4
+    assert sum(len(batch.index) for batch in again[1]) == 4
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -173,9 +174,9 @@ def test_processes_fill_one_cache_and_share_it(store):
     two = [loaders(store, embedders[rank], rank=rank, world=2)[1] for rank in range(2)]
     for *parts, batch in zip(*(loader.epoch(0) for loader in two), expected, strict=True):
         for name in ("index", "mask"):
-            assert torch.equal(torch.cat([part[name] for part in parts]), batch[name])
-        for name in ("targets", "hidden"):
-            assert torch.equal(torch.cat([part[name] for part in parts], dim=1), batch[name])
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+        for name in ("targets", "masked"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts], dim=1), getattr(batch, name))
     assert [embedder.calls for embedder in embedders] == [4, 4]
     other = Rows()
     list(loaders(store, other)[1].epoch(2))
@@ -189,7 +190,7 @@ def test_small_data_sets_that_repeat_are_embedded_once_per_version(tmp_path):
     store = prepare(root, 30, progress=False)[1]
     embedder = Rows()
     plain, loader = loaders(store, embedder, temperature=100, versions=1)
-    seen = [i for epoch in range(6) for batch in loader.epoch(epoch) for i in batch["index"].tolist()]
+    seen = [i for epoch in range(6) for batch in loader.epoch(epoch) for i in batch.index.tolist()]
     assert max(map(seen.count, set(seen))) > 6
     assert embedder.calls == len(set(seen)) == len(cached(store))
     assert plain.samples == 9
@@ -240,13 +241,10 @@ def test_a_disk_without_room_and_a_folder_that_cannot_be_made_are_the_users_to_p
         with pytest.raises(UserError, match=r"cached_views: 2 versions of 8 volumes need .* lower --cached_views"):
             next(loaders(store, Rows())[1].epoch(0))
     _, loader = loaders(store, Rows())
-    batches = loader.epoch(0)
-    next(batches)
+    next(loader.epoch(0))
     shutil.rmtree(loader.cache.folder)
-    with pytest.raises(UserError, match=r"cached_views: .* cannot be written .*--cache_path"):
-        next(batches)
     loader.cache.folder.write_bytes(b"a file in its place")
-    with pytest.raises(UserError, match=r"cached_views: .* cannot be written"):
+    with pytest.raises(UserError, match=r"cannot be written .*--cache_path"):
         next(loaders(store, Rows())[1].epoch(0))
 
 

@@ -18,6 +18,7 @@ from processes import run_processes
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from datasets.batch import Batch
 from datasets.masks import draw_masks
 from models.encoder import JointEncoder
 from models.heads import ProjectionHead
@@ -30,7 +31,6 @@ from utils.norm import CPUSyncBatchNorm, convert_sync_batchnorm
 from utils.optim import LARC, parameter_groups
 
 STEPS = 3
-Batch = dict[str, Any]
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -85,7 +85,7 @@ def image_batches(size: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(step)
         index = torch.randperm(16, generator=generator)[:size]
         crops = [torch.rand(n, size, side, side, generator=generator) for n, side in ((2, 32), (1, 16))]
-        yield {"crops": [part(crop, 1) for crop in crops], "index": part(index), "counts": counts(size)}
+        yield Batch(part(index), counts(size), crops=[part(crop, 1) for crop in crops])
 
 
 def volume_batches(size: int, images: bool = True) -> Iterator[Batch]:
@@ -95,19 +95,19 @@ def volume_batches(size: int, images: bool = True) -> Iterator[Batch]:
         index = torch.randperm(8, generator=generator)[:size]
         lengths = torch.tensor([6, 5, 2, 3]).roll(step)[:size]
         picked = torch.stack([torch.randperm(int(n), generator=generator)[:2] for n in lengths])
-        hidden = torch.stack([draw_masks(lengths, index, 0.4, "random", 0, step, view, 6) for view in (1, 2)])
-        batch = {
-            "views": part(torch.rand(2, size, 6, 16, 16, generator=generator), 1),
-            "mask": part(torch.arange(6) < lengths.unsqueeze(1)),
-            "index": part(index),
-            "picked": part(picked),
-            "slice_index": part(index.unsqueeze(1) * 6 + picked).flatten(),
-            "hidden": part(hidden, 1),
-            "counts": counts(size),
-        }
+        masked = torch.stack([draw_masks(lengths, index, 0.4, "random", 0, step, view, 6) for view in (1, 2)])
+        batch = Batch(
+            part(index),
+            counts(size),
+            views=part(torch.rand(2, size, 6, 16, 16, generator=generator), 1),
+            mask=part(torch.arange(6) < lengths.unsqueeze(1)),
+            picked=part(picked),
+            slice_index=part(index.unsqueeze(1) * 6 + picked).flatten(),
+            masked=part(masked, 1),
+        )
         pictures = torch.rand(2, 2, 16, 16, generator=generator), 48 + torch.randperm(6, generator=generator)[:2]
         if images:
-            batch |= {"images": part(pictures[0], 1), "image_index": part(pictures[1])}
+            batch = batch._replace(images=part(pictures[0], 1), image_index=part(pictures[1]))
         yield batch
 
 
@@ -127,11 +127,7 @@ def learner_and_batches(kind: str) -> tuple[nn.Module, list[Batch]]:
         return ImageClustering(encoder, head, objective(how, 16, 16, images)), list(image_batches(images))
     encoder = joint_encoder()
     if what == "masked":
-        batches = [
-            {name: batch[name] for name in ("views", "mask", "hidden", "index", "counts")}
-            for batch in volume_batches(volumes, images=False)
-        ]
-        return MaskedSlices(encoder), batches
+        return MaskedSlices(encoder), list(volume_batches(volumes, images=False))
     head = ProjectionHead(encoder.encoder.num_features, 32, 16)
     intra, inter = objective(how, 16, 54, 2 * volumes + 2), objective(how, 32, 8, volumes)
     return JointClustering(encoder, head, intra, inter, 0.7, 1.3), list(volume_batches(volumes))
@@ -148,18 +144,18 @@ def train(kind: str) -> dict[str, Any]:
     run = Run(rank(), world_size(), torch.device("cpu"))
     wrapped = distributed.wrap(learner, run).train()
     core = distributed.unwrap(wrapped)
-    if getattr(core, "fills_memory", False):
+    if core.fills_memory:
         core.eval()
         with torch.no_grad():
             for batch in batches:
-                core.remember(**batch)
+                core.remember(batch)
         wrapped.train()
     optimizer = LARC(parameter_groups(wrapped, 1e-4), lr=0.02)
     out: dict[str, Any] = {"losses": [], "assignments": []}
     for step, batch in enumerate(batches):
         core.begin_epoch(step)
         out["assignments"] += [getattr(o, "assignments", torch.zeros(0)).clone() for _, o in core.objectives()]
-        losses = wrapped(**batch)
+        losses = wrapped(batch)
         losses["loss"].backward()
         out["losses"].append({name: all_sum(value.detach().clone()) / world_size() for name, value in losses.items()})
         if step == 0:
@@ -286,7 +282,7 @@ def two_steps(lambdas: tuple[float, float, float]) -> str:
     optimizer = LARC(parameter_groups(learner, 1e-4), lr=1.0)
     for batch in list(volume_batches(4))[:2]:
         try:
-            losses = learner(**batch)
+            losses = learner(batch)
         except RuntimeError as error:  # on both processes alike
             return str(error)
         losses["loss"].backward()

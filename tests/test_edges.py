@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,10 +25,19 @@ from utils.errors import UserError
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def chosen(folder: Path, resnet: str = "none", trans: str = "none") -> SimpleNamespace:
+    """Options that name weights files."""
+    return SimpleNamespace(stage=3, pretrained_path=str(folder), resnet_pretrained=resnet, trans_pretrained=trans)
+
+
 def save_joint(folder: Path, layers: int = 2) -> JointEncoder:
     torch.manual_seed(1)
     encoder = JointEncoder("resnet18", 32, layers=layers)
-    weights.save_joint(encoder, folder / "joint.pth", {"config": {"arch": "resnet18", "d_model": 32, "layers": layers}})
+    weights.save_joint(
+        SimpleNamespace(encoder=encoder, resnet=encoder.encoder),
+        folder / "joint.pth",
+        {"config": {"arch": "resnet18", "d_model": 32, "layers": layers}},
+    )
     return encoder
 
 
@@ -116,13 +126,13 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
 def test_a_deeper_resnet_of_the_same_widths_is_refused(tmp_path):
     torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"(?s)x\.pth.*arch"):
-        weights.load_backbone(GreyResNet("resnet18"), str(tmp_path), "x.pth", made_by="stage 1")
+        weights.load_backbone(GreyResNet("resnet18"), chosen(tmp_path, "x.pth"))
 
 
 def test_a_bottleneck_resnet_is_refused(tmp_path):
     torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"(?s)x\.pth.*arch"):
-        weights.load_backbone(GreyResNet("resnet18"), str(tmp_path), "x.pth", made_by="stage 1")
+        weights.load_backbone(GreyResNet("resnet18"), chosen(tmp_path, "x.pth"))
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -131,7 +141,7 @@ def test_another_number_of_transformer_layers_is_refused(layers, tmp_path):
     fresh = JointEncoder("resnet18", 32, layers=layers)
     fresh.encoder.load_state_dict(saved.encoder.state_dict())
     with pytest.raises(UserError, match=r"(?s)joint\.pth transformer\..*layers"):
-        weights.load_transformer(fresh, str(tmp_path), "joint.pth", made_by="stage 2")
+        weights.load_transformer(fresh, chosen(tmp_path, trans="joint.pth"))
 
 
 def test_the_mask_head_of_a_file_without_one_is_refused(tmp_path):
@@ -139,7 +149,7 @@ def test_the_mask_head_of_a_file_without_one_is_refused(tmp_path):
     learner = torch.nn.Module()
     learner.decoder, learner.mask_token = torch.nn.Linear(32, 32), torch.nn.Parameter(torch.zeros(32))
     with pytest.raises(UserError, match="decoder"):
-        weights.load_mask_head(learner, str(tmp_path), "joint.pth")
+        weights.load_mask_head(learner, chosen(tmp_path, trans="joint.pth"))
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"config": {"arch": "resnet18"}}'])

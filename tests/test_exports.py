@@ -51,12 +51,12 @@ def make(arch: str, folder: Path, stages: Sequence[str]) -> SimpleNamespace:
     made_by = weights.record(ssl_swav3D.Config(arch=arch, d_model=32, layers=1), [], {})
     if "first" in stages:
         first = weights.record(ssl_swav2D.Config(arch=arch), [], {})
-        weights.save_resnet(joint.encoder, folder / "first.pth", first)
+        weights.save_resnet(SimpleNamespace(encoder=joint.encoder), folder / "first.pth", first)
     if "second" in stages:
         learner = nn.Module()
         learner.encoder, learner.mask_token, learner.decoder = joint, nn.Parameter(torch.zeros(32)), nn.Linear(32, 32)
         weights.save_masked(learner, folder / "second.pth", made_by)
-    weights.save_joint(joint, folder / "third.pth", made_by)
+    weights.save_joint(SimpleNamespace(encoder=joint), folder / "third.pth", made_by)
     return SimpleNamespace(folder=folder, joint=joint)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from datasets.batch import Batch
 from models import folding
 from models.encoder import JointEncoder
 from models.folding import FrozenSlices, fold_batch_norm, slices_digest
@@ -94,9 +95,9 @@ def test_the_learner_predicts_the_embeddings_of_the_unfolded_network_and_saves_t
     expected = encoder.tokens(views.flatten(0, 1), mask.repeat(2, 1))[1].detach()
     torch.testing.assert_close(learner.targets(views, mask), expected.unflatten(0, (2, 2)), rtol=0, atol=2e-5)
 
-    hidden = torch.zeros(2, 2, 6, dtype=torch.bool)
-    hidden[:, :, 2] = True
-    learner(views=views, mask=mask, hidden=hidden)["loss"].backward()
+    masked = torch.zeros(2, 2, 6, dtype=torch.bool)
+    masked[:, :, 2] = True
+    learner(Batch(torch.arange(2), views=views, mask=mask, masked=masked))["loss"].backward()
     assert set(learner.state_dict()) == names
     weights.save_masked(learner, tmp_path / "mask.pth", {})
     saved = torch.load(tmp_path / "mask.pth", weights_only=True)

@@ -16,6 +16,7 @@ from tiny import losses, run, stop_after
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from datasets.batch import Batch
 from objectives import DeepClusterV2, SwAV
 from objectives.learners import Learner
 from training import train
@@ -29,16 +30,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def spoil(script: str, monkeypatch: pytest.MonkeyPatch, bad: set[int], what: str) -> None:
     """Make the batch, the loss or the gradient of these steps (counted from 0) not finite."""
     agree, backward, calls = train._agree, Precision.backward, []
-    image = "crops" if "2D" in script else "views"
 
     def spoiled_batch(forward):
-        def wrapped(self: Learner, **batch: Any) -> dict[str, torch.Tensor]:
+        def wrapped(self: Learner, batch: Batch) -> dict[str, torch.Tensor]:
             calls.append(1)
             now = len(calls) - 1 in bad
             if now and what == "batch":
-                views = batch[image][0] if image == "crops" else batch[image]
+                views = batch.crops[0] if "2D" in script else batch.views
                 views.view(-1)[0] = float("nan")
-            found = forward(self, **batch)
+            found = forward(self, batch)
             return found | {"loss": found["loss"] * float("nan")} if now and what == "loss" else found
 
         return wrapped
@@ -260,7 +260,7 @@ def read_until_a_worker_dies(said: Path) -> None:
         list(DataLoader(files, batch_sampler=[[(0, i)] for i in range(6)], num_workers=2))
     except (RuntimeError, OSError, EOFError) as error:
         try:
-            guards.name_dead_worker(error)
+            guards.name_dead_worker(error, [files])
         except UserError as named:
             said.write_text(str(named))
 

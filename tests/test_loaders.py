@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from datasets.augment import MultiCrop, VolumeViews
+from datasets.batch import Batch
 from datasets.loaders import ImageLoader, Slices, VolumeLoader, VolumeWindows
 from datasets.store import SliceStore, prepare
 from utils.distributed import Run
@@ -43,24 +44,24 @@ def image_loader(store: SliceStore, policy: str, workers: int = 0, rank: int = 0
     return ImageLoader(Slices(store.samples, store, per_volume=2), crops, JOINT // world, workers, 3, run)
 
 
-def tensors(batch: dict[str, Any]) -> dict[str, Tensor]:
+def tensors(batch: Batch) -> dict[str, Tensor]:
     """What a learner gets, with the samples of the batch along axis 0 (views and crops along axis 1)."""
-    if "mask" in batch:
-        assert torch.equal(batch["rows"], batch["mask"].flatten().nonzero().squeeze(1))
-    flat = {name: value for name, value in batch.items() if name not in ("counts", "rows")}
-    flat |= {f"crops {i}": crop.transpose(0, 1) for i, crop in enumerate(flat.pop("crops", []))}
+    if batch.mask is not None:
+        assert torch.equal(batch.rows, batch.mask.flatten().nonzero().squeeze(1))
+    flat = {name: value for name, value in batch._asdict().items() if isinstance(value, Tensor) and name != "rows"}
+    flat |= {f"crops {i}": crop.transpose(0, 1) for i, crop in enumerate(batch.crops or [])}
     return {
-        name: value.transpose(0, 1) if name in ("views", "hidden", "images") else value for name, value in flat.items()
+        name: value.transpose(0, 1) if name in ("views", "masked", "images") else value for name, value in flat.items()
     }
 
 
-def joined(parts: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """The joint batch from those of all processes."""
+def joined(parts: Sequence[Batch]) -> dict[str, Tensor]:
+    """The global batch from those of all processes."""
     shares = [tensors(part) for part in parts]
     return {name: torch.cat([share[name] for share in shares]) for name in shares[0]}
 
 
-def same(found: Iterator[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+def same(found: Iterator[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> None:
     for step, (a, b) in enumerate(zip(found, expected, strict=True)):
         assert a.keys() == b.keys()
         for name in a:
@@ -99,8 +100,8 @@ def test_batches_do_not_depend_on_the_processes(data_set: str, make: Any, policy
         loaders = [make(store, policy, rank=r, world=world) for r in range(world)]
         steps = list(zip(*(loader.epoch(2) for loader in loaders), strict=True))
         for parts in steps:
-            assert all(part["counts"] == parts[0]["counts"] for part in parts)
-            assert [len(part["index"]) for part in parts] == parts[0]["counts"]
+            assert all(part.counts == parts[0].counts for part in parts)
+            assert [len(part.index) for part in parts] == parts[0].counts
         same(map(joined, steps), expected)
 
 
@@ -126,7 +127,7 @@ def test_an_epoch_goes_on_in_the_middle(make: Any, real: SliceStore) -> None:
 
 def test_images_of_a_step_follow_those_of_the_step_before(real: SliceStore) -> None:
     loader = volume_loader(real, "paper")
-    shown = torch.cat([batch["image_index"] for batch in loader.epoch(0)]) - loader.total_slices
+    shown = torch.cat([batch.image_index for batch in loader.epoch(0)]) - loader.total_slices
     assert len(shown) == 4 * loader.steps
     for start in range(0, len(shown) - 5, 6):
         assert sorted(shown[start : start + 6].tolist()) == list(range(6))  # pass after pass
@@ -135,7 +136,7 @@ def test_images_of_a_step_follow_those_of_the_step_before(real: SliceStore) -> N
 def test_names_are_those_of_the_files_that_the_batch_holds(small: SliceStore) -> None:
     loader = volume_loader(small, "paper")
     batch = next(loader.epoch(0))
-    names = loader.names(batch)
+    names = loader.names(batch.index, batch.image_index)
     assert sorted(Path(n).name for n in names[:JOINT]) == [f"case_{i}.npy" for i in range(8)]
     assert sorted(Path(n).name for n in names[JOINT:]) == [f"image_{i}.png" for i in range(4)]
     assert all(" slice " in n or n.endswith(".png") for n in image_loader(small, "paper").names(batch))

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 from tiny import options
 
-from objectives.learners import Learner
 from training import memory
 from training.memory import GIB
-from utils.distributed import Run
+from training.train import Training
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,24 +104,12 @@ def test_a_step_that_fails_otherwise_says_why(data, tmp_path):
         memory.measure(cfg, 2)
 
 
-class NotesGradients(Learner):
-    """Whether there are gradients in memory as each step begins."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(3))
-        self.found: list[bool] = []
-
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        self.found.append(self.weight.grad is not None)
-        return {"loss": (self.weight * x).sum()}
-
-
-@pytest.mark.parametrize(("accumulate", "expected"), [(1, [False] * 3), (4, [False, True, True])])
-def test_a_step_that_accumulates_has_room_for_the_gradients_of_those_before_it(accumulate, expected):
-    learner = NotesGradients()
-    loader = SimpleNamespace(epoch=lambda _: iter([{"x": torch.ones(3)}]))
-    config = SimpleNamespace(precision="fp32", accumulate=accumulate)
-    run = Run(0, 1, torch.device("cpu"))
-    memory._peak(learner, loader, torch.optim.SGD(learner.parameters(), 0.1), config, run)
-    assert learner.found == expected
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_probe_makes_updates_as_training_does(accumulate, data, tmp_path, monkeypatch):
+    """So an update that accumulates has room for the gradients of the batches before it."""
+    seen = []
+    monkeypatch.setattr(Training, "update", lambda self, batches, now, parts: seen.append((now, parts)))
+    module, cfg = script_options("mask_swav", data, tmp_path, fit_batch=1.0, accumulate=accumulate)
+    monkeypatch.setenv(memory.PROBE, "1")
+    module.main(cfg)
+    assert seen == [(step, accumulate) for step in range(memory.STEPS)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from datasets.batch import Batch
 from models.encoder import JointEncoder, init_orthogonal, init_pca
 from models.heads import Prototypes
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, fold_grey, multi_scale, pooled, unfold_grey
@@ -444,7 +446,7 @@ def test_a_file_says_which_attention_it_has(attention: str, tmp_path: Path) -> N
     torch.manual_seed(0)
     joint = JointEncoder("resnet18", WIDTH, layers=1, attention=attention).eval()
     about = {"arch": "resnet18", "d_model": WIDTH, "layers": 1, "attention": attention}
-    save_joint(joint, tmp_path / "joint.pth", {"config": about})
+    save_joint(SimpleNamespace(encoder=joint, resnet=joint.encoder), tmp_path / "joint.pth", {"config": about})
     tokens, mask = random(1, 7, WIDTH), first(7, 7)
     again = load_joint(tmp_path / "joint.pth").eval()
     assert_close(again.holistic(tokens, mask), joint.holistic(tokens, mask))
@@ -455,10 +457,10 @@ def test_a_frozen_resnet_keeps_its_weights_and_statistics_while_the_rest_learns(
     joint = JointEncoder("resnet18", WIDTH, layers=1)
     learner = JointClustering(joint, nn.Linear(512, 8), SwAV(8, [4]), SwAV(WIDTH, [4]), freeze=True).train()
     before = {name: value.clone() for name, value in joint.encoder.state_dict().items()}
-    batch = {"views": torch.rand(2, 2, 3, 32, 32), "mask": torch.ones(2, 3, dtype=torch.bool)}
-    batch |= {"index": torch.arange(2), "picked": torch.tensor([[0], [2]]), "slice_index": torch.tensor([0, 5])}
+    batch = Batch(torch.arange(2), views=torch.rand(2, 2, 3, 32, 32), mask=torch.ones(2, 3, dtype=torch.bool))
+    batch = batch._replace(picked=torch.tensor([[0], [2]]), slice_index=torch.tensor([0, 5]))
     optimizer = torch.optim.SGD([p for p in learner.parameters() if p.requires_grad], lr=0.1)
-    learner(**batch)["loss"].backward()
+    learner(batch)["loss"].backward()
     optimizer.step()
     assert_close(dict(joint.encoder.state_dict()), before, rtol=0, atol=0)
     assert joint.projection.weight.grad.any()

@@ -14,14 +14,14 @@ from processes import run_processes
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from datasets.batch import Batch
 from datasets.masks import draw_masks
 from models.encoder import JointEncoder
 from models.resnet import pooled
 from objectives import DeepClusterV2, ImageClustering, JointClustering, MaskedSlices, SwAV, bank
 from objectives.deepcluster import UNASSIGNED
 from objectives.kmeans import _sum_clusters, assign, choose_backend, fast_products, kmeans_faiss, kmeans_torch
-from objectives.learners import masked_loss
-from objectives.masked import interpolate_masked
+from objectives.masked import interpolate_masked, masked_loss
 from objectives.sinkhorn import sinkhorn
 from objectives.sizes import prototype_counts, queue_size
 from utils.distributed import rank
@@ -469,16 +469,20 @@ class Oracle(nn.Module):
         return self.answer
 
 
-def test_masked_loss_counts_hidden_slices_only() -> None:
+def of_slices(mask: Tensor, masked: Tensor) -> Batch:
+    return Batch(torch.arange(len(mask)), mask=mask, masked=masked[None])
+
+
+def test_masked_loss_counts_masked_slices_only() -> None:
     targets, token = random(2, 6, 3), torch.tensor([5.0, 6.0, 7.0])
     mask = torch.arange(6) < torch.tensor([[6], [4]])
-    hidden = torch.zeros(2, 6, dtype=torch.bool)
-    hidden[0, [1, 2, 5]] = hidden[1, 0] = True
+    masked = torch.zeros(2, 6, dtype=torch.bool)
+    masked[0, [1, 2, 5]] = masked[1, 0] = True
     oracle = Oracle(targets, torch.zeros(2, 6))
-    losses = masked_loss(oracle, token, nn.Identity(), targets, mask, hidden)
+    losses = masked_loss(oracle, token, nn.Identity(), targets[None], of_slices(mask, masked))
     assert losses["loss"].item() == 0
-    assert_close(oracle.saw[hidden], token.expand(4, 3))
-    assert torch.equal(oracle.saw[~hidden], targets[~hidden])
+    assert_close(oracle.saw[masked], token.expand(4, 3))
+    assert torch.equal(oracle.saw[~masked], targets[~masked])
     guess = [
         *(targets[0, 0] * (2 / 3) + targets[0, 3] / 3 - targets[0, 1]),
         *(targets[0, 0] / 3 + targets[0, 3] * (2 / 3) - targets[0, 2]),
@@ -486,9 +490,15 @@ def test_masked_loss_counts_hidden_slices_only() -> None:
         *(targets[1, 1] - targets[1, 0]),
     ]
     assert float(losses["interpolation"]) == pytest.approx(float(torch.stack(guess).square().mean()), rel=1e-5)
-    error = torch.where(hidden, 2.0, 100.0)  # 100 where it must not matter
+    error = torch.where(masked, 2.0, 100.0)  # 100 where it must not matter
     error[1, 0] = 4.0
-    losses = masked_loss(Oracle(targets, error), token, nn.Identity(), targets, mask, hidden)
+    losses = masked_loss(
+        Oracle(targets, error),
+        token,
+        nn.Identity(),
+        targets[None],
+        Batch(torch.arange(2), mask=mask, masked=masked[None]),
+    )
     assert float(losses["loss"].detach()) == pytest.approx((3 * 2**2 + 4**2) / 4)
 
 
@@ -496,7 +506,13 @@ def test_masked_loss_of_volumes_with_one_slice_is_zero_and_not_nan() -> None:
     targets, mask = random(2, 3, 3), torch.tensor([[True, False, False]] * 2)
     nothing = draw_masks(torch.tensor([1, 1]), torch.tensor([0, 1]), 0.5, "random", 0, 0, 1, 3)
     token, decoder = nn.Parameter(torch.ones(3)), nn.Linear(3, 3)
-    losses = masked_loss(Oracle(targets, torch.ones(2, 3)), token, decoder, targets, mask, nothing)
+    losses = masked_loss(
+        Oracle(targets, torch.ones(2, 3)),
+        token,
+        decoder,
+        targets[None],
+        Batch(torch.arange(2), mask=mask, masked=nothing[None]),
+    )
     assert losses["loss"].item() == 0
     assert float(losses["interpolation"]) == 0
     losses["loss"].backward()
@@ -509,8 +525,8 @@ def test_masked_slices_freezes_the_slice_encoder() -> None:
     before = {name: value.clone() for name, value in learner.state_dict().items()}
     views, mask = torch.rand(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.ones(2, 4).bool()
     mask[1, 3] = False
-    hidden = torch.stack([draw_masks(mask.sum(1), torch.arange(2), 0.5, "random", 0, 0, v, 4) for v in (1, 2)])
-    losses = learner(views=views, mask=mask, hidden=hidden)
+    masked = torch.stack([draw_masks(mask.sum(1), torch.arange(2), 0.5, "random", 0, 0, v, 4) for v in (1, 2)])
+    losses = learner(Batch(torch.arange(2), views=views, mask=mask, masked=masked))
     losses["loss"].backward()
     assert set(losses) == {"loss", "interpolation"}
     for name, parameter in learner.named_parameters():
@@ -588,16 +604,16 @@ def test_the_same_slice_of_two_views_is_a_pair(with_images: bool, lambda_inter: 
             assert_close(inter.z[view], F.normalize(tokens.sum(dim=1), dim=1))
 
 
-BATCH: dict[str, Tensor] = {
-    "views": torch.rand(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(1)),
-    "mask": torch.tensor([[True, True, True, True], [True, True, True, False]]),
-    "index": torch.tensor([1, 0]),
-    "picked": torch.tensor([[2, 0], [1, 1]]),
-    "slice_index": torch.tensor([2, 0, 5, 5]),
-    "images": torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(2)),
-    "image_index": torch.tensor([7, 8, 9]),
-    "hidden": torch.tensor([[[False, True, False, False]] * 2, [[True, False, False, False]] * 2]),
-}
+BATCH = Batch(
+    views=torch.rand(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(1)),
+    mask=torch.tensor([[True, True, True, True], [True, True, True, False]]),
+    index=torch.tensor([1, 0]),
+    picked=torch.tensor([[2, 0], [1, 1]]),
+    slice_index=torch.tensor([2, 0, 5, 5]),
+    images=torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(2)),
+    image_index=torch.tensor([7, 8, 9]),
+    masked=torch.tensor([[[False, True, False, False]] * 2, [[True, False, False, False]] * 2]),
+)
 
 
 @pytest.mark.parametrize(
@@ -624,7 +640,7 @@ def test_lambda_zero_switches_a_branch_and_its_cost_off(
         part.register_forward_hook(
             lambda _, given, __, name=name: calls.__setitem__(name, calls.get(name, 0) + given[0].shape[0])
         )
-    losses = learner(**BATCH)
+    losses = learner(BATCH)
     losses["loss"].backward()
     assert calls["resnet"] == encoded
     assert ("head" in calls) == ("intra" in calls) == bool(lambda_intra)
@@ -664,7 +680,7 @@ def test_joint_learner_answers_for_its_objectives() -> None:
     learner = JointClustering(encoder, nn.Linear(512, 4), deepcluster(10, 3), swav(4, dim=32, queue_length=4))
     assert learner.fills_memory
     assert [name for name, _ in learner.objectives()] == ["intra", "inter"]
-    learner.eval().remember(**BATCH)
+    learner.eval().remember(BATCH)
     bank = learner.memory_state()["intra"]
     assert bank["seen"].nonzero().squeeze(1).tolist() == [0, 2, 5, 7, 8, 9]
     learner.begin_epoch(0)
@@ -680,7 +696,7 @@ def test_image_clustering_joins_the_crops_of_all_sizes() -> None:
     learner = ImageClustering(encoder, nn.Identity(), intra)
     which = torch.arange(20.0).view(5, 4) * 7  # crops x images
     crops = [which[:2, :, None, None].expand(2, 4, 6, 6), which[2:, :, None, None].expand(3, 4, 2, 2)]
-    losses = learner(crops=crops, index=torch.tensor([3, 1, 4, 9]))
+    losses = learner(Batch(torch.tensor([3, 1, 4, 9]), crops=crops))
     assert float(losses["loss"]) == 2
     assert intra.index.tolist() == [3, 1, 4, 9]
     assert_close(intra.z, F.normalize(identity(which.flatten()), dim=1).unflatten(0, (5, 4)))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.loaders import CyclingBatches, EpochBatches
+from datasets.samplers import CyclingBatches, EpochBatches
 from utils.distributed import Run
 from utils.errors import UserError
 from utils.seeding import FILLING
@@ -25,7 +25,7 @@ def samplers(samples: int, batch_size: int, world: int, seed: int = 3) -> list[E
 
 def drawn(batches: EpochBatches, epoch: int, seen: int = 0) -> list[list[int]]:
     """Indices of every step of one process."""
-    batches.epoch, batches.seen = epoch, seen
+    batches.begin(epoch, seen)
     steps = list(batches)
     assert len(steps) == len(batches) == batches.steps_after(seen)
     assert {e for step in steps for e, _ in step} <= {epoch}
@@ -33,7 +33,7 @@ def drawn(batches: EpochBatches, epoch: int, seen: int = 0) -> list[list[int]]:
 
 
 def joint(several: list[EpochBatches], epoch: int, seen: int = 0) -> list[list[int]]:
-    """Indices of every joint batch."""
+    """Indices of every global batch."""
     return [list(chain(*shares)) for shares in zip(*(drawn(b, epoch, seen) for b in several), strict=True)]
 
 
@@ -55,7 +55,7 @@ def test_an_epoch_holds_every_sample_exactly_once(samples: int, world: int) -> N
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_joint_batches_do_not_depend_on_the_number_of_processes(world: int) -> None:
+def test_global_batches_do_not_depend_on_the_number_of_processes(world: int) -> None:
     (alone,) = samplers(47, 12, 1)
     assert joint(samplers(47, 12 // world, world), 3) == joint([alone], 3)
     assert joint([alone], 3) != joint([alone], 4)
@@ -156,7 +156,7 @@ def test_balanced_epochs_go_on_and_spread_over_processes_too() -> None:
 def test_cycling_batches_pass_over_all_samples_again_and_again(samples: int, steps: int) -> None:
     def cycling(rank: int, world: int, batch_size: int, epoch: int, first_step: int = 0) -> list[list[int]]:
         batches = CyclingBatches([0] * samples, batch_size, 3, run(rank, world), steps)
-        batches.epoch, batches.first_step = epoch, first_step
+        batches.begin(epoch, first_step)
         found = list(batches)
         assert len(found) == len(batches)
         assert {e for step in found for e, _ in step} <= {epoch}

@@ -93,9 +93,9 @@ def test_options_that_do_not_fit_the_data(script, changes, says, data, tmp_path)
 def test_a_loss_that_is_not_finite_names_the_batch_and_is_not_applied(data, tmp_path, monkeypatch):
     forward, calls = MaskedSlices.forward, []
 
-    def sometimes(self, **batch):
+    def sometimes(self, batch):
         calls.append(1)
-        losses = forward(self, **batch)
+        losses = forward(self, batch)
         return losses | {"loss": losses["loss"] * math.nan} if len(calls) == 6 else losses
 
     monkeypatch.setattr(MaskedSlices, "forward", sometimes)

@@ -16,6 +16,7 @@ from syncs import no_waiting
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from datasets.batch import Batch
 from datasets.loaders import VolumeLoader
 from models.encoder import JointEncoder
 from models.heads import ProjectionHead
@@ -29,18 +30,18 @@ from utils.precision import Precision
 STEPS = 5
 
 
-def batch(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def batch(seed: int, dtype: torch.dtype = torch.float32) -> Batch:
     draw = torch.Generator().manual_seed(seed)
     mask = torch.arange(6) < torch.tensor([[6], [4], [6]])
-    return {
-        "views": torch.rand(2, 3, 6, 32, 32, generator=draw).to(dtype),
-        "mask": mask,
-        "rows": mask.flatten().nonzero().squeeze(1),
-        "index": torch.arange(3),
-        "picked": torch.randint(0, 4, (3, 2), generator=draw),
-        "slice_index": torch.arange(6),
-        "counts": [3],
-    }
+    return Batch(
+        views=torch.rand(2, 3, 6, 32, 32, generator=draw).to(dtype),
+        mask=mask,
+        rows=mask.flatten().nonzero().squeeze(1),
+        index=torch.arange(3),
+        picked=torch.randint(0, 4, (3, 2), generator=draw),
+        slice_index=torch.arange(6),
+        counts=[3],
+    )
 
 
 def learner(recompute: bool = False) -> JointClustering:
@@ -84,7 +85,7 @@ def plain_larc(groups: list[dict[str, Any]], momenta: dict[nn.Parameter, Tensor]
 def losses(module: nn.Module, lr: float = 1.0) -> Iterator[float]:
     optimizer = optim.LARC(optim.parameter_groups(module, 1e-4), lr)
     for step in range(STEPS):
-        loss = module(**batch(step % 2, next(module.parameters()).dtype))["loss"]
+        loss = module(batch(step % 2, next(module.parameters()).dtype))["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -98,7 +99,7 @@ def test_loss_curve_is_that_of_the_plain_network_and_the_plain_optimiser(one_thr
     plain.encoder.encoder = PlainResNet(ours.encoder.encoder)
     groups, momenta, expected = optim.parameter_groups(plain, 1e-4), {}, []
     for step in range(STEPS):
-        loss = plain(**batch(step % 2, torch.float64))["loss"]
+        loss = plain(batch(step % 2, torch.float64))["loss"]
         loss.backward()
         # LARC's step depends on the tensor's norm, which three equal channels change: update the stem as a grey one.
         conv1 = plain.encoder.encoder.net.conv1.weight
@@ -121,7 +122,7 @@ def test_float32_and_bf16_stay_near_float64(one_thread: None) -> None:
     for name, dtype in (("fp64", torch.float64), ("fp32", torch.float32), ("bf16", torch.float32)):
         module = learner().to(dtype)
         with Precision("bf16" if name == "bf16" else "fp32", torch.device("cpu")).autocast():
-            loss = module(**batch(0, dtype))["loss"]
+            loss = module(batch(0, dtype))["loss"]
         loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in module.encoder.encoder.parameters()]).double()
         found[name] = float(loss.detach()), gradient
@@ -228,9 +229,9 @@ def test_accumulation_keeps_no_batch_that_it_has_used(
     alive: list[int] = []
     epoch = VolumeLoader.epoch
 
-    def counting(self: VolumeLoader, *place: int) -> Iterator[dict[str, Any]]:
+    def counting(self: VolumeLoader, *place: int) -> Iterator[Batch]:
         for batch in epoch(self, *place):
-            made.append(weakref.ref(batch["views"]))
+            made.append(weakref.ref(batch.views))
             alive.append(sum(views() is not None for views in made))
             yield batch
 
@@ -247,25 +248,24 @@ def test_a_step_does_not_wait_for_the_device(stage: str) -> None:
     if stage == "images":
         encoder = GreyResNet("resnet18")
         module = ImageClustering(encoder, ProjectionHead(512, 32, 16), SwAV(16, [5]))
-        given = {"crops": [torch.rand(2, 4, 32, 32), torch.rand(2, 4, 16, 16)], "index": torch.arange(4), "counts": [4]}
+        given = Batch(torch.arange(4), [4], crops=[torch.rand(2, 4, 32, 32), torch.rand(2, 4, 16, 16)])
     elif stage == "masked":
         module = MaskedSlices(JointEncoder("resnet18", 32, layers=1))
-        given = {name: given[name] for name in ("views", "mask", "rows", "index", "counts")}
     else:
         make = (lambda d, k, n: DeepClusterV2(d, [k], n)) if "deepcluster" in stage else (lambda d, k, n: SwAV(d, [k]))
         lambdas = {"lambda_inter": 0.0} if stage == "slices only" else {"lambda_mask": 0.5}
         encoder = JointEncoder("resnet18", 32, layers=1)
         module = JointClustering(encoder, ProjectionHead(512, 32, 16), make(16, 5, 8), make(32, 3, 3), **lambdas)
-        given |= {"images": torch.rand(2, 2, 32, 32), "image_index": torch.tensor([6, 7])}
+        given = given._replace(images=torch.rand(2, 2, 32, 32), image_index=torch.tensor([6, 7]))
     if stage not in ("images", "slices only"):
-        given["hidden"] = (torch.arange(6) == 2).expand(2, 3, 6)
+        given = given._replace(masked=(torch.arange(6) == 2).expand(2, 3, 6))
     module.train()
     optimizer = optim.LARC(optim.parameter_groups(module, 1e-6), 0.1)
     statistics = guards.BatchNormStatistics(module)
     for _ in range(2):
         with no_waiting():
             statistics.remember()
-            module(**given)["loss"].backward()
+            module(given)["loss"].backward()
             module.cancel_gradients(0)
             guards.gradients_are_finite(optimizer)
             optimizer.step()

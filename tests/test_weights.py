@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,11 @@ from models.encoder import JointEncoder
 from models.resnet import GreyResNet, fold_grey, pooled
 from training import weights
 from utils.errors import UserError
+
+
+def chosen(folder: Path, resnet: str = "none", trans: str = "none") -> SimpleNamespace:
+    """Options that name weights files."""
+    return SimpleNamespace(stage=3, pretrained_path=str(folder), resnet_pretrained=resnet, trans_pretrained=trans)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,7 @@ LAYOUTS = {
 def test_layouts(layout, source, tmp_path, capsys):
     torch.save(LAYOUTS[layout](source), tmp_path / "x.pth")
     resnet = GreyResNet("resnet18")
-    weights.load_backbone(resnet, str(tmp_path), "x.pth", made_by="stage 1")
+    weights.load_backbone(resnet, chosen(tmp_path, "x.pth"))
     for key, value in resnet.state_dict().items():
         expected = fold_grey(source[key]) if key == "conv1.weight" else source[key]
         torch.testing.assert_close(value, expected)
@@ -71,14 +78,14 @@ def drop(s):
 def test_incomplete_files_are_refused(state, says, source, tmp_path):
     torch.save(state(source), tmp_path / "x.pth")
     with pytest.raises(UserError, match=rf"(?s)x\.pth.*({says})"):
-        weights.load_backbone(GreyResNet("resnet18"), str(tmp_path), "x.pth", made_by="stage 1")
+        weights.load_backbone(GreyResNet("resnet18"), chosen(tmp_path, "x.pth"))
 
 
 def test_weights_that_are_not_finite_are_refused(source, tmp_path):
     broken = {**source, "layer2.0.bn1.running_var": torch.full((128,), torch.nan)}
     torch.save(broken, tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"x\.pth: layer2\.0\.bn1\.running_var hold NaN or Inf"):
-        weights.load_backbone(GreyResNet("resnet18"), str(tmp_path), "x.pth", made_by="stage 1")
+        weights.load_backbone(GreyResNet("resnet18"), chosen(tmp_path, "x.pth"))
 
 
 def test_unreadable_files_are_refused_and_run_nothing(source, tmp_path):
@@ -92,16 +99,16 @@ def test_unreadable_files_are_refused_and_run_nothing(source, tmp_path):
     (tmp_path / "short.pth").write_bytes(whole[: len(whole) // 2])
     for name in ("evil.pth", "short.pth"):
         with pytest.raises(UserError, match=f"{name}: cannot be read as tensors only"):
-            weights.load_backbone(GreyResNet("resnet18"), str(tmp_path), name, made_by="stage 1")
+            weights.load_backbone(GreyResNet("resnet18"), chosen(tmp_path, name))
     assert not (tmp_path / "executed").exists()
     with pytest.raises(
         UserError, match=r"none\.pth: no such weights file; run stage 1 first.*--resnet_pretrained none"
     ):
-        weights.load_backbone(GreyResNet("resnet18"), str(tmp_path), "none.pth", made_by="stage 1")
+        weights.load_backbone(GreyResNet("resnet18"), chosen(tmp_path, "none.pth"))
 
 
 def test_none_says_so_loudly(capsys):
-    weights.load_backbone(GreyResNet("resnet18"), "", "none", made_by="ssl_swav2D.py")
+    weights.load_backbone(GreyResNet("resnet18"), chosen(Path(), "none"))
     assert "RANDOM weights" in capsys.readouterr().out
 
 
@@ -110,7 +117,7 @@ def joint(tmp_path):
     torch.manual_seed(1)
     encoder = JointEncoder("resnet18", 32, layers=2)
     record = {"config": {"arch": "resnet18", "d_model": 32, "layers": 2}}
-    weights.save_joint(encoder, tmp_path / "joint.pth", record)
+    weights.save_joint(SimpleNamespace(encoder=encoder, resnet=encoder.encoder), tmp_path / "joint.pth", record)
     return encoder.eval(), tmp_path
 
 
@@ -145,20 +152,20 @@ def test_a_resnet_is_the_same_after_rounding_and_another_is_not(source, joint, r
     fresh = JointEncoder("resnet18", 32, layers=2)
     torch.save(source, folder / "first.pth")
     torch.save(halved(source), folder / "first_half.pth")
-    weights.load_backbone(encoder.encoder, str(folder), "first.pth", made_by="stage 1")
+    weights.load_backbone(encoder.encoder, chosen(folder, "first.pth"))
     state = weights.joint_state(encoder)
     half = halved(state)
     restored = {name: v.float() if v.is_floating_point() else v for name, v in half.items()}
     for stage_2 in (state, half, restored):
         torch.save(stage_2, folder / "second.pth")
         for stage_1 in ("first.pth", "first_half.pth"):
-            weights.load_backbone(fresh.encoder, str(folder), stage_1, made_by="stage 1")
-            weights.load_transformer(fresh, str(folder), "second.pth", made_by="stage 2")
+            weights.load_backbone(fresh.encoder, chosen(folder, stage_1))
+            weights.load_transformer(fresh, chosen(folder, trans="second.pth"))
             assert not recwarn.list
             with torch.no_grad():
                 fresh.encoder.conv1.weight *= 1.005  # as little as that is more than rounding
             with pytest.warns(UserWarning, match=r"second\.pth was trained on another ResNet"):
-                weights.load_transformer(fresh, str(folder), "second.pth", made_by="stage 2")
+                weights.load_transformer(fresh, chosen(folder, trans="second.pth"))
         for part in ("projection", "transformer"):
             theirs = getattr(encoder, part).state_dict()
             for name, value in getattr(fresh, part).state_dict().items():
@@ -169,11 +176,11 @@ def test_stage_3_gets_projection_and_transformer_bit_by_bit(joint):
     encoder, folder = joint
     fresh = JointEncoder("resnet18", 32, layers=2)
     fresh.encoder.load_state_dict(encoder.encoder.state_dict())
-    weights.load_transformer(fresh, str(folder), "joint.pth", made_by="stage 2")
+    weights.load_transformer(fresh, chosen(folder, trans="joint.pth"))
     for part in ("projection", "transformer"):
         theirs = getattr(encoder, part).state_dict()
         assert all(torch.equal(v, theirs[k]) for k, v in getattr(fresh, part).state_dict().items())
     with pytest.warns(UserWarning, match="another ResNet"):
-        weights.load_transformer(JointEncoder("resnet18", 32, layers=2), str(folder), "joint.pth", made_by="stage 2")
+        weights.load_transformer(JointEncoder("resnet18", 32, layers=2), chosen(folder, trans="joint.pth"))
     with pytest.raises(UserError, match=r"(?s)joint\.pth projection\..*d_model"):
-        weights.load_transformer(JointEncoder("resnet18", 64, layers=2), str(folder), "joint.pth", made_by="stage 2")
+        weights.load_transformer(JointEncoder("resnet18", 64, layers=2), chosen(folder, trans="joint.pth"))
