@@ -368,11 +368,11 @@ def _record(cfg: Any, data: str) -> dict[str, Any]:
 def _differences(old: dict[str, Any], new: dict[str, Any], cfg: Any) -> list[str]:
     """In what two records differ that must not, once a run has begun."""
     fixed = [f.name for f in fields(cfg) if not f.metadata.get("may_change")]
-    before, now = old["config"], new["config"]
+    before, now = old.get("config", {}), new["config"]
     changed = [f"{name}: {before.get(name)} -> {now[name]}" for name in fixed if before.get(name) != now[name]]
     before, now = old.get("files", {}), new["files"]
     changed += [f"the content of {name}" for name in now if name in before and before[name] != now[name]]
-    return changed + ["the files below data_path"] * (old["data"] != new["data"])
+    return changed + ["the files below data_path"] * (old.get("data") != new["data"])
 
 
 def _rank(figures: Mapping[str, float]) -> tuple[float, ...]:
