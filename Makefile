@@ -5,14 +5,14 @@
 # make bench  time every stage against its references on this machine's CPU (under 15 minutes)
 # make bench-gpu   the same on a GPU, in the environment at hand: needs requirements.txt only (under 10 minutes)
 # make experiments-cpu   the main comparison and its controls on SHARED (hours on two cores; the same again goes on); then make results
-# make experiments-ablations   the same and what each part is worth;  make experiments-gpu   ResNet-50, ten minutes a call
+# make experiments-ablations   the same and what each part is worth
 # PYTHON=python3.12 make demo   chooses the interpreter (3.10 or newer)
 
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.installed
 
-.PHONY: demo test lint data bench bench-gpu experiments-cpu experiments-ablations experiments-gpu results clean
+.PHONY: demo test lint data bench bench-gpu experiments-cpu experiments-ablations results clean
 
 demo: $(READY)
 	$(VENV)/bin/python demo.py
@@ -62,25 +62,11 @@ ABLATIONS := $(EXPERIMENTS), experiments/ablations.yaml
 
 experiments-cpu: $(READY)
 	$(VENV)/bin/python -m experiments.data --source $(SHARED)
-	$(VENV)/bin/python -m experiments.run --experiments "[$(EXPERIMENTS)]" --minutes $(MINUTES)
+	nice $(VENV)/bin/python -m experiments.run --experiments "[$(EXPERIMENTS)]" --minutes $(MINUTES)
 
 experiments-ablations: $(READY)
 	$(VENV)/bin/python -m experiments.data --source $(SHARED)
-	$(VENV)/bin/python -m experiments.run --experiments "[$(ABLATIONS)]" --minutes $(MINUTES)
-
-GPU ?= runs/gpu
-GPU_DATA ?= $(GPU)/data
-GPU_YAML ?= experiments/gpu.yaml
-GPU_MINUTES ?= 9
-OUT ?= runs/gpu_back
-
-# What is finished comes back even when a run has failed, whose log comes along.
-experiments-gpu:
-	test ! -f runs/gpu_data.zip || \
-		$(PYTHON) -m experiments.pack --data $(GPU)/data --archive runs/gpu_data.zip --unpack true
-	$(PYTHON) -m experiments.run --experiments "[$(GPU_YAML)]" --data $(GPU_DATA) --dump_path $(GPU) \
-		--jobs 1 --threads 8 --minutes $(GPU_MINUTES); code=$$?; \
-		$(PYTHON) -m experiments.collect --dump_path $(GPU) --parcel $(OUT) && exit $$code
+	nice $(VENV)/bin/python -m experiments.run --experiments "[$(ABLATIONS)]" --minutes $(MINUTES)
 
 results: $(READY)
 	$(VENV)/bin/python -m experiments.summarise --experiments "[$(ABLATIONS)]"

@@ -172,7 +172,7 @@ def _only_run(dest: Path) -> Iterator[None]:
     lock = dest / ".prepare.lock"
     try:
         dest.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "w")
+        file = lock.open("w")
     except OSError as error:
         raise UserError(f"dest: {dest} cannot be written ({error.strerror}); choose another folder") from None
     with file:

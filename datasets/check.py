@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -149,8 +150,8 @@ def content_findings(contents: dict[Sample, Content]) -> list[Finding]:
     for members in groups(contents).values():
         found += _intensity_findings(members, contents)
         found += warning(
-            "blank slices",
             members,
+            "blank slices",
             [s for s in members if s.kind == "volume" and contents[s].blank > BLANK * s.slices],
             f"more than {BLANK:.0%} blank slices",
             "crop the volumes to their content; blank slices teach nothing",
@@ -174,35 +175,32 @@ def _intensity_findings(members: list[Sample], contents: dict[Sample, Content]) 
     def shown(percentiles: Iterable[float]) -> str:
         return " / ".join(f"{value:.4g}" for value in percentiles)
 
+    warn = partial(warning, members)
     typical = shown(np.median([contents[s].percentiles for s in members], axis=0))
     return [
-        *warning(
+        *warn(
             "wrap-around",
-            members,
             wrapped,
             "values just below 65536 and low ones but none between: negative numbers stored as unsigned ones",
             "read them as signed, volume.astype(np.int16), and save them again",
             limits,
         ),
-        *warning(
+        *warn(
             "not HU",
-            members,
             not_hu,
             "intensities that are not Hounsfield units, although dataset.yaml says CT",
             "apply rescale slope and intercept, or remove modality and window from dataset.yaml",
             limits,
         ),
-        *warning(
+        *warn(
             "almost constant",
-            members,
             flat,
             f"one value in 99 % of their {'voxels' if members[0].kind == 'volume' else 'pixels'}",
             "look at them; where that is meant (vessels alone), training scales by minimum and maximum",
             limits,
         ),
-        *warning(
+        *warn(
             "intensity",
-            members,
             odd,
             f"intensities far from the others' (0.5 / 50 / 99.5 % percentiles, median {typical})",
             "look whether modality, scale or offset differ; a scale alone does no harm, as training scales each "

@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -84,33 +85,30 @@ def _volume_findings(members: list[Sample], turned: dict[Sample, int], wanted: i
     else:
         turn = "if they differ from the others, turn them (np.moveaxis) or give them a data set of their own"
     dtypes = Counter(s.dtype for s in members).most_common()
+    warn = partial(warning, members)
     return [
-        *warning(
+        *warn(
             "few slices",
-            members,
             sorted((s for s in members if s.slices < wanted), key=lambda s: s.slices),
             f"fewer slices than a view ({wanted}) and will be padded",
             "lower the first number of --target_shape, or leave them out if they are fragments",
             lambda s: f"{s.slices}",
         ),
-        *warning(
+        *warn(
             "slice axis",
-            members,
             list(turned),
             f"slices along axis {axis} by dataset.yaml or default, which does not look right",
             turn,
             lambda s: " x ".join(map(str, np.insert([s.height, s.width], s.slice_axis, s.slices))),
         ),
-        *warning(
+        *warn(
             "mixed dtypes",
-            members,
             [s for s in members if s.dtype != dtypes[0][0]],
             f"another dtype than the others ({', '.join(f'{count} {dtype}' for dtype, count in dtypes)})",
             "make sure that all hold the same kind of values, not raw ones beside rescaled ones",
         ),
-        *warning(
+        *warn(
             "window",
-            members,
             [s for s in members if s.window and s.window[0] < 0 and s.dtype.startswith("u")],
             f"an unsigned dtype, but window {list(members[0].window or ())} of dataset.yaml begins below 0",
             "correct the window, or convert the volumes to HU again",
@@ -146,7 +144,7 @@ def _odd_sizes(members: list[Sample], without: set[Sample]) -> list[Finding]:
     def far(name: str, factor: float) -> np.ndarray:
         return outliers(np.log(values[name]), math.log(factor))
 
-    found: list[Finding] = []
+    found, warn = [], partial(warning, members)
     for check, which, what, remedy, show in (
         (
             "in-plane size",
@@ -172,7 +170,7 @@ def _odd_sizes(members: list[Sample], without: set[Sample]) -> list[Finding]:
     ):
         odd = [s for s, is_odd in zip(members, which, strict=True) if is_odd and s not in without]
         without = without | set(odd)
-        found += warning(check, members, odd, what, remedy, show)
+        found += warn(check, odd, what, remedy, show)
     return found
 
 
@@ -249,8 +247,8 @@ def duplicates(keys: dict[Sample, Hashable], what: str) -> list[Finding]:
 
 
 def warning(
-    check: str,
     members: list[Sample],
+    check: str,
     which: list[Sample],
     what: str,
     remedy: str,

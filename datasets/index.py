@@ -361,20 +361,15 @@ def _numbers(value: Any, count: int) -> bool:
 
 
 def _found(paths: Iterable[Path]) -> str:
-    """What lies there instead of data, e.g. `found 12 .nii.gz, 1 .json`."""
-    kinds: Counter[str] = Counter()
-    for path in paths:
-        if path.is_dir():
-            kinds[f"folder {path.name}"] += 1
-        else:
-            ends = path.suffixes[-2:] if path.suffix.lower() == ".gz" else path.suffixes[-1:]
-            kinds["".join(ends) or "without suffix"] += 1
-    # Side files last: a .nii.gz says more about what went wrong than the README beside it.
-    order = sorted(kinds, key=lambda k: (k in SIDE_FILES, -kinds[k], k))
-    return "found " + (", ".join(f"{kinds[k]} {k}" for k in order[:5]) or "nothing")
+    """What lies there instead of data, e.g. `found 12 .nii.gz, 1 .json`, files that only stand beside data last."""
+    kinds = Counter(
+        f"folder {path.name}" if path.is_dir() else re.search(r"(\.\w+)?(\.gz)?$", path.name)[0] or "without suffix"
+        for path in paths
+    )
+    order = sorted(kinds, key=lambda kind: (kind in SIDE_FILES, -kinds[kind]))
+    return "found " + (", ".join(f"{kinds[kind]} {kind}" for kind in order[:5]) or "nothing")
 
 
 def _range(values: Iterable[int]) -> str:
-    values = sorted(values)
-    low, high = values[0], values[-1]
-    return str(low) if low == high else f"{low}..{high}"
+    ordered = sorted(set(values))
+    return f"{ordered[0]}..{ordered[-1]}" if len(ordered) > 1 else str(ordered[0])

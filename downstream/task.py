@@ -361,7 +361,7 @@ def _open(kind: type[Task], cfg: Any) -> Opened:
 
 
 def settings_of(cfg: Any) -> dict[str, Any]:
-    """What a result depends on beside the data: options that may not change, and the content of the files they name."""
+    """What a result depends on beside the data: options, and the content of the files that they name."""
     values = config.to_dict(cfg)
     chosen = {f.name: values[f.name] for f in fields(cfg) if not f.metadata.get("may_change")}
     files = {name: Path(value) for name, value in chosen.items() if isinstance(value, str) and Path(value).is_file()}

@@ -11,7 +11,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from datasets.store import shown_size
+from datasets.cache import shown_size
 from reporting.embed import Item
 from utils import files
 from utils.errors import UserError

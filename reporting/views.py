@@ -8,8 +8,9 @@ After --data come any of the options of the script; docs/REPORT.md says how to r
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from datasets.augment import MultiCrop
 from datasets.batch import Batch
 from datasets.loaders import Slices, VolumeLoader
 from reporting import page
-from reporting.embed import spread
+from reporting.embed import Loader, spread
 from reporting.runs import script_of
 from training import scripts
 from utils.distributed import Run
@@ -36,7 +37,7 @@ class Stack:
     """Slices of an original or of one of its views, side by side."""
 
     title: str
-    done: list[str]  # what was drawn for it
+    done: list[str]  # what is shown, or was drawn for it
     slices: Tensor  # [n, H, W] in 0..1
     captions: list[str]
     masked: Sequence[bool] = ()
@@ -83,72 +84,73 @@ def options_of(source: str) -> tuple[type, list[str]]:
 def main(cfg: Any) -> None:
     output = page.check_output(cfg.output)
     loader = cfg.script.data(cfg, Run(0, 1, torch.device("cpu")))
-    root, thumbs = loader.dataset.samples[0].data_path, page.Thumbnails()
-    shown: list[dict[str, Any]] = []
-    for batch in loader.epoch(cfg.epoch):
-        if cfg.stage == 1:
-            crops = [crop for kind in batch.crops for crop in kind]
-            samples = of_images(loader.dataset, batch.index.tolist(), crops, loader.crops, cfg.epoch)
-        else:
-            samples = of_volumes(loader, batch, cfg.epoch, cfg.slices)
-            if batch.images is not None:
-                index = (batch.image_index - loader.total_slices).tolist()
-                samples += of_images(loader.image_dataset, index, [*batch.images], loader.image_views, cfg.epoch)
-        for name, (about, stacks) in zip(loader.names(batch.index, batch.image_index), samples, strict=True):
-            pictures = [(stack, stack.pictures(thumbs)) for stack in stacks]
-            shown.append({"name": name.removeprefix(f"{root}/"), "about": about, "stacks": pictures})
-        if len(shown) >= cfg.samples:
-            break
+    thumbs = page.Thumbnails()
+    shown = itertools.islice(samples_of(loader, cfg), cfg.samples)
     page.render(
         "inspect.html",
         output,
         title=f"{cfg.script.__name__}, epoch {cfg.epoch}",
         cfg=cfg,
         shape=" and ".join(map(str, cfg.size_crops)) if cfg.stage == 1 else " x ".join(map(str, cfg.target_shape)),
-        samples=shown[: cfg.samples],
+        samples=[(name, [(stack, stack.pictures(thumbs)) for stack in stacks]) for name, stacks in shown],
         thumbs=thumbs.uris,
     )
 
 
+def samples_of(loader: Loader, cfg: Any) -> Iterator[tuple[str, list[Stack]]]:
+    """(name relative to the data tree, pictures) of the epoch's samples, in the order of training."""
+    root = loader.dataset.samples[0].data_path
+    for batch in loader.epoch(cfg.epoch):
+        if cfg.stage == 1:
+            crops = [crop for kind in batch.crops for crop in kind]
+            stacks = of_images(loader.dataset, batch.index.tolist(), crops, loader.crops, cfg.epoch)
+        else:
+            stacks = of_volumes(loader, batch, cfg.epoch, cfg.slices)
+            if batch.images is not None:
+                index, views = (batch.image_index - loader.total_slices).tolist(), loader.image_views
+                more = of_images(loader.image_dataset, index, [*batch.images], views, cfg.epoch)
+                stacks = itertools.chain(stacks, more)
+        for name, of_sample in zip(loader.names(batch.index, batch.image_index), stacks, strict=True):
+            yield name.removeprefix(f"{root}/"), of_sample
+
+
 def of_images(
     dataset: Slices, index: list[int], crops: list[Tensor], made_by: MultiCrop, epoch: int
-) -> list[tuple[str, list[Stack]]]:
-    """(what is shown, its pictures) of images and their crops [B, H, W]."""
+) -> Iterator[list[Stack]]:
+    """Images and their crops [B, H, W] each."""
     items, canvas = [dataset[epoch, i] for i in index], dataset.store.size
-    content = np.array([item["extent"].tolist() for item in items], dtype=float)
-    draws = list(made_by.draws(canvas, content, index, epoch))
+    draws = list(made_by.draws(canvas, _contents(items), index, epoch))
     largest = max(max(crop.shape[1:]) for crop in crops)
-    found = []
     for b, item in enumerate(items):
-        stacks = [Stack("original", [], item["image"][None].float(), [""])]
+        stacks = [Stack("original", [f"working copy of {canvas} x {canvas} px"], item["image"][None].float(), [""])]
         for number, (crop, drawn) in enumerate(zip(crops, draws, strict=True), start=1):
             side = round(SIDE * max(crop.shape[1:]) / largest)
             stacks.append(Stack(f"crop {number}", describe(drawn, b, canvas), crop[b][None], [""], side=side))
-        found.append((f"working copy of {canvas} x {canvas} px", stacks))
-    return found
+        yield stacks
 
 
-def of_volumes(loader: VolumeLoader, batch: Batch, epoch: int, slices: int) -> list[tuple[str, list[Stack]]]:
-    """(what is shown, its pictures) of volumes: the same slices of the window and of each of its views."""
-    dataset, index = loader.dataset, batch.index.tolist()
-    windows, canvas = [dataset[epoch, i] for i in index], dataset.store.size
-    content = np.array([window["extent"].tolist() for window in windows], dtype=float)
-    lengths = np.array([window["length"] for window in windows])
-    draws = list(loader.views.draws(canvas, content, lengths, index, epoch))
-    found = []
+def of_volumes(loader: VolumeLoader, batch: Batch, epoch: int, slices: int) -> Iterator[list[Stack]]:
+    """The same slices of every window and of each of its views."""
+    dataset, canvas, index = loader.dataset, loader.dataset.store.size, batch.index.tolist()
+    windows = [dataset[epoch, i] for i in index]
+    draws = list(loader.views.draws(canvas, _contents(windows), batch.mask.sum(dim=1).numpy(), index, epoch))
     for b, window in enumerate(windows):
-        start, length = window["start"], window["length"]
+        start, length, total = window["start"], window["length"], dataset.samples[dataset.items[index[b]]].slices
         places = spread(0, length, min(slices, length))
         captions = [f"slice {start + place}" for place in places]
-        stacks = [Stack("original", [], window["volume"][places].float(), captions)]
+        about = [f"slices {start} to {start + length - 1} of {total}"]
+        about += [f"{dataset.slices - length} of padding"] if length < dataset.slices else []
+        stacks = [Stack("original", about, window["volume"][places].float(), captions)]
         for v, drawn in enumerate(draws):
             masked = [] if batch.masked is None else batch.masked[v, b, places].tolist()
-            done, view = describe(drawn, b, canvas), batch.views[v, b, places]
-            stacks.append(Stack(f"view {v + 1}", done, view, captions, masked))
-        total, padded = dataset.samples[dataset.items[index[b]]].slices, dataset.slices - length
-        about = f"slices {start} to {start + length - 1} of {total}" + (f", then {padded} of padding" if padded else "")
-        found.append((about, stacks))
-    return found
+            view = batch.views[v, b, places]
+            stacks.append(Stack(f"view {v + 1}", describe(drawn, b, canvas), view, captions, masked))
+        yield stacks
+
+
+def _contents(items: list[dict[str, Any]]) -> np.ndarray:
+    """[B, 2] height and width of the content of each canvas."""
+    return np.array([item["extent"].tolist() for item in items], dtype=float)
 
 
 def describe(draws: dict[str, np.ndarray], b: int, canvas: int) -> list[str]:

@@ -207,42 +207,26 @@ def test_every_real_dtype_and_order_is_accepted(tmp_path: Path, dtype: str, orde
     assert [(s.height, s.width, s.slices, s.dtype) for s in scan(tmp_path)] == [(9, 10, 11, np.dtype(dtype).name)]
 
 
-@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
-def test_every_header_version_is_read(tmp_path: Path, version: tuple[int, int]) -> None:
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_headers_of_every_version_are_read_as_numpy_reads_them(tmp_path: Path, version: int) -> None:
     (tmp_path / "A").mkdir()
     with open(tmp_path / "A/1.npy", "wb") as file:
-        np.lib.format.write_array(file, np.zeros((9, 10, 11), np.int16), version=version)
-    assert [(s.height, s.width, s.slices) for s in scan(tmp_path)] == [(9, 10, 11)]
-
-
-@pytest.mark.parametrize(
-    "entries",
-    [
-        "{'descr': '|u1', 'fortran_order': False, 'shape': (9, 10, 11), }",
-        '{"shape": (9,10,11), "fortran_order": True, "descr": "|u1"}',  # as other libraries may write it
-    ],
-)
-def test_headers_are_read_as_numpy_reads_them(tmp_path: Path, entries: str) -> None:
-    (tmp_path / "A").mkdir()
-    header = entries.encode() + b"\n"
+        np.lib.format.write_array(file, np.zeros((9, 10, 11), np.int16), version=(version, 0))
+    header = b'{"shape": (9,10,11), "fortran_order": True, "descr": "|u1"}\n'  # as other libraries may write it
     content = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(990)
-    (tmp_path / "A/1.npy").write_bytes(content)
-    assert np.load(tmp_path / "A/1.npy").shape == (9, 10, 11)
-    assert [(s.height, s.width, s.slices) for s in scan(tmp_path)] == [(9, 10, 11)]
+    (tmp_path / "A/2.npy").write_bytes(content)
+    assert np.load(tmp_path / "A/2.npy").shape == (9, 10, 11)
+    assert [(s.height, s.width, s.slices) for s in scan(tmp_path)] == [(9, 10, 11)] * 2
 
 
 @pytest.mark.parametrize(
     ("array", "wanted"),
     [
-        (np.zeros((9, 9, 9), np.complex64), "magnitude"),
         (np.zeros((9, 9, 9), bool), "dtype bool"),
         (np.zeros((9, 9, 9), "U3"), "dtype <U3"),
         (np.zeros((9, 9, 9), [("a", "f4"), ("b", "f4")]), "several columns"),
         (np.zeros((9, 9, 9), "M8[s]"), "dtype datetime64"),
-        (np.zeros((9, 9)), "2D (9 x 9)"),
-        (np.zeros((9, 9, 9, 2)), "pick one channel"),
         (np.zeros(()), "0D (a single number)"),
-        (np.zeros((9, 0, 9)), "length 0"),
         (np.zeros((9, 7, 9)), "9 x 7 pixels"),
     ],
 )
@@ -254,17 +238,10 @@ def test_arrays_that_are_no_volume_are_refused(tmp_path: Path, array: np.ndarray
     assert wanted in message
 
 
-def test_eight_pixels_and_one_slice_are_enough(tmp_path: Path) -> None:
-    save_volume(tmp_path / "A/1.npy", (8, 8, 1))
+def test_eight_pixels_and_one_slice_are_enough_and_one_byte_is_too_many(tmp_path: Path) -> None:
+    file = save_volume(tmp_path / "A/1.npy", (8, 8, 1))
     assert scan(tmp_path)[0].slices == 1
-
-
-def test_size_on_disk_must_be_what_the_header_says(tmp_path: Path) -> None:
-    file = save_volume(tmp_path / "A/1.npy")
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-1])
-    assert "is truncated" in refusal(tmp_path)
-    file.write_bytes(whole + b"\0")
+    file.write_bytes(file.read_bytes() + b"\0")
     assert "trailing bytes" in refusal(tmp_path)
 
 

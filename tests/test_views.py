@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import options, run
+from tiny import options
 
 from datasets.augment import window_theta
 from reporting import views
+from training import scripts
 from utils import config
 from utils.distributed import Run
 from utils.errors import UserError
@@ -64,8 +65,9 @@ def test_the_page_shows_the_pixels_of_the_loader(policy, data, tmp_path):
 
 
 def test_a_run_is_shown_with_its_own_options_and_those_given(data, tmp_path):
-    run("ssl_swav2D", data, tmp_path, epochs=1, policy="paper", seed=5)
-    cfg, html = shown(str(tmp_path / "runs" / "ssl_swav2D"), tmp_path / "i.html", {"seed": 6})
+    own = scripts.load("ssl_swav2D").Config(**options("ssl_swav2D", data, tmp_path, policy="paper", seed=5))
+    config.save_yaml(config.to_dict(own), tmp_path / "config.yaml")
+    cfg, html = shown(str(tmp_path), tmp_path / "i.html", {"seed": 6})
     assert (cfg.stage, cfg.policy, cfg.seed, cfg.size_crops) == (1, "paper", 6, [32, 16])
     assert "policy paper" in html
     assert html.count("<h3>crop 3</h3>") == 4

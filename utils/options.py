@@ -73,7 +73,7 @@ class Group:
 class Training(Group):
     """Options of every script."""
 
-    # The content of the data is compared instead of its place; batch_size has a rule of its own; more epochs may follow.
+    # Of data the content is compared, not the place; batch_size has a rule of its own; more epochs may follow.
     data_path: str = data("Training_Data", "data sets: <data set>/<case>.npy volumes, and folders of 2D images", FREE)
     cache_path: str | None = data(None, "folder for the working copy of the data; null: .cache in data_path", FREE)
     on_bad: Literal["error", "skip"] = data("error", "unusable files: stop before training, or leave them out")
