@@ -1,21 +1,18 @@
-"""What there is to convert: files and DICOM series below the given places, their label maps, and their ids."""
+"""What there is to convert: files and DICOM series below the given places, with their label maps and channels."""
 
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import numpy as np
-
-from conversion.readers import BadFile, dicom_header, has_position
+from conversion.description import MODALITIES, NNUNET_CHANNEL, Description, Preset, read_description
+from conversion.dicom import group_series
 from datasets.index import IMAGE_SUFFIXES, LABEL_FOLDERS, MONTAGE, SIDE_FILES
 from utils.errors import UserError
 
@@ -25,19 +22,18 @@ FORMATS = {
     **dict.fromkeys(IMAGE_SUFFIXES, "image"),
 }  # fmt: skip
 COMPANIONS = {".raw", ".zraw"}  # pixels of .mhd and .nhdr headers
-NEED_POSITIONS = {"CT", "MR", "PT", "NM"}  # DICOM modalities of slices, never of single radiographs
-MODALITIES = {"MRI": "MR", "PET": "PT"}  # other names of DICOM's modalities
 LOOKS_LIKE_LABEL = re.compile(r"(^|[_.-])(seg|segmentations?|labels?|masks?|gt)([_.-]?\d+)?$", re.IGNORECASE)
-SAME_FACING = 0.05  # scanners round the directions of the slices of one series differently
-NNUNET_CHANNEL = re.compile(r"_\d{4}$")
+
+Progress = Callable[[Iterable[Path]], Iterable[Path]]
 
 
 @dataclass(frozen=True)
 class Source:
-    """One case: a file, or the files of a DICOM series.
+    """One case: a file, a file per channel, or the files of a DICOM series.
 
     name: the last part of the place given and the path below it, the same on every machine; a series adds "#" and
-    eight hexadecimal digits of its UID's hash.  stem: the shortest id that says what it is.
+    eight hexadecimal digits of its UID's hash.  stem: the shortest id that says what it is.  channels: their names,
+    where the data set tells them.
     """
 
     name: str
@@ -45,13 +41,23 @@ class Source:
     format: str
     files: tuple[Path, ...]
     modality: str = ""
+    patient: str = ""
+    channels: tuple[str, ...] = ()
     label: Path | None = None
-    label_format: str = ""
+    text: str = ""  # what the "*" of its pattern stands for
 
     @property
     def path(self) -> Path:
-        """The file, or the folder of a series."""
-        return self.files[0] if len(self.files) == 1 else self.files[0].parent
+        """The file, the first of several channels, or the folder of a series."""
+        return self.files[0].parent if self.format == "dicom" and len(self.files) > 1 else self.files[0]
+
+    @property
+    def folder(self) -> str:
+        return self.name.rpartition("/")[0]
+
+    @property
+    def label_format(self) -> str:
+        return FORMATS[split_suffix(self.label.name)[1]]
 
 
 @dataclass
@@ -62,78 +68,69 @@ class Found:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
-    description: dict[str, Any] = field(default_factory=dict)  # of the data set, from dataset.json
+    description: Description = field(default_factory=Description)
+
+
+class Listed(NamedTuple):
+    """A file below one of the places."""
+
+    file: Path
+    name: str  # as in Source
+    root: Path  # the place
+    text: str = ""  # what the "*" of its pattern stands for, or its stem
+    number: int = 0  # of the pattern it matches
 
     @property
-    def structures(self) -> dict[int, str]:
-        """Names of label values: {"0": "background"} in the Decathlon, {"background": 0} in nnU-Net."""
-        labels = self.description.get("labels")
-        pairs = labels.items() if isinstance(labels, dict) else []
-        out = {}
-        for key, value in pairs:
-            number, name = (value, key) if isinstance(value, int) else (key, value)
-            if str(number).isdigit():
-                out[int(number)] = str(name)
-        return out
+    def stem(self) -> str:
+        return split_suffix(self.file.name)[0]
 
-    def modality(self, channel: int | None, stem: str) -> str:
-        """Of the channel that the end of nnU-Net's file names tells (_0000), or else of the given one.
+    @property
+    def suffix(self) -> str:
+        return split_suffix(self.file.name)[1]
 
-        "" where dataset.json does not say, or says several and none was chosen.
-        """
-        names = self.description.get("modality") or self.description.get("channel_names")
-        if not isinstance(names, dict) or not names:
-            return ""
-        number = NNUNET_CHANNEL.search(stem)
-        if number and str(int(number[0][1:])) in names:
-            channel = int(number[0][1:])
-        name = str(names.get(str(channel or 0), "")) if channel is not None or len(names) == 1 else ""
-        return MODALITIES.get(name.upper(), name)
+    @property
+    def folder(self) -> str:
+        return self.name.rpartition("/")[0]
 
 
 def find(
     places: Sequence[Path],
-    images: str = "*",
+    images: Sequence[str] = ("*",),
     labels: str = "",
     modality: str = "",
-    channel: int | None = None,
-    progress: Callable[[Iterable[Path]], Iterable[Path]] = iter,
+    channel: int | str | None = None,
+    preset: Preset | None = None,
+    progress: Progress = iter,
 ) -> Found:
     """Everything to convert in files and folders, in a fixed order.
 
-    images, labels: patterns of file names. With `labels`, the label of an image is the file for which its "*"
-    stands for the same text; else label maps lie in folders of labels beside the images and have their names.
-    progress: wraps the files whose DICOM headers are read. Raises UserError where a place is missing.
+    images: patterns of file names; several: one for each channel of a case.  labels: a pattern, too; the label of an
+    image is the file for which its "*" stands for the same text. Without it, label maps lie in folders of labels beside
+    the images and have their names.  channel: "all" makes one case of nnU-Net's CASE_0000, CASE_0001, ...
+    preset: replaces images and labels.  progress: wraps the files whose DICOM headers are read.
+    Raises UserError where a place is missing.
     """
+    if preset:
+        images, labels, modality = list(preset.images.values()), preset.labels, modality or preset.modality
+    if len(images) > 1 and isinstance(channel, int):
+        if channel >= len(images):
+            raise UserError(f"channel: there is no channel {channel}; choose 0 to {len(images) - 1}, or all")
+        images = images[channel : channel + 1]
     found = Found()
     listed = _list(places, found)
-    plain, dicom, label_files = [], [], []
-    with_headers = {file.parent for file, _, _ in listed if file.suffix.lower() in (".mhd", ".nhdr")}
-    for file, name, root in listed:
-        stem, suffix = split_suffix(file.name)
-        is_label = fnmatch.fnmatch(file.name, labels) if labels else _in_label_folder(name)
-        format = FORMATS.get(suffix)
-        if format is None and not is_label and suffix not in SIDE_FILES | COMPANIONS and _is_dicom(file):
-            format = "dicom"
-        if suffix in COMPANIONS and file.parent in with_headers:
-            continue
-        if format is None or file.name == "DICOMDIR":
-            found.ignored[suffix or "without suffix"] += 1
-        elif is_label:
-            label_files.append((file, name, format))
-        elif not fnmatch.fnmatch(file.name, images):
-            found.ignored[f"{suffix} not called {images}"] += 1
-        elif format == "dicom":
-            dicom.append((file, name, root))
-        else:
-            plain.append(Source(name, stem, format, (file,)))
-
     if len(places) == 1 and (places[0] / "dataset.json").is_file():
-        _read_description(places[0] / "dataset.json", found)
-    paired = _pair(plain, label_files, images, labels, found)
-    modality = MODALITIES.get(modality.upper(), modality)
-    series = _series(dicom, found, progress)
-    sources = [replace(s, modality=modality or found.modality(channel, s.stem) or s.modality) for s in paired + series]
+        found.description = read_description(places[0] / "dataset.json")
+        found.ignored[".json"] -= 1
+        files = [file for pair in found.description.pairs("training", "test") for file in pair if file]
+        missing = [file for file in files if not os.path.exists(file)]
+        found.problems += [f"{file}: is listed in dataset.json but does not exist; copy it" for file in missing]
+    plain, dicom, label_files = _sort(listed, images, labels, found)
+    names = tuple(preset.images) if preset and len(preset.images) > 1 else found.description.channels
+    sources = _pair(_cases(plain, images, names, channel == "all", found), label_files, bool(labels), found)
+    if preset:
+        sources = [replace(source, patient=source.text) for source in sources]
+    sources += _of_dicom(dicom, found, progress)
+    sources = _described(sources, MODALITIES.get(modality.upper(), modality), channel, found)
     found.sources = sorted(sources, key=lambda s: os.fsencode(s.name))
     twice = [name for name, count in Counter(s.name for s in sources).items() if count > 1]
     if twice:
@@ -158,81 +155,82 @@ def split_suffix(name: str) -> tuple[str, str]:
     return name[: len(name) - len(end)], end.lower()
 
 
-def assign_ids(sources: Sequence[Source], known: dict[str, str]) -> dict[str, str]:
-    """{source name: id}: letters, digits, ".", "_" and "-", unique on any file system.
-
-    An id is the file's name; where several files want the same one, all of them get their whole path instead, and
-    a hash of it should that not tell them apart. known: ids of earlier runs, which stay.
-    """
-    known = {**known, "": split_suffix(MONTAGE)[0]}  # a name that is taken
-    ids = {s.name: known[s.name] for s in sources if s.name in known}
-    taken = Counter(identifier.lower() for identifier in known.values())
-    fresh = [s for s in sources if s.name not in ids]
-    for proposal in (lambda s: s.stem, lambda s: split_suffix(s.name)[0].replace("/", "__"), _hashed):
-        wanted = {s.name: clean(proposal(s)) for s in fresh}
-        count = taken + Counter(identifier.lower() for identifier in wanted.values())
-        for source in fresh:
-            if count[wanted[source.name].lower()] == 1:
-                ids[source.name] = wanted[source.name]
-        taken = Counter(identifier.lower() for identifier in {**known, **ids}.values())
-        fresh = [s for s in fresh if s.name not in ids]
-    return ids
-
-
-def clean(text: str) -> str:
-    """The text with nothing in it that a file system could mind."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).lstrip(".") or "case"
-
-
-def _hashed(source: Source) -> str:
-    return f"{source.stem}_{hashlib.sha256(os.fsencode(source.name)).hexdigest()[:8]}"
-
-
-def _list(places: Sequence[Path], found: Found) -> list[tuple[Path, str, Path]]:
-    """(file, name, root) of every file that is not hidden."""
-    files: list[tuple[Path, str, Path]] = []
-    listed = set()
-
-    def add(file: Path, name: str, root: Path) -> None:
-        if file in listed:  # places may overlap
-            return
-        listed.add(file)
-        try:
-            name.encode()
-        except UnicodeEncodeError:  # as from archives of other systems
-            shown = os.fsencode(file).decode(errors="backslashreplace")
-            found.problems.append(f"{shown}: has a name that is not UTF-8, which no table can hold; rename it")
-            return
-        files.append((file, name, root))
-
+def _list(places: Sequence[Path], found: Found) -> list[Listed]:
+    """Every file that is not hidden."""
+    files: dict[Path, Listed] = {}  # places may overlap
     for place in places:
         place = Path(os.path.abspath(place.expanduser()))
         if place.is_file():
-            add(place, f"{place.parent.name}/{place.name}", place.parent)
+            files.setdefault(place, Listed(place, f"{place.parent.name}/{place.name}", place.parent))
             continue
         if not place.is_dir():
             raise UserError(f"source: {place} does not exist; give files or a folder")
-
-        def report(error: OSError) -> None:
-            found.problems.append(f"{error.filename}: cannot be listed ({error.strerror}); change its permissions")
-
-        seen = set()
-        for parent, folders, names in os.walk(place, followlinks=True, onerror=report):
-            real = os.path.realpath(parent)
-            if real in seen:  # a link that leads back up
-                folders.clear()
-                continue
-            seen.add(real)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(names):
-                if not name.startswith(".") and not (name == MONTAGE and Path(parent) == place):
-                    file = Path(parent) / name
-                    add(file, f"{place.name}/{file.relative_to(place).as_posix()}", place)
-    return files
+        for file in _below(place, found):
+            files.setdefault(file, Listed(file, f"{place.name}/{file.relative_to(place).as_posix()}", place))
+    good = []
+    for item in files.values():
+        if os.fsencode(item.name).decode(errors="replace") == item.name:
+            good.append(item)
+        else:  # as from archives of other systems
+            shown = os.fsencode(item.file).decode(errors="backslashreplace")
+            found.problems.append(f"{shown}: has a name that is not UTF-8, which no table can hold; rename it")
+    return good
 
 
-def _in_label_folder(name: str) -> bool:
-    return any(part.lower() in LABEL_FOLDERS for part in name.split("/")[1:-1])
+def _below(place: Path, found: Found) -> Iterator[Path]:
+    failed: list[OSError] = []
+    seen = set()
+    for parent, folders, names in os.walk(place, followlinks=True, onerror=failed.append):
+        real = os.path.realpath(parent)
+        if real in seen:  # a link that leads back up
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith(".") and not (name == MONTAGE and Path(parent) == place):
+                yield Path(parent) / name
+    found.problems += [f"{e.filename}: cannot be listed ({e.strerror}); change its permissions" for e in failed]
+
+
+def _sort(
+    listed: Sequence[Listed], images: Sequence[str], labels: str, found: Found
+) -> tuple[list[Listed], list[Listed], list[Listed]]:
+    """(files of images and volumes, DICOM files, label maps)."""
+    plain, dicom, label_files = [], [], []
+    with_headers = {item.file.parent for item in listed if item.file.suffix.lower() in (".mhd", ".nhdr")}
+    for item in listed:
+        name, suffix = item.file.name, item.suffix
+        in_label_folder = any(part.lower() in LABEL_FOLDERS for part in item.name.split("/")[1:-1])
+        label = _star(labels, name) if labels else item.stem if in_label_folder else None
+        format = FORMATS.get(suffix)
+        if format is None and label is None and suffix not in SIDE_FILES | COMPANIONS and _is_dicom(item.file):
+            format = "dicom"
+        texts = [_star(pattern, name) for pattern in images]
+        number = next((i for i, text in enumerate(texts) if text is not None), None)
+        if suffix in COMPANIONS and item.file.parent in with_headers:
+            continue
+        if format is None or name == "DICOMDIR":
+            found.ignored[suffix or "without suffix"] += 1
+        elif label is not None:
+            label_files.append(item._replace(text=label))
+        elif number is None:
+            found.ignored[f"{suffix} not called {' or '.join(images)}"] += 1
+        else:
+            (dicom if format == "dicom" else plain).append(item._replace(text=texts[number], number=number))
+    return plain, dicom, label_files
+
+
+def _star(pattern: str, name: str) -> str | None:
+    """What the "*" of a pattern stands for in a file's name, with or without suffix, or its stem; None: no match."""
+    stem = split_suffix(name)[0]
+    for text in (name, stem):
+        if fnmatch.fnmatch(text, pattern):
+            if pattern == "*" or pattern.count("*") != 1:
+                return stem
+            before, after = pattern.split("*")
+            return text[len(before) : len(text) - len(after)]
+    return None
 
 
 def _is_dicom(file: Path) -> bool:
@@ -243,137 +241,110 @@ def _is_dicom(file: Path) -> bool:
         return False
 
 
-def _pair(
-    sources: list[Source], label_files: list[tuple[Path, str, str]], images: str, labels: str, found: Found
+def _cases(
+    plain: Sequence[Listed], images: Sequence[str], names: tuple[str, ...], together: bool, found: Found
 ) -> list[Source]:
+    """A source of every file, or of the files of its channels: where there are patterns for these, or `together`."""
+    of_nnunet = {(item.folder, item.stem[:-5]) for item in plain if item.stem.endswith("_0000")}
+    groups: dict[tuple[str, ...], dict[int, Listed]] = defaultdict(dict)
+    count = len(images)
+    for item in plain:
+        case, end = (item.folder, item.stem[:-5]), NNUNET_CHANNEL.search(item.stem)
+        if len(images) > 1:
+            groups[item.folder, images[0].split("*")[0] + item.text][item.number] = item
+        elif end and case in of_nnunet and FORMATS[item.suffix] != "image":
+            groups[case][int(end[1])] = item
+            count = max(count, int(end[1]) + 1)
+        else:
+            groups[item.folder, item.stem, item.name][0] = item
+    if count > 1 and not together and len(images) == 1:
+        found.notes.append(
+            f"the channels of nnU-Net's cases (_0000 to _{count - 1:04}) become volumes of their own; --channel all "
+            "keeps them together"
+        )
+    sources = []
+    for key, members in groups.items():
+        files = [members[number] for number in sorted(members)]
+        if len(key) == 3 or not (together or len(images) > 1):
+            sources += [
+                Source(f.name, f.stem, FORMATS[f.suffix], (f.file,), channels=names, text=f.text) for f in files
+            ]
+        elif len(files) == count:
+            first, paths = files[0], tuple(item.file for item in files)
+            sources.append(Source(first.name, key[1], FORMATS[first.suffix], paths, channels=names, text=first.text))
+        else:
+            found.problems.append(f"{files[0].file}: its case has {len(files)} of {count} channels; add the others")
+    return sources
+
+
+def _pair(sources: list[Source], label_files: Sequence[Listed], by_pattern: bool, found: Found) -> list[Source]:
     """The sources with their label maps; label maps without an image are problems, the opposite is noted."""
     wanted = defaultdict(list)
     for i, source in enumerate(sources):
-        folder = source.name.rpartition("/")[0]
-        if labels:
-            wanted[folder, _star(images, source.files[0].name, source.stem)].append(i)
-            continue
-        for stem in {source.stem, NNUNET_CHANNEL.sub("", source.stem)}:
-            wanted[folder, stem].append(i)  # images beside the folder of labels,
-            wanted[folder.rpartition("/")[0], stem].append(i)  # or in a folder beside it
+        above = source.folder.rpartition("/")[0]  # images lie beside the folder of labels, or in a folder beside it
+        stems = {source.stem, NNUNET_CHANNEL.sub("", source.stem)}
+        keys = {(folder, stem) for folder in (source.folder, above) for stem in stems}
+        for key in {(source.folder, source.text)} if by_pattern else keys:
+            wanted[key].append(i)
     by_path = {os.path.abspath(source.path): i for i, source in enumerate(sources)}
-    of_label = {label: by_path[image] for image, label in _listed_pairs(found) if image in by_path}
-    labelled: dict[int, tuple[Path, str]] = {}
-    for file, name, format in label_files:
-        stem = split_suffix(file.name)[0]
-        folder = name.rpartition("/")[0]
-        if os.path.abspath(file) in of_label:
-            matches = [of_label[os.path.abspath(file)]]
-        elif labels:
-            matches = wanted[folder, _star(labels, file.name, stem)]
+    of_label = {label: by_path[image] for image, label in found.description.pairs("training") if image in by_path}
+    labelled: dict[int, Path] = {}
+    for item in label_files:
+        if os.path.abspath(item.file) in of_label:
+            matches = [of_label[os.path.abspath(item.file)]]
+        elif by_pattern:
+            matches = wanted[item.folder, item.text]
         else:
-            matches = wanted[folder.rpartition("/")[0], stem]
-            subset = folder.lower()[-2:]
-            if subset in ("tr", "ts"):  # imagesTs may have the same names as imagesTr
-                other = {"tr": "ts", "ts": "tr"}[subset]
-                matches = [i for i in matches if not sources[i].name.lower().split("/")[-2].endswith(f"images{other}")]
+            # imagesTs may have the same names as imagesTr
+            other = {"tr": "imagests", "ts": "imagestr"}.get(item.folder.lower()[-2:])
+            matches = wanted[item.folder.rpartition("/")[0], item.text]
+            matches = [i for i in matches if not (other and sources[i].folder.lower().endswith(other))]
         if not matches:
-            where = " in its folder" if labels else ""
-            found.problems.append(f"{file}: is a label map without an image{where}; copy its image, or remove it")
+            where = " in its folder" if by_pattern else ""
+            found.problems.append(f"{item.file}: is a label map without an image{where}; copy its image, or remove it")
         for i in matches:
             if i in labelled:
-                found.problems.append(f"{file}: is a second label map of {sources[i].path}; remove one of them")
-            labelled[i] = (file, format)
+                found.problems.append(f"{item.file}: is a second label map of {sources[i].path}; remove one of them")
+            labelled[i] = item.file
     bare = [
         s.path
         for i, s in enumerate(sources)
-        if i not in labelled
-        and ((label_files and not s.name.lower().split("/")[-2].endswith("ts")) or "/imagesTr/" in s.name)
+        if i not in labelled and ((label_files and not s.folder.lower().endswith("ts")) or "/imagesTr/" in s.name)
     ]
     if bare:
         found.notes.append(
             f"{len(bare)} images have no label map ({bare[0]}{', ...' if len(bare) > 1 else ''}); they are converted "
             "all the same, since pre-training needs none"
         )
-    return [
-        replace(s, label=labelled[i][0], label_format=labelled[i][1]) if i in labelled else s
-        for i, s in enumerate(sources)
-    ]
+    return [replace(source, label=labelled.get(i)) for i, source in enumerate(sources)]
 
 
-def _star(pattern: str, name: str, stem: str) -> str:
-    """What the "*" of a pattern stands for in a name; the stem where the pattern has not exactly one."""
-    if pattern == "*" or pattern.count("*") != 1:
-        return stem
-    before, after = pattern.split("*")
-    return name[len(before) : len(name) - len(after)]
-
-
-def _read_description(path: Path, found: Found) -> None:
-    """Keep dataset.json of the Medical Segmentation Decathlon or of nnU-Net; report the files that it lacks."""
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); correct it or remove it") from None
-    found.description = description if isinstance(description, dict) else {}
-    found.description["_folder"] = str(path.parent)
-    listed = [file for pair in _listed_pairs(found, tests=True) for file in pair if file]
-    missing = [file for file in listed if not os.path.exists(file)]
-    found.problems += [f"{file}: is listed in {path.name} but does not exist; copy it" for file in missing]
-    found.ignored[".json"] -= 1
-
-
-def _listed_pairs(found: Found, tests: bool = False) -> list[tuple[str, str]]:
-    """(image, label or "") as absolute paths, in the order of dataset.json."""
-    folder = found.description.get("_folder", "")
-    training = found.description.get("training")
-    entries = list(training) if isinstance(training, list) else []
-    test = found.description.get("test")
-    entries += list(test) if tests and isinstance(test, list) else []
-    pairs = []
-    for entry in entries:
-        image, label = (entry.get("image"), entry.get("label")) if isinstance(entry, dict) else (entry, None)
-        if isinstance(image, str):
-            pairs.append(tuple(os.path.abspath(os.path.join(folder, p)) if p else "" for p in (image, label)))
-    return pairs
-
-
-def _series(
-    files: list[tuple[Path, str, Path]], found: Found, progress: Callable[[Iterable[Path]], Iterable[Path]]
-) -> list[Source]:
+def _of_dicom(dicom: Sequence[Listed], found: Found, progress: Progress) -> list[Source]:
     """DICOM files grouped into series by their headers, and single radiographs."""
-    groups: dict[tuple[Any, ...], list[tuple[Path, str, str]]] = defaultdict(list)
-    single = []
-    facings: dict[tuple[Any, ...], list[tuple[float, ...]]] = defaultdict(list)
-    by_path = {file: (name, root) for file, name, root in files}
-    for file in progress(list(by_path)):
-        name, root = by_path[file]
-        try:
-            header = dicom_header(file)
-            modality = str(header.get("Modality") or "")
-            key = ()
-            if has_position(header) or modality in NEED_POSITIONS:
-                uid, size = str(header.get("SeriesInstanceUID") or root), (int(header.Rows), int(header.Columns))
-                facing = tuple(float(x) for x in header.get("ImageOrientationPatient") or ())
-                known = facings[uid, size]
-                alike = [f for f in known if len(f) == len(facing) and np.allclose(f, facing, rtol=0, atol=SAME_FACING)]
-                if not alike:
-                    known.append(facing)
-                key = (uid, tuple(round(x, 1) + 0.0 for x in (*alike, facing)[0]), *size)
-        except BadFile as error:
-            found.problems.append(f"{file}: {error}")
-            continue
-        except Exception as error:  # pydicom converts a value when it is asked for it
-            found.problems.append(f"{file}: has a damaged DICOM header ({error}); export it again or remove it")
-            continue
-        if key:
-            groups[key].append((file, name, modality))
-        else:
-            single.append(Source(name, split_suffix(file.name)[0], "dicom_image", (file,), modality))
-    per_folder = Counter(folder for members in groups.values() for folder in {m[0].parent for m in members})
-    series = []
-    for key, members in groups.items():
-        folder = members[0][1].rpartition("/")[0]
-        alone = len({m[0].parent for m in members}) == 1 and per_folder[members[0][0].parent] == 1
-        digest = hashlib.sha256(repr(key).encode()).hexdigest()[:8]
+    listed = {item.file: item for item in dicom}
+    series, single = group_series(progress(list(listed)), {item.file: item.root for item in dicom}, found.problems)
+    per_folder = Counter(folder for s in series for folder in {file.parent for file in s.files})
+    sources = []
+    for s in series:
+        folder = listed[s.files[0]].folder
+        alone = len({file.parent for file in s.files}) == 1 and per_folder[s.files[0].parent] == 1
         stem = folder.rpartition("/")[2] or "series"
-        paths = tuple(m[0] for m in members)
-        series.append(
-            Source(f"{folder}#{digest}", stem if alone else f"{stem}_{digest}", "dicom", paths, members[0][2])
-        )
-    return series + single
+        stem = stem if alone else f"{stem}_{s.digest}"
+        sources.append(Source(f"{folder}#{s.digest}", stem, "dicom", s.files, s.modality, s.patient))
+    for s in single:
+        item = listed[s.files[0]]
+        sources.append(Source(item.name, item.stem, "dicom_image", s.files, s.modality, s.patient))
+    return sources
+
+
+def _described(sources: list[Source], modality: str, channel: int | str | None, found: Found) -> list[Source]:
+    """With modality and patient, as the user or dataset.json say."""
+    about, people = found.description, found.description.patients
+    named = [people.get(s.stem) or people.get(NNUNET_CHANNEL.sub("", s.stem)) or s.patient for s in sources]
+    missing = [s.stem for s, person in zip(sources, named, strict=True) if not person]
+    if people and missing:
+        found.notes.append(f"dataset.json does not name the patients of {len(missing)} cases, e.g. {missing[0]}")
+    return [
+        replace(s, modality=modality or about.modality(channel, s.stem) or s.modality, patient=person)
+        for s, person in zip(sources, named, strict=True)
+    ]

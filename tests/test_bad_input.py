@@ -137,7 +137,7 @@ def test_scan_names_each_file_that_its_header_gives_away(bad: Path, tree: Path) 
 
 
 def test_inspection_keeps_everything_else(bad: Path, tree: Path) -> None:
-    samples, problems = inspect_tree(put(bad, tree, *ALL, ACCEPTED))
+    samples, _, problems = inspect_tree(put(bad, tree, *ALL, ACCEPTED))
     assert_lines(problems, tree, BY_HEADER)
     assert {s.name for s in samples} == {*GOOD, f"A/{ACCEPTED}", *(f"A/{name}" for name in BY_CONTENT)}
 

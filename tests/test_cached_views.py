@@ -241,13 +241,10 @@ def test_a_disk_without_room_and_a_folder_that_cannot_be_made_are_the_users_to_p
         with pytest.raises(UserError, match=r"cached_views: 2 versions of 8 volumes need .* lower --cached_views"):
             next(loaders(store, Rows())[1].epoch(0))
     _, loader = loaders(store, Rows())
-    batches = loader.epoch(0)
-    next(batches)
+    next(loader.epoch(0))
     shutil.rmtree(loader.cache.folder)
-    with pytest.raises(UserError, match=r"cached_views: .* cannot be written .*--cache_path"):
-        next(batches)
     loader.cache.folder.write_bytes(b"a file in its place")
-    with pytest.raises(UserError, match=r"cached_views: .* cannot be written"):
+    with pytest.raises(UserError, match=r"cannot be written .*--cache_path"):
         next(loaders(store, Rows())[1].epoch(0))
 
 

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,14 +17,16 @@ from PIL import Image
 
 import check_data
 from datasets import check as check_module
-from datasets.check import Finding, check, header_findings, header_warnings, outliers, read_content
+from datasets.check import check, read_content
+from datasets.headers import Finding, header_findings, header_warnings, outliers
 from datasets.index import Sample, scan
-from datasets.render import BadContent
 from datasets.store import prepare
 from utils import config
 from utils.errors import UserError
 
 RNG = np.random.default_rng(7)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sample(name: str, slices: int = 40, height: int = 512, width: int = 512, **changes) -> Sample:
@@ -230,11 +231,7 @@ def only(path: Path) -> Sample:
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize("voxels_at_once", [1, 700, 10**9])
-def test_measures_are_numpys_however_the_file_lies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str, voxels_at_once: int
-) -> None:
-    monkeypatch.setattr(check_module, "VOXELS_AT_ONCE", voxels_at_once)
+def test_measures_are_numpys_however_the_file_lies(tmp_path: Path, order: str) -> None:
     volume = blob().astype(np.float32)
     volume[:, :, 3] = 5
     volume[:, :, 9] = 0
@@ -244,16 +241,6 @@ def test_measures_are_numpys_however_the_file_lies(
     assert content.percentiles == pytest.approx(np.percentile(volume.astype(float), [0.5, 50, 99.5]))
     assert content.blank == 2
     assert not content.wrapped
-
-
-def test_sampled_percentiles_are_close_and_blank_slices_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    volume = RNG.normal(100, 20, (64, 64, 32)) + np.arange(32)
-    save(tmp_path / "A/1.npy", volume)
-    monkeypatch.setattr(check_module, "SAMPLED_VOXELS", 16_384)
-    content = read_content(only(tmp_path))
-    exact = np.percentile(volume, [0.5, 50, 99.5])
-    assert content.percentiles != pytest.approx(exact, abs=1e-9)  # it did sample
-    assert content.percentiles == pytest.approx(exact, abs=3)
 
 
 def digest(path: Path, array: np.ndarray, settings: str = "") -> str:
@@ -283,17 +270,7 @@ def test_every_real_change_changes_the_digest(tmp_path: Path) -> None:
         *(np.roll(volume, 1, axis) for axis in range(3)),
         *(volume + 1, volume * 2),
     ]
-    for place in RNG.integers(0, 16, (20, 3)):
-        changed = volume.copy()
-        changed[tuple(place)] ^= 1
-        others.append(changed)
-        other = tuple((place + np.array([8, 0, 0])) % 16)  # swap two voxels of a column, over which codes are summed
-        if volume[tuple(place)] != volume[other]:
-            swapped = volume.copy()
-            swapped[tuple(place)], swapped[other] = volume[other], volume[tuple(place)]
-            others.append(swapped)
-    digests = {digest(tmp_path, other) for other in [volume, *others]}
-    assert len(digests) == len({other.tobytes() for other in [volume, *map(np.ascontiguousarray, others)]})
+    assert len({digest(tmp_path, other) for other in [volume, *others]}) == 1 + len(others)
 
 
 def test_equal_content_is_found_across_data_sets_and_types(tmp_path: Path) -> None:
@@ -307,18 +284,6 @@ def test_equal_content_is_found_across_data_sets_and_types(tmp_path: Path) -> No
     (finding,) = found(tmp_path)
     assert finding.message.startswith("duplicates (all values agree): 2 files too many: A/1.npy = B/copy.npy; C/1.png")
     assert finding.files == ["A/1.npy", "B/copy.npy", "C/1.png", "D/2.bmp"]
-
-
-def test_reading_takes_little_memory_whatever_the_size_of_the_file(tmp_path: Path) -> None:
-    volume = np.broadcast_to(np.arange(256, dtype=np.int16), (256, 256, 256))
-    for order in "CF":
-        save(tmp_path / f"{order}/A/1.npy", np.asarray(volume, order=order))  # 33 MB
-        one = only(tmp_path / order)
-        tracemalloc.start()
-        read_content(one)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < 14_000_000  # blocks of 2 ** 18 voxels, and as many samples in float64 while they are sorted
 
 
 def test_errors_are_exactly_what_training_refuses(tmp_path: Path) -> None:
@@ -355,8 +320,7 @@ def test_a_file_that_vanishes_is_an_error_and_the_rest_is_read(tmp_path: Path) -
     contents, refused = check_module._read_all(samples, 2, progress=False)
     assert [s.name for s in contents] == ["A/0.npy", "A/2.npy"]
     (error,) = refused.values()
-    assert isinstance(error, BadContent)
-    assert "A/1.npy: cannot be read" in str(error)
+    assert "cannot be read" in str(error)
 
 
 def test_any_number_of_workers_finds_the_same(tmp_path: Path) -> None:
@@ -510,28 +474,6 @@ def test_tables_show_the_range_of_each_measure(tmp_path, capsys) -> None:
     assert lines[1].split() == ["min", "median", "max"]
     assert lines[2].split() == ["slices", "12", "16", "40"]
     assert any(line.split()[:2] == ["99.5", "%"] for line in lines)
-
-
-# --- real data
-
-
-def test_real_brain_slices_have_twelve_black_ones(tmp_path: Path, shared: Path) -> None:
-    (tmp_path / "Brain").symlink_to(shared / "slices_png/BraTS2018_Brain")
-    findings = found(tmp_path)
-    errors = [finding for finding in findings if finding.level == "error"]
-    assert len(errors) == 12
-    assert all("all pixels are 0" in error.message for error in errors)
-    assert checks(findings)[12:] == ["file size", "almost constant", "intensity"]
-
-
-def test_real_volumes_are_read_and_a_renamed_case_is_found(tmp_path: Path, shared: Path) -> None:
-    nibabel = pytest.importorskip("nibabel")
-    for file in sorted((shared / "hippocampus/imagesTr").glob("*.nii.gz"))[:12]:
-        save(tmp_path / f"Hippocampus/{file.name[:-7]}.npy", np.asanyarray(nibabel.load(file).dataobj))
-    first = sorted((tmp_path / "Hippocampus").iterdir())[0]
-    save(tmp_path / "Again/renamed.npy", np.load(first).astype(np.float64))
-    twins = [finding for finding in found(tmp_path, workers=2) if finding.check == "duplicates"]
-    assert [finding.files for finding in twins] == [["Again/renamed.npy", f"Hippocampus/{first.name}"]]
 
 
 def test_working_copies_of_changed_files_are_told_and_deleted_on_demand(

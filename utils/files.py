@@ -65,13 +65,35 @@ def write_json(value: Any, path: Path) -> None:
     write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n", path)
 
 
-def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A whole CSV file with the columns of all rows, in the order in which they first appear."""
+def write_csv(rows: Sequence[Mapping[str, Any]], path: Path, columns: Sequence[str] = ()) -> None:
+    """A whole CSV file with `columns` and all others of the rows, in the order in which they first appear."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    names = dict.fromkeys([*columns, *(name for row in rows for name in row)])
+    writer = csv.DictWriter(text, list(names), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(text.getvalue(), path)
+
+
+def read_csv(path: str | Path, option: str) -> list[dict[str, str]]:
+    """Lines of a CSV file, at least one, as dictionaries of stripped texts.
+
+    option: what names the file, for the UserErrors that say what is wrong with it.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            rows = list(reader)
+    except OSError as error:
+        raise UserError(f"{option}: {path}: cannot be read ({error.strerror}); name an existing CSV file") from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{option}: {path}: is not a CSV text file ({error}); export it again, as UTF-8") from None
+    if not rows:
+        raise UserError(f"{option}: {path}: has no lines below its header")
+    for line, row in enumerate(rows, start=2):
+        if None in row or None in row.values():
+            raise UserError(f"{option}: {path}, line {line}: has not the header's {len(reader.fieldnames)} fields")
+    return [{key.strip(): value.strip() for key, value in row.items()} for row in rows]
 
 
 def flush_folder(folder: Path) -> None:

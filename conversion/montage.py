@@ -1,0 +1,72 @@
+"""montage.png: a few slices of every data set for people to look at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from conversion.table import Case
+from datasets.index import MONTAGE
+from utils.files import whole_file
+
+TILE, TILES = 128, 48  # pixels, number
+CAPTION = 12  # pixels
+PERCENTILES = (0.5, 99.5)
+
+
+def montage(cases: Sequence[Case], dest: Path, window: Sequence[float] | None) -> None:
+    """Slices as training sees them (window or percentiles), label maps as a red tint, with their ids."""
+    picked = [cases[i] for i in np.unique(np.linspace(0, len(cases) - 1, min(len(cases), TILES)).astype(int))]
+    shares = (0.3, 0.5, 0.7) if 3 * len(cases) <= TILES else (0.5,)
+    tiles = [tile for case in picked for tile in _tiles(case, dest, window, shares)]
+    columns = min(12 if len(shares) == 3 else 8, len(tiles))
+    sheet = Image.new("RGB", (columns * TILE, math.ceil(len(tiles) / columns) * (TILE + CAPTION)))
+    draw = ImageDraw.Draw(sheet)
+    for k, (text, tile) in enumerate(tiles):
+        x, y = k % columns * TILE, k // columns * (TILE + CAPTION)
+        sheet.paste(tile, (x + (TILE - tile.width) // 2, y + CAPTION + (TILE - tile.height) // 2))
+        draw.text((x + 2, y), text[-20:], fill=(255, 255, 0))
+    with whole_file(dest / MONTAGE) as temporary:
+        sheet.save(temporary, format="PNG")
+
+
+def _tiles(
+    case: Case, dest: Path, window: Sequence[float] | None, shares: Sequence[float]
+) -> Iterator[tuple[str, Image.Image]]:
+    if not case.is_volume:
+        with Image.open(dest / case.file) as image:
+            grey = np.asarray(image if image.mode.startswith("I") or image.mode == "F" else image.convert("L"))
+        yield case.id, _tile(grey, None, _limits(grey), (1.0, 1.0))
+        return
+    volume = np.load(dest / case.file, mmap_mode="r", allow_pickle=False)
+    volume = volume[..., 0] if volume.ndim == 4 else volume
+    label = np.load(dest / case.label, mmap_mode="r", allow_pickle=False) if case.label else None
+    limits = window or _limits(volume)
+    spacing = [float(x) for x in case.spacing_mm.split(" x ")] if case.spacing_mm else [1.0, 1.0, 1.0]
+    for share in shares:
+        k = int(share * volume.shape[2])
+        tint = label[:, :, k] > 0 if label is not None else None
+        yield f"{case.id} {k}", _tile(volume[:, :, k], tint, limits, (spacing[0], spacing[1]))
+
+
+def _limits(array: np.ndarray) -> tuple[float, float]:
+    """Percentiles of about a million values, or the extremes where these coincide."""
+    low, high = np.percentile(array.reshape(-1, order="F")[:: max(1, array.size // 10**6)].astype(float), PERCENTILES)
+    return (float(low), float(high)) if low < high else (float(array.min()), float(array.max()))
+
+
+def _tile(pixels: np.ndarray, tint: np.ndarray | None, limits: Sequence[float], mm: tuple[float, float]) -> Image.Image:
+    """At most TILE x TILE pixels, in the proportions that the patient has."""
+    low, high = limits
+    grey = ((pixels.astype(np.float32) - low) / max(high - low, 1e-20)).clip(0, 1) * 255
+    rgb = np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+    if tint is not None:
+        rgb[tint, 0] = rgb[tint, 0] // 2 + 127
+    height, width = pixels.shape[0] * mm[0], pixels.shape[1] * mm[1]
+    scale = TILE / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return Image.fromarray(rgb).resize(size, Image.Resampling.BILINEAR)

@@ -1,0 +1,195 @@
+"""The tables of a prepared tree: cases.csv, dataset.yaml, and what is printed of them; ids that stay."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from conversion.layouts import Source, split_suffix
+from datasets.index import MONTAGE
+from utils.errors import UserError
+from utils.files import write_csv, write_text
+
+CASES = "cases.csv"
+LABELS = "labels"  # the folder of label maps: one that datasets.index never reads as data
+SAME_SPACING = 0.02  # data sets whose spacings differ by less than this share have one spacing
+
+
+@dataclass
+class Case:
+    """A converted case: one row of cases.csv. Lists are joined with " x "."""
+
+    id: str
+    source: str  # folder or file given as --source, and the path below it
+    file: str  # written, relative to the data set
+    label: str = ""  # written label map, relative to the data set
+    patient: str = ""
+    modality: str = ""
+    channels: str = ""  # names, joined by ", ", of a volume with several
+    plane: str = ""
+    orientation: str = ""  # sides towards which the row, column and slice index grows
+    spacing_mm: str = ""  # rows x columns x slices
+    affine: str = ""  # 12 numbers, see conversion/convert.py
+    shape: str = ""
+    dtype: str = ""
+    minimum: str = ""
+    maximum: str = ""
+    original_orientation: str = ""  # x, y, z of the source
+    original_spacing_mm: str = ""
+    original_shape: str = ""
+    original_dtype: str = ""
+    original_files: str = "1"
+    sha256: str = ""  # of the written file
+    bytes: str = ""  # of the written file
+    label_bytes: str = ""
+    notes: str = ""
+    key: str = ""  # of the source files and the options: a case with another key is made again
+
+    @property
+    def is_volume(self) -> bool:
+        return self.file.endswith(".npy")
+
+    def is_whole(self, dest: Path) -> bool:
+        """Whether all files are there, as long as they were when they were written."""
+        pairs = [(self.file, self.bytes), (self.label, self.label_bytes)]
+        return all(
+            (dest / file).is_file() and (dest / file).stat().st_size == int(size) for file, size in pairs if file
+        )
+
+
+def read_table(dest: Path) -> dict[str, Case]:
+    """{source: case} of cases.csv; {} where there is none."""
+    path = dest / CASES
+    if not path.exists():
+        return {}
+    names = {f.name for f in fields(Case)}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error):
+        rows = [{}]
+    if any(set(row) != names for row in rows):
+        raise UserError(f"{path}: was not written by this version; move it away, and all cases are converted again")
+    return {row["source"]: Case(**row) for row in rows}
+
+
+def write_table(table: dict[str, Case], dest: Path) -> None:
+    write_csv([vars(case) for case in in_order(table)], dest / CASES)
+
+
+def in_order(table: dict[str, Case]) -> list[Case]:
+    return sorted(table.values(), key=lambda case: os.fsencode(case.id))
+
+
+def assign_ids(sources: Sequence[Source], known: dict[str, str]) -> dict[str, str]:
+    """{source name: id}: letters, digits, ".", "_" and "-", unique on any file system.
+
+    An id is the file's name; where several files want the same one, all of them get their whole path instead, and
+    a hash of it should that not tell them apart. known: ids of earlier runs, which stay.
+    """
+    known = {**known, "": split_suffix(MONTAGE)[0]}  # a name that is taken
+    ids = {s.name: known[s.name] for s in sources if s.name in known}
+    taken = Counter(identifier.lower() for identifier in known.values())
+    fresh = [s for s in sources if s.name not in ids]
+    for proposal in (lambda s: s.stem, lambda s: split_suffix(s.name)[0].replace("/", "__"), _hashed):
+        wanted = {s.name: clean(proposal(s)) for s in fresh}
+        count = taken + Counter(identifier.lower() for identifier in wanted.values())
+        for source in fresh:
+            if count[wanted[source.name].lower()] == 1:
+                ids[source.name] = wanted[source.name]
+        taken = Counter(identifier.lower() for identifier in {**known, **ids}.values())
+        fresh = [s for s in fresh if s.name not in ids]
+    return ids
+
+
+def clean(text: str) -> str:
+    """The text with nothing in it that a file system could mind."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).lstrip(".") or "case"
+
+
+def _hashed(source: Source) -> str:
+    return f"{source.stem}_{hashlib.sha256(os.fsencode(source.name)).hexdigest()[:8]}"
+
+
+def describe(
+    cases: Sequence[Case],
+    dest: Path,
+    spacing_mm: Sequence[float],
+    window: Sequence[float] | str | None,
+    source: str,
+    structures: dict[str, list[int]],
+) -> dict[str, Any]:
+    """Write dataset.yaml and return its content; keys of people stay, what differs between cases is left out.
+
+    spacing_mm: that was asked for.  window: "keep": the one that is there.  source: where the data come from, if known.
+    structures: of the label maps.
+    """
+    path = dest / "dataset.yaml"
+    try:
+        old = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be read as YAML ({' '.join(str(error).split())}); correct or remove it"
+        ) from None
+    old = old if isinstance(old, dict) else {}
+    volumes = [case for case in cases if case.is_volume]
+    new: dict[str, Any] = {"modality": ", ".join(sorted({case.modality or "unknown" for case in cases}))}
+    if volumes:
+        new["slice_axis"] = 2
+        for key in ("plane", "orientation", "channels"):
+            values = {getattr(case, key) for case in volumes}
+            new[key] = values.pop() if len(values) == 1 and "" not in values else None
+        new["channels"] = new["channels"] and new["channels"].split(", ")
+        new["spacing_mm"] = _common_spacing(volumes, spacing_mm)
+        new["window"] = old.get("window") if window == "keep" else window and [float(x) for x in window]
+    new["source"] = source or ", ".join(sorted({re.split("[/#]", case.source)[0] for case in cases}))
+    new["structures"] = (any(case.label for case in cases) and structures) or old.get("structures")
+    content = {key: value for key, value in {**old, **new}.items() if value is not None and value != {}}
+    write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), path)
+    return content
+
+
+def _common_spacing(volumes: Sequence[Case], asked: Sequence[float]) -> list[float] | None:
+    spacings = [[float(x) for x in case.spacing_mm.split(" x ")] for case in volumes if case.spacing_mm]
+    if len(spacings) < len(volumes):
+        return None
+    middle = np.median(spacings, axis=0)
+    if asked:
+        middle = np.where(np.array(asked) > 0, asked, middle)
+    alike = (np.abs(np.array(spacings) / middle - 1) < SAME_SPACING).all()
+    return [round(float(x), 4) for x in middle] if alike else None
+
+
+def summary(cases: Iterable[Case]) -> str:
+    """A table of what a data set holds: one line for each plane, modality and dtype."""
+    groups: dict[tuple[str, ...], list[Case]] = {}
+    for case in cases:
+        kind = "volumes" if case.is_volume else "images"
+        groups.setdefault((kind, case.modality or "unknown", case.plane or "-", case.dtype), []).append(case)
+    rows = [("kind", "modality", "plane", "dtype", "cases", "labels", "shape", "spacing mm", "MB")]
+    for key, members in groups.items():
+        megabytes = sum(int(case.bytes) for case in members) / 1e6
+        labels = sum(bool(case.label) for case in members)
+        shape, spacing = _ranges(case.shape for case in members), _ranges(case.spacing_mm for case in members)
+        rows.append((*key, str(len(members)), str(labels), shape, spacing, f"{megabytes:.1f}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _ranges(texts: Iterable[str]) -> str:
+    """`31..42 x 40 x 24` from `31 x 40 x 24` and `42 x 40 x 24`."""
+    values = [[float(x) for x in text.split(" x ")] for text in texts if text]
+    if not values or len({len(v) for v in values}) > 1:
+        return "-" if not values else "various"
+    ends = [(min(column), max(column)) for column in zip(*values, strict=True)]
+    return " x ".join(f"{low:g}" if low == high else f"{low:g}..{high:g}" for low, high in ends)
