@@ -4,7 +4,7 @@
         --labelled "[10, 50, 0]" --seeds "[0, 1, 2]" --options.data_path Training_Data --options.size 128
 
 Each combination is a cell: it is run once, kept in dump_path, and read from there when the command is given again. The
-differences are paired: the same seed, split and labelled cases from either initialisation. docs/COMPARE.md has more.
+differences are paired: the same seed, split and labelled cases from either initialisation. docs/DOWNSTREAM.md has more.
 """
 
 from __future__ import annotations
