@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from conversion.readers import BadFile, dicom_header
+from conversion.dicom import dicom_header
+from conversion.volume import BadFile
 from datasets.index import IMAGE_FORMATS, IMAGE_SUFFIXES, bad_files
 from utils.errors import UserError
 from utils.files import read_csv

@@ -199,7 +199,7 @@ class Classification(Task):
         passes = math.ceil(self.steps * cfg.batch_size / len(train)) if cfg.steps_per_epoch else 1
         order = np.concatenate([random.permutation(train) for _ in range(passes)])[: self.steps * cfg.batch_size]
         chosen = np.array_split(order, self.steps)[step]
-        volumes, mask = self.load(chosen)
+        volumes, mask = self.read(chosen)
         extents = torch.tensor([items.cases.extent(i) for i in items.index[chosen]])
         # Geometry and gamma only: what else training's policies do would drown small findings.
         ranges = Ranges(crop_area=(0.7, 1.0), anisotropy_p=0, blur_p=0, bias_p=0, noise_p=0)
@@ -207,7 +207,7 @@ class Classification(Task):
         views = augment(volumes, mask.cpu(), extents, torch.from_numpy(chosen), epoch, views=1)[0]
         return views, mask, torch.from_numpy(items.labels[chosen]).to(self.device)
 
-    def load(self, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
+    def read(self, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
         """Stacks [B, D, S, S] and mask [B, D] of a few items."""
         stacks = [torch.from_numpy(self.items.cases.read(i)) for i in self.items.index[chosen]]
         volumes, mask = pad(stacks)
@@ -230,7 +230,7 @@ class Classification(Task):
         logits = []
         for first in range(0, len(chosen), self.cfg.batch_size):
             with self.precision.autocast():
-                logits.append(model(*self.load(chosen[first : first + self.cfg.batch_size])))
+                logits.append(model(*self.read(chosen[first : first + self.cfg.batch_size])))
         found = torch.cat(logits).softmax(dim=1).cpu().double().numpy()
         if not np.isfinite(found).all():
             raise UserError("fine-tuning gives NaN or Inf; lower --base_lr, or change --weights")

@@ -29,7 +29,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from tqdm import tqdm
 
-from conversion.readers import read_dicom_image
+from conversion.dicom import read_dicom_image
 from datasets.cache import cache_folder, cached, key_of
 from datasets.index import bad_files
 from datasets.render import content_size, read_grey, robust_limits

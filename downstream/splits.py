@@ -78,11 +78,14 @@ def draw_split(
 ) -> Split:
     """The split in a file, or one drawn by patient; checked.
 
-    A file may leave out folders and suffixes, so that one made for `segment` serves `classify` on the same volumes.
+    A file may leave out folders and suffixes, so that one made for `segment` serves `classify` on the same volumes, and
+    it may name a patient in place of all of the patient's cases.
     patients: of every case.  needed: parts that must not be empty. Raises UserError.
     """
-    cases = list(patients)
-    split = _full_names(read_split(file), cases) if file else make_split(cases, [*patients.values()], fractions, seed)
+    if file:
+        split = _full_names(read_split(file), patients)
+    else:
+        split = make_split(list(patients), list(patients.values()), fractions, seed)
     check_split(split, patients)
     for part in needed:
         if not getattr(split, part):
@@ -155,18 +158,24 @@ def places_of(names: Sequence[str]) -> dict[str, set[int]]:
     return places
 
 
-def _full_names(split: Split, cases: Sequence[str]) -> Split:
-    """The same split with the names that `cases` has; those that are none of them stay. UserError: may be several."""
-    places, known = places_of(cases), set(cases)
+def _full_names(split: Split, patients: Mapping[str, str]) -> Split:
+    """The same split with the names that cases have, a patient's name turned into those of all cases of the patient.
 
-    def full(name: str) -> str:
-        if name in known:
-            return name
+    Names that are neither stay. Raises UserError for one that may be several.
+    """
+    cases, of_patient = list(patients), defaultdict(list)
+    places = places_of(cases)
+    for case, patient in patients.items():
+        of_patient[patient].append(case)
+
+    def full(name: str) -> list[str]:
+        if name in patients:
+            return [name]
         shorter = (name, without_suffix(name), without_suffix(Path(name).name))
         found = next((places[way] for way in shorter if way in places), {})
         if len(found) > 1:
             first, second, *_ = (cases[i] for i in sorted(found))
             raise UserError(f"split: {name!r} may be {first} or {second}; write the path below data_path")
-        return cases[min(found)] if found else name
+        return [cases[min(found)]] if found else of_patient.get(name, [name])
 
-    return Split(*([full(name) for name in names] for names in asdict(split).values()))
+    return Split(*([case for name in names for case in full(name)] for names in asdict(split).values()))

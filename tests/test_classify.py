@@ -155,9 +155,8 @@ def test_one_labelled_case_cannot_teach_and_says_so(images, tmp_path, mode):
 
 
 def test_a_test_split_of_one_class_gives_nan_with_a_reason(images, tmp_path):
-    names = [f"x_{i:02d}.png" for i in range(24)]
-    test = [*names[18:20], *names[22:24]]  # of patients p9 and p11
-    split = {"train": names[:12], "validation": [*names[12:18], *names[20:22]], "test": test}
+    names = [f"x_{i:02d}" for i in range(24)]  # of patients p0 to p11, two each
+    split = {"train": names[:12], "validation": [*names[12:18], "p10"], "test": ["p9", "p11"]}
     (tmp_path / "split.json").write_text(json.dumps(split))
     result = run(images, tmp_path, split=str(tmp_path / "split.json"))
     assert math.isnan(result["metrics"]["auc"])
