@@ -100,7 +100,7 @@ def find_pairs(
     if not images or not labels:
         raise UserError(_no_pairs(root))
     about, table = read_settings(root), _read_table(root / "cases.csv")
-    axis = slice_axis if slice_axis is not None else about.get("slice_axis", 2)
+    axis = next(axis for axis in (slice_axis, about.get("slice_axis"), 2) if axis is not None)
     cases = [case for case in images if case in labels]
     people = _patients(patients, table, cases)
     problems = [

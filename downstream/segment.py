@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from monai.losses import DiceCELoss
-from PIL import Image
 from torch import Tensor, nn
 
 from datasets.render import content_size, robust_limits
@@ -34,6 +33,7 @@ from downstream.pairs import Pair, find_pairs, intensity_limits, label_values, r
 from downstream.unet import ARCHITECTURES, SliceUNet
 from utils import config, options
 from utils.errors import UserError
+from utils.files import whole_file
 from utils.optim import parameter_groups
 from utils.precision import Precision
 from utils.seeding import SHUFFLE, stream
@@ -245,10 +245,9 @@ class Segmentation(task.Task):
 
 @functools.lru_cache(maxsize=1)
 def stretches(depths: tuple[int, ...], length: int, count: int, seed: int, epoch: int) -> list[tuple[int, int]]:
-    """At least `count` stretches of `length` slices of volumes of these depths: (volume, first slice), in random order.
+    """At least `count` stretches of `length` slices in random order: (number of the volume, first slice).
 
-    Every pass visits all slices in a new order (of stretches that are longer than a slice, as many as hold all slices,
-    each from a random one on).
+    Every pass visits every slice once; of longer stretches it takes as many as hold all slices, from random ones on.
     """
     order = stream(seed, epoch, 0, 0, SHUFFLE)
     found: list[tuple[int, int]] = []
@@ -263,7 +262,7 @@ def stretches(depths: tuple[int, ...], length: int, count: int, seed: int, epoch
 
 
 def load_case(pair: Pair, classes: dict[int, int], window: tuple[float, float] | None, size: int) -> Case:
-    """Read, check, normalise and fit to size x size. Raises UserError for unusable voxels or label values."""
+    """Read, normalise and fit to size x size. Raises UserError for unusable voxels."""
     depth, height, width = pair.shape
     h, w = content_size(height, width, size)
     top, left = (size - h) // 2, (size - w) // 2
@@ -341,21 +340,19 @@ def predict(model: SliceUNet, case: Case, cfg: Config, native: bool) -> Tensor:
 
 def draw(case: Case, prediction: np.ndarray, reference: np.ndarray, path: Path) -> None:
     """PNG of the slice with most labelled pixels: outlines of the reference on the left, of the prediction right."""
-    colours = np.array([[0, 0, 0], [230, 70, 60], [70, 190, 90], [80, 130, 255], [240, 190, 40], [200, 90, 220]])
+    from matplotlib.figure import Figure
+
     chosen = int((reference > 0).sum(axis=(1, 2)).argmax())
     pixels = read_image(case.pair)[0, chosen]
-    grey = normalise(pixels, *robust_limits(pixels))
-    panels = []
-    for classes in (reference[chosen], prediction[chosen]):
-        padded = np.pad(classes, 1, mode="edge")
-        neighbours = padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]
-        outline = (classes > 0) & np.any([classes != other for other in neighbours], axis=0)
-        rgb = np.repeat((grey * 255).astype(np.uint8)[:, :, None], 3, axis=2)
-        rgb[outline] = colours[1 + (classes[outline] - 1) % (len(colours) - 1)]
-        panels.append(rgb)
-    picture = Image.fromarray(np.concatenate(panels, axis=1))
-    factor = max(1, round(256 / picture.height))
-    picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST).save(path)
+    low, high = robust_limits(pixels)
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    for axes, classes in zip(figure.subplots(1, 2), (reference[chosen], prediction[chosen]), strict=True):
+        axes.imshow(pixels, cmap="gray", vmin=low, vmax=high)
+        for number in np.unique(classes[classes > 0]):
+            axes.contour(classes == number, levels=[0.5], colors=f"C{number}", linewidths=1)
+        axes.set_axis_off()
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ by validation, one test, the files in `dump_path`, and an exact continuation of 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -130,8 +132,9 @@ class Progress:
 
     epoch: int = 0
     seen: int = 0  # steps of this epoch that are done
-    loss: float = 0.0  # their sum
+    loss: float = 0.0  # the sum of theirs
     best_epoch: int = -1  # so far, counted from 0
+    best: dict[str, float] = field(default_factory=dict)  # its validation figures
     history: list[dict[str, float]] = field(default_factory=list)  # of each epoch the mean loss and validation figures
     seconds: float = 0.0  # of the parts of the run before this one
 
@@ -141,7 +144,7 @@ class Opened:
     """A task with split and labelled cases, and what its folder holds."""
 
     task: Task
-    settings: dict[str, Any]  # what its result depends on
+    record: dict[str, Any]  # what its result depends on
     finished: dict[str, Any] | None = None  # the result
     state: dict[str, Any] | None = None  # the checkpoint of a run that was stopped
 
@@ -150,7 +153,8 @@ def check(kind: type[Task], cfg: Any) -> None:
     """Raise UserError for whatever would stop `run`: options, weights, split, labels, data. Nothing is trained."""
     opened = _open(kind, cfg)
     if not opened.finished:
-        opened.task.build()
+        with redirect_stdout(io.StringIO()):  # what was loaded is said when it is used
+            opened.task.build()
         opened.task.examine()
 
 
@@ -178,32 +182,31 @@ def run(kind: type[Task], cfg: Any) -> dict[str, Any]:
         while fit.at.epoch < task.epochs:
             fit.epoch()
         if task.epochs:
-            model.load_state_dict(fit.best)
-            checkpoint.write(fit.best, folder / "best.pth")
+            model.load_state_dict(fit.kept)
+            checkpoint.write(fit.kept, folder / "best.pth")
         model.eval()
-        with torch.no_grad():
-            tested = task.test(model, folder)
+        with fit.saved_when_stopped():
+            outcome = task.test(model, folder)
+        trained = {"best_epoch": fit.at.best_epoch + 1, "history": fit.at.history} if task.epochs else {}
         result = {
-            "metrics": tested.metrics,
+            "metrics": outcome.metrics,
             "cases": len(task.split.test),
             "weights": describe_weights(cfg.weights),
             "labelled": task.labelled,
-            **({"best_epoch": fit.at.best_epoch + 1, "history": fit.at.history} if task.epochs else {}),
-            **tested.about,
+            **trained,
+            **outcome.about,
             "seconds": round(fit.seconds(), 1),
             "commit": commit(),
             "torch": torch.__version__,
-            "config": config.to_dict(cfg),
-            "settings": opened.settings,
+            **opened.record,
         }
-        write_csv(tested.rows, folder / "cases.csv")
+        write_csv(outcome.rows, folder / "cases.csv")
         write_json(result, folder / RESULTS)  # the last: it says that the run is finished
         for name in (checkpoint.LATEST, checkpoint.PREVIOUS):
             (folder / name).unlink(missing_ok=True)
-        chosen = (
-            f"; epoch {fit.at.best_epoch + 1} of {task.epochs} was the best on validation" if task.epochs > 1 else ""
-        )
-        print(f"{tested.table}\n{result['cases']} test cases{chosen}\nwrote {folder}/results.json and cases.csv")
+    print(f"{outcome.table}\n{result['cases']} test cases", end="")
+    print(f"; epoch {result['best_epoch']} of {task.epochs} was the best on validation" if task.epochs > 1 else "")
+    print(f"wrote {folder}/results.json and cases.csv", flush=True)
     return result
 
 
@@ -211,10 +214,10 @@ class Fit:
     """Training under way: all that a checkpoint holds, and what is done with it."""
 
     def __init__(self, opened: Opened, model: nn.Module, began: float) -> None:
-        self.task, self.settings, self.began = opened.task, opened.settings, began
-        self.cfg, self.folder = opened.task.cfg, Path(opened.task.cfg.dump_path)
-        self.model = model.to(self.task.device)
-        self.at, self.best, self.saved_at = Progress(), {}, began
+        self.task, self.cfg, self.record = opened.task, opened.task.cfg, opened.record
+        self.folder, self.model = Path(self.cfg.dump_path), model.to(opened.task.device)
+        self.at, self.began, self.saved_at = Progress(), began, began
+        self.kept: dict[str, Tensor] = {}  # weights of the best epoch
         if self.task.epochs:
             total = self.task.epochs * self.task.steps
             self.optimizer = torch.optim.AdamW(self.task.groups(model), self.cfg.base_lr)
@@ -229,7 +232,7 @@ class Fit:
             self.optimizer.load_state_dict(state["optimizer"])
             if state["scaler"]:  # empty when `precision auto` meant another format on the device before
                 self.task.precision.scaler.load_state_dict(state["scaler"])
-            self.best = state["best"]
+            self.kept = state["kept"]
             self.at = Progress(**{f.name: state[f.name] for f in fields(Progress)})
         print(f"continuing at epoch {self.at.epoch + 1} of {self.task.epochs}, step {self.at.seen + 1}", flush=True)
 
@@ -248,15 +251,13 @@ class Fit:
                     raise SystemExit(128 + signals.caught())
             figures = self.validate()
             at.history.append({"loss": at.loss / steps, **figures})
-            if at.best_epoch < 0 or _rank(figures) >= _rank(
-                self.shown(at.best_epoch)
-            ):  # of equal ones the last has learned most
-                at.best_epoch = at.epoch
-                self.best = {key: value.cpu().clone() for key, value in self.model.state_dict().items()}
+            if _rank(figures) >= _rank(at.best):  # of equal ones the last has learned most
+                at.best_epoch, at.best = at.epoch, figures
+                self.kept = {key: value.cpu().clone() for key, value in self.model.state_dict().items()}
             said = "".join(f"  {name} {value:.4f}" for name, value in at.history[-1].items())
             tqdm.write(f"epoch {at.epoch + 1:3}{said}")
             at.epoch, at.seen, at.loss = at.epoch + 1, 0, 0.0
-            if time.monotonic() - self.saved_at > SAVE_SECONDS:
+            if signals.caught() or time.monotonic() - self.saved_at > SAVE_SECONDS:
                 self.save()
 
     def step(self) -> None:
@@ -280,30 +281,33 @@ class Fit:
         at.seen += 1
 
     def validate(self) -> dict[str, float]:
-        """Figures of an epoch, none where there is nothing to choose from or by. A signal ends it, once saved."""
+        """Figures of an epoch, none where there is nothing to choose from or by."""
         if self.task.epochs == 1 or not self.task.split.validation:
             return {}
         self.model.eval()
+        with self.saved_when_stopped():
+            return self.task.validate(self.model)
+
+    @contextmanager
+    def saved_when_stopped(self) -> Iterator[None]:
+        """Minutes that need no gradients and change nothing: a signal ends them at once, and what is done is saved."""
         try:
             with signals.obeyed(), torch.no_grad():
-                return self.task.validate(self.model)
+                yield
         except SystemExit:
-            self.save()
+            if self.task.epochs:
+                self.save()
             raise
-
-    def shown(self, epoch: int) -> dict[str, float]:
-        """The validation figures of an epoch."""
-        return {name: value for name, value in self.at.history[epoch].items() if name != "loss"}
 
     def save(self) -> None:
         state = {
             "learner": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.task.precision.scaler.state_dict(),
-            "best": self.best,
+            "kept": self.kept,
             **asdict(self.at),
             "seconds": self.seconds(),
-            "settings": self.settings,
+            **self.record,
         }
         checkpoint.save(state, self.folder)
         self.saved_at = time.monotonic()
@@ -327,7 +331,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     path = folder / RESULTS
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        return result | {"metrics": _with_nan(result["metrics"]), "settings": result["settings"]}
+        return result | {"metrics": _with_nan(result["metrics"])}
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: is damaged, or of another version; remove it to have the run repeated") from None
 
@@ -342,12 +346,12 @@ def _open(kind: type[Task], cfg: Any) -> Opened:
     task, folder = kind(cfg, place.device), Path(cfg.dump_path)
     task.split = draw_split(cfg.split, cfg.fractions, task.patients, cfg.split_seed, task.needed)
     task.labelled = task.choose(task.split.train)
-    opened = Opened(task, settings_of(cfg) | {"data": task.fingerprint})
+    opened = Opened(task, _record(cfg, task.fingerprint))
     if (folder / RESULTS).is_file():
         begun = opened.finished = read_results(folder)
     else:
         begun = opened.state = checkpoint.load(folder)
-    if begun and (changed := _differences(begun.get("settings"), opened.settings)):
+    if begun and (changed := _differences(begun, opened.record, cfg)):
         raise UserError(
             f"dump_path: {folder} holds a run made with other options ({'; '.join(changed)}); "
             "choose another --dump_path, or delete that folder to start again"
@@ -355,24 +359,23 @@ def _open(kind: type[Task], cfg: Any) -> Opened:
     return opened
 
 
-def settings_of(cfg: Any) -> dict[str, Any]:
-    """What a result depends on beside the data: options, and the content of the files that they name."""
-    values = config.to_dict(cfg)
-    chosen = {f.name: values[f.name] for f in fields(cfg) if not f.metadata.get("may_change")}
-    files = {name: Path(value) for name, value in chosen.items() if isinstance(value, str) and Path(value).is_file()}
+def _record(cfg: Any, data: str) -> dict[str, Any]:
+    """What a result depends on: options, the content of the files that they name, and the data."""
+    options = config.to_dict(cfg)
+    files = {name: Path(value) for name, value in options.items() if isinstance(value, str) and Path(value).is_file()}
     contents = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-    return {"options": {name: value for name, value in chosen.items() if name not in files}, "files": contents}
+    return {"config": options, "files": contents, "data": data}
 
 
-def _differences(old: dict[str, Any] | None, new: dict[str, Any]) -> list[str]:
-    """In what the settings of two runs differ."""
-    if not old:
-        return ["of another script"]
-    before, now = old["options"], new["options"]
-    changed = [f"{name}: {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
-    before, now = old["files"], new["files"]
-    changed += [f"the content of {name}" for name in now if before.get(name) != now[name]]
-    return changed + ["the files below data_path"] * (old["data"] != new["data"])
+def _differences(old: dict[str, Any], new: dict[str, Any], cfg: Any) -> list[str]:
+    """In what two records differ that must not, once a run has begun."""
+    moved = old.get("files", {}).keys() & new["files"].keys()  # their content is compared, not their names
+    fixed = [f.name for f in fields(cfg) if not f.metadata.get("may_change") and f.name not in moved]
+    before, now = old.get("config", {}), new["config"]
+    changed = [f"{name}: {before.get(name)} -> {now[name]}" for name in fixed if before.get(name) != now[name]]
+    before, now = old.get("files", {}), new["files"]
+    changed += [f"the content of {name}" for name in now if name in before and before[name] != now[name]]
+    return changed + ["the files below data_path"] * (old.get("data") != new["data"])
 
 
 def _rank(figures: Mapping[str, float]) -> tuple[float, ...]:
