@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,13 @@ def digest(value: Any) -> Any:
     """sha256 of the content, for the name of a file; what is none stands for itself."""
     if not isinstance(value, str) or not Path(value).is_file():
         return value
-    return hashlib.sha256(Path(value).read_bytes()).hexdigest()
+    status = Path(value).stat()
+    return _sha256(value, status.st_mtime_ns, status.st_size)
+
+
+@cache
+def _sha256(file: str, _modified: int, _size: int) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def _whole_path(file: str) -> str:
