@@ -4,7 +4,7 @@
         --labelled "[10, 50, 0]" --seeds "[0, 1, 2]" --options.data_path Training_Data --options.size 128
 
 Each combination is a cell: it is run once, kept in dump_path, and read from there when the command is given again. The
-differences are paired: the same seed, split and labelled cases from either initialisation. docs/COMPARE.md has more.
+differences are paired: the same seed, split and labelled cases from either initialisation. docs/DOWNSTREAM.md has more.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from scipy.stats import ttest_1samp
 
 from downstream import jobs
 from downstream.encoders import NAMED, choose_arch, load_encoder
-from downstream.recipes import Pretraining, at, read_recipes
-from downstream.task import RESULTS, read_results, settings_of
+from downstream.recipes import Pretraining, at, digest, read_recipes
+from downstream.task import RESULTS, read_results
 from utils import config as options
 from utils.errors import UserError
 from utils.files import whole_file, write_text
@@ -82,9 +82,10 @@ class Cell:
 
     @cached_property
     def folder(self) -> Path:
-        """Named by all that the result depends on, but not by what is in the data."""
-        settings = [self.task.__name__, self.config.data_path, settings_of(self.config)]
-        return self.out / "cells" / jobs.short_key(settings)
+        """Named by the task, its options, and the content of the files that they name; not by what the data hold."""
+        fixed = [f.name for f in dataclasses.fields(self.config) if not f.metadata.get("may_change")]
+        settings = {name: digest(getattr(self.config, name)) for name in ["data_path", *fixed]}
+        return self.out / "cells" / jobs.short_key([self.task.__name__, settings])
 
     @property
     def record(self) -> dict[str, Any] | None:
@@ -169,7 +170,8 @@ def check(cells: Sequence[Cell]) -> None:
             cfg = dataclasses.replace(cfg, weights="random", arch=cfg.arch or _arch_of(cell.pretraining))
         facts = {(cell.out, cfg.weights), (cell.out, cfg.labelled, cfg.seed)}
         if not facts <= seen and not cell.record:
-            cell.task.check(cfg)
+            folder = cell.folder if cfg is cell.config else cell.out / "cells" / "to be made"
+            cell.task.check(dataclasses.replace(cfg, dump_path=str(folder)))
             seen |= facts
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class Pretraining:
         """
         may_change = {field.name for field in dataclasses.fields(self.config_class) if field.metadata.get("may_change")}
         options = {name: value for name, value in self.options.items() if name not in may_change - MATTER}
-        start = {option: of.key if isinstance(of, Pretraining) else _digest(of) for option, of in self.start.items()}
+        start = {option: of.key if isinstance(of, Pretraining) else digest(of) for option, of in self.start.items()}
         return jobs.short_key([self.script, options, start])
 
     @property
@@ -139,8 +139,17 @@ def end(process: subprocess.Popen) -> None:
             process.wait()
 
 
-def _digest(file: str) -> str:
-    return file if file == "none" else hashlib.sha256(Path(file).read_bytes()).hexdigest()
+def digest(value: Any) -> Any:
+    """sha256 of the content, for the name of a file; what is none stands for itself."""
+    if not isinstance(value, str) or not Path(value).is_file():
+        return value
+    status = Path(value).stat()
+    return _sha256(value, status.st_mtime_ns, status.st_size)
+
+
+@cache
+def _sha256(file: str, _modified: int, _size: int) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def _whole_path(file: str) -> str:

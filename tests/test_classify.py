@@ -411,7 +411,8 @@ def test_luna16_from_scans_to_froc(tmp_path, capsys):
         image.SetSpacing((1, 1, 2))
         image.SetOrigin(origin.tolist())
         SimpleITK.WriteImage(image, str(tmp_path / f"{scan}.mhd"))
-        world = origin + [
+        world = [
+            *origin,
             centre[::-1] * (1, 1, 2),
             centre[::-1] * (1, 1, 2) + (3, 0, 0),
             (4, 4, 8),
