@@ -411,14 +411,14 @@ def test_luna16_from_scans_to_froc(tmp_path, capsys):
         image.SetSpacing((1, 1, 2))
         image.SetOrigin(origin.tolist())
         SimpleITK.WriteImage(image, str(tmp_path / f"{scan}.mhd"))
-        world = [
-            *origin,
+        offsets = [
             centre[::-1] * (1, 1, 2),
             centre[::-1] * (1, 1, 2) + (3, 0, 0),
             (4, 4, 8),
             (44, 4, 8),
             (4, 44, 8),
         ]
+        world = [origin + offset for offset in offsets]
         candidates += [f"{scan},{a},{b},{c},{int(i < 2)}" for i, (a, b, c) in enumerate(world)]
         nodules.append(",".join([scan, *map(str, world[0]), "12"]))
     (tmp_path / "candidates.csv").write_text("\n".join(candidates))
