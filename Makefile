@@ -5,20 +5,20 @@
 # make bench  time every stage against its references on this machine's CPU (under 15 minutes)
 # make bench-gpu   the same on a GPU, in the environment at hand: needs requirements.txt only (under 10 minutes)
 # make experiments-cpu   the main comparison and its controls on SHARED (hours on two cores; the same again goes on); then make results
-# make experiments-ablations   the same and what each part is worth;  make experiments-gpu   ResNet-50, ten minutes a call
+# make experiments-ablations   the same and what each part is worth
 # PYTHON=python3.12 make demo   chooses the interpreter (3.10 or newer)
 
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.installed
 
-.PHONY: demo test lint data bench bench-gpu experiments-cpu experiments-ablations experiments-gpu results clean
+.PHONY: demo test lint data bench bench-gpu experiments-cpu experiments-ablations results clean
 
 demo: $(READY)
 	$(VENV)/bin/python demo.py
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 4
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
@@ -40,15 +40,14 @@ bench: $(READY)
 	$(VENV)/bin/python -m benchmarks.stage2
 	$(VENV)/bin/python -m benchmarks.step
 
-STEP := --precisions [bf16] --batch_size 16 --images 128 --workers 8 --steps 30
+STEP := --precisions [bf16] --batch_size 16 --images 128 --workers 8 --volumes 320 --repeats 10 --steps 30
 STAGE2 := --batch_size 16 --steps 10 --repeats 5 --workers 8
-DIAGNOSTICS := --batch_size 16 --target_shape [64,128,128] --workers 8
 
 # All are run, whatever becomes of the others; the status is the worst of them. TO=FOLDER: after each, results go there.
 bench-gpu:
 	@set -f; worst=0; \
-	for of in "step $(STEP)" "attention" "kmeans --references false" "stage2 $(STAGE2)" "augmentation" \
-		"diagnostics $(DIAGNOSTICS)" "step --compile true --parts [stage3] --reference false $(STEP)"; do \
+	for of in "step $(STEP)" "attention" "kmeans --reference false" "stage2 $(STAGE2)" "augmentation" \
+		"step --compile true --parts [stage3] --reference false $(STEP)"; do \
 		echo "$(PYTHON) -m benchmarks.$$of --device cuda"; \
 		$(PYTHON) -m benchmarks.$$of --device cuda; code=$$?; \
 		test $$code -le $$worst || worst=$$code; \
@@ -62,25 +61,11 @@ ABLATIONS := $(EXPERIMENTS), experiments/ablations.yaml
 
 experiments-cpu: $(READY)
 	$(VENV)/bin/python -m experiments.data --source $(SHARED)
-	$(VENV)/bin/python -m experiments.run --experiments "[$(EXPERIMENTS)]" --minutes $(MINUTES)
+	nice $(VENV)/bin/python -m experiments.run --experiments "[$(EXPERIMENTS)]" --minutes $(MINUTES)
 
 experiments-ablations: $(READY)
 	$(VENV)/bin/python -m experiments.data --source $(SHARED)
-	$(VENV)/bin/python -m experiments.run --experiments "[$(ABLATIONS)]" --minutes $(MINUTES)
-
-GPU ?= runs/gpu
-GPU_DATA ?= $(GPU)/data
-GPU_YAML ?= experiments/gpu.yaml
-GPU_MINUTES ?= 9
-OUT ?= runs/gpu_back
-
-# What is finished comes back even when a run has failed, whose log comes along.
-experiments-gpu:
-	test ! -f runs/gpu_data.zip || \
-		$(PYTHON) -m experiments.pack --data $(GPU)/data --archive runs/gpu_data.zip --unpack true
-	$(PYTHON) -m experiments.run --experiments "[$(GPU_YAML)]" --data $(GPU_DATA) --dump_path $(GPU) \
-		--jobs 1 --threads 8 --minutes $(GPU_MINUTES); code=$$?; \
-		$(PYTHON) -m experiments.collect --dump_path $(GPU) --parcel $(OUT) && exit $$code
+	nice $(VENV)/bin/python -m experiments.run --experiments "[$(ABLATIONS)]" --minutes $(MINUTES)
 
 results: $(READY)
 	$(VENV)/bin/python -m experiments.summarise --experiments "[$(ABLATIONS)]"

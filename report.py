@@ -2,30 +2,33 @@
 
     python report.py runs/swav3D --output report.html
     python report.py runs/swav2D runs/mask_swav runs/swav3D --downstream "[runs/compare]"
+    python report.py --data ssl_swav3D --policy paper     # the augmented views instead -> inspect.html
 
-Folders of runs come first, then options. Works on the runs of all six training scripts, while they train as well;
+Folders of runs come first, then options. Works on the runs of all six training scripts, while they train as well.
+After --data comes a training script or the folder of a run, and any option of that script (--data ssl_swav3D --help).
 docs/REPORT.md says what every figure means.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
+from plotly.offline import get_plotlyjs
 
-from datasets.store import shown_size
-from reporting import clusters, embed, figures, page, results
+from datasets.index import fingerprint
+from reporting import clusters, embed, figures, page, results, views
 from reporting.clusters import MapMethod
-from reporting.runs import STAGES, Run, method_of, read_runs
-from utils import config as options
+from reporting.embed import Level, Network
+from reporting.runs import STAGES, RunFolder, read_runs
+from utils import config, options
 from utils.errors import UserError
-
-STRIP_OF_VOLUME = 8  # slices shown above a volume's attention
 
 
 @dataclass
@@ -57,174 +60,142 @@ class Config:
     map: MapMethod = "tsne"
     """how embeddings are laid on a plane"""
     seed: NonNegativeInt = 0
-    """of the choice of items and of the map"""
+    """random seed of the choice of items and of the map"""
     workers: PositiveInt = 2
     """threads that prepare data which no run has prepared yet"""
 
 
 def main(cfg: Config) -> None:
-    output = Path(cfg.output).expanduser()
-    if not output.parent.is_dir():
-        raise UserError(f"output: {output.parent} is not a folder; create it, or name another file")
+    output = page.check_output(cfg.output)
     runs = read_runs(cfg.runs)
     tables = results.read_tables(cfg.downstream)
     thumbs = page.Thumbnails()
     shown = []
     for run in runs:
-        print(f"{run.name}: {STAGES[run.stage]}, {len(run.metrics.get('epoch', []))} epochs", flush=True)
+        print(f"{run.name}: {STAGES[run.stage]}, {len(run.metrics)} epochs", flush=True)
         shown.append(about_run(run, cfg, thumbs))
         for note in run.notes:
             print(f"  note: {note}", flush=True)
-    size = page.render(
+    same_data: dict[tuple[Any, ...], list[str]] = {}  # rows of the table -> the runs that have these data
+    for about in shown:
+        same_data.setdefault(about["data"], []).append(about["name"])
+    page.render(
         "report.html",
         output,
         title=", ".join(run.name for run in runs),
         made=datetime.now().astimezone(),
         runs=shown,
         options=compare_options(runs),
-        data=compare_data(shown),
+        data={", ".join(names): rows for rows, names in same_data.items() if rows},
         curves=figures.curves(runs),
         tables=tables,
+        stages=STAGES,
         thumbs=thumbs.uris,
         colours=figures.COLOURS,
-        plotly=plotly_js(),
-        cfg=options.to_dict(cfg),
+        plotly=get_plotlyjs(),
+        cfg=cfg,
     )
-    print(f"wrote {output} ({shown_size(size)})", flush=True)
 
 
-def about_run(run: Run, cfg: Config, thumbs: page.Thumbnails) -> dict[str, Any]:
+def about_run(run: RunFolder, cfg: Config, thumbs: page.Thumbnails) -> dict[str, Any]:
     """All that the page shows of one run. What cannot be shown is said in `run.notes`."""
-    about: dict[str, Any] = {
-        "name": run.name,
-        "folder": str(run.folder),
-        "stage": run.stage,
-        "stage_name": STAGES[run.stage],
-        "method": method_of(run.config),
-        "epochs": (len(run.metrics.get("epoch", [])), run.config.get("epochs")),
-        "last": {name: column[-1] for name, column in run.metrics.items()},
-        "notes": run.notes,
-        "warnings": run.warnings,
-        "record": run.record,
-        "data": [],
-        "levels": [],
-        "neighbours": [],
-        "attention": [],
-        "masked": [],
-    }
+    about = vars(run) | dict.fromkeys(("data", "levels", "neighbours", "attention", "masked"), ())
+    about["method"] = method_of(run.config)
+    about["last"] = run.metrics.iloc[-1].to_dict() if len(run.metrics) else {}
     try:
-        samples, store, same = embed.open_data(run, cfg.data_path, cfg.cache_path, cfg.workers)
+        loader = embed.open_data(run, cfg.data_path, cfg.cache_path, cfg.workers)
     except UserError as error:
         run.notes.append(f"The data cannot be read, so there are no pictures: {error}")
         return about
+    samples = loader.dataset.samples
     about["data"] = embed.data_of(samples)
-    if not same:
-        run.notes.append(f"{samples[0].data_path} does not hold the data that the run was trained on.")
     if run.state is None:
         return about
-    network = embed.build(run)
-    levels = [
-        level
-        for level in (
-            embed.embed_slices(run, network, samples, store, cfg.slices, cfg.seed),
-            embed.embed_volumes(run, network, samples, store, cfg.volumes, cfg.seed),
-        )
-        if level
-    ]
+    if fingerprint(samples) != run.state["data"]:
+        run.notes.append(f"{samples[0].data_path} does not hold the data that the run was trained on.")
+    network = Network(run, loader, cfg.seed)
     names = list(dict.fromkeys(sample.dataset for sample in samples))
-    about["levels"] = [about_level(run, level, cfg, thumbs, store, names) for level in levels]
-    if levels and cfg.queries:
-        level = levels[-1]  # volumes, where there are any
-        queries = embed.choose([level.dataset(i) for i in range(len(level.items))], cfg.queries, cfg.seed)
-        about["neighbours"] = [
-            {
-                "level": level.name,
-                "query": page.picture(thumbs, store, level, q, None),
-                "found": [page.picture(thumbs, store, level, i, cosine) for i, cosine in found],
-            }
-            for q, found in clusters.neighbours(level, queries, cfg.pictures)
-        ]
-    if cfg.examples:
-        about["attention"] = [
-            {
-                "name": seen.sample.name,
-                "dataset": seen.sample.dataset,
-                "strip": thumbs.strip(store, seen.item, STRIP_OF_VOLUME),
-                "figures": figures.attention_maps(seen),
-            }
-            for seen in embed.attention(run, network, samples, store, cfg.examples, cfg.seed)
-        ]
-        about["masked"] = [
-            {"dataset": error.sample.dataset, "figure": figures.masked_error(error)}
-            for error in embed.masked_errors(run, network, samples, store, cfg.examples, cfg.seed)
-        ]
+    levels = [level for level in (network.slices(cfg.slices), network.volumes(cfg.volumes)) if level]
+    about["levels"] = [about_level(level, run, cfg, thumbs, names) for level in levels]
+    about["neighbours"] = about_neighbours(levels[-1], cfg, thumbs) if levels else []  # of volumes, where there are any
+    about["attention"] = [
+        (item.sample, thumbs.strip(item), figures.attention_maps(item, maps))
+        for item, maps in network.attention(cfg.examples)
+    ]
+    about["masked"] = [
+        (item.sample, figures.masked_error(item, errors)) for item, errors in network.masked_errors(cfg.examples)
+    ]
     return about
 
 
-def about_level(
-    run: Run, level: embed.Level, cfg: Config, thumbs: page.Thumbnails, store: Any, names: list[str]
-) -> dict[str, Any]:
+def about_level(level: Level, run: RunFolder, cfg: Config, thumbs: page.Thumbnails, names: list[str]) -> dict[str, Any]:
     about: dict[str, Any] = {"name": level.name, "count": len(level.items), "prototypes": [], "map": None}
     if level.prototypes:
         if cfg.head >= len(level.prototypes):
-            raise UserError(f"head: {run.folder} has {len(level.prototypes)} head(s) of prototypes; use less than that")
+            raise UserError(f"head: {run.path} has {len(level.prototypes)} head(s) of prototypes; use less than that")
         found, about["of"], about["unused"] = clusters.prototypes_of(level, cfg.head, cfg.prototypes, cfg.pictures)
-        about["prototypes"] = [
-            {
-                "index": prototype.index,
-                "members": len(prototype.members),
-                "parts": parts_of(level, prototype.members, names),
-                "nearest": [page.picture(thumbs, store, level, *shown) for shown in prototype.nearest],
-                "farthest": [page.picture(thumbs, store, level, *shown) for shown in prototype.farthest],
-            }
-            for prototype in found
-        ]
+        for prototype in found:
+            rows = [("nearest of all", prototype.nearest), ("least typical members", prototype.farthest)]
+            about["prototypes"].append(
+                {
+                    "index": prototype.index,
+                    "members": len(prototype.members),
+                    "parts": Counter(level.datasets[i] for i in prototype.members).most_common(),
+                    "rows": [(title, pictures(level, row, thumbs)) for title, row in rows if row],
+                }
+            )
     if len(level.items) >= clusters.FEWEST_TO_MAP:
         places, axes = clusters.flatten(level.z, cfg.map, cfg.seed)
-        pictures = [thumbs.add(store, item) for item in level.items]
-        about["map"] = figures.map_of(level, places, axes, pictures, names)
+        about["map"] = figures.map_of(level, places, axes, [thumbs.add(item) for item in level.items], names)
     return about
 
 
-def parts_of(level: embed.Level, members: list[int], names: list[str]) -> list[tuple[str, int, int]]:
-    """(data set, its place among all, members from it) of a cluster, most first."""
-    counts = [(name, k, sum(level.dataset(i) == name for i in members)) for k, name in enumerate(names)]
-    return sorted((part for part in counts if part[2]), key=lambda part: -part[2])
-
-
-def compare_options(runs: list[Run]) -> list[tuple[str, list[str], bool]]:
-    """(option, its value in every run or -, whether the runs that have it differ), in the order of the scripts."""
-    names = dict.fromkeys(name for run in runs for name in run.config)
+def about_neighbours(level: Level, cfg: Config, thumbs: page.Thumbnails) -> list[dict[str, Any]]:
+    """A row for every query: the query, then its nearest neighbours."""
     rows = []
-    for name in names:
-        values = [json.dumps(run.config[name], ensure_ascii=False) if name in run.config else "-" for run in runs]
-        rows.append((name, [value.strip('"') for value in values], len(set(values) - {"-"}) > 1))
+    for query in embed.choose(level.datasets, cfg.queries, cfg.seed):
+        found = clusters.neighbours(level, query, cfg.pictures)
+        rows.append({"level": level.name, "pictures": pictures(level, [(query, None), *found], thumbs)})
     return rows
 
 
-def compare_data(shown: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(names of the runs that have these data, a row per data set and kind), without the runs whose data are gone."""
-    found: list[tuple[list[str], list[dict[str, Any]]]] = []
-    for run in shown:
-        names = next((names for names, rows in found if rows == run["data"]), None)
-        if names is not None:
-            names.append(run["name"])
-        elif run["data"]:
-            found.append(([run["name"]], run["data"]))
-    return [(", ".join(names), rows) for names, rows in found]
+def pictures(level: Level, found: list[tuple[int, float | None]], thumbs: page.Thumbnails) -> list[dict[str, Any]]:
+    return [thumbs.shown(level.items[i], cosine) for i, cosine in found]
 
 
-def plotly_js() -> str:
-    from plotly.offline import get_plotlyjs
+def method_of(cfg: Any) -> str:
+    """Stage 2 is the same for both methods."""
+    known = {options.SwAV: "SwAV", options.DeepCluster: "DeepCluster-v2"}
+    return next((name for kind, name in known.items() if isinstance(cfg, kind)), "either method")
 
-    return get_plotlyjs()
+
+def compare_options(runs: list[RunFolder]) -> list[tuple[str, list[str], bool]]:
+    """(option, its value in every run or -, whether the runs that have it differ), in the order of the scripts."""
+    values = [config.to_dict(run.config) for run in runs]
+    rows = []
+    for name in dict.fromkeys(name for of_run in values for name in of_run):
+        texts = [json.dumps(of_run[name], ensure_ascii=False) if name in of_run else "-" for of_run in values]
+        rows.append((name, [text.strip('"') for text in texts], len(set(texts) - {"-"}) > 1))
+    return rows
 
 
-def arguments(given: list[str]) -> list[str]:
-    """Folders before the first option are the option `runs`."""
-    first = next((i for i, value in enumerate(given) if value.startswith("-")), len(given))
-    return [f"--runs={json.dumps(given[:first])}"] * bool(first) + given[first:]
+def command(given: list[str]) -> None:
+    """The report of runs or, with --data, the page of views."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--data")
+    found, rest = parser.parse_known_args(given)
+    if found.data is None:
+        first = next((i for i, value in enumerate(given) if value.startswith("-")), len(given))
+        folders = [f"--runs={json.dumps(given[:first])}"] * bool(first)  # what stands before the first option
+        config.main(main, Config, __doc__, folders + given[first:])
+        return
+    try:
+        page_options, own = views.options_of(found.data)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    config.main(views.main, page_options, views.__doc__, own + rest)
 
 
 if __name__ == "__main__":
-    options.main(main, Config, __doc__, arguments(sys.argv[1:]))
+    command(sys.argv[1:])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import ctypes
+import dataclasses
+import math
 import os
 import platform
 import re
@@ -10,66 +13,57 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from utils.errors import UserError
+from training.memory import peak_memory
+from utils import files
+from utils.distributed import rank
+from utils.precision import Precision
 from utils.versions import commit
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "torchvision", "numpy", "scipy", "faiss-cpu", "torchio", "SimpleITK", "deformable-attention")
+PEAK_RESET = Path("/proc/self/clear_refs")  # Linux
+PACKAGES = ("torch", "torchvision", "numpy", "faiss-cpu", "torchio", "SimpleITK", "deformable-attention")
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     """Seconds of every repetition of one piece of work, in the order in which they were taken.
 
     cpu_seconds: what this process computed meanwhile, over all its threads. On a machine that others use as well, and
     with one thread, it says more than the clock on the wall; threads that wait for each other count, too.
     """
 
-    seconds: tuple[float, ...]
-    cpu_seconds: tuple[float, ...]
+    seconds: Sequence[float]
+    cpu_seconds: Sequence[float]
 
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
 
     @property
-    def iqr(self) -> float:
-        return spread(self.seconds)
-
-    def ratios(self, other: Timing) -> tuple[float, ...]:
-        """How many times as long as `other` this takes, of repetitions taken side by side."""
-        return tuple(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
+    def spread(self) -> float:
+        """Inter-quartile range; 0 of a single repetition."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return high - low
 
     def over(self, other: Timing) -> float:
-        """Median of `ratios`."""
-        return statistics.median(self.ratios(other))
+        """How many times as long as `other` this takes: median over repetitions taken side by side."""
+        return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
 
     def record(self) -> dict[str, float | int]:
         """For the results file."""
         cpu = statistics.median(self.cpu_seconds)
-        return {"median_s": self.median, "iqr_s": self.iqr, "cpu_median_s": cpu, "repeats": len(self.seconds)}
-
-
-def spread(values: Sequence[float]) -> float:
-    """Inter-quartile range; 0 of a single value."""
-    if len(values) < 2:
-        return 0.0
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return high - low
+        return {"median_s": self.median, "iqr_s": self.spread, "cpu_median_s": cpu, "repeats": len(self.seconds)}
 
 
 def measure(
-    work: Mapping[str, Callable[[], object]],
-    repeats: int = 20,
-    warmup: int = 3,
-    device: torch.device | str = "cpu",
+    work: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1, device: torch.device | str = "cpu"
 ) -> dict[str, Timing]:
     """Seconds that each piece of work takes, waiting for the device before and after every repetition.
 
@@ -89,36 +83,81 @@ def measure(
     return {name: Timing(*zip(*pairs, strict=True)) for name, pairs in taken.items()}
 
 
+def compare(
+    work: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warmup: int = 1,
+    device: torch.device | str = "cpu",
+    pairs: Sequence[tuple[str, str]] | None = None,
+) -> dict[str, Any]:
+    """`measure`, as records and printed, with the ratio of every pair; by default of all others over the first."""
+    times = measure(work, repeats, warmup, device)
+    first, *others = times
+    result: dict[str, Any] = {}
+    for name, t in times.items():
+        result[name] = t.record()
+        say(f"  {name:20s} {t.median * 1e3:10.2f} ms  (IQR {t.spread * 1e3:.2f})")
+    for name, other in [(name, first) for name in others] if pairs is None else pairs:
+        result[f"{name} over {other}"] = ratio = times[name].over(times[other])
+        say(f"  {name} takes {ratio:.2f} x {other}")
+    return result
+
+
+def say(text: str) -> None:
+    """Print, once for all processes."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
 def wait(device: torch.device | str) -> None:
     """Return when the device has done all that it was asked to do."""
-    device = torch.device(device)
-    if device.type == "cuda":
+    if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def added_bytes(work: Callable[[], object], device: torch.device) -> float:
+    """What the work allocates at its peak beside what is there: on a GPU by torch, on a CPU what becomes resident.
+
+    nan where the system does not tell.
+    """
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    if not PEAK_RESET.exists():
+        return math.nan
+    with contextlib.suppress(AttributeError):  # other C libraries keep less
+        ctypes.CDLL(None).malloc_trim(0)  # else freed blocks would be used again unseen
+    PEAK_RESET.write_text("5")  # the peak is what is resident now
+    before = peak_memory(device)[0]
+    work()
+    return peak_memory(device)[0] - before
+
+
+def formats(device: torch.device) -> list[str]:
+    """Number formats worth a measurement: float32, and bf16 where the device computes in it."""
+    return ["fp32"] + ["bf16"] * (Precision("auto", device).name == "bf16")
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """What a figure depends on beside the code: machine, threads, load, versions, commit."""
-    return {
+    found = {
         "device": device_name(device),
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        **({"processes": int(os.environ["WORLD_SIZE"])} if "WORLD_SIZE" in os.environ else {}),
         "load_average_1min": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
-        **(_gpu_settings() if torch.device(device).type == "cuda" else {}),
         "commit": commit(),
         "command": " ".join(["python -m benchmarks." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
         "date_utc": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
     }
-
-
-def _gpu_settings() -> dict[str, Any]:
-    """Float32 convolutions are TF32 by default, whose products have ten bits of precision."""
-    convolutions = "tf32" if torch.backends.cudnn.allow_tf32 else "float32"
-    products = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "float32"
-    return {"cuda": torch.version.cuda, "float32_convolutions": convolutions, "float32_products": products}
+    if torch.device(device).type == "cuda":
+        products, convolutions = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        found |= {"cuda": torch.version.cuda, "tf32": {"products": products, "convolutions": convolutions}}
+    return found
 
 
 def device_name(device: torch.device | str) -> str:
@@ -127,40 +166,31 @@ def device_name(device: torch.device | str) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def write(
-    name: str, results: Mapping[str, Any], device: torch.device | str = "cpu", assumed: Sequence[str] = ()
-) -> Path:
-    """Results and environment as `results/<name>_<device>.json`, replacing an older file; returns its path.
-
-    assumed: what of the results was not measured.
-    """
-    RESULTS.mkdir(exist_ok=True)
+def write(name: str, results: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
+    """Results and environment as `results/<name>_<device>.json`, replacing an older file."""
     slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     path = RESULTS / f"{name}_{slug}.json"
-    content = {
-        "environment": environment(device),
-        **({"assumed": list(assumed)} if assumed else {}),
-        "results": results,
-    }
-    path.write_text(json.dumps(content, indent=2) + "\n")
-    return path
+    files.write_json({"environment": environment(device), "results": results}, path)
+    print(f"\nwrote {os.path.relpath(path)}")
 
 
-def of_parts(name: str, parts: Sequence[str], usual: Sequence[str]) -> str:
-    """Name of a results' file: some parts alone do not replace all of them. Raises UserError where there is none."""
-    chosen = [part for part in usual if part in parts]
-    if not chosen:
-        raise UserError(f"nothing is to be measured; name one or more of {', '.join(usual)}")
-    return name if len(chosen) == len(usual) else "_".join([name, *chosen]).replace(" ", "_")
+def file_name(name: str, cfg: Any, *options: str) -> str:
+    """Of a results file: with the values of these options where they are not the defaults.
+
+    Measurements of something else do not replace the usual ones.
+    """
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if field.name in options and value != field.default:
+            name += f"_{field.name}" if value is True else "_" + re.sub(r"[^\w-]+", "_", str(value)).strip("_")
+    return name
 
 
 def _cpu_model() -> str:
-    try:
+    with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
     return platform.processor() or platform.machine()
 
 

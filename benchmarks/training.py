@@ -1,38 +1,34 @@
-"""What benchmarks of training share: options, volumes, steps as `training.train` makes them, where time goes."""
+"""What benchmarks of training share: volumes on disk, a script's own updates on them, and where their time goes."""
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from torch import nn
-from torch.optim import Optimizer
 
-from benchmarks.data import write_raw
-from datasets.augment import VolumeViews
-from datasets.loaders import VolumeLoader, VolumeWindows, canvas_size
-from datasets.store import prepare
-from models.encoder import JointEncoder
-from models.heads import ProjectionHead
-from objectives import JointClustering, SwAV
-from training import train
-from training.monitor import Monitor
-from utils import distributed, guards, optim, profile
+from datasets.loaders import OneAhead
+from training import scripts
+from training.train import Training
+from utils import profile
 from utils.distributed import Run
-from utils.precision import Precision
 
-DISTINCT = 8  # volumes of a tree that differ
+DISTINCT = 8  # volumes of a tree that differ; the others are further names (hard links) of these
 
 
 @dataclass
 class Options:
+    """Options of every benchmark of training."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where"""
+    """where to measure"""
     arch: str = "resnet50"
     """torchvision ResNet"""
     target_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = (64, 128, 128)
@@ -41,93 +37,54 @@ class Options:
     """volumes per step; a GPU wants 16"""
     workers: NonNegativeInt = 0
     """data-loading processes"""
+    precisions: tuple[Literal["fp32", "bf16"], ...] = ()
+    """number formats; none: fp32, and bf16 where the device computes in it"""
 
 
-def file_name(name: str, cfg: Options) -> str:
-    """Of a results' file: another network or other views do not replace the usual ones."""
-    shape = tuple(cfg.target_shape)
-    if (cfg.arch, shape) == (Options.arch, Options.target_shape):
-        return name
-    return f"{name}_{cfg.arch}_{'x'.join(map(str, shape))}"
+def write_volumes(root: Path, shape: tuple[int, int, int], count: int, dtype: str = "int16") -> None:
+    """Volumes H x W x slices below `root` as a scanner might give them: smooth structures and noise."""
+    (root / "Raw").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        file = root / "Raw" / f"{i}.npy"
+        if i >= DISTINCT:
+            os.link(file.with_name(f"{i % DISTINCT}.npy"), file)
+            continue
+        coarse = torch.from_numpy(rng.normal(0, 300, (1, 1, 12, 12, 8)))
+        volume = F.interpolate(coarse, size=shape, mode="trilinear")[0, 0].numpy() + rng.normal(0, 20, shape)
+        np.save(file, volume.astype(dtype))
 
 
-def write_volumes(root: Path, shape: tuple[int, int, int], count: int) -> None:
-    """`count` volumes below `root`, most of them further names (hard links) of the first few.
-
-    With so many that an epoch does not end within what is measured, data-loading processes never start anew there.
-    """
-    write_raw(root, shape, "int16", min(count, DISTINCT))
-    for i in range(DISTINCT, count):
-        os.link(root / "Raw" / f"{i % DISTINCT}.npy", root / "Raw" / f"{i}.npy")
-
-
-def volume_loader(root: Path, cfg: Options, run: Run, **kinds: Any) -> VolumeLoader:
-    """Volumes below `root`.  kinds: what `VolumeLoader` gives beside their views (`mask_ratio`, `intra_slices`)."""
-    slices, height, width = cfg.target_shape
-    samples, store = prepare(root, canvas_size(height, width), workers=max(1, cfg.workers), progress=False)
-    views = VolumeViews(height, width, "strong", 0)
-    return VolumeLoader(VolumeWindows(samples, store, slices, 0), views, cfg.batch_size, cfg.workers, 0, run, **kinds)
+def config_of(script: str, data: Path, device: torch.device, **options: Any) -> Any:
+    """A script's own options but for these, from random weights."""
+    module = scripts.load(script)
+    values = {"data_path": str(data), "dump_path": str(data.with_name("run")), "resnet_pretrained": "none"}
+    if module.Config.stage == 3:
+        values["trans_pretrained"] = "none"
+    return module.Config(**values | {"device": device.type} | options)
 
 
-def joint_learner(arch: str, intra: int, inter: int) -> JointClustering:
-    """The learner of stage 3 with SwAV and so many prototypes."""
-    encoder = JointEncoder(arch)
-    d_model = encoder.projection.out_features
-    head = ProjectionHead(encoder.encoder.num_features)
-    return JointClustering(encoder, head, SwAV(128, [intra]), SwAV(d_model, [inter]))
+def training_of(script: str, data: Path, run: Run, **options: Any) -> Training:
+    """What a script trains with on the volumes below `data`."""
+    module, cfg = scripts.load(script), config_of(script, data, run.device, **options)
+    torch.manual_seed(cfg.seed)
+    loader = module.data(cfg, run)
+    return Training(module.model(cfg, loader.counts), loader, cfg, run)
 
 
-class Training:
-    """Steps of stage 1 or 3 with all that `training.train.fit` does in one, its observers too; the parts are its spans.
+class Updates:
+    """A training's updates, one per call, as they follow each other within its epochs."""
 
-    Without what fit does between steps: progress bar, log, checkpoints.
-    """
+    def __init__(self, training: Training) -> None:
+        self.training, self.done = training, 0
+        training.core.begin_epoch(0)
+        training.learner.train()
+        self.batches = OneAhead(batch for epoch in itertools.count() for batch in training.loader.epoch(epoch))
 
-    def __init__(self, learner: nn.Module, loader: Any, precision: str, run: Run) -> None:
-        self.learner, self.loader, self.run = distributed.wrap(learner, run).train(), loader, run
-        self.precision = Precision(precision, run.device)
-        self.optimizer: Optimizer = optim.LARC(optim.parameter_groups(self.learner, 1e-6), 0.3)
-        self.core = core = distributed.unwrap(self.learner)
-        Monitor(core, loader, None, run.device)  # attaches observers; its options are for the end of an epoch
-        self.statistics = guards.BatchNormStatistics(core)
-        self.done, self.sums = 0, {}
-        for views in {"views", "crops"} & vars(loader).keys():
-            setattr(loader, views, profile.spanned("augment", getattr(loader, views)))
-        self.batches = self._batches()
-        self.batch = next(self.batches)
-
-    def _batches(self) -> Iterator[dict[str, Any]]:
-        epoch = 0
-        while True:
-            yield from self.loader.epoch(epoch)
-            epoch += 1
-
-    def step(self, joined: bool = True) -> None:
-        """joined: with the gradients of the other processes, as always in training."""
+    def __call__(self) -> None:
         with profile.span("other"):
-            self.statistics.remember()
-            train.seed_dropout(0, self.done, self.run.rank)
-            with distributed.gradients_stay_local(self.learner, not joined):
-                with self.precision.autocast(), profile.span("forward"):
-                    losses = self.learner(**self.batch)
-                with profile.span("backward"):
-                    self.precision.backward(losses["loss"])
-            self.core.cancel_gradients(self.done)
-            samples = sum(self.batch["counts"])
-            totals = {name: value.detach().float() * samples for name, value in losses.items()}
-            with profile.span("data"):
-                self.batch = next(self.batches)
-            means = {name: value / samples for name, value in totals.items()}
-            with profile.span("optimizer"):
-                agreed = train._agree(means, guards.gradients_are_finite(self.optimizer), False, self.run)
-                if agreed.finite and (agreed.gradients_finite or self.precision.may_overflow()):
-                    self.precision.step(self.optimizer)
-                    for name, value in agreed.means.items():
-                        self.sums[name] = self.sums.get(name, 0.0) + value * samples
-                else:
-                    self.statistics.restore()
-                self.optimizer.zero_grad(set_to_none=True)
-            self.done += 1
+            self.training.update(self.batches, self.done)
+        self.done += 1
 
 
 def recorded(step: Callable[[], object], device: torch.device) -> tuple[Callable[[], None], list[dict[str, float]]]:

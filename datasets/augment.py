@@ -11,9 +11,9 @@ while it is resampled.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -99,13 +99,9 @@ class VolumeViews:
     at random anisotropy, blur, bias field, gamma and noise, in this order.
 
     height, width: of the views, in pixels.  ranges: instead of those of the policy.
-    Raises ValueError on an unknown policy or a size below 1.
     """
 
     def __init__(self, height: int, width: int, policy: Policy, seed: int, ranges: Ranges | None = None):
-        _check_policy(policy)
-        if height < 1 or width < 1:
-            raise ValueError(f"views need at least one pixel, got height {height}, width {width}")
         self.height, self.width, self.policy, self.seed = height, width, policy, seed
         self.ranges = ranges or RANGES[policy]
 
@@ -118,34 +114,35 @@ class VolumeViews:
         volumes: [B, D, S, S] floats 0 to 1.  mask: [B, D] bool, True for real slices, which come first.
         extents: [B, 2] height and width in pixels of the content, centred on the canvas (its first row is
         (S - height) // 2).  index: [B] global sample indices.  All but volumes belong on the CPU.
-        Returns [views, B, D, H, W] float32, 0 to 1, padded slices exactly 0.  Raises ValueError on other shapes.
+        Returns [views, B, D, H, W] float32, 0 to 1, padded slices exactly 0.
         """
-        B, D, S = volumes.shape[:3] if volumes.ndim == 4 else (0, 0, 0)
-        shapes = (volumes.shape, mask.shape, extents.shape, index.shape)
-        if shapes != ((B, D, S, S), (B, D), (B, 2), (B,)) or B == 0:
-            raise ValueError(
-                f"need volumes [B, D, S, S], mask [B, D], extents [B, 2], index [B], got {[*map(tuple, shapes)]}"
-            )
+        B, D, S, _ = volumes.shape
         content, length = np.array(extents.tolist(), dtype=float), mask.sum(1).cpu()
         out = volumes.new_empty(views, B, D, self.height, self.width, dtype=torch.float32)
-        orders = self._orders(epoch, index.tolist()) if self.policy == "paper" else None
-        for view in range(1, views + 1):
-            u = Uniforms(self.seed, epoch, index.tolist(), view)
-            if orders is None:
-                draws = self._draw_strong(u, S, content, length.numpy())
-            else:
-                kind = orders[:, (view - 1) % len(PAPER_TRANSFORMS)]
-                draws = self._draw_paper(u, kind, S, content, length.numpy())
-            _transform(volumes, draws, out[view - 1], length)
+        for view, draws in zip(out, self.draws(S, content, length.numpy(), index.tolist(), epoch, views), strict=True):
+            _transform(volumes, draws, view, length)
         return out
+
+    def draws(
+        self, canvas: int, content: np.ndarray, slices: np.ndarray, index: Sequence[int], epoch: int, views: int = 2
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """The parameters of views 1 to `views`, by name, a row per sample: a pure function of the arguments.
+
+        canvas: S.  content: [B, 2] the extents.  slices: [B] real slices.  index: B global sample indices.
+        """
+        orders = self._orders(epoch, index) if self.policy == "paper" else None
+        for view in range(1, views + 1):
+            u = Uniforms(self.seed, epoch, index, view)
+            if self.policy == "paper":
+                yield self._draw_paper(u, orders[:, (view - 1) % len(PAPER_TRANSFORMS)], canvas, slices)
+            else:
+                yield self._draw_strong(u, canvas, content, slices)
 
     def _orders(self, epoch: int, index: Sequence[int]) -> np.ndarray:
         """[B, 7] places in PAPER_TRANSFORMS: the order in which the views of each sample take them."""
         return np.stack([stream(self.seed, epoch, i, SHARED).permutation(len(PAPER_TRANSFORMS)) for i in index])
 
-    def _draw_paper(
-        self, u: Uniforms, kind: np.ndarray, canvas: int, content: np.ndarray, slices: np.ndarray
-    ) -> dict[str, np.ndarray]:
+    def _draw_paper(self, u: Uniforms, kind: np.ndarray, canvas: int, slices: np.ndarray) -> dict[str, np.ndarray]:
         r = self.ranges
         chosen = {name: kind == k for k, name in enumerate(PAPER_TRANSFORMS)}
         which = u(1, 4).astype(int)  # one bit per axis: 1 rows, 2 columns, 3 both
@@ -184,7 +181,6 @@ class MultiCrop:
 
     sizes: (height, width) in pixels per kind.  counts: crops per kind.  scales: (low, high) per kind, the share of
     the content's bounding box that a crop covers.  ranges: instead of those of the policy.
-    Raises ValueError on an unknown policy, lists of different length, or values that make no crop.
     """
 
     def __init__(
@@ -196,13 +192,6 @@ class MultiCrop:
         seed: int,
         ranges: Ranges | None = None,
     ):
-        _check_policy(policy)
-        if not len(sizes) == len(counts) == len(scales) > 0:
-            raise ValueError(f"need as many sizes as counts and scales, got {sizes}, {counts}, {scales}")
-        if min(min(size) for size in sizes) < 1 or min(counts) < 1:
-            raise ValueError(f"sizes and counts must be at least 1, got {sizes}, {counts}")
-        if not all(0 < low <= high <= 1 for low, high in scales):
-            raise ValueError(f"scales must be 0 < low <= high <= 1, got {scales}")
         self.sizes, self.counts, self.scales = sizes, counts, scales
         self.policy, self.seed = policy, seed
         self.ranges = ranges or RANGES[policy]
@@ -213,22 +202,26 @@ class MultiCrop:
 
         images: [B, S, S] floats 0 to 1.  extents: [B, 2] height and width of the content, centred on the canvas.
         index: [B] global sample indices.  Both belong on the CPU.
-        Returns one [count, B, H, W] float32, 0 to 1, per kind.  Raises ValueError on other shapes.
+        Returns one [count, B, H, W] float32, 0 to 1, per kind.
         """
-        B, S = images.shape[:2] if images.ndim == 3 else (0, 0)
-        shapes = (images.shape, extents.shape, index.shape)
-        if shapes != ((B, S, S), (B, 2), (B,)) or B == 0:
-            raise ValueError(f"need images [B, S, S], extents [B, 2], index [B], got {[*map(tuple, shapes)]}")
-        content = np.array(extents.tolist(), dtype=float)
-        kinds, view = [], 0
-        for size, count, scale in zip(self.sizes, self.counts, self.scales, strict=True):
+        B, S, _ = images.shape
+        kinds, draws = [], self.draws(S, np.array(extents.tolist(), dtype=float), index.tolist(), epoch)
+        for size, count in zip(self.sizes, self.counts, strict=True):
             crops = images.new_empty(count, B, 1, *size, dtype=torch.float32)
-            for out in crops:
-                view += 1
-                u = Uniforms(self.seed, epoch, index.tolist(), view)
-                _transform(images[:, None], self._draw(u, S, content, size, scale), out)
+            for crop in crops:
+                _transform(images[:, None], next(draws), crop)
             kinds.append(crops[:, :, 0])
         return kinds
+
+    def draws(
+        self, canvas: int, content: np.ndarray, index: Sequence[int], epoch: int
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """The parameters of crops 1 to sum(counts), as `VolumeViews.draws` gives those of views."""
+        view = 0
+        for size, count, scale in zip(self.sizes, self.counts, self.scales, strict=True):
+            for _ in range(count):
+                view += 1
+                yield self._draw(Uniforms(self.seed, epoch, index, view), canvas, content, size, scale)
 
     def _draw(
         self,
@@ -326,18 +319,14 @@ def _draw_downsampling(u: Uniforms, r: Ranges, chosen: np.ndarray, slices: np.nd
 def _transform(x: Tensor, draws: dict[str, np.ndarray], out: Tensor, length: Tensor | None = None) -> None:
     """Transforms [B, D, S, S] into out [B, D, H, W], each sample by its own draws: 0..1, padded slices 0."""
     p = {name: torch.from_numpy(values) for name, values in draws.items()}
-    for rows in _portions(len(x), x.device):
+    step = 1 if x.device.type == "cpu" else len(x)  # on a CPU one sample at a time stays in its cache
+    for first in range(0, len(x), step):
+        rows = slice(first, first + step)
         own = {name: values[rows] for name, values in p.items()}
-        _transform_portion(x[rows], own, out[rows], None if length is None else length[rows])
+        _transform_part(x[rows], own, out[rows], None if length is None else length[rows])
 
 
-def _portions(samples: int, device: torch.device) -> list[slice]:
-    """A GPU works on the whole batch at once; on a CPU one sample at a time stays in its cache."""
-    step = 1 if device.type == "cpu" else samples
-    return [slice(b, b + step) for b in range(0, samples, step)]
-
-
-def _transform_portion(x: Tensor, p: dict[str, Tensor], out: Tensor, length: Tensor | None) -> None:
+def _transform_part(x: Tensor, p: dict[str, Tensor], out: Tensor, length: Tensor | None) -> None:
     x = transforms.only_real(transforms.resample(x, p["theta"], *out.shape[-2:]), length)
     if "downsampling" in p:
         x = transforms.anisotropy(x, p["downsampling"], length)
@@ -350,8 +339,3 @@ def _transform_portion(x: Tensor, p: dict[str, Tensor], out: Tensor, length: Ten
     x = transforms.gamma(x, p["log_gamma"])
     x = transforms.noise(x, p["noise_std"], p["noise_seed"], length)
     torch.clamp(x, 0, 1, out=out)
-
-
-def _check_policy(policy: str) -> None:
-    if policy not in get_args(Policy):
-        raise ValueError(f"policy must be one of {get_args(Policy)}, got {policy!r}")

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,12 +18,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from datasets.batch import Batch
+from datasets.cache import cached, make_room, shown_size
 from datasets.loaders import VolumeLoader, VolumeWindows, torch_loader
 from datasets.render import FORMAT
 from datasets.samplers import Key
-from datasets.store import NPY_HEADER, claim, shown_size
+from datasets.store import NPY_HEADER
 from datasets.transforms import upload
-from utils.distributed import raise_everywhere
+from utils.distributed import everywhere
 from utils.errors import UserError
 from utils.guards import Reading
 from utils.precision import Precision
@@ -107,21 +106,11 @@ def read(path: Path) -> Tensor | None:
 
 
 def write(array: Tensor, path: Path) -> None:
-    """The opposite of `read`, in one rename; np.load reads the file, too. Raises UserError where that fails."""
+    """The opposite of `read`, unless the file is there; np.load reads it, too. Raises UserError where that fails."""
     buffer = io.BytesIO()
     np.save(buffer, array.numpy(), allow_pickle=False)
-    body = buffer.getvalue()
-    try:
-        with claim(path) as temporary:
-            if temporary is None:  # another run is writing the same
-                return
-            try:
-                temporary.write_bytes(body + zlib.crc32(body).to_bytes(SEAL_BYTES, "little"))
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise _cannot_write(path.parent, error) from None
+    sealed = buffer.getvalue() + zlib.crc32(buffer.getvalue()).to_bytes(SEAL_BYTES, "little")
+    cached(path.parent, path.stem, lambda temporary: temporary.write_bytes(sealed), whole=lambda p: read(p) is not None)
 
 
 class EmbeddingLoader:
@@ -173,36 +162,19 @@ class EmbeddingLoader:
         digest = hashlib.sha256(repr((*depends_on, self.embedder.targets_digest())).encode()).hexdigest()[:16]
         folder = store.folder.parent / f"embeddings_{digest}_v{FORMAT}"
         self.cache = Embeddings(windows, self.versions, self.width, self.dtype, folder)
-        error = None
-        try:
-            self._prepare_folder(folder)
-        except UserError as e:
-            error = e
-        raise_everywhere(error)
+        everywhere(lambda: self._prepare_folder(folder))
         self.loader = torch_loader(self.cache, self.batches, self.workers, self.run.device, collate=_collate)
 
     def _prepare_folder(self, folder: Path) -> None:
         """Make the folder and say how much will lie there; UserError where the disk has no room for it."""
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            there, free = {entry.name for entry in os.scandir(folder)}, shutil.disk_usage(folder).free
-        except OSError as error:
-            raise _cannot_write(folder, error) from None
+        there = {file.name for file in folder.glob("*.npy")}
         sizes = self.cache.sizes()
         need = sum(size for name, size in sizes.items() if name not in there)
-        if need > free:
-            raise UserError(
-                f"cached_views: {self.versions} versions of {self.samples} volumes need {shown_size(need)} more in "
-                f"{folder}, but only {shown_size(free)} are free; lower --cached_views, free some space, or name "
-                "another folder with --cache_path"
-            )
+        what = f"{self.versions} versions of {self.samples} volumes"
+        left = make_room(folder, need, f"cached_views: {what}", "lower --cached_views, ")
         if self.run.is_main:
-            print(
-                f"cached_views: embeddings of {self.versions} versions of {self.samples} volumes, "
-                f"{shown_size(sum(sizes.values()))} in {folder}; {shown_size(need)} are still to be made "
-                f"({shown_size(free)} free)",
-                flush=True,
-            )
+            total = shown_size(sum(sizes.values()))
+            print(f"cached_views: embeddings of {what}, {total} in {folder}; still to be made: {left}", flush=True)
 
     def _complete(self, samples: list[dict[str, Any]], version: int) -> list[dict[str, Any]]:
         """The samples with embeddings; those of the ones that came without are computed and written."""
@@ -227,10 +199,3 @@ class EmbeddingLoader:
 def _collate(samples: list[dict[str, Any]]) -> dict[str, Any] | list[dict[str, Any]]:
     """A batch, or its samples as they are where some of them have no embeddings yet."""
     return default_collate(samples) if all("targets" in sample for sample in samples) else samples
-
-
-def _cannot_write(folder: Path, error: OSError) -> UserError:
-    return UserError(
-        f"cached_views: {folder} cannot be written ({error.strerror or error}); free some space, lower "
-        "--cached_views, or name another folder with --cache_path"
-    )

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
-import io
 import math
 import os
 import re
 import stat
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,16 +28,14 @@ MONTAGE = "montage.png"  # a picture of the data set for people (prepare_data.py
 SIDE_FILES = {".yaml", ".yml", ".csv", ".txt", ".md", ".json"}  # may lie beside the data, never read as data
 MIN_SIDE = 8  # pixels; a smaller slice holds nothing to learn from
 MAX_IMAGE_PIXELS = 80_000_000  # below PIL's own limit; a few bytes of PNG can claim far more
-FILES_TO_TIME, SLOW_FILE = 64, 0.0005  # seconds: reading a header takes longer on a network disk only
+THREADS = 8  # that read headers: on a network disk each costs a round trip
 HEADER_BYTES = 16_384  # numpy refuses NPY headers above 10,000 bytes, so more is never needed
-ONE_PARSER = threading.Lock()  # numpy parses headers with ast.literal_eval, which CPython 3.11 cannot do in two threads
-# What numpy.save writes for a plain array: read without numpy's parser, which takes ten times as long.
-PLAIN_HEADER = re.compile(
-    rb"\x93NUMPY\x01\x00(..)\{'descr': '([<>|][a-z]\d+)', 'fortran_order': (?:True|False), "
-    rb"'shape': \((\d+(?:, \d+)*),?\), \} *\n",
+# Numpy's own parser takes five times as long, and in CPython 3.11 it fails when two threads use it at once.
+NPY_ENTRIES = re.compile(
+    rb"""(?=.*["']descr["']: *["']([<>|=]?[a-zA-Z]\d{0,9}(?:\[\w+\])?)["'])(?=.*["']shape["']: *\(([\d, ]*)\))""",
     re.DOTALL,
 )
-YAML_KEYS = ("modality", "window", "spacing_mm", "slice_axis")
+YAML_KEYS = ("modality", "window", "spacing_mm", "slice_axis", "channels", "structures")
 GET_DATA = (
     "put volumes in <data_path>/<data set>/<case>.npy (height x width x slices) and images in further "
     "folders, or use the bundled example, --data_path Training_Data (git checkout -- Training_Data restores it)"
@@ -59,13 +53,19 @@ class Sample:
     slices: int  # D; 1 for an image
     height: int  # pixels, in plane
     width: int  # pixels, in plane
-    slice_axis: int  # which of the three axes of the file counts slices; 2 unless dataset.yaml says otherwise
+    slice_axis: int  # which of the first three axes of the file counts slices; 2 unless dataset.yaml says otherwise
     window: tuple[float, float] | None  # volumes: intensities to map to 0 and 1; None: robust percentiles
     size_bytes: int
     mtime_ns: int
     # What follows describes a sample for checks (datasets/check.py) and is no part of what it is.
     dtype: str = field(default="", compare=False)  # of a volume's file, e.g. int16; an image's mode in PIL's words
     modality: str | None = field(default=None, compare=False)  # as dataset.yaml says
+    channel_names: tuple[str, ...] = field(default=(), compare=False)  # of a file with a fourth axis
+
+    @property
+    def channels(self) -> int:
+        """Length of the file's fourth axis; 1 where it has three."""
+        return len(self.channel_names) or 1
 
     @property
     def data_path(self) -> Path:
@@ -73,51 +73,34 @@ class Sample:
         return self.path.parents[self.name.count("/")]
 
 
-def scan(data_path: str | Path) -> list[Sample]:
+def scan(data_path: str | Path, only: str | None = None) -> list[Sample]:
     """All volumes and images below data_path, ordered by data set and then by relative path (both as bytes).
 
     A data set is a first-level folder. Hidden files and folders and folders of labels are not entered. Only
-    headers are read. Raises one UserError that lists the first ten bad files, each with its remedy, and counts
-    all of them.
+    headers are read. only: the one data set that is looked at; None: all. Raises one UserError that lists the first
+    ten bad files, each with its remedy, and counts all of them.
     """
-    samples, problems = inspect_tree(data_path)
-    if problems:
-        raise bad_files(problems, f"data_path {Path(data_path).expanduser()}")
+    samples, data_sets, files = inspect_tree(data_path, only)
+    if data_sets or files:
+        raise bad_files(data_sets + files, f"data_path {Path(data_path).expanduser()}")
     return samples
 
 
-def scan_usable(data_path: str | Path) -> tuple[list[Sample], list[str]]:
-    """(good samples in the order of `scan`, one line for each file that is not good).
-
-    Raises UserError for what concerns a whole data set, as `scan` does: without its dataset.yaml, for one, volumes
-    would be read as something else than they are.
-    """
-    samples, files, data_sets = _inspect_tree(data_path)
-    if data_sets:
-        raise bad_files(data_sets, f"data_path {Path(data_path).expanduser()}")
-    return samples, files
-
-
-def inspect_tree(data_path: str | Path) -> tuple[list[Sample], list[str]]:
-    """(good samples in the order of `scan`, one line with its remedy for each data set or file that is not good).
+def inspect_tree(data_path: str | Path, only: str | None = None) -> tuple[list[Sample], list[str], list[str]]:
+    """(good samples in the order of `scan`, problems of whole data sets, problems of files), each with its remedy.
 
     Raises UserError where there is no data tree at all.
     """
-    samples, files, data_sets = _inspect_tree(data_path)
-    return samples, data_sets + files
-
-
-def _inspect_tree(data_path: str | Path) -> tuple[list[Sample], list[str], list[str]]:
-    """(good samples, problems of single files, problems of whole data sets)."""
     root = Path(data_path).expanduser()
     if not root.exists():
         raise UserError(f"data_path: {root} does not exist; {GET_DATA}")
     if not root.is_dir():
         raise UserError(f"data_path: {root} is a file, not a folder; {GET_DATA}")
     try:
-        entries = sorted((e for e in root.iterdir() if not e.name.startswith(".")), key=_as_bytes)
+        entries = [e for e in root.iterdir() if not e.name.startswith(".") and only in (None, e.name)]
     except OSError as error:
         raise UserError(f"data_path: {root} cannot be listed ({error}); change its permissions") from None
+    entries.sort(key=lambda e: os.fsencode(e.name))
     folders = [e for e in entries if e.is_dir() and e.name.lower() not in LABEL_FOLDERS]
     bad = [
         f"{e}: lies outside any data set; move it into a folder, e.g. {root / 'MyData' / e.name}"
@@ -128,23 +111,24 @@ def _inspect_tree(data_path: str | Path) -> tuple[list[Sample], list[str], list[
         raise UserError(f"data_path: {root} holds no data set ({_found(entries)}); {GET_DATA}")
 
     samples: list[Sample] = []
-    problems: list[str] = []
-    for folder in folders:
-        settings, files, more_problems = _scan_dataset(folder)
-        problems += more_problems
-        for result in _inspect_all(files, root, settings):
-            (samples if isinstance(result, Sample) else bad).append(result)
-    return samples, bad, problems
+    bad_sets: list[str] = []
+    with ThreadPoolExecutor(THREADS) as pool:
+        for folder in folders:
+            try:
+                settings = read_settings(folder)
+            except UserError as error:
+                settings = {}
+                bad_sets.append(str(error))
+            files, problems = _data_files(folder)
+            bad_sets += problems
+            for result in pool.map(lambda file, settings=settings: _inspect(file, root, settings), files):
+                (samples if isinstance(result, Sample) else bad).append(result)
+    return samples, bad_sets, bad
 
 
 def volumes(samples: Sequence[Sample]) -> list[int]:
     """Indices of the volumes."""
     return [i for i, sample in enumerate(samples) if sample.kind == "volume"]
-
-
-def images(samples: Sequence[Sample]) -> list[int]:
-    """Indices of the 2D images."""
-    return [i for i, sample in enumerate(samples) if sample.kind == "image"]
 
 
 def slice_offsets(samples: Sequence[Sample]) -> np.ndarray:
@@ -161,13 +145,18 @@ def fingerprint(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()
 
 
+def groups(samples: Iterable[Sample]) -> dict[tuple[str, str], list[Sample]]:
+    """Samples by data set and kind."""
+    found: dict[tuple[str, str], list[Sample]] = {}
+    for sample in samples:
+        found.setdefault((sample.dataset, sample.kind), []).append(sample)
+    return found
+
+
 def describe(samples: Sequence[Sample]) -> str:
     """A short table: for each data set and kind its counts and the range of in-plane sizes in pixels."""
-    groups: dict[tuple[str, str], list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault((sample.dataset, sample.kind), []).append(sample)
     rows = [("data set", "kind", "files", "slices", "height x width")]
-    for (dataset, kind), members in groups.items():
+    for (dataset, kind), members in groups(samples).items():
         size = f"{_range(s.height for s in members)} x {_range(s.width for s in members)}"
         rows.append((dataset, kind, str(len(members)), str(sum(s.slices for s in members)), size))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
@@ -193,41 +182,59 @@ def npy_header(path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
     """
     with open(path, "rb", buffering=0) as file:
         head = file.read(HEADER_BYTES)
-    plain = PLAIN_HEADER.match(head)
-    if plain and plain.end() == 10 + int.from_bytes(plain[1], "little"):
-        with contextlib.suppress(TypeError):  # a type that numpy does not know; its parser says so below
-            return tuple(map(int, plain[3].split(b", "))), np.dtype(plain[2].decode()), plain.end()
-    start = io.BytesIO(head)
-    magic = head[:8]
-    if not magic:
+    if not head:
         raise ValueError("is empty (0 bytes); remove it or copy it again")
-    if magic.startswith(b"PK\x03\x04"):
+    if head.startswith(b"PK\x03\x04"):
         raise ValueError("is a zip archive (.npz); take the array out and write it with np.save")
-    if not magic.startswith(b"\x93NUMPY"):
-        raise ValueError(f"is not an NPY file (it starts with {magic!r}); write it with np.save or remove it")
+    if not head.startswith(b"\x93NUMPY"):
+        raise ValueError(f"is not an NPY file (it starts with {head[:8]!r}); write it with np.save or remove it")
+    start = 10 if head[6:7] == b"\x01" else 12
+    end = start + int.from_bytes(head[8:start], "little")
+    entries = NPY_ENTRIES.match(head[start:end])
+    if entries is None or end > len(head):
+        raise ValueError("has a damaged NPY header, or several columns; write one array of numbers with np.save")
     try:
-        version = np.lib.format.read_magic(start)
-        if version not in ((1, 0), (2, 0), (3, 0)):
-            raise ValueError(f"unknown format version {version}")
-        # Version 3 differs from 2 only in how field names are encoded; data with fields are refused anyway.
-        one = version == (1, 0)
-        read = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
-        with ONE_PARSER:
-            shape, _, dtype = read(start)
-    except Exception as error:  # numpy's parser meets arbitrary text here and fails in many ways
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"has a damaged NPY header ({reason}); write it again with np.save") from None
-    return shape, dtype, start.tell()
+        return tuple(map(int, re.findall(rb"\d+", entries[2]))), np.dtype(entries[1].decode()), end
+    except TypeError as error:
+        raise ValueError(f"has a damaged NPY header ({error}); write it again with np.save") from None
 
 
-def _scan_dataset(folder: Path) -> tuple[dict[str, Any], list[str], list[str]]:
-    """(settings of dataset.yaml, data files in order, problems) of one data set."""
-    problems = []
-    try:
-        settings = _read_settings(folder)
-    except UserError as error:
-        settings = {}
-        problems.append(str(error))
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The checked content of <folder>/dataset.yaml; {} where there is none. Raises UserError."""
+    path = folder / "dataset.yaml"
+    if (folder / "dataset.yml").exists():
+        raise UserError(f"{folder / 'dataset.yml'}: is not read under this name; rename it to dataset.yaml")
+    settings = read_yaml(path) if path.exists() else None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: must be a mapping, e.g. 'window: [-1000, 400]', not a {type(settings).__name__}")
+    # People keep notes of their own in this file, so other keys are fine, but a slip of the pen is not.
+    for key in settings:
+        close = difflib.get_close_matches(str(key).lower(), YAML_KEYS, n=1, cutoff=0.75)
+        if key not in YAML_KEYS and close:
+            raise UserError(f"{path}: unknown key {key!r}; did you mean {close[0]!r}?")
+    rules = {
+        "window": (lambda v: _numbers(v, 2) and v[0] < v[1], "two increasing numbers, e.g. [-1000, 400]"),
+        "spacing_mm": (
+            lambda v: _numbers(v, 3) and min(v) > 0,
+            "three positive numbers (mm, in the order of the file's axes)",
+        ),
+        "slice_axis": (lambda v: type(v) is int and 0 <= v <= 2, "0, 1 or 2"),
+        "modality": (lambda v: isinstance(v, str), "a name, e.g. CT or MR"),
+        "channels": (
+            lambda v: isinstance(v, list) and v and all(isinstance(name, str) for name in v),
+            "a list of names, one for each place along the files' fourth axis, e.g. [t1, t2]",
+        ),
+    }
+    for key, (good, wanted) in rules.items():
+        if settings.get(key) is not None and not good(settings[key]):
+            raise UserError(f"{path}: {key}: {settings[key]!r} is not {wanted}")
+    return settings
+
+
+def _data_files(folder: Path) -> tuple[list[str], list[str]]:
+    """(data files of a data set in order, problems of the whole data set)."""
     files, others, seen = [], [], set()
     failed: list[OSError] = []
     for parent, subfolders, names in os.walk(folder, followlinks=True, onerror=failed.append):
@@ -240,112 +247,41 @@ def _scan_dataset(folder: Path) -> tuple[dict[str, Any], list[str], list[str]]:
         subfolders[:] = sorted(n for n in subfolders if not n.startswith(".") and n.lower() not in LABEL_FOLDERS)
         for name in names:
             if not name.startswith(".") and not (name == MONTAGE and parent == str(folder)):
-                file = os.path.join(parent, name)
-                if _kind(name):
-                    files.append(file)
-                else:
-                    others.append(Path(file))
-    problems += [f"{e.filename}: cannot be listed ({e.strerror}); change its permissions" for e in failed]
+                (files if _kind(name) else others).append(os.path.join(parent, name))
+    problems = [f"{e.filename}: cannot be listed ({e.strerror}); change its permissions" for e in failed]
     if not files and not failed:
         problems.append(
-            f"{folder}: this data set has neither .npy volumes nor images ({_found(others)}); convert its volumes to "
-            "NPY, height x width x slices, with prepare_data.py, or add images (.png .jpg .tif), or remove the folder"
+            f"{folder}: this data set has neither .npy volumes nor images ({_found(map(Path, others))}); convert its "
+            "volumes to NPY, height x width x slices, with prepare_data.py, or add images (.png .jpg .tif), or remove "
+            "the folder"
         )
-    return settings, sorted(files, key=os.fsencode), problems
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    """The checked content of <folder>/dataset.yaml; {} where there is none."""
-    path = folder / "dataset.yaml"
-    if (folder / "dataset.yml").exists():
-        raise UserError(f"{folder / 'dataset.yml'}: is not read under this name; rename it to dataset.yaml")
-    if not path.exists():
-        return {}
-    settings = read_yaml(path)
-    if settings is None:
-        return {}
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: must be a mapping, e.g. 'window: [-1000, 400]', not a {type(settings).__name__}")
-    # People keep notes of their own in this file, so other keys are fine, but a slip of the pen is not.
-    for key in settings:
-        close = difflib.get_close_matches(str(key).lower(), YAML_KEYS, n=1, cutoff=0.75)
-        if key not in YAML_KEYS and close:
-            raise UserError(f"{path}: unknown key {key!r}; did you mean {close[0]!r}?")
-
-    def refuse(key: str, wanted: str) -> UserError:
-        return UserError(f"{path}: {key}: {settings[key]!r} is not {wanted}")
-
-    window = settings.get("window")
-    if window is not None and not (_numbers(window, 2) and window[0] < window[1]):
-        raise refuse("window", "two increasing numbers, e.g. [-1000, 400]")
-    spacing = settings.get("spacing_mm")
-    if spacing is not None and not (_numbers(spacing, 3) and min(spacing) > 0):
-        raise refuse("spacing_mm", "three positive numbers (mm, in the order of the file's axes)")
-    axis = settings.get("slice_axis")
-    if axis is not None and not (type(axis) is int and 0 <= axis <= 2):
-        raise refuse("slice_axis", "0, 1 or 2")
-    modality = settings.get("modality")
-    if modality is not None and not isinstance(modality, str):
-        raise refuse("modality", "a name, e.g. CT or MR")
-    return settings
-
-
-def _inspect_all(files: list[str], root: Path, settings: dict[str, Any]) -> list[Sample | str]:
-    """`_inspect` of each file, on threads where a file costs a round trip over a network.
-
-    On a disk nearby threads only take turns: 100,000 headers took 10 s on eight of them and 4 s on one.
-    """
-    began = time.perf_counter()
-    first = [_inspect(file, root, settings) for file in files[:FILES_TO_TIME]]
-    rest = files[FILES_TO_TIME:]
-    if time.perf_counter() - began < SLOW_FILE * len(first):
-        return first + [_inspect(file, root, settings) for file in rest]
-    with ThreadPoolExecutor(16) as pool:
-        return first + list(pool.map(lambda file: _inspect(file, root, settings), rest))
+    return sorted(files, key=os.fsencode), problems
 
 
 def _inspect(file: str, root: Path, settings: dict[str, Any]) -> Sample | str:
     """The sample that a file holds, or what is wrong with the file."""
     path = Path(file)
+    name = path.relative_to(root).as_posix()
     try:
         status = os.stat(file)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("is not a regular file; remove it")
         if status.st_size == 0:
             raise ValueError("is empty (0 bytes); remove it or copy it again")
-        kind = _kind(file)
-        axis = settings.get("slice_axis")
-        axis = 2 if axis is None or kind == "image" else axis
-        window = settings.get("window") if kind == "volume" else None  # an image's grey values are not HU
-        if kind == "volume":
-            slices, height, width, dtype = _volume_header(path, axis, status.st_size)
-        else:
-            slices, (height, width, dtype) = 1, _image_header(path)
+        kind = _kind(name)
+        layout = _volume_header(path, status.st_size, settings) if kind == "volume" else _image_header(path)
+        dataset, modality = name.split("/")[0], settings.get("modality")
+        own = {"size_bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "modality": modality}
+        return Sample(path, name, dataset, kind, **layout, **own)
     except ValueError as error:
         return f"{path}: {error}"
     except OSError as error:
         reason = error.strerror or type(error).__name__
         return f"{path}: cannot be read ({reason}); change its permissions, copy it again or remove it"
-    name = path.relative_to(root).as_posix()
-    return Sample(
-        path=path,
-        name=name,
-        dataset=name.split("/")[0],
-        kind=kind,
-        slices=slices,
-        height=height,
-        width=width,
-        slice_axis=axis,
-        window=None if window is None else (float(window[0]), float(window[1])),
-        size_bytes=status.st_size,
-        mtime_ns=status.st_mtime_ns,
-        dtype=dtype,
-        modality=settings.get("modality"),
-    )
 
 
-def _volume_header(path: Path, slice_axis: int, size_bytes: int) -> tuple[int, int, int, str]:
-    """(slices, height, width, name of the dtype) of an NPY volume, or ValueError."""
+def _volume_header(path: Path, size_bytes: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the header of an NPY volume and dataset.yaml say: fields of a Sample. Raises ValueError."""
     shape, dtype, offset = npy_header(path)
     if dtype.hasobject:
         raise ValueError("holds Python objects (a pickle), which are never loaded; save a plain numeric array")
@@ -354,29 +290,43 @@ def _volume_header(path: Path, slice_axis: int, size_bytes: int) -> tuple[int, i
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise ValueError(f"has dtype {dtype}; save intensities, e.g. volume.astype(np.float32)")
     found = " x ".join(map(str, shape)) or "a single number"
-    if len(shape) != 3:
+    channels = tuple(settings.get("channels") or ()) if len(shape) == 4 else ()
+    if len(shape) != 3 and not channels:
         remedy = {
             2: "save it as an image (.png), or stack the slices of a volume",
-            4: "pick one channel or time point, e.g. volume[..., 0]",
+            4: "pick one channel or time point, e.g. volume[..., 0], or name them all in dataset.yaml, e.g. "
+            "channels: [t1, t2]",
         }.get(len(shape), "save one volume per file")
         raise ValueError(f"is {len(shape)}D ({found}) where height x width x slices is needed; {remedy}")
+    if channels and len(channels) != shape[3]:
+        raise ValueError(f"has {shape[3]} channels ({found}) where dataset.yaml names {len(channels)}; correct either")
     if min(shape) < 1:
         raise ValueError(f"has an axis of length {min(shape)} ({found}); remove it or export it again")
     expected = offset + dtype.itemsize * math.prod(shape)
     if size_bytes != expected:
         what = "is truncated" if size_bytes < expected else "has trailing bytes"
         raise ValueError(f"{what}: {size_bytes} bytes where {found} {dtype} needs {expected}; copy it again")
-    height, width = (length for axis, length in enumerate(shape) if axis != slice_axis)
+    axis = 2 if settings.get("slice_axis") is None else settings["slice_axis"]
+    height, width = (length for i, length in enumerate(shape[:3]) if i != axis)
     if min(height, width) < MIN_SIDE:
         raise ValueError(
-            f"has slices of {height} x {width} pixels ({found}, slices along axis {slice_axis}), below "
+            f"has slices of {height} x {width} pixels ({found}, slices along axis {axis}), below "
             f"{MIN_SIDE}; remove it, or set slice_axis in dataset.yaml if its slices lie along another axis"
         )
-    return shape[slice_axis], height, width, dtype.name
+    window = settings.get("window")
+    return {
+        "slices": shape[axis],
+        "height": height,
+        "width": width,
+        "slice_axis": axis,
+        "window": None if window is None else (float(window[0]), float(window[1])),
+        "dtype": dtype.name,
+        "channel_names": channels,
+    }
 
 
-def _image_header(path: Path) -> tuple[int, int, str]:
-    """(height, width, mode) of an image, or ValueError."""
+def _image_header(path: Path) -> dict[str, Any]:
+    """What the header of an image says: fields of a Sample. Raises ValueError. A window is for HU, never for these."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             (width, height), mode = image.size, image.mode
@@ -393,16 +343,12 @@ def _image_header(path: Path) -> tuple[int, int, str]:
         raise ValueError(f"has {height} x {width} pixels, above {MAX_IMAGE_PIXELS}; reduce it or remove it")
     if min(height, width) < MIN_SIDE:
         raise ValueError(f"has {height} x {width} pixels, below {MIN_SIDE} in one direction; remove it")
-    return height, width, mode
+    return {"slices": 1, "height": height, "width": width, "slice_axis": 2, "window": None, "dtype": mode}
 
 
 def _kind(name: str) -> Literal["volume", "image"] | None:
     suffix = os.path.splitext(name)[1].lower()
     return "volume" if suffix == ".npy" else "image" if suffix in IMAGE_SUFFIXES else None
-
-
-def _as_bytes(path: Path) -> bytes:
-    return os.fsencode(path.name)
 
 
 def _numbers(value: Any, count: int) -> bool:
@@ -414,21 +360,16 @@ def _numbers(value: Any, count: int) -> bool:
     )
 
 
-def _found(paths: Sequence[Path]) -> str:
-    """What lies there instead of data, e.g. `found 12 .nii.gz, 1 .json`."""
-    kinds: Counter[str] = Counter()
-    for path in paths:
-        if path.is_dir():
-            kinds[f"folder {path.name}"] += 1
-        else:
-            ends = path.suffixes[-2:] if path.suffix.lower() == ".gz" else path.suffixes[-1:]
-            kinds["".join(ends) or "without suffix"] += 1
-    # Side files last: a .nii.gz says more about what went wrong than the README beside it.
-    order = sorted(kinds, key=lambda k: (k in SIDE_FILES, -kinds[k], k))
-    return "found " + (", ".join(f"{kinds[k]} {k}" for k in order[:5]) or "nothing")
+def _found(paths: Iterable[Path]) -> str:
+    """What lies there instead of data, e.g. `found 12 .nii.gz, 1 .json`, files that only stand beside data last."""
+    kinds = Counter(
+        f"folder {path.name}" if path.is_dir() else re.search(r"(\.\w+)?(\.gz)?$", path.name)[0] or "without suffix"
+        for path in paths
+    )
+    order = sorted(kinds, key=lambda kind: (kind in SIDE_FILES, -kinds[kind]))
+    return "found " + (", ".join(f"{kinds[kind]} {kind}" for kind in order[:5]) or "nothing")
 
 
 def _range(values: Iterable[int]) -> str:
-    values = list(values)
-    low, high = min(values), max(values)
-    return str(low) if low == high else f"{low}..{high}"
+    ordered = sorted(set(values))
+    return f"{ordered[0]}..{ordered[-1]}" if len(ordered) > 1 else str(ordered[0])

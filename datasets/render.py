@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from datasets.cache import BadSource
 from datasets.index import IMAGE_FORMATS, Sample
-from utils.errors import UserError
 
 FORMAT = 2  # of the cache files; raise it when their content changes, so that old ones are not used
 PERCENTILES = (0.5, 99.5)
 SAMPLED_VOXELS = 2**20  # the 0.5th percentile of so many is off by 0.007 percentage points (one standard deviation)
 SLICES_AT_ONCE = 8  # of a conversion in float: what they take stays in the processor's cache
 TURNED_AT_ONCE = 2**28  # bytes of a file with interleaved slices that are brought into slice order in one go
-VOXELS_AT_ONCE = 2**24
-
-
-class BadContent(UserError):
-    """The header of a source file is good but its content is not.
-
-    lasting: whether that is so until the file changes, and not a disk that failed to answer.
-    """
-
-    def __init__(self, sample: Sample, reason: str, lasting: bool = True) -> None:
-        super().__init__(f"{sample.path}: {reason}")
-        self.reason, self.lasting = reason, lasting
+CHANGED = "has changed since it was scanned; start again"
 
 
 def content_size(height: int, width: int, size: int) -> tuple[int, int]:
@@ -40,19 +30,12 @@ def content_size(height: int, width: int, size: int) -> tuple[int, int]:
 def render(sample: Sample, size: int) -> np.ndarray:
     """The content of a cache file: [D, h, w] float16 in 0..1, max(h, w) = size.
 
-    Intensities are linear between the limits of the sample's window, or else between the 0.5th and 99.5th
-    percentile of its voxels, and clipped. The percentiles of a large volume are taken over every k-th voxel, about
-    a million. Where they coincide (a vessel-only volume can be 99.9 % zeros) minimum and maximum stand in
-    for them. Slices are resized bilinearly, with antialiasing when they shrink. Raises BadContent for NaN or
-    Inf, no contrast and unreadable data.
+    Intensities are linear in the sample's window or else between `robust_limits`, and clipped. Slices are resized
+    bilinearly, with antialiasing when they shrink. Raises BadSource for NaN or Inf, no contrast and unreadable data.
     """
-    try:
-        source = open_volume(sample) if sample.kind == "volume" else open_image(sample)
-        if min(source.strides) == source.strides[0] and source.nbytes <= TURNED_AT_ONCE:
-            source = np.ascontiguousarray(source)  # a slice alone touches every page of such a file
-        low, high = intensity_limits(source, sample)
-    except OSError as error:
-        raise BadContent(sample, f"cannot be read ({error}); copy it again or remove it", lasting=False) from None
+    source = open_source(sample)
+    require_contrast(source, sample)
+    low, high = sample.window or robust_limits(source)
     h, w = content_size(sample.height, sample.width, size)
     out = np.empty((sample.slices, h, w), dtype=np.float16)
     working = np.result_type(source.dtype, np.float32)  # float64 for what float32 cannot hold: 32-bit integers
@@ -69,76 +52,82 @@ def render(sample: Sample, size: int) -> np.ndarray:
     return out
 
 
-def open_volume(sample: Sample) -> np.ndarray:
-    """[D, H, W] memory map of a volume in its own dtype."""
+def open_source(sample: Sample) -> np.ndarray:
+    """[D, H, W] of a file in its own dtype: the first channel of a volume, grey values of an image.
+
+    Raises BadSource where it cannot be read or is no longer what the scan found.
+    """
     try:
-        array = np.load(sample.path, mmap_mode="r", allow_pickle=False)
-    except ValueError:
-        array = None
-    if array is None or array.ndim != 3:
-        raise BadContent(sample, "has changed since it was scanned; start again", lasting=False)
-    array = np.moveaxis(array, sample.slice_axis, 0)
-    if array.shape != (sample.slices, sample.height, sample.width):
-        raise BadContent(sample, "has changed since it was scanned; start again", lasting=False)
+        array = _open_volume(sample) if sample.kind == "volume" else read_grey(sample.path)[None]
+        if array.shape != (sample.slices, sample.height, sample.width):
+            raise BadSource(CHANGED, lasting=False)
+        if min(array.strides) == array.strides[0] and array.nbytes <= TURNED_AT_ONCE:
+            array = np.ascontiguousarray(array)  # a slice alone touches every page of such a file
+    except OSError as error:
+        raise BadSource(f"cannot be read ({error}); copy it again or remove it", lasting=False) from None
     return array
 
 
-def open_image(sample: Sample) -> np.ndarray:
-    """[1, H, W] grey values of an image: its own if it has one channel of 8, 16 or 32 bits, else luminance."""
+def _open_volume(sample: Sample) -> np.ndarray:
+    """[D, H, W] memory map."""
     try:
-        with Image.open(sample.path, formats=IMAGE_FORMATS) as image:
+        array = np.load(sample.path, mmap_mode="r", allow_pickle=False)
+        return np.moveaxis(array[..., 0] if sample.channel_names else array, sample.slice_axis, 0)
+    except ValueError:  # also where an axis is missing
+        raise BadSource(CHANGED, lasting=False) from None
+
+
+def read_grey(path: Path) -> np.ndarray:
+    """[H, W] grey values of an image: its own if it has one channel of 8, 16 or 32 bits, else luminance."""
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             own = image.mode in ("L", "I", "F") or image.mode.startswith("I;16")
-            array = np.asarray(image if own else image.convert("L"))
+            return np.asarray(image if own else image.convert("L"))
     except Exception as error:  # decoders fail in many ways on damaged data
         reason = str(error) or type(error).__name__
-        raise BadContent(sample, f"broken image data ({reason}); export it again or remove it") from None
-    if array.shape != (sample.height, sample.width):
-        raise BadContent(sample, "has changed since it was scanned; start again", lasting=False)
-    return array[None]
+        raise BadSource(f"broken image data ({reason}); export it again or remove it") from None
 
 
-def intensity_limits(source: np.ndarray, sample: Sample) -> tuple[float, float]:
-    """The intensities of [D, H, W] that become 0 and 1. Raises BadContent where none make sense."""
+def require_contrast(source: np.ndarray, sample: Sample) -> tuple[float, float]:
+    """(minimum, maximum) of [D, H, W]. Raises BadSource where training would learn nothing from it."""
     unit = "voxels" if sample.kind == "volume" else "pixels"
-    low, high, not_finite = math.inf, -math.inf, 0
-    flat = _in_memory_order(source)
-    for first in range(0, flat.size, VOXELS_AT_ONCE):
-        block = flat[first : first + VOXELS_AT_ONCE]
-        lowest, highest = float(block.min()), float(block.max())  # NaN if any is
-        if not (math.isfinite(lowest) and math.isfinite(highest)):
-            not_finite += block.size - int(np.count_nonzero(np.isfinite(block)))
-        low, high = min(low, lowest), max(high, highest)
-    if not_finite:
-        raise BadContent(
-            sample,
-            f"{not_finite} of {flat.size} {unit} are NaN or Inf; replace them (np.nan_to_num) "
-            "or remove the file, or leave such files out with --on_bad skip",
+    low, high = float(source.min()), float(source.max())  # NaN if any is
+    if not (math.isfinite(low) and math.isfinite(high)):
+        count = source.size - int(np.count_nonzero(np.isfinite(source)))
+        raise BadSource(
+            f"{count} of {source.size} {unit} are NaN or Inf; replace them (np.nan_to_num) "
+            "or remove the file, or leave such files out with --on_bad skip"
         )
     if low == high:
-        raise BadContent(
-            sample,
+        raise BadSource(
             f"is constant (all {unit} are {low:g}), so there is nothing to learn from it; "
-            "remove it, or leave such files out with --on_bad skip",
+            "remove it, or leave such files out with --on_bad skip"
         )
     if high - low > 1e38:  # near the end of float32, where the scaling would overflow
-        raise BadContent(sample, f"its range, {low:g} to {high:g}, is too wide; clip it or remove the file")
-    if sample.window:
-        if high <= sample.window[0] or low >= sample.window[1]:
-            raise BadContent(
-                sample,
-                f"its intensities, {low:g} to {high:g}, lie outside the window {sample.window} "
-                "of dataset.yaml; correct the window, or leave such files out with --on_bad skip",
-            )
-        return sample.window
+        raise BadSource(f"its range, {low:g} to {high:g}, is too wide; clip it or remove the file")
+    if sample.window and (high <= sample.window[0] or low >= sample.window[1]):
+        raise BadSource(
+            f"its intensities, {low:g} to {high:g}, lie outside the window {sample.window} "
+            "of dataset.yaml; correct the window, or leave such files out with --on_bad skip"
+        )
+    return low, high
+
+
+def robust_limits(array: np.ndarray) -> tuple[float, float]:
+    """The 0.5th and 99.5th percentile of finite values, in an array of any shape.
+
+    Where they coincide (a vessel-only volume can be 99.9 % zeros) minimum and maximum stand in for them.
+    """
+    low, high = np.percentile(sampled(array), PERCENTILES).tolist()
+    return (low, high) if low < high else (float(array.min()), float(array.max()))
+
+
+def sampled(array: np.ndarray) -> np.ndarray:
+    """[n] float64: the values, of a large array every k-th, about a million from all rows, columns and slices."""
+    axes = sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis]))  # as they lie in memory: no copy
+    flat = array.transpose(axes).reshape(-1)
     # A stride that shares no factor with the shape: any other would visit some rows, columns or slices only.
     stride = max(1, math.ceil(flat.size / SAMPLED_VOXELS))
     while math.gcd(stride, flat.size) > 1:
         stride += 1
-    p_low, p_high = np.percentile(flat[::stride].astype(np.float64), PERCENTILES)
-    return (float(p_low), float(p_high)) if p_low < p_high else (low, high)
-
-
-def _in_memory_order(array: np.ndarray) -> np.ndarray:
-    """All elements as a 1D view in the order in which they lie on disk, where the array is contiguous."""
-    axes = sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis]))
-    return array.transpose(axes).reshape(-1)
+    return flat[::stride].astype(np.float64)

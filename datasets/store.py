@@ -6,18 +6,13 @@ a [D, h, w] float16 array in a cache folder (`datasets/render.py`), and slices a
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
 import math
 import os
-import shutil
 import sys
 import time
-import uuid
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -25,24 +20,27 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from datasets.check import header_warnings
-from datasets.index import Sample, bad_files, describe, fingerprint, npy_header, scan, scan_usable
-from datasets.render import FORMAT, BadContent, content_size, render
-from utils.distributed import gather_objects, raise_everywhere, rank, world_size
+from datasets.cache import BadSource, cache_folder, cached, is_whole, key_of, make_room
+from datasets.headers import header_warnings
+from datasets.index import Sample, bad_files, describe, fingerprint, inspect_tree, scan
+from datasets.render import FORMAT, content_size, render
+from utils.distributed import everywhere, gather_objects, rank, world_size
 from utils.errors import UserError
 
 NPY_HEADER = 128  # bytes that numpy.save writes before the data of a 3D array
 MEETING_SECONDS = 20.0  # processes that build a cache meet this often, so none waits into the collectives' time-out
+OnBad = Literal["error", "skip"]
 
 
 def prepare(
     data_path: str | Path,
     size: int,
     cache_path: str | Path | None = None,
-    on_bad: Literal["error", "skip"] = "error",
+    on_bad: OnBad = "error",
     workers: int = 1,
     progress: bool = True,
     target_shape: tuple[int, int, int] | None = None,
+    only: str | None = None,
 ) -> tuple[list[Sample], SliceStore]:
     """Scan data_path, check it by its headers, and build its cache: (samples, store), the same on every process.
 
@@ -50,26 +48,16 @@ def prepare(
     broken image data): `error` raises one UserError that lists them, `skip` leaves them out and prints each on
     process 0. workers: threads that build, per process. progress: show what looks odd about the data (check_data.py
     tells more), the building and, at the end, a table of the data sets. target_shape: slices, height and width of a
-    view of volumes, for these warnings. The other arguments are those of SliceStore.
+    view of volumes, for these warnings. only: the one data set that is taken; None: all. The other arguments are those
+    of SliceStore.
     """
-    samples: list[Sample] = []
-    bad: list[str] = []
-    error = None
-    try:
-        samples, bad = scan_usable(data_path) if on_bad == "skip" else (scan(data_path), [])
-        if not samples:
-            raise UserError(f"no usable file is left below {data_path}; the first: {bad[0]}")
-    except UserError as e:
-        error = e
-    raise_everywhere(error)
-    if rank() == 0:
-        for problem in bad:
-            print(f"warning: left out {problem}", file=sys.stderr)
+    samples, bad = everywhere(lambda: _usable(data_path, only) if on_bad == "skip" else (scan(data_path, only), []))
     if len(set(gather_objects(fingerprint(samples)))) > 1:
         raise UserError(f"data_path: processes see different files below {data_path}; give all the same data")
-    if progress and rank() == 0:
-        for line in header_warnings(samples, target_shape):
-            print(f"warning: {line}", file=sys.stderr, flush=True)
+    notes = [f"left out {problem}" for problem in bad]
+    if progress:
+        notes += [*_first_channels(samples), *header_warnings(samples, target_shape)]
+    _warn(notes)
     store = SliceStore(samples, size, cache_path, on_bad)
     store.build(workers, progress)
     if progress and rank() == 0:
@@ -90,20 +78,9 @@ class SliceStore:
     """
 
     def __init__(
-        self,
-        samples: list[Sample],
-        size: int,
-        cache_path: str | Path | None = None,
-        on_bad: Literal["error", "skip"] = "error",
+        self, samples: list[Sample], size: int, cache_path: str | Path | None = None, on_bad: OnBad = "error"
     ) -> None:
-        if on_bad not in ("error", "skip"):
-            raise UserError(f"on_bad: {on_bad!r} is not one of error, skip")
-        if size < 1:
-            raise UserError(f"size: {size} pixels is not a canvas; give a positive number, e.g. 224")
-        if not samples:
-            raise UserError("there are no samples to build a cache for")
-        self.size = size
-        self.on_bad = on_bad
+        self.size, self.on_bad = size, on_bad
         self.folder = cache_folder(samples[0].data_path, cache_path) / f"slices_{size}px_v{FORMAT}"
         self._take(samples)
 
@@ -147,161 +124,80 @@ class SliceStore:
     def build(self, workers: int = 1, progress: bool = True) -> None:
         """Make every cache file that is missing or damaged, on `workers` threads of every process.
 
-        Any number of processes, of this run and of others, may build the same cache: each file is made by the one
-        that locks it first, and appears complete, in one rename. Processes without a common disk each make all.
+        Any number of processes, of this run and of others, may build the same cache (`datasets/cache.py`). Processes
+        without a common disk each make all.
         Raises UserError on all processes: for bad files (`on_bad="error"`) when all the good ones are done, so
         that the next start goes on from there, and at once when the cache folder has no room or cannot be written.
         """
-        todo = [i for i in range(len(self.samples)) if not self._is_whole(i)]
-        error = None
-        try:
-            self._prepare_folder()
-            self._check_room(todo, progress)
-        except UserError as e:
-            error = e
-        raise_everywhere(error)
+        todo = everywhere(lambda: self._look_around(progress))
         first = rank() * len(todo) // world_size()  # processes begin at different places and so seldom meet
         waiting = deque(todo[first:] + todo[:first])
         bad: dict[int, str] = {}
         show = progress and rank() == 0 and sys.stderr.isatty()
         workers = max(1, min(workers, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-        with (
-            tqdm(total=len(todo), desc="preparing data", unit="file", disable=not show) as bar,
-            _single_threads(workers) as pool,
-        ):
-            while True:
-                error = None
-                try:
-                    self._make_for_a_while(waiting, bad, pool, workers, bar)
-                except UserError as e:
-                    error = e
-                except BaseException:  # a signal: leave after the files at hand, not after all that were handed out
-                    pool.shutdown(cancel_futures=True)
-                    raise
-                raise_everywhere(error)
-                if not any(gather_objects(len(waiting))):
-                    break
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # for the pool: threads that are new to torch take over what was set last
+        try:
+            with (
+                tqdm(total=len(todo), desc="preparing data", unit="file", disable=not show) as bar,
+                ThreadPoolExecutor(workers) as pool,
+            ):
+                while any(gather_objects(len(waiting))):
+                    everywhere(lambda: self._make_for_a_while(waiting, bad, pool, 4 * workers, bar))
+        finally:
+            torch.set_num_threads(threads)
         for other in gather_objects(bad):
             bad |= other
 
+        problems = [bad[i] for i in sorted(bad)]
         if bad and self.on_bad == "error":
-            raise bad_files([bad[i] for i in sorted(bad)], f"data_path {self.samples[0].data_path}")
+            raise bad_files(problems, f"data_path {self.samples[0].data_path}")
         if len(bad) == len(self.samples):
-            raise UserError(f"no usable file is left below {self.samples[0].data_path}; the first: {bad[0]}")
-        if rank() == 0:
-            for i in sorted(bad):
-                print(f"warning: left out {bad[i]}", file=sys.stderr)
+            raise UserError(f"no usable file is left below {self.samples[0].data_path}; the first: {problems[0]}")
+        _warn([f"left out {problem}" for problem in problems])
         self._take([sample for i, sample in enumerate(self.samples) if i not in bad])
 
+    def _look_around(self, progress: bool) -> list[int]:
+        """What is to be made; UserError where there is no room for it."""
+        todo = [i for i, file in enumerate(self.files) if not is_whole(file, self._shape(i))]
+        need = sum(NPY_HEADER + 2 * math.prod(self._shape(i)) for i in todo)
+        size = make_room(self.folder, need, f"prepared slices of {len(todo)} files")
+        if todo and progress and rank() == 0:
+            print(f"preparing {len(todo)} files in {self.folder}: {size}", flush=True)
+        return todo
+
     def _make_for_a_while(
-        self, waiting: deque[int], bad: dict[int, str], pool: ThreadPoolExecutor, workers: int, bar: tqdm
+        self, waiting: deque[int], bad: dict[int, str], pool: ThreadPoolExecutor, at_once: int, bar: tqdm
     ) -> None:
         """Take files from `waiting` until it is empty or the processes should meet; note the bad ones in `bad`."""
         until = time.monotonic() + MEETING_SECONDS
         while waiting and time.monotonic() < until:
-            batch = [waiting.popleft() for _ in range(min(4 * workers, len(waiting)))]
-            jobs = [(i, pool.submit(self._make, i)) for i in batch]
+            batch = [waiting.popleft() for _ in range(min(at_once, len(waiting)))]
             others_at_it = []
-            for i, job in jobs:
-                try:
-                    if not job.result():
-                        others_at_it.append(i)
-                except BadContent as error:
-                    bad[i] = str(error)
+            for i, result in zip(batch, pool.map(self._make, batch), strict=True):
+                if result is None:
+                    others_at_it.append(i)
+                elif isinstance(result, BadSource):
+                    bad[i] = f"{self.samples[i].path}: {result}"
             bar.update(len(batch) - len(others_at_it))
             waiting.extend(others_at_it)  # last, to see whether they were made
             if len(others_at_it) == len(batch):
                 time.sleep(0.05)
 
-    def _make(self, index: int) -> bool:
-        """Write one cache file unless it is there; False where another process is at it.
+    def _make(self, index: int) -> Path | BadSource | None:
+        """Write one cache file unless it is there; None where another process is at it."""
 
-        Nothing is flushed to the disk: what a power failure spoils has not its full length, and is made again.
-        Raises BadContent (source) or UserError (cache folder).
-        """
-        sample, target = self.samples[index], self.files[index]
-        verdict = target.with_suffix(".bad")
+        def make(temporary: Path) -> None:
+            np.save(temporary, render(self.samples[index], self.size))
+
         try:
-            with claim(target) as temporary:
-                if temporary is None:
-                    return False
-                try:
-                    if self._is_whole(index):
-                        return True
-                    if verdict.exists():  # the name changes with the source, so this is still so
-                        raise BadContent(sample, verdict.read_text(encoding="utf-8"))
-                    try:
-                        content = render(sample, self.size)
-                    except BadContent as error:
-                        if error.lasting:
-                            temporary.write_text(error.reason, encoding="utf-8")
-                            os.replace(temporary, verdict)
-                        raise
-                    with open(temporary, "wb") as file:
-                        np.save(file, content, allow_pickle=False)
-                    os.replace(temporary, target)
-                finally:
-                    temporary.unlink(missing_ok=True)
-        except OSError as error:
-            raise self._cannot_write(error) from None
-        return True
+            whole = partial(is_whole, shape=self._shape(index))
+            return cached(self.folder, self.files[index].stem, make, whole=whole, wait=False)
+        except BadSource as error:
+            return error
 
-    def _is_whole(self, index: int) -> bool:
-        """Whether the cache file is there, of the expected shape, and as long as its header says."""
-        file, sample = self.files[index], self.samples[index]
-        shape = (sample.slices, *map(int, self.extents[index]))
-        try:
-            found, dtype, offset = npy_header(file)
-            size = os.stat(file).st_size
-        except (FileNotFoundError, NotADirectoryError, ValueError):
-            return False
-        except OSError as error:
-            raise self._cannot_write(error) from None
-        return (found, dtype, offset) == (shape, np.float16, NPY_HEADER) and size == offset + 2 * math.prod(shape)
-
-    def _prepare_folder(self) -> None:
-        """Make the folder, and remove the temporary files of processes that were killed: those that nobody locks."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            names = [entry.path for entry in os.scandir(self.folder) if entry.name.endswith(".tmp")]
-        except OSError as error:
-            raise self._cannot_write(error) from None
-        for name in names:
-            with contextlib.suppress(OSError), open(name, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(name)
-
-    def _check_room(self, todo: list[int], progress: bool) -> None:
-        """Say how much will be written, or raise UserError where the disk has less room than that."""
-        if not todo:
-            return
-        need = sum(NPY_HEADER + 2 * self.samples[i].slices * int(self.extents[i].prod()) for i in todo)
-        free = shutil.disk_usage(self.folder).free
-        if need > free:
-            raise UserError(
-                f"{self.folder}: the cache of prepared slices needs {shown_size(need)} for {len(todo)} files, but only "
-                f"{shown_size(free)} are free; free some space, or name another folder with --cache_path"
-            )
-        if progress and rank() == 0:
-            print(
-                f"preparing {len(todo)} files: {shown_size(need)} in {self.folder} ({shown_size(free)} free)",
-                flush=True,
-            )
-
-    def _cannot_write(self, error: OSError) -> UserError:
-        return UserError(
-            f"{self.folder}: the cache of prepared slices cannot be written ({error.strerror or error}); "
-            "free some space, or name another folder with --cache_path"
-        )
-
-
-def cache_folder(data_path: Path, cache_path: str | Path | None = None) -> Path:
-    """Where the caches of a data tree are: inside it, or in a folder of their own in `cache_path`."""
-    if cache_path is None:
-        return data_path / ".cache"
-    root = os.path.realpath(data_path)
-    digest = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
-    return Path(cache_path).expanduser() / f"{os.path.basename(root)}_{digest}"
+    def _shape(self, index: int) -> tuple[int, int, int]:
+        return self.samples[index].slices, *self.extents[index].tolist()
 
 
 def unused_files(samples: list[Sample], cache_path: str | Path | None = None) -> list[Path]:
@@ -318,53 +214,26 @@ def unused_files(samples: list[Sample], cache_path: str | Path | None = None) ->
     ]
 
 
-@contextlib.contextmanager
-def claim(target: Path) -> Iterator[Path | None]:
-    """The temporary file in which this thread alone may write what becomes `target`; None: another is at it.
-
-    The lock lies on that file, and the system ends it with its process, however that dies. On a file system without
-    locks everybody gets a file of their own, at the price of work done twice.
-    """
-    temporary = target.with_name(f".{target.name}.tmp")
-    descriptor = os.open(temporary, os.O_CREAT | os.O_RDWR, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine: Path | None = temporary if _is_open_at(descriptor, temporary) else None
-        except BlockingIOError:
-            mine = None
-        except OSError:
-            mine = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-        yield mine
-    finally:
-        os.close(descriptor)
+def _usable(data_path: str | Path, only: str | None) -> tuple[list[Sample], list[str]]:
+    """(good samples, one line for each bad file). Raises UserError for a bad dataset.yaml, which changes good files."""
+    samples, bad_sets, bad = inspect_tree(data_path, only)
+    if bad_sets:
+        raise bad_files(bad_sets, f"data_path {Path(data_path).expanduser()}")
+    if not samples:
+        raise UserError(f"no usable file is left below {data_path}; the first: {bad[0]}")
+    return samples, bad
 
 
-@contextlib.contextmanager
-def _single_threads(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool in which torch starts no threads of its own.
-
-    torch keeps what any thread sets for those that use it for the first time later: without the last line, a training
-    that begins by preparing its data would run on a single core.
-    """
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)
+def _first_channels(samples: list[Sample]) -> list[str]:
+    """A line for each data set with several channels."""
+    names = {sample.dataset: sample.channel_names[0] for sample in samples if sample.channels > 1}
+    return [f"pre-training reads channel 0 ({name}) of {dataset}" for dataset, name in names.items()]
 
 
-def _is_open_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file still has this name: its owner may have finished and renamed it before the lock was won."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def shown_size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+def _warn(lines: list[str]) -> None:
+    if rank() == 0:
+        for line in lines:
+            print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def _key(sample: Sample) -> str:
@@ -372,6 +241,4 @@ def _key(sample: Sample) -> str:
 
     Not with where the data tree lies: one that is moved, or copied with its times, takes its cache along.
     """
-    source = sample.name, sample.size_bytes, sample.mtime_ns
-    settings = sample.window, sample.slice_axis, FORMAT
-    return hashlib.sha256(os.fsencode(repr((*source, *settings)))).hexdigest()[:32]
+    return key_of(sample.name, sample.size_bytes, sample.mtime_ns, sample.window, sample.slice_axis, FORMAT)

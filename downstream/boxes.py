@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -15,8 +14,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from conversion.dicom import dicom_header
+from conversion.volume import BadFile
 from datasets.index import IMAGE_FORMATS, IMAGE_SUFFIXES, bad_files
 from utils.errors import UserError
+from utils.files import read_csv
 
 DICOM_SUFFIXES = {".dcm", ".dicom"}
 NO_FINDING = "No finding"  # VinDr-CXR's class of images without boxes
@@ -134,13 +136,12 @@ def _read_coco(path: Path, root: Path, problems: list[str]) -> Read:
             f"annotations: {path}: an entry of images or categories is not right ({error}); images have id and "
             "file_name, categories id and name, and ids are all numbers or all texts"
         ) from None
-    for what, ids in (("categories", categories), ("images", entries)):
-        if len(ids) < len(content[what]):
+    for what, texts in (("categories", categories), ("images", names)):
+        if len(texts) < len(content[what]):
             raise UserError(f"annotations: {path}: two {what} have the same id; number them again")
-    for what, texts in (("categories", categories.values()), ("file names", names.values())):
-        twice = [text for text, count in Counter(texts).items() if count > 1]
-        if twice:
-            raise UserError(f"annotations: {path}: {what}: {twice[0]!r} is there twice; merge the entries")
+        text, count = Counter(texts.values()).most_common(1)[0] if texts else ("", 0)
+        if count > 1:
+            raise UserError(f"annotations: {path}: {what}: {text!r} is there twice; merge the entries")
 
     marks: dict[str, list[Mark]] = defaultdict(list)
     for number, entry in enumerate(content["annotations"]):
@@ -161,34 +162,28 @@ def _read_coco(path: Path, root: Path, problems: list[str]) -> Read:
 
     images = []
     for i, name in names.items():
-        patient = next((str(entries[i][key]) for key in ("patient_id", "patient") if key in entries[i]), name)
-        image = Annotated(name, root / name, patient, entries[i].get("height", 0), entries[i].get("width", 0))
-        images.append(image)
+        entry = entries[i]
+        patient = str(entry.get("patient_id", entry.get("patient", name)))
+        images.append(Annotated(name, root / name, patient, entry.get("height", 0), entry.get("width", 0)))
     return images, marks, classes
 
 
 def _read_table(path: Path, root: Path, problems: list[str]) -> Read:
     """Images, their marks, and the classes by name, of VinDr-CXR's table."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            lacking = [column for column in TABLE_COLUMNS if column not in (rows.fieldnames or ())]
-            if lacking:
-                raise UserError(f"annotations: {path}: lacks the columns {', '.join(lacking)}; see docs/DETECTION.md")
-            lines = list(rows)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"annotations: {path}: is not a CSV in UTF-8 ({error}); export it again") from None
-
+    lines = read_csv(path, "annotations")
+    lacking = [column for column in TABLE_COLUMNS if column not in lines[0]]
+    if lacking:
+        raise UserError(f"annotations: {path}: lacks the columns {', '.join(lacking)}; see docs/DOWNSTREAM.md")
     files = _by_stem(root)
     names: dict[str, str] = {}  # of a class_id
     images: dict[str, Annotated] = {}
     marks: dict[str, list[Mark]] = defaultdict(list)
     for number, row in enumerate(lines, start=2):
-        where, image, name = f"line {number}", (row["image_id"] or "").strip(), (row["class_name"] or "").strip()
+        where, image, name = f"line {number}", row["image_id"], row["class_name"]
         if not image or not name:
             problems.append(f"{where}: has no {'class_name' if image else 'image_id'}; fill it in or remove the line")
             continue
-        number_of_class = (row.get("class_id") or "").strip()
+        number_of_class = row.get("class_id", "")
         if number_of_class and names.setdefault(number_of_class, name) != name:
             was = names[number_of_class]
             problems.append(f"{where}: class_id {number_of_class} is {name!r} here but {was!r} above; correct one")
@@ -198,9 +193,9 @@ def _read_table(path: Path, root: Path, problems: list[str]) -> Read:
             if len(found) != 1:
                 there = f"{len(found)} files: {', '.join(map(str, found))}" if found else f"no image below {root}"
                 problems.append(f"{where}: image_id {image} has {there}; keep one of .png .jpg .tif .dcm .dicom")
-            patient = (row.get("patient_id") or row.get("patient") or image).strip()
+            patient = row.get("patient_id") or row.get("patient") or image
             images[image] = Annotated(image, found[0] if len(found) == 1 else Path(), patient)
-        texts = [(row[column] or "").strip() for column in TABLE_COLUMNS[2:]]
+        texts = [row[column] for column in TABLE_COLUMNS[2:]]
         if name.lower() == NO_FINDING.lower():
             if any(texts):
                 problems.append(f"{where}: {NO_FINDING!r} has a box; correct the class or leave the box empty")
@@ -210,7 +205,7 @@ def _read_table(path: Path, root: Path, problems: list[str]) -> Read:
         except ValueError:
             problems.append(f"{where}: x_min, y_min, x_max, y_max must be four numbers, not {texts}; correct them")
             continue
-        marks[image].append(Mark(name, box, where, (row.get("rad_id") or "").strip()))
+        marks[image].append(Mark(name, box, where, row.get("rad_id", "")))
     classes = sorted({mark.name for some in marks.values() for mark in some})
     return list(images.values()), marks, classes
 
@@ -235,16 +230,12 @@ def _measure(images: Iterable[Annotated], problems: list[str]) -> None:
             return 0, 0
         try:
             if image.path.suffix.lower() in DICOM_SUFFIXES:
-                from conversion.dicom import dicom_header
-                from conversion.volume import BadFile
-
-                try:
-                    header = dicom_header(image.path)
-                except BadFile as error:
-                    return f"{image.path}: {error}"
+                header = dicom_header(image.path)
                 return int(header.Rows), int(header.Columns)
             with Image.open(image.path, formats=IMAGE_FORMATS) as file:
                 return file.height, file.width
+        except BadFile as error:
+            return f"{image.path}: {error}"
         except FileNotFoundError:
             return f"{image.path}: no such file, but {image.name} has annotations; copy it there or correct data_path"
         except Exception as error:  # decoders fail in many ways on arbitrary bytes

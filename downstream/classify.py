@@ -1,372 +1,344 @@
-"""Classify images, volumes, or the nodule candidates of LUNA16, from any weights, and test once.
+"""Classify images or volumes, by frozen features or by training the whole network, from any weights, and test once.
 
     python -m downstream.classify --data_path chest_xray --labels chest_xray/labels.csv --weights weights/swav3D.pth
-    python -m downstream.classify --task luna16 --data_path LUNA16 --labels candidates.csv --annotations annotations.csv
+    python -m downstream.classify --mode knn --level slice --label_fractions "[0.05, 0.25, 1]"
 
-Labels are a CSV (`case,label` and, where a patient has several cases, `patient`); docs/CLASSIFICATION.md shows all.
+Labels are a CSV (`case,label` and, where a patient has several cases, `patient`), or the data sets themselves.
+docs/DOWNSTREAM.md shows all.
 """
 
 from __future__ import annotations
 
-import csv
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from datasets.augment import Ranges, VolumeViews
-from downstream.encoders import describe_weights, load_encoder, load_joint_encoder
-from downstream.features import frozen_features, mean_of_cases, open_cases, pad
-from downstream.labels import Items, label_items, read_labels
-from downstream.luna16 import FROC_NAMES, CandidateCrops, froc_scores, read_luna16
-from downstream.scores import Scores, classification_scores, score_intervals, validation_score
-from downstream.splits import Split, choose_by_turns, choose_labelled, draw_split, write_split
+from downstream import task
+from downstream.encoders import load_encoder, load_joint_encoder
+from downstream.features import Cases, Features, StackEncoder, fit_logistic_regression, frozen_features, pad, vote
+from downstream.labels import Items, LabelRow, label_items, read_labels
+from downstream.options import Data, Running, Start, Training, WorkingCopy
+from downstream.scores import METRICS, Scores, classification_scores, score_intervals, validation_score
+from downstream.splits import choose_by_turns
+from downstream.task import Outcome, Task, fingerprint
 from models.encoder import JointEncoder
-from models.resnet import GreyResNet, pooled
-from utils import config as options
-from utils import distributed
+from models.resnet import GreyResNet, wide
+from utils import config, options
 from utils.errors import UserError
-from utils.files import write_json
-
-COSTS = tuple(10.0 ** np.arange(-4, 3))  # inverse regularisation C of the logistic regression, chosen on validation
 
 
-@dataclass
-class Config:
-    data_path: str
-    """images or volumes: a data tree, one folder, or NIfTI files; for luna16 the folder with the .mhd files"""
-    labels: str
-    """CSV with a line per case; for luna16 its candidates.csv (seriesuid,coordX,coordY,coordZ,class)"""
-    task: Literal["images", "volumes", "luna16"] = "images"
-    """what is classified: 2D images, whole volumes, or crops around candidates"""
-    weights: str = "random"
-    """where the encoder starts: a weights file, random, or imagenet"""
-    arch: str | None = None
-    """torchvision ResNet; null: what the record beside the weights says"""
-    model: Literal["intra", "joint"] = "intra"
-    """the slice encoder alone (features averaged over slices), or also the transformer's volume embedding"""
-    features: Literal["pooled", "multi_scale"] = "pooled"
-    """of f_intra, when frozen: the last stage, or all four stages"""
-    mode: Literal["linear", "finetune"] = "linear"
-    """logistic regression on frozen features, or train the whole network"""
-    labelled: NonNegativeInt = 0
-    """training cases (luna16: scans) whose labels are used, the classes by turns; 0: all"""
-    seed: NonNegativeInt = 0
-    """of random weights, the choice of labelled cases and training"""
+@dataclass(kw_only=True)
+class Labels(options.Group):
+    """The cases' labels, classes and patients."""
 
-    classes: list[str] = field(default_factory=list)
-    """labels to tell apart, cases with other labels are left out; empty: all labels in the file"""
-    positive: str | None = None
-    """one label against all others; a cell may then hold several, as in Effusion|Mass"""
-    case_column: str | None = None
-    """column with the case; null: the first of case, file, filename, image"""
-    label_column: str | None = None
-    """column with the label; null: the first of label, finding, class"""
-    patient_column: str | None = None
-    """column with the patient; null: the first of patient, subject, patient_id, if there is one"""
-    patient_pattern: str | None = None
-    """regular expression whose first group, found in the file name, is the patient"""
-    split: str | None = None
-    """YAML or JSON file with the lists train, validation, test (luna16: of scans); null: drawn by patient"""
-    fractions: list[NonNegativeFloat] = field(default_factory=lambda: [0.6, 0.2, 0.2])
-    """of the patients in train, validation and test, where the split is drawn"""
-    split_seed: NonNegativeInt = 0
-    """of the split that is drawn: the same test cases whatever the seed above"""
+    labels: str | None = options.data(None, "CSV with a label per case; null: the data set that a case is of")
+    classes: list[str] = options.data(
+        [], "labels to tell apart, cases with other labels are left out; empty: all labels in the file"
+    )
+    positive: str | None = options.data(
+        None, "one label against all others; a cell may then hold several, as in Effusion|Mass"
+    )
+    case_column: str | None = options.data(None, "column with the case; null: the first of case, file, filename, image")
+    label_column: str | None = options.data(None, "column with the label; null: the first of label, finding, class")
+    patient_column: str | None = options.data(
+        None, "column with the patient; null: the first of patient, subject, patient_id, if there is one"
+    )
+    patient_pattern: str | None = options.data(
+        None, "regular expression whose first group, found in the file name, is the patient or scan"
+    )
+    label_fractions: list[PositiveFloat] = options.data(
+        [], "shares of the training cases whose labels are used, one after the other (knn, linear); empty: see labelled"
+    )
+    size: PositiveInt = options.data(224, "side in pixels that images and slices are resized to")
+    slices: NonNegativeInt = options.data(32, "evenly spaced slices of a volume that are used; 0: all")
 
-    size: PositiveInt = 224
-    """side in pixels that images and slices are resized to"""
-    slices: NonNegativeInt = 32
-    """evenly spaced slices of a volume that are used; 0: all"""
-    annotations: str | None = None
-    """luna16: annotations.csv; a nodule is found by any candidate inside it, and missed where there is none"""
-    excluded: str | None = None
-    """luna16: annotations_excluded.csv; candidates on these findings count neither way"""
-    crop_mm: PositiveFloat = 40.0
-    """luna16: side of the cube around a candidate"""
-    crop_size: PositiveInt = 64
-    """luna16: pixels of a crop's slices"""
-    crop_slices: PositiveInt = 16
-    """luna16: slices of a crop"""
-    window: list[float] = field(default_factory=lambda: [-1000.0, 400.0])
-    """luna16: HU that become 0 and 1"""
-    negatives: NonNegativeInt = 50
-    """luna16: negative candidates per scan in training and validation; 0: all. The test always has all"""
 
-    epochs: PositiveInt = 30
-    """of fine-tuning; the best by validation is tested"""
-    batch_size: PositiveInt = 16
-    """cases per step of fine-tuning"""
-    base_lr: PositiveFloat = 1e-4
-    """AdamW, cosine to 0; the new layer gets ten times as much"""
-    wd: NonNegativeFloat = 0.01
-    """weight decay of fine-tuning"""
-    bootstrap: NonNegativeInt = 1000
-    """resamplings of the test patients for the 95 % intervals; 0: none"""
+@dataclass(kw_only=True)
+class Model(options.Group):
+    """What is classified, and how."""
 
-    dump_path: str = "runs/classify"
-    """receives results.json, cases.csv (every test case), split.json and config.yaml"""
-    cache_path: str | None = None
-    """folder for the working copy of the data; null: .cache in data_path"""
-    on_bad: Literal["error", "skip"] = "error"
-    """unusable files, and luna16 candidates without a scan: stop, or name them and go on without"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where to compute"""
+    mode: Literal["knn", "linear", "finetune"] = options.model(
+        "linear",
+        "vote of nearest neighbours or logistic regression on frozen features, or training of the whole network",
+    )
+    level: Literal["slice", "volume"] = options.model(
+        "volume", "what gets a label: a whole volume, or each of its slices; images are the same in both"
+    )
+    model: Literal["intra", "joint"] = options.model(
+        "intra", "the slice encoder alone (features averaged over slices), or also the transformer's volume embedding"
+    )
+    features: Features = options.model("pooled", "frozen features: the ResNet's last stage, or all four stages")
+    k: PositiveInt = options.model(
+        5, "neighbours that vote, by cosine similarity; all labelled ones where there are fewer"
+    )
+    bootstrap: NonNegativeInt = options.running(
+        1000, "resamplings of the test patients for the 95 % intervals; 0: none"
+    )
+
+
+@options.constants
+class Config(Running, Training, Start, Model, Labels, WorkingCopy, Data):
+    data_path = "Training_Data"
+    fractions = [0.6, 0.2, 0.2]
+    epochs = 30
+    wd = 0.01
+    dump_path = "runs/classify"
 
 
 def main(cfg: Config) -> None:
-    result = run(cfg)
-    print(f"\ntest: {result['cases']} cases of {result['patients']} patients; weights {result['weights']}")
-    for name, value in result["metrics"].items():
-        low, high = result["intervals"].get(name, (math.nan, math.nan))
-        interval = "" if math.isnan(low) else f"   95 % [{low:.3f}, {high:.3f}]"
-        reason = f"   ({result['reasons'][name]})" if name in result["reasons"] else ""
-        print(f"{name:<22}{value:6.3f}{interval}{reason}")
-    print(f"wrote {cfg.dump_path}/results.json, cases.csv, split.json, config.yaml")
+    run(cfg)
 
 
 def run(cfg: Config) -> dict[str, Any]:
-    """Train on the labelled cases, choose by validation, test once, write everything to `dump_path`.
+    """Fit on the labelled cases, choose by validation, test once, write everything to `dump_path`; see `task.run`.
 
-    Returns metrics (name -> value), intervals (95 %, over patients), reasons (of metrics that are nan or left a class
-    out), cases and patients of the test, chosen (C or epoch), weights. Raises UserError before anything is trained.
+    Metrics are those of `classification_scores`, each followed by @fraction where label_fractions are given. Beside
+    them the result has intervals (95 %, over patients), reasons (of metrics that are nan or left a class out),
+    patients (of the test), chosen (C of the regressions) and, where fractions are given, their numbers of labels.
     """
-    device = distributed.start(cfg.device, cfg.seed).device
-    luna = read_luna16(cfg) if cfg.task == "luna16" else None
-    items = luna.items if luna else _open_items(cfg)
-    split = draw_split(cfg.split, cfg.fractions, items.patients, cfg.split_seed, needed=("train", "test"))
-    parts = _parts(cfg, items, split)
-    encoder = open_encoder(cfg.weights, cfg.arch, cfg.model, cfg.seed)
-    if isinstance(items.cases, CandidateCrops):
-        items.cases.prepare([items.index[i] for part in parts for i in part])
-    say = ", ".join(f"{name} {count}" for name, count in items.counts().items())
-    print(f"{len(items.labels)} cases of {len(set(items.patients.values()))} patients: {say}")
-    print(f"train {len(parts.train)} (labelled), validation {len(parts.validation)}, test {len(parts.test)} cases")
-    folder = Path(cfg.dump_path)
-    folder.mkdir(parents=True, exist_ok=True)
-    options.save_yaml(options.to_dict(cfg), folder / "config.yaml")
-    write_split(split, folder / "split.json")
+    return task.run(Classification, cfg)
 
-    people = [items.patients[items.units[i]] for i in parts.test]
-    known = sorted(set(items.labels[parts.train].tolist()))
-    if len(known) < 2:
-        probability, chosen = np.full((len(parts.test), len(items.classes)), np.nan), {}
-        scores, intervals = Scores.undefined(f"the labelled training cases are all {items.classes[known[0]]!r}"), {}
-    else:
-        fit = _fit_linear if cfg.mode == "linear" else _finetune
-        probability, chosen = fit(cfg, encoder, items, parts, device)
-        truth = items.labels[parts.test]
-        scores = classification_scores(truth, probability, items.classes)
-        intervals = score_intervals(truth, probability, items.classes, people, cfg.bootstrap, cfg.seed)
-    values, reasons = dict(scores.values), dict(scores.reasons)
-    if luna and len(known) < 2:
-        values |= dict.fromkeys(FROC_NAMES, math.nan)
-        reasons |= dict.fromkeys(FROC_NAMES, reasons["auc"])
-    elif luna:
-        froc_values, froc_reasons, froc_intervals = froc_scores(
-            luna, parts.test, split.test, probability[:, 1], cfg.bootstrap, cfg.seed
+
+def check(cfg: Config) -> None:
+    """Raise UserError for whatever would stop `run`."""
+    task.check(Classification, cfg)
+
+
+class Classification(Task):
+    """Labels of stacks of slices: whole cases, or with level `slice` single slices."""
+
+    needed = ("train", "test")
+
+    def __init__(self, cfg: Config, device: torch.device) -> None:
+        super().__init__(cfg, device)
+        if cfg.level == "slice" and cfg.model == "joint":
+            raise UserError("model: joint describes whole volumes; use --level volume, or --model intra for slices")
+        if cfg.label_fractions and (cfg.labelled or max(cfg.label_fractions) > 1 or cfg.mode == "finetune"):
+            raise UserError(
+                f"label_fractions: {cfg.label_fractions} must be parts, at most 1, of --mode knn or linear, and stand "
+                "without --labelled, which takes a number of cases"
+            )
+        self.items = open_items(cfg)
+        self.patients = self.items.patients
+        self.fingerprint = fingerprint(sample.path for sample in self.items.cases.samples)
+
+    def choose(self, train: list[str]) -> list[str]:
+        """The classes by turns: the labels of a smaller fraction are the first of a larger one's."""
+        items, cfg = self.items, self.cfg
+        usable = set(np.array(items.names)[~items.test_only].tolist())
+        train = [case for case in train if case in usable]
+        if not train:
+            raise UserError(
+                "split: no labelled case is left for training; change the split, or test_only in the labels"
+            )
+        sizes = {f"@{share:g}": max(1, round(share * len(train))) for share in cfg.label_fractions}
+        self.sizes = sizes or {"": cfg.labelled or len(train)}  # suffix of the metrics -> labelled cases
+        return choose_by_turns(train, items.label_of, max(self.sizes.values()), cfg.seed)
+
+    def stacks(self, cases: list[str], test: bool = False) -> np.ndarray:
+        """Positions of the items of these cases."""
+        return np.flatnonzero(np.isin(self.items.names, cases) & (test | ~self.items.test_only))
+
+    @property
+    def train(self) -> np.ndarray:
+        """Positions of the labelled items."""
+        return self.stacks(self.labelled)
+
+    @property
+    def epochs(self) -> int:
+        several = len(set(self.items.labels[self.train].tolist())) > 1
+        return self.cfg.epochs if self.cfg.mode == "finetune" and several else 0
+
+    @property
+    def steps(self) -> int:
+        return self.cfg.steps_per_epoch or math.ceil(len(self.train) / self.cfg.batch_size)
+
+    @property
+    def warmup_steps(self) -> int:
+        return 0
+
+    def build(self) -> nn.Module:
+        cfg = self.cfg
+        load = load_encoder if cfg.model == "intra" else load_joint_encoder
+        encoder = load(cfg.weights, cfg.arch, cfg.seed)
+        if not self.epochs:
+            return encoder
+        torch.manual_seed(cfg.seed)
+        return Classifier(encoder, len(self.items.classes))
+
+    def examine(self) -> None:
+        """Nothing is left to find: every case was read when the working copy was made."""
+
+    def describe(self) -> str:
+        items = self.items
+        cases = items.label_of
+        counts = ", ".join(f"{name} {list(cases.values()).count(k)}" for k, name in enumerate(items.classes))
+        return (
+            f"{len(cases)} cases of {len(set(self.patients.values()))} patients: {counts}\n"
+            f"train {len(self.labelled)} (labelled), validation {len(self.split.validation)}, "
+            f"test {len(self.split.test)} cases"
         )
-        values |= froc_values
-        reasons |= froc_reasons
-        intervals |= froc_intervals
-    result = {
-        "metrics": values,
-        "intervals": intervals,
-        "reasons": reasons,
-        "cases": len(parts.test),
-        "patients": len(set(people)),
-        "chosen": chosen,
-        "weights": describe_weights(cfg.weights),
-    }
-    _write_cases(folder / "cases.csv", items, parts.test, probability)
-    write_json(result, folder / "results.json")
-    return result
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """The new layer learns ten times as fast."""
+        parts = ((model.encoder, 1.0), (model.head, 10.0))
+        return [{"params": list(m.parameters()), "weight_decay": self.cfg.wd, "share": share} for m, share in parts]
+
+    def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Augmented stacks [B, D, S, S], mask [B, D], labels [B]."""
+        cfg, items, train = self.cfg, self.items, self.train
+        random = np.random.default_rng((cfg.seed, epoch))
+        passes = math.ceil(self.steps * cfg.batch_size / len(train)) if cfg.steps_per_epoch else 1
+        order = np.concatenate([random.permutation(train) for _ in range(passes)])[: self.steps * cfg.batch_size]
+        chosen = np.array_split(order, self.steps)[step]
+        volumes, mask = self.read(chosen)
+        extents = torch.tensor([items.cases.extent(i) for i in items.index[chosen]])
+        # Geometry and gamma only: what else training's policies do would drown small findings.
+        ranges = Ranges(crop_area=(0.7, 1.0), anisotropy_p=0, blur_p=0, bias_p=0, noise_p=0)
+        augment = VolumeViews(cfg.size, cfg.size, "strong", cfg.seed, ranges)
+        views = augment(volumes, mask.cpu(), extents, torch.from_numpy(chosen), epoch, views=1)[0]
+        return views, mask, torch.from_numpy(items.labels[chosen]).to(self.device)
+
+    def read(self, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Stacks [B, D, S, S] and mask [B, D] of a few items."""
+        stacks = [torch.from_numpy(self.items.cases.read(i)) for i in self.items.index[chosen]]
+        volumes, mask = pad(stacks)
+        return volumes.to(self.device), mask.to(self.device)
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Cross-entropy in which all classes weigh the same."""
+        views, mask, labels = batch
+        counts = np.bincount(self.items.labels[self.train], minlength=len(self.items.classes))
+        weight = np.divide(1, counts, out=np.zeros(len(counts)), where=counts > 0)
+        return F.cross_entropy(model(views, mask), labels, torch.tensor(weight, dtype=torch.float32).to(self.device))
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        validation = self.stacks(self.split.validation)
+        auc, likelihood = validation_score(self.items.labels[validation], self.probabilities(model, validation))
+        return {"auc": auc, "log_likelihood": likelihood}
+
+    def probabilities(self, model: nn.Module, chosen: np.ndarray) -> np.ndarray:
+        """[n, classes] of a trained network. Raises UserError where training has diverged."""
+        logits = []
+        for first in range(0, len(chosen), self.cfg.batch_size):
+            with self.precision.autocast():
+                logits.append(model(*self.read(chosen[first : first + self.cfg.batch_size])))
+        found = torch.cat(logits).softmax(dim=1).cpu().double().numpy()
+        if not np.isfinite(found).all():
+            raise UserError("fine-tuning gives NaN or Inf; lower --base_lr, or change --weights")
+        return found
+
+    def test(self, model: nn.Module, folder: Path) -> Outcome:
+        items, test = self.items, self.stacks(self.split.test, test=True)
+        people = [self.patients[items.names[i]] for i in test]
+        found, chosen = ({"": self.probabilities(model, test)}, {}) if self.epochs else self.by_features(model, test)
+        values, intervals, reasons = {}, {}, {}
+        for suffix, probability in found.items():
+            if np.isnan(probability).any():
+                scores, spread = Scores.undefined("the labelled training cases are all of one class"), {}
+            else:
+                truth = items.labels[test], probability, items.classes
+                scores = classification_scores(*truth)
+                spread = score_intervals(*truth, people, self.cfg.bootstrap, self.cfg.seed)
+            values |= {name + suffix: scores.values[name] for name in METRICS}
+            reasons |= {name + suffix: why for name, why in scores.reasons.items()}
+            intervals |= {name + suffix: interval for name, interval in spread.items()}
+        about = {"intervals": intervals, "reasons": reasons, "patients": len(set(people)), "chosen": chosen}
+        if self.cfg.label_fractions:
+            about["label_counts"] = self.sizes
+        return Outcome(values, self.rows(test, found), format_table(values, intervals, reasons, self.sizes), about)
+
+    def by_features(
+        self, encoder: GreyResNet | JointEncoder, test: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Probabilities of the test items [n, classes] by the suffix of their metrics, and what was chosen.
+
+        They are nan where the labelled cases are of one class.
+        """
+        items, cfg = self.items, self.cfg
+        train, validation = self.train, self.stacks(self.split.validation)
+        found = {suffix: np.full((len(test), len(items.classes)), np.nan) for suffix in self.sizes}
+        if len(set(items.labels[train].tolist())) < 2:
+            return found, {}
+        used = items.index[np.concatenate([train, validation, test])]
+        x = frozen_features(encoder, items.cases, used, cfg.features, self.device)
+        x_train, x_validation, x_test = np.split(x, np.cumsum([len(train), len(validation)]))
+        chosen = {}
+        for suffix, size in self.sizes.items():
+            own = np.isin(train, self.stacks(self.labelled[:size]))
+            labelled = x_train[own], items.labels[train[own]]
+            if len(set(labelled[1].tolist())) < 2:
+                continue
+            if cfg.mode == "knn":
+                found[suffix] = vote(*labelled, x_test, len(items.classes), cfg.k)
+            else:
+                judges = x_validation, items.labels[validation]
+                found[suffix], cost = fit_logistic_regression(labelled, judges, x_test, len(items.classes))
+                chosen[f"C{suffix}"] = cost
+        return found, chosen
+
+    def rows(self, test: np.ndarray, found: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+        """Of cases.csv: a line per test item."""
+        items, rows = self.items, []
+        for place, i in enumerate(test.tolist()):
+            row = {"case": items.names[i], "patient": self.patients[items.names[i]]}
+            if self.cfg.level == "slice":
+                row["slice"] = int(items.cases.stacks[items.index[i]][0, 1])
+            row["label"] = items.classes[items.labels[i]]
+            for suffix, probability in found.items():
+                values = zip(items.classes, probability[place].tolist(), strict=True)
+                row |= {f"p({name}){suffix}": f"{p:.6f}" for name, p in values}
+            rows.append(row)
+        return rows
 
 
-class Parts(NamedTuple):
-    """Positions of items."""
-
-    train: np.ndarray  # labelled
-    validation: np.ndarray
-    test: np.ndarray
-
-
-def _open_items(cfg: Config) -> Items:
+def open_items(cfg: Config) -> Items:
     """The labelled images or volumes below data_path."""
-    cases = open_cases(cfg.data_path, cfg.size, cfg.slices, cfg.cache_path, cfg.on_bad)
-    rows = read_labels(cfg.labels, cases.names, cfg.case_column, cfg.label_column, cfg.patient_column)
-    return label_items(cases, rows, cfg.classes, cfg.positive, cfg.patient_pattern, cfg.labels)
-
-
-def _parts(cfg: Config, items: Items, split: Split) -> Parts:
-    """Which items train, validate and test."""
-    if cfg.task == "luna16":
-        chosen = choose_labelled(split.train, cfg.labelled, cfg.seed)
+    cases = Cases(cfg.data_path, cfg.size, cfg.slices, cfg.cache_path, cfg.on_bad, cfg.level)
+    if cfg.labels:
+        rows = read_labels(cfg.labels, cases.names, cfg.case_column, cfg.label_column, cfg.patient_column)
     else:
-        chosen = choose_by_turns(split.train, dict(zip(items.units, items.labels, strict=True)), cfg.labelled, cfg.seed)
-    units = np.array(items.units)
-    train, validation, test = (np.isin(units, part) for part in (chosen, split.validation, split.test))
-    parts = Parts(
-        *(np.flatnonzero(part) for part in (train & ~items.for_test_only, validation & ~items.for_test_only, test))
-    )
-    if not len(parts.train) or not len(parts.test):
-        raise UserError("split: no labelled case is left for training, or none for the test; change the split")
-    return parts
+        rows = [LabelRow(i, sample.dataset) for i, sample in enumerate(cases.samples)]
+    return label_items(cases, rows, cfg.classes, cfg.positive, cfg.patient_pattern, cfg.labels or cfg.data_path)
 
 
-def open_encoder(
-    weights: str, arch: str | None, model: Literal["intra", "joint"], seed: int
-) -> GreyResNet | JointEncoder:
-    """The slice encoder alone, or with the transformer over slices."""
-    return load_encoder(weights, arch, seed) if model == "intra" else load_joint_encoder(weights, arch, seed)
+class Classifier(StackEncoder):
+    """A new linear layer on the whole encoder: volumes [B, D, S, S], mask [B, D] -> logits [B, classes].
 
-
-def _fit_linear(
-    cfg: Config, encoder: GreyResNet | JointEncoder, items: Items, parts: Parts, device: torch.device
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Logistic regression on frozen features: probabilities of the test items, what was chosen."""
-    used = np.concatenate(parts)
-    x = frozen_features(encoder, items.cases, [items.index[i] for i in used], cfg.features, device)
-    train, validation, test = np.split(x, np.cumsum([len(part) for part in parts])[:2])
-    probability, cost = fit_logistic_regression(
-        (train, items.labels[parts.train]), (validation, items.labels[parts.validation]), test, len(items.classes)
-    )
-    return probability, {"C": cost}
-
-
-def fit_logistic_regression(
-    train: tuple[np.ndarray, np.ndarray],
-    validation: tuple[np.ndarray, np.ndarray],
-    test: np.ndarray,
-    classes: int,
-) -> tuple[np.ndarray, float]:
-    """Probabilities [n, classes] for the features `test`, and the C that validation chose.
-
-    train, validation: features [n, C] and class numbers [n], of at least two classes in train.  Features are
-    standardised by the training cases; classes weigh the same. C is the smallest of those with the best
-    `validation_score`, and 1 without validation cases.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    def probabilities(model: Any, x: np.ndarray) -> np.ndarray:
-        result = np.zeros((len(x), classes))
-        result[:, model.classes_] = model.predict_proba(x)
-        return result
-
-    def fitted(cost: float) -> Any:
-        regression = LogisticRegression(C=cost, class_weight="balanced", max_iter=5000)
-        return make_pipeline(StandardScaler(), regression).fit(*train)
-
-    if not len(validation[1]):
-        return probabilities(fitted(1.0), test), 1.0
-    models = {cost: fitted(cost) for cost in COSTS}
-    best = max(COSTS, key=lambda cost: validation_score(validation[1], probabilities(models[cost], validation[0])))
-    return probabilities(models[best], test), float(best)
-
-
-class Classifier(nn.Module):
-    """A new linear layer on the whole encoder: volumes [B, D, H, W], mask [B, D] -> logits [B, classes].
-
-    Its input is the mean over real slices of f_intra's last stage, and f_inter's volume embedding where there is one,
-    each brought to unit variance (LayerNorm without parameters), as their scales have nothing in common.
+    Each part of its input is brought to unit variance (LayerNorm without parameters): they have no scale in common.
     """
 
     def __init__(self, encoder: GreyResNet | JointEncoder, classes: int) -> None:
-        super().__init__()
-        self.encoder = encoder
+        super().__init__(encoder)
         joint = isinstance(encoder, JointEncoder)
         width = encoder.encoder.num_features + encoder.projection.out_features if joint else encoder.num_features
         self.head = nn.Linear(width, classes)
 
     def forward(self, volumes: Tensor, mask: Tensor) -> Tensor:
-        case = mask.nonzero()[:, 0]  # of every real slice
-        if isinstance(self.encoder, JointEncoder):
-            slices, tokens = self.encoder.tokens(volumes, mask)
-            parts = [mean_of_cases(slices, case), self.encoder.holistic(tokens, mask)]
-        else:
-            parts = [mean_of_cases(pooled(self.encoder(volumes[mask].unsqueeze(1))), case)]
-        return self.head(torch.cat([F.layer_norm(part.float(), part.shape[1:]) for part in parts], dim=1))
+        parts = [F.layer_norm(part, part.shape[1:]) for part in self.parts(volumes, mask)]
+        return wide(self.head(torch.cat(parts, dim=1)))
 
 
-def _finetune(
-    cfg: Config, encoder: GreyResNet | JointEncoder, items: Items, parts: Parts, device: torch.device
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Train everything, keep the best epoch by validation: probabilities of the test items, what was chosen."""
-    torch.manual_seed(cfg.seed)
-    model = Classifier(encoder, len(items.classes)).to(device)
-    groups = [
-        {"params": model.encoder.parameters(), "lr": cfg.base_lr},
-        {"params": model.head.parameters(), "lr": 10 * cfg.base_lr},
-    ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=cfg.wd)
-    steps = math.ceil(len(parts.train) / cfg.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.epochs * steps)
-    counts = np.bincount(items.labels[parts.train], minlength=len(items.classes))
-    weight = torch.tensor(np.divide(1, counts, out=np.zeros(len(counts)), where=counts > 0), dtype=torch.float32)
-    # Geometry and gamma only: what else training's policies do would drown small findings.
-    ranges = Ranges(crop_area=(0.7, 1.0), anisotropy_p=0, blur_p=0, bias_p=0, noise_p=0)
-    size = items.cases.size
-    augment = VolumeViews(size, size, "strong", cfg.seed, ranges)
-    best: tuple[tuple[float, float], int, dict[str, Tensor]] | None = None
-    bar = tqdm(range(cfg.epochs), desc="fine-tuning", disable=None)
-    for epoch in bar:
-        model.train()
-        order = np.random.default_rng((cfg.seed, epoch)).permutation(parts.train)
-        for batch in np.array_split(order, steps):
-            volumes, mask = _load(items, batch)
-            extents = torch.tensor([items.cases.extent(items.index[i]) for i in batch])
-            views = augment(volumes.to(device), mask, extents, torch.from_numpy(batch), epoch, views=1)[0]
-            logits = model(views, mask.to(device))
-            loss = F.cross_entropy(logits, torch.from_numpy(items.labels[batch]).to(device), weight.to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        if len(parts.validation):
-            score = validation_score(
-                items.labels[parts.validation], _predict(model, items, parts.validation, cfg, device)
-            )
-            bar.set_postfix(auc=f"{score[0]:.3f}")
-            if best is None or score > best[0]:
-                best = score, epoch + 1, {key: value.clone() for key, value in model.state_dict().items()}
-    if best:
-        model.load_state_dict(best[2])
-    return _predict(model, items, parts.test, cfg, device), {"epoch": best[1] if best else cfg.epochs}
-
-
-@torch.no_grad()
-def _predict(model: Classifier, items: Items, part: np.ndarray, cfg: Config, device: torch.device) -> np.ndarray:
-    """[n, classes] probabilities. Raises UserError where training has diverged."""
-    model.eval()
-    batches = [part[first : first + cfg.batch_size] for first in range(0, len(part), cfg.batch_size)]
-    logits = [model(*(t.to(device) for t in _load(items, batch))) for batch in batches]
-    probability = torch.cat(logits).softmax(dim=1).cpu().double().numpy()
-    if not np.isfinite(probability).all():
-        raise UserError("fine-tuning gives NaN or Inf; lower --base_lr, or change --weights")
-    return probability
-
-
-def _load(items: Items, batch: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Volumes [B, D, S, S] and mask [B, D] of a few items."""
-    return pad([torch.from_numpy(items.cases.read(items.index[i])) for i in batch])
-
-
-def _write_cases(path: Path, items: Items, test: np.ndarray, probability: np.ndarray) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["case", "patient", "label", *(f"p({name})" for name in items.classes)])
-        for i, row in zip(test.tolist(), probability.tolist(), strict=True):
-            patient = items.patients[items.units[i]]
-            writer.writerow([items.names[i], patient, items.classes[items.labels[i]], *(f"{p:.6f}" for p in row)])
+def format_table(
+    values: dict[str, float], intervals: dict[str, tuple[float, float]], reasons: dict[str, str], sizes: dict[str, int]
+) -> str:
+    """A line per metric, with its interval and, where it is nan or leaves a class out, the reason."""
+    width = max(map(len, values)) + 2
+    lines = [f"{suffix[1:]} of the training cases: {size} labelled" for suffix, size in sizes.items() if suffix]
+    for name, value in values.items():
+        low, high = intervals.get(name, (math.nan, math.nan))
+        interval = "" if math.isnan(low) else f"   95 % [{low:.3f}, {high:.3f}]"
+        lines.append(f"{name:<{width}}{value:6.3f}{interval}{f'   ({reasons[name]})' if name in reasons else ''}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    options.main(main, Config, __doc__)
+    config.main(main, Config, __doc__)

@@ -11,7 +11,7 @@ import torchvision
 
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet
-from training.weights import load_backbone, load_joint
+from training.weights import load_joint, load_resnet
 from utils.architectures import ARCHITECTURES
 from utils.errors import UserError
 
@@ -26,7 +26,7 @@ def load_encoder(weights: str, arch: str | None = None, seed: int = 0) -> GreyRe
     """f_intra, the slice encoder.
 
     weights: `random`; `imagenet` (torchvision's, if they lie in torch's cache: nothing is downloaded); or the path of
-    a ResNet in any layout of `training.weights.load_backbone` or of a stage 2 or 3 file.
+    a ResNet in any layout of `training.weights.load_resnet` or of a stage 2 or 3 file.
     arch: a torchvision ResNet; None: what the `.json` beside the file says, else resnet50.
     seed: of random weights. Torch's global random state is left as it was.
     Raises UserError where the weights are missing or are those of another arch.
@@ -39,7 +39,7 @@ def load_encoder(weights: str, arch: str | None = None, seed: int = 0) -> GreyRe
         return encoder
     path = _imagenet_file(arch) if weights == "imagenet" else Path(weights)
     try:
-        load_backbone(encoder, str(path.parent), path.name, made_by="ssl_*2D.py")
+        load_resnet(encoder, path, REMEDY)
     except UserError as error:
         raise UserError(f"{error} (loaded as {arch}; another one is chosen with --arch)") from None
     return encoder
@@ -80,23 +80,24 @@ def has_transformer(weights: str) -> bool:
 
 def choose_arch(weights: str, arch: str | None) -> str:
     """`arch`, or what the `.json` beside the weights says, or resnet50. UserError where the first two differ."""
-    if arch is not None and arch not in ARCHITECTURES:
-        raise UserError(f"arch: {arch!r} is not one of {', '.join(ARCHITECTURES)}")
-    if weights in NAMED:
-        return arch or "resnet50"
-    path = _existing(weights)
-    about = path.with_suffix(".json")
-    made_with = None
-    if about.is_file():
-        try:
-            made_with = json.loads(about.read_text())["config"]["arch"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{about}: damaged; it should say the arch of {path.name}, or be removed") from None
-        if made_with not in ARCHITECTURES:
-            raise UserError(f"{about}: arch {made_with!r} is not one of {', '.join(ARCHITECTURES)}")
+    made_with = None if weights in NAMED else _recorded_arch(_existing(weights))
     if arch and made_with and arch != made_with:
-        raise UserError(f"arch: {arch} was asked for, but {path} was made with {made_with}; leave --arch out")
+        raise UserError(f"arch: {arch} was asked for, but {weights} was made with {made_with}; leave --arch out")
     return arch or made_with or "resnet50"
+
+
+def _recorded_arch(path: Path) -> str | None:
+    """What the `.json` beside a weights file says; None where there is none."""
+    about = path.with_suffix(".json")
+    if not about.is_file():
+        return None
+    try:
+        arch = json.loads(about.read_text(encoding="utf-8"))["config"]["arch"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{about}: damaged; it should say the arch of {path.name}, or be removed") from None
+    if arch not in ARCHITECTURES:
+        raise UserError(f"{about}: arch {arch!r} is not one of {', '.join(ARCHITECTURES)}")
+    return arch
 
 
 def _existing(weights: str) -> Path:

@@ -1,278 +1,183 @@
 """Frozen features of images and volumes, from files read and normalised as in training.
 
-cases = open_cases("Training_Data", size=224)
-slices = encode_slices(load_encoder("weights/swav3D_encoder.pth"), cases, range(len(cases.names)))
-features = mean_of_cases(slices.pooled, slices.case)
+cases = Cases("Training_Data", size=224)
+features = frozen_features(load_encoder("weights/swav3D_encoder.pth"), cases, range(len(cases.names)))  # [cases, C]
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
-import uuid
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from conversion.readers import read
-from conversion.volume import BadFile, Options, arrange
-from datasets.index import IMAGE_SUFFIXES, LABEL_FOLDERS
 from datasets.loaders import Slices
 from datasets.store import prepare
-from models.encoder import JointEncoder
-from models.resnet import GreyResNet, multi_scale, pooled
+from downstream.scores import validation_score
+from downstream.splits import without_suffix
+from models.encoder import JointEncoder, real_rows, spread
+from models.resnet import GreyResNet, multi_scale, pooled, wide
 from utils.errors import UserError
 
+COSTS = tuple(10.0 ** np.arange(-4, 3))  # inverse regularisation C of the logistic regression, chosen on validation
 SLICES_AT_ONCE = 64  # through the ResNet: 64 slices of 224 x 224 keep half a gigabyte of ResNet-50's maps
-SUFFIXES = (".nii.gz", ".nii", ".npy", *sorted(IMAGE_SUFFIXES))
+Features = Literal["pooled", "multi_scale"]  # of f_intra: its last stage, or all four
 
 
-class Cases(Protocol):
-    """What can be encoded: every case is a stack of slices on a square canvas."""
+class Cases:
+    """Images and volumes, normalised as in training, as stacks of slices on a square canvas.
 
-    names: list[str]
-    size: int  # S, side of the canvas in pixels
-
-    def read(self, index: int) -> np.ndarray:
-        """[D, S, S] float32 in 0..1; D = 1 for an image."""
-
-    def extent(self, index: int) -> tuple[int, int]:
-        """Height and width in pixels of what the canvas shows; it is centred."""
-
-
-class StoredCases:
-    """Images and volumes of a data tree, the volumes as at most `slices` evenly spaced slices (0: all of them).
-
-    Has `names`, relative to the tree, and `datasets`, the first-level folder of each case.
+    data_path: a data tree, or the folder of a single data set.  size: S, side of the canvas in pixels.
+    slices: evenly spaced ones of a volume that are used, at most; 0: all.  cache_path, on_bad: as in
+    `datasets.store.prepare`.  level: a stack is a case, or a single slice of one.
+    Has samples (the cases), names (theirs, relative to data_path), and owner ([stacks] the position of the case that a
+    stack is of). Raises UserError naming what cannot be used.
     """
 
-    def __init__(self, tree: Path, size: int, slices: int, cache_path: str | None, on_bad: Literal["error", "skip"]):
-        samples, self.store = prepare(tree, size, cache_path, on_bad, progress=False)
+    def __init__(
+        self,
+        data_path: str | Path,
+        size: int,
+        slices: int = 32,
+        cache_path: str | Path | None = None,
+        on_bad: Literal["error", "skip"] = "error",
+        level: Literal["slice", "volume"] = "volume",
+    ) -> None:
+        root = Path(data_path).expanduser().resolve()
+        if not root.is_dir():
+            raise UserError(f"data_path: {root} is not a folder; give the one that holds the images or volumes")
+        files = [file.name for file in root.iterdir() if file.is_file()]
+        alone = "dataset.yaml" in files or any(without_suffix(name) != name for name in files)
+        tree, only, cache = (
+            (root.parent, root.name, cache_path or root / ".cache") if alone else (root, None, cache_path)
+        )
+        self.samples, self.store = prepare(tree, size, cache, on_bad, progress=False, only=only)
         self.size = size
-        self.names = [sample.name for sample in samples]
-        self.datasets = [sample.dataset for sample in samples]
-        items = np.asarray(Slices(samples, self.store, slices).items)  # (sample, slice), sample by sample
-        self.places = np.split(items[:, 1], np.flatnonzero(np.diff(items[:, 0])) + 1)
+        self.names = [sample.name.split("/", 1)[1] if alone else sample.name for sample in self.samples]
+        items = np.asarray(Slices(self.samples, self.store, slices).items)  # [n, 2]: sample and slice, sample by sample
+        ends = np.arange(1, len(items)) if level == "slice" else np.flatnonzero(np.diff(items[:, 0])) + 1
+        self.stacks = np.split(items, ends)
+        self.owner = np.array([stack[0, 0] for stack in self.stacks])
 
     def read(self, index: int) -> np.ndarray:
-        return np.concatenate([self.store.read(index, place, place + 1) for place in self.places[index].tolist()])
+        """A stack [D, S, S] float32 in 0..1; D = 1 for an image."""
+        return np.concatenate([self.store.read(case, s, s + 1) for case, s in self.stacks[index].tolist()])
 
     def extent(self, index: int) -> tuple[int, int]:
-        height, width = self.store.extents[index].tolist()
+        """Height and width in pixels of what the canvas shows of a stack; it is centred."""
+        height, width = self.store.extents[self.owner[index]].tolist()
         return height, width
 
 
-def open_cases(
-    data_path: str | Path,
-    size: int,
-    slices: int = 32,
-    cache_path: str | None = None,
-    on_bad: Literal["error", "skip"] = "error",
-) -> StoredCases:
-    """The cases of a data tree as training reads it, of a single folder of images or volumes, or of NIfTI files.
+class StackEncoder(nn.Module):
+    """Stacks of slices to their features: [B, D, S, S] in 0..1, mask [B, D] True for real slices -> a list of [B, C].
 
-    Intensities, windows (`dataset.yaml`) and in-plane size are those of training (`datasets.render`); names are
-    relative to data_path. NIfTI files are turned, once, into NPY files in the cache (`read_nifti`). Folders of
-    labels are not entered. on_bad: as in `datasets.store.prepare`. Raises UserError naming what cannot be used.
+    The first is the mean over slices of f_intra, its last stage or, with `multi_scale`, all four stages, each of unit
+    length; the second, of a joint encoder, f_inter's embedding of the whole stack, of unit length.
     """
-    root = Path(data_path).expanduser()
-    if not root.is_dir():
-        raise UserError(f"data_path: {root} is not a folder; give the one that holds the images or volumes")
-    cache = Path(cache_path).expanduser() if cache_path else root / ".cache"
-    files = [file for file in _walk(root) if _suffix(file.name)]
-    nifti = [file for file in files if _suffix(file.name).startswith(".nii")]
-    if 0 < len(nifti) < len(files):
-        other = next(file for file in files if file not in nifti)
-        raise UserError(f"data_path: {root} mixes NIfTI ({nifti[0].name}) with {other.name}; give a folder for each")
-    tree = _converted(nifti, root, cache) if nifti else root
-    one_data_set = any(file.parent == root for file in files)
-    if one_data_set:
-        tree = _linked(tree, cache, root.resolve().name)
-    cases = StoredCases(tree, size, slices, cache_path, on_bad)
-    if one_data_set:
-        cases.names = [name.split("/", 1)[1] for name in cases.names]
-    return cases
 
+    def __init__(
+        self, encoder: GreyResNet | JointEncoder, features: Literal["pooled", "multi_scale"] = "pooled"
+    ) -> None:
+        super().__init__()
+        self.encoder, self.features = encoder, {"pooled": pooled, "multi_scale": multi_scale}[features]
 
-def without_suffix(name: str) -> str:
-    """`a/b.nii.gz` -> `a/b`, for all file types that hold cases; other endings stay."""
-    return name.removesuffix(name[len(name) - len(_suffix(name)) :]) if _suffix(name) else name
-
-
-def places_of(names: Sequence[str]) -> dict[str, set[int]]:
-    """How people may name a case -> its positions in `names`: path or file name, each with or without its suffix."""
-    places: dict[str, set[int]] = defaultdict(set)
-    for i, name in enumerate(names):
-        for key in {name, without_suffix(name), Path(name).name, without_suffix(Path(name).name)}:
-            places[key].add(i)
-    return places
-
-
-def read_nifti(path: Path) -> np.ndarray:
-    """[H, W, D] float32 of a NIfTI volume, turned as prepare_data.py turns it. Raises UserError, whatever is wrong."""
-    try:
-        volume = read("nifti", (path,), Options())
-        view = arrange(volume, "auto").array
-    except BadFile as error:
-        raise UserError(f"{path}: {error}") from None
-    return np.ascontiguousarray(view, dtype=np.float32) * volume.slope + volume.intercept
-
-
-class SliceFeatures(NamedTuple):
-    """Frozen features of n slices, case after case."""
-
-    pooled: Tensor  # [n, C4] global average of the last stage
-    multi_scale: Tensor  # [n, C1 + C2 + C3 + C4] of all stages, each of unit length
-    case: Tensor  # [n] position of the slice's case in the list that was asked for
+    def parts(self, volumes: Tensor, mask: Tensor) -> list[Tensor]:
+        joint = self.encoder if isinstance(self.encoder, JointEncoder) else None
+        resnet = joint.encoder if joint else self.encoder
+        rows = real_rows(mask)
+        images = volumes.flatten(0, 1)[rows].unsqueeze(1)
+        slices, scales = [], []
+        for some in images.split(len(images) if self.training else SLICES_AT_ONCE):  # BatchNorm is trained on all
+            stages = resnet(some)
+            slices.append(wide(self.features(stages)))
+            if joint:
+                scales.append(joint.projection(multi_scale(stages)))
+        parts = [spread(torch.cat(slices), rows, mask.shape).sum(dim=1) / mask.sum(dim=1, keepdim=True)]
+        if joint:
+            parts.append(joint.holistic(spread(torch.cat(scales), rows, mask.shape), mask))
+        return parts
 
 
 @torch.no_grad()
-def encode_slices(
-    encoder: GreyResNet, cases: Cases, indices: Sequence[int], device: torch.device | str = "cpu"
-) -> SliceFeatures:
-    """f_intra of every slice of the cases at `indices`, on the CPU; the encoder is put in eval mode.
-
-    Raises UserError where a feature is not finite.
-    """
-    encoder.eval().to(device)
-    last, scales, owners = [], [], []
-    for images, case in _chunks(cases, indices):
-        stages = encoder(images.unsqueeze(1).to(device))
-        last.append(pooled(stages).cpu())
-        scales.append(multi_scale(stages).cpu())
-        owners.append(case)
-        _require_finite(last[-1])
-    return SliceFeatures(torch.cat(last), torch.cat(scales), torch.cat(owners))
-
-
-def mean_of_cases(features: Tensor, case: Tensor) -> Tensor:
-    """Mean over the slices of each case: [n, C] and case [n] -> [cases, C]."""
-    count = int(case.max()) + 1
-    sums = features.new_zeros(count, features.shape[1]).index_add_(0, case, features)
-    return sums / torch.bincount(case, minlength=count).unsqueeze(1)
-
-
-@torch.no_grad()
-def encode_volumes(encoder: JointEncoder, slices: SliceFeatures, batch_size: int = 16) -> Tensor:
-    """f_inter, the holistic embedding of each case, from its slices in order: [cases, d], unit length, on the CPU.
-
-    Cases of different lengths share a batch, padded; the padding is masked and changes nothing.
-    """
-    encoder.eval()
-    device = encoder.projection.weight.device
-    parts = slices.multi_scale.split(torch.bincount(slices.case).tolist())
-    embeddings = []
-    for first in range(0, len(parts), batch_size):
-        batch, mask = pad([part.to(device) for part in parts[first : first + batch_size]])
-        tokens = encoder.projection(batch) * mask.unsqueeze(-1)
-        embeddings.append(encoder.holistic(tokens, mask).cpu())
-        _require_finite(embeddings[-1])
-    return torch.cat(embeddings)
-
-
 def frozen_features(
     encoder: GreyResNet | JointEncoder,
     cases: Cases,
     indices: Sequence[int],
-    features: Literal["pooled", "multi_scale"],
+    features: Features = "pooled",
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
-    """[cases, C]: the mean over slices of f_intra and, from a joint encoder, its volume embedding behind it."""
-    joint = isinstance(encoder, JointEncoder)
-    encoder.to(device)
-    slices = encode_slices(encoder.encoder if joint else encoder, cases, indices, device)
-    parts = [mean_of_cases(getattr(slices, features), slices.case)]
-    if joint:
-        parts.append(encode_volumes(encoder, slices))
-    return torch.cat(parts, dim=1).numpy()
+    """[stacks, C] of the stacks at `indices`: the features of `StackEncoder`, joined.
 
-
-def _require_finite(features: Tensor) -> None:
-    if not features.isfinite().all():
-        raise UserError("weights: they give features that are NaN or Inf; the file is of a training that diverged")
+    The encoder is put in eval mode. Raises UserError where a feature is not finite.
+    """
+    network = StackEncoder(encoder, features).eval().to(device)
+    rows = []
+    ends = np.cumsum([len(cases.stacks[i]) for i in indices])
+    for some in np.split(indices, np.flatnonzero(np.diff((ends - 1) // SLICES_AT_ONCE)) + 1):
+        volumes, mask = pad([torch.from_numpy(cases.read(i)) for i in some])
+        rows.append(torch.cat(network.parts(volumes.to(device), mask.to(device)), dim=1).cpu())
+        if not rows[-1].isfinite().all():
+            raise UserError("weights: they give features of NaN or Inf; the file is of a training that diverged")
+    return torch.cat(rows).numpy()
 
 
 def pad(stacks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Stacks [D_i, ...] of different lengths -> batch [B, D, ...] with zeros at the end, mask [B, D]: True if real."""
     lengths = torch.tensor([len(stack) for stack in stacks])
     batch = pad_sequence(list(stacks), batch_first=True)
-    return batch, (torch.arange(batch.shape[1]) < lengths.unsqueeze(1)).to(batch.device)
+    return batch, torch.arange(batch.shape[1]) < lengths.unsqueeze(1)
 
 
-def _chunks(cases: Cases, indices: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Slices [n, S, S] of one case after another, SLICES_AT_ONCE at a time, and their places in `indices` [n]."""
-    waiting, owners, count = [], [], 0
-    for place, index in enumerate(indices):
-        stack = torch.from_numpy(cases.read(index))
-        waiting.append(stack)
-        owners.append(torch.full((len(stack),), place))
-        count += len(stack)
-        if count >= SLICES_AT_ONCE or place == len(indices) - 1:
-            yield from zip(
-                torch.cat(waiting).split(SLICES_AT_ONCE), torch.cat(owners).split(SLICES_AT_ONCE), strict=True
-            )
-            waiting, owners, count = [], [], 0
+def vote(train: np.ndarray, labels: np.ndarray, test: np.ndarray, classes: int, k: int) -> np.ndarray:
+    """Shares [n, classes] of the k nearest training features by cosine similarity, each weighted by exp(s / 0.07).
+
+    Features are centred on the training mean first: pooled features are all positive, and their common mean would hide
+    the differences. Source of the weights: Wu et al. 2018 (instance discrimination), as k-NN evaluations use them.
+    """
+    from sklearn.neighbors import KNeighborsClassifier
+
+    mean, k = train.mean(axis=0), min(k, len(train))
+    model = KNeighborsClassifier(k, weights=lambda distance: np.exp(-distance / 0.07), metric="cosine")
+    return _probabilities(model.fit(train - mean, labels), test - mean, classes)
 
 
-def _suffix(name: str) -> str:
-    return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
+def fit_logistic_regression(
+    train: tuple[np.ndarray, np.ndarray],
+    validation: tuple[np.ndarray, np.ndarray],
+    test: np.ndarray,
+    classes: int,
+) -> tuple[np.ndarray, float]:
+    """Probabilities [n, classes] for the features `test`, and the C that validation chose.
+
+    train, validation: features [n, C] and class numbers [n], of at least two classes in train.  Features are
+    standardised by the training cases; classes weigh the same. C is the smallest of those with the best
+    `validation_score`, and 1 without validation cases.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    def fitted(cost: float) -> Any:
+        regression = LogisticRegression(C=cost, class_weight="balanced", max_iter=5000)
+        return make_pipeline(StandardScaler(), regression).fit(*train)
+
+    if not len(validation[1]):
+        return _probabilities(fitted(1.0), test, classes), 1.0
+    models = {cost: fitted(cost) for cost in COSTS}
+    scores = {
+        cost: validation_score(validation[1], _probabilities(models[cost], validation[0], classes)) for cost in COSTS
+    }
+    best = max(COSTS, key=scores.get)
+    return _probabilities(models[best], test, classes), float(best)
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """All files but hidden ones and those in folders of labels, in order."""
-    seen = set()
-    for parent, folders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:  # a link that leads back up
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(n for n in folders if not n.startswith(".") and n.lower() not in LABEL_FOLDERS)
-        yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
-
-
-def _converted(nifti: list[Path], root: Path, cache: Path) -> Path:
-    """A tree in the cache with an NPY file for every NIfTI file below root, and root's dataset.yaml files."""
-    tree = cache / f"nifti_{_digest(root)}"
-    wanted = set()
-    for source in [*nifti, *(file for file in _walk(root) if file.name == "dataset.yaml")]:
-        volume = source.name != "dataset.yaml"
-        name = f"{without_suffix(source.name)}.npy" if volume else source.name
-        target = tree / source.relative_to(root).parent / name
-        wanted.add(target)
-        made_from = os.stat(source).st_mtime_ns
-        if target.exists() and os.stat(target).st_mtime_ns == made_from:
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{uuid.uuid4().hex}{target.suffix}")
-        if volume:
-            np.save(temporary, read_nifti(source), allow_pickle=False)
-        else:
-            shutil.copy(source, temporary)
-        os.utime(temporary, ns=(made_from, made_from))
-        os.replace(temporary, target)
-    for file in list(_walk(tree)):
-        if file not in wanted:  # its source is gone
-            file.unlink()
-    return tree
-
-
-def _linked(folder: Path, cache: Path, name: str) -> Path:
-    """A tree in the cache whose only data set is `folder`."""
-    tree = cache / f"{name}_{_digest(folder)}"
-    tree.mkdir(parents=True, exist_ok=True)
-    link = tree / name
-    if not link.is_symlink():
-        link.symlink_to(folder.resolve(), target_is_directory=True)
-    return tree
-
-
-def _digest(folder: Path) -> str:
-    return hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]
+def _probabilities(model: Any, x: np.ndarray, classes: int) -> np.ndarray:
+    """[n, classes] of a scikit-learn model that has not seen all classes; 0 for these."""
+    result = np.zeros((len(x), classes))
+    result[:, model.classes_] = model.predict_proba(x)
+    return result

@@ -61,9 +61,14 @@ def score(
     """
     scores = {}
     for name, classes in structures.items():
-        p, r = (torch.isin(volume, volume.new_tensor(classes)) for volume in (prediction, reference))
+        p, r = masks(prediction, reference, classes)
         scores[name] = {"dice": dice(p, r), "iou": iou(p, r), "hd95_mm": hd95_mm(p, r, spacing_mm)}
     return scores
+
+
+def masks(prediction: Tensor, reference: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Where both have one of these classes."""
+    return tuple(torch.isin(volume, volume.new_tensor(classes)) for volume in (prediction, reference))
 
 
 def summarise(cases: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
@@ -74,15 +79,15 @@ def summarise(cases: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, d
     """
     table: dict[str, dict[str, float]] = {}
     for name in cases[0]:
-        values = {metric: np.array([case[name][metric] for case in cases]) for metric in METRICS}
-        present = int(np.isfinite(values["dice"]).sum())
-        table[name] = {metric: _mean(values[metric]) for metric in METRICS} | {
+        values = {metric: [case[name][metric] for case in cases] for metric in METRICS}
+        present = sum(map(math.isfinite, values["dice"]))
+        table[name] = {metric: mean(values[metric]) for metric in METRICS} | {
             "present": present,
             "absent": len(cases) - present,
-            "missed": int(np.isinf(values["hd95_mm"]).sum()),
+            "missed": sum(map(math.isinf, values["hd95_mm"])),
         }
     rows = list(table.values())
-    table["mean"] = {metric: _mean(np.array([row[metric] for row in rows])) for metric in METRICS} | {
+    table["mean"] = {metric: mean([row[metric] for row in rows]) for metric in METRICS} | {
         count: sum(row[count] for row in rows) for count in ("present", "absent", "missed")
     }
     return table
@@ -100,6 +105,7 @@ def format_table(summary: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def _mean(values: np.ndarray) -> float:
-    finite = values[np.isfinite(values)]
-    return float(finite.mean()) if finite.size else math.nan
+def mean(values: Sequence[float]) -> float:
+    """Of those that are finite; nan where none is."""
+    finite = [value for value in values if math.isfinite(value)]
+    return float(np.mean(finite)) if finite else math.nan

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
 
-from downstream.features import places_of, without_suffix
+from datasets.index import IMAGE_SUFFIXES
 from utils.errors import UserError
+from utils.files import write_json
+
+PARTS = ("train", "validation", "test")
+SUFFIXES = (".nii.gz", ".nii", ".npy", *sorted(IMAGE_SUFFIXES))  # that the name of a case may carry or leave out
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,6 @@ def make_split(cases: Sequence[str], patients: Sequence[str], fractions: Sequenc
     if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise UserError(f"fractions: {list(fractions)} must be three numbers (train, validation, test) that sum to 1")
     of = dict(zip(cases, patients, strict=True))
-    if len(of) < len(cases):
-        raise UserError(f"cases: {_repeated(cases)} is named twice")
     people = sorted(set(patients))
     wanted = [fraction > 0 for fraction in fractions]
     if len(people) < sum(wanted):
@@ -54,39 +56,36 @@ def check_split(split: Split, patients: Mapping[str, str]) -> None:
 
     patients: from the name of each existing case to its patient.
     """
-    seen: dict[str, tuple[str, str]] = {}
+    places: dict[str, tuple[str, str]] = {}  # of each patient: a part, and the first case there
     cases: set[str] = set()
-    for part in fields(split):
-        for case in getattr(split, part.name):
+    for part, names in asdict(split).items():
+        for case in names:
             if case not in patients:
-                raise UserError(
-                    f"split: {part.name} names {case!r}, which is not among the {len(patients)} cases found"
-                )
+                raise UserError(f"split: {part} names {case!r}, which is not among the {len(patients)} cases found")
             if case in cases:
                 raise UserError(f"split: {case!r} is named twice; name every case once")
             cases.add(case)
-            other_part, other_case = seen.setdefault(patients[case], (part.name, case))
-            if other_part != part.name:
+            other_part, other_case = places.setdefault(patients[case], (part, case))
+            if other_part != part:
                 raise UserError(
-                    f"split: patient {patients[case]} is in two parts: {other_case} in {other_part}, {case} in "
-                    f"{part.name}; put both into one"
+                    f"split: patient {patients[case]} is in two parts: {other_case} in {other_part}, {case} in {part}; "
+                    "put both into one"
                 )
 
 
 def draw_split(
-    file: str | None,
-    fractions: Sequence[float],
-    patients: Mapping[str, str],
-    seed: int,
-    needed: Sequence[str] = ("train", "validation", "test"),
+    file: str | None, fractions: Sequence[float], patients: Mapping[str, str], seed: int, needed: Sequence[str] = PARTS
 ) -> Split:
     """The split in a file, or one drawn by patient; checked.
 
-    A file may leave out folders and suffixes, so that one made for `segment` serves `classify` on the same volumes.
+    A file may leave out folders and suffixes, so that one made for `segment` serves `classify` on the same volumes, and
+    it may name a patient in place of all of the patient's cases.
     patients: of every case.  needed: parts that must not be empty. Raises UserError.
     """
-    cases = list(patients)
-    split = full_names(read_split(file), cases) if file else make_split(cases, list(patients.values()), fractions, seed)
+    if file:
+        split = _full_names(read_split(file), patients)
+    else:
+        split = make_split(list(patients), list(patients.values()), fractions, seed)
     check_split(split, patients)
     for part in needed:
         if not getattr(split, part):
@@ -94,52 +93,25 @@ def draw_split(
     return split
 
 
-def full_names(split: Split, cases: Sequence[str]) -> Split:
-    """The same split with the names that `cases` has; those that are none of them stay.
-
-    Raises UserError for a name that may be several.
-    """
-    places, known = places_of(cases), set(cases)
-
-    def full(name: str) -> str:
-        if name in known:
-            return name
-        found = (
-            places.get(name) or places.get(without_suffix(name)) or places.get(without_suffix(Path(name).name)) or ()
-        )
-        if len(found) > 1:
-            first, second, *_ = (cases[i] for i in sorted(found))
-            raise UserError(f"split: {name!r} may be {first} or {second}; write the path below data_path")
-        return cases[min(found)] if found else name
-
-    return Split(*([full(name) for name in getattr(split, part.name)] for part in fields(Split)))
-
-
-def write_split(split: Split, path: str | Path) -> None:
-    """JSON where the name ends so, else YAML."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    values = asdict(split)
-    path.write_text(
-        json.dumps(values, indent=1) + "\n" if path.suffix == ".json" else yaml.safe_dump(values, sort_keys=False)
-    )
+def write_split(split: Split, path: Path) -> None:
+    """A JSON file that `read_split` reads."""
+    write_json(asdict(split), path)
 
 
 def read_split(path: str | Path) -> Split:
     """The split in a YAML or JSON file. Raises UserError naming what is wrong with it."""
     path = Path(path)
-    names = [part.name for part in fields(Split)]
     try:
-        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); leave --split out to have one made") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path}: is neither YAML nor JSON ({' '.join(str(error).split())}); correct it") from None
-    if not isinstance(values, dict) or set(values) != set(names):
+        raise UserError(f"{path}: is not valid YAML or JSON ({' '.join(str(error).split())}); correct it") from None
+    if not isinstance(values, dict) or set(values) != set(PARTS):
         found = ", ".join(map(str, values)) if isinstance(values, dict) else type(values).__name__
-        raise UserError(f"{path}: must hold the lists {', '.join(names)}, and nothing else; it holds {found}")
-    for name in names:
-        listed = values[name]
+        raise UserError(f"{path}: must hold the lists {', '.join(PARTS)}, and nothing else; it holds {found}")
+    for name, listed in values.items():
         if not isinstance(listed, list) or not all(isinstance(case, str) for case in listed):
             raise UserError(f"{path}: {name} must be a list of case names (quote names that are numbers)")
     return Split(**values)
@@ -171,5 +143,39 @@ def choose_by_turns(train: Sequence[str], labels: Mapping[str, int], count: int,
     return turns[: count or len(turns)]
 
 
-def _repeated(names: Sequence[str]) -> str:
-    return next(name for i, name in enumerate(names) if name in names[:i])
+def without_suffix(name: str) -> str:
+    """`a/b.nii.gz` -> `a/b`, for all file types that hold cases; other endings stay."""
+    suffix = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
+    return name[: len(name) - len(suffix)]
+
+
+def places_of(names: Sequence[str]) -> dict[str, set[int]]:
+    """How people may name a case -> its positions in `names`: path or file name, each with or without its suffix."""
+    places: dict[str, set[int]] = defaultdict(set)
+    for i, name in enumerate(names):
+        for key in {name, without_suffix(name), Path(name).name, without_suffix(Path(name).name)}:
+            places[key].add(i)
+    return places
+
+
+def _full_names(split: Split, patients: Mapping[str, str]) -> Split:
+    """The same split with the names that cases have, a patient's name turned into those of all cases of the patient.
+
+    Names that are neither stay. Raises UserError for one that may be several.
+    """
+    cases, of_patient = list(patients), defaultdict(list)
+    places = places_of(cases)
+    for case, patient in patients.items():
+        of_patient[patient].append(case)
+
+    def full(name: str) -> list[str]:
+        if name in patients:
+            return [name]
+        shorter = (name, without_suffix(name), without_suffix(Path(name).name))
+        found = next((places[way] for way in shorter if way in places), {})
+        if len(found) > 1:
+            first, second, *_ = (cases[i] for i in sorted(found))
+            raise UserError(f"split: {name!r} may be {first} or {second}; write the path below data_path")
+        return [cases[min(found)]] if found else of_patient.get(name, [name])
+
+    return Split(*([case for name in names for case in full(name)] for names in asdict(split).values()))

@@ -48,12 +48,12 @@ class MemoryBank:
         A sample that stands in the batch twice keeps its first embedding, whatever the number of processes. What is
         not finite is not kept: the training loop does not apply such a step.
         """
-        joint_z = all_gather(z.detach().float().transpose(0, 1), counts).transpose(0, 1)  # [crops, joint batch, d]
-        joint_index = all_gather(index, counts)
-        ordered, order = joint_index.sort(stable=True)
+        every_z = all_gather(z.detach().float().transpose(0, 1), counts).transpose(0, 1)  # [crops, global batch, d]
+        every_index = all_gather(index, counts)
+        ordered, order = every_index.sort(stable=True)
         kept = torch.ones_like(ordered, dtype=torch.bool)
         kept[1:] = ordered[1:] != ordered[:-1]  # the first of a sample that is repeated
-        z = joint_z[:, order].to(self._embeddings)
+        z = every_z[:, order].to(self._embeddings)
         kept &= (ordered % world_size() == rank()) & z.isfinite().all(dim=2).all(dim=0)
         rows = torch.where(kept, ordered // world_size(), len(self.seen))
         self._embeddings.index_copy_(1, rows, z)

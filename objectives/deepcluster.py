@@ -27,7 +27,7 @@ class DeepClusterV2(nn.Module):
     """Cluster assignments as targets, one head per entry of `sizes`.
 
     forward: z [V, B, d] unit length, index [B] global sample index, counts (B of every process; None when it is the
-    same on each) -> scalar loss of this process's share; its mean over the processes is the loss of the joint batch:
+    same on each) -> scalar loss of this process's share; its mean over the processes is the loss of the global batch:
     mean over heads of
     CE(z . C^T / temperature, assignment of the sample), over the views of assigned samples.
 
@@ -130,7 +130,7 @@ class DeepClusterV2(nn.Module):
             summed = F.cross_entropy(
                 scores.float() / self.temperature, repeated, ignore_index=UNASSIGNED, reduction="sum"
             )
-            # Processes may hold different numbers of assigned samples; their mean must be the joint batch's mean.
+            # Processes may hold different numbers of assigned samples; their mean must be the global batch's mean.
             loss = loss + summed * world_size() / assigned
         if self.training:
             self.remember(z, index, counts)

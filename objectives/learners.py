@@ -41,10 +41,10 @@ class Learner(nn.Module):
     stage: ClassVar[int]
 
     def objectives(self) -> Iterator[tuple[str, Objective]]:
-        """(level, objective), the level `intra` or `inter`."""
-        for name, module in self.named_children():
-            if isinstance(module, SwAV | DeepClusterV2):
-                yield name, module
+        """(level, objective) of the levels `intra` and `inter` that the learner has."""
+        for level in ("intra", "inter"):
+            if getattr(self, level, None) is not None:
+                yield level, getattr(self, level)
 
     @property
     def resnet(self) -> GreyResNet:

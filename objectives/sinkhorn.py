@@ -10,7 +10,7 @@ from utils.distributed import all_max, all_sum
 
 @torch.no_grad()
 def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3, taking_part: Tensor | None = None) -> Tensor:
-    """Sinkhorn-Knopp codes of the joint batch of all processes.
+    """Sinkhorn-Knopp codes of the global batch of all processes.
 
     scores: [B, K] cosines, this process's share (B may differ between processes, even 0).  epsilon: > 0, smaller is
     harder.  taking_part: [B] bool, rows that there are; the others get codes of 0 and change nothing. None: all.

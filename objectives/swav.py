@@ -20,7 +20,7 @@ class SwAV(nn.Module):
     """Swapped prediction with an optional queue of recent embeddings.
 
     forward: z [V, B, d] unit length, index [B] (unused), counts (B of every process; None when it is the same on
-    each) -> scalar loss of this process's share; its mean over the processes is the loss of the joint batch. The first
+    each) -> scalar loss of this process's share; its mean over the processes is the loss of the global batch. The first
     `assign_crops` views get assignments, all views predict them:
     loss = mean over assigning crops i of mean over v != i of CE(q_i, softmax(scores_v / temperature)).
 

@@ -1,1 +1,1 @@
-"""What report.py and inspect_data.py are made of. Training never imports it."""
+"""What report.py is made of. Training never imports it."""

@@ -42,15 +42,12 @@ def _prototype(k: int, cosines: Tensor, is_member: Tensor, pictures: int) -> Pro
     return Prototype(k, members, *([(i, float(cosines[i])) for i in part] for part in (nearest, others)))
 
 
-def neighbours(level: Level, queries: list[int], count: int) -> list[tuple[int, list[tuple[int, float]]]]:
-    """Every query with its `count` nearest items of other files and their cosines, nearest first."""
-    sample = torch.tensor([i for i, _, _ in level.items])
-    found = []
-    for q in queries:
-        cosines = (level.z @ level.z[q]).masked_fill(sample == sample[q], -2)
-        best = torch.argsort(cosines, descending=True, stable=True)[:count].tolist()
-        found.append((q, [(i, float(cosines[i])) for i in best if cosines[i] > -2]))
-    return found
+def neighbours(level: Level, query: int, count: int) -> list[tuple[int, float]]:
+    """The `count` nearest items of other files than an item's and their cosines, nearest first."""
+    sample = torch.tensor([item.index for item in level.items])
+    cosines = (level.z @ level.z[query]).masked_fill(sample == sample[query], -2)
+    best = torch.argsort(cosines, descending=True, stable=True)[:count].tolist()
+    return [(i, float(cosines[i])) for i in best if cosines[i] > -2]
 
 
 def flatten(z: Tensor, method: MapMethod, seed: int) -> tuple[np.ndarray, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +11,32 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from datasets.index import Sample
-from datasets.store import SliceStore
-from reporting.embed import Level
+from datasets.cache import shown_size
+from reporting.embed import Item
 from utils import files
+from utils.errors import UserError
 
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = FileSystemLoader(Path(__file__).parent / "templates")
 SIDE = 112  # pixels of a thumbnail
 STRIP = 3  # slices of a volume side by side
 
 
-def render(template: str, output: Path, **values: Any) -> int:
-    """Write the page; returns its bytes. Raises UserError where it cannot be written."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    text = environment.get_template(template).render(**values)
+def check_output(name: str) -> Path:
+    """Where the page will be. Raises UserError where there is no folder for it."""
+    output = Path(name).expanduser()
+    if not output.parent.is_dir():
+        raise UserError(f"output: {output.parent} is not a folder; create it, or name another file")
+    return output
+
+
+def render(template: str, output: Path, **values: Any) -> None:
+    """Write the page and say so. Raises UserError where it cannot be written."""
+    how = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    text = Environment(loader=TEMPLATES, **how).get_template(template).render(**values)
     # A file name may hold bytes that are no UTF-8 (surrogates in Python); they are shown as "?".
-    text = text.encode("utf-8", "replace").decode()
-    files.write_text(text, output)
-    return len(text.encode())
+    content = text.encode("utf-8", "replace")
+    files.write_text(content.decode(), output)
+    print(f"wrote {output} ({shown_size(len(content))})", flush=True)
 
 
 class Thumbnails:
@@ -43,66 +44,41 @@ class Thumbnails:
 
     def __init__(self) -> None:
         self.uris: dict[str, str] = {}
-        self._names: dict[tuple[Any, ...], str] = {}
+        self.names: dict[tuple[Any, ...], str] = {}
 
-    def add(self, store: SliceStore, item: tuple[int, int, int]) -> str:
+    def add(self, item: Item) -> str:
         """A slice or image as it is; a volume as `STRIP` of its slices."""
-        index, start, stop = item
-        key = str(store.folder), store.samples[index].name, start, stop
-        if key not in self._names:
-            places = [start] if stop - start == 1 else spread(start, stop, STRIP)
-            self._names[key] = self._keep(np.concatenate([self._slice(store, index, s) for s in places], axis=1))
-        return self._names[key]
+        key = item.store.folder, item.sample.name, item.start, item.stop
+        if key not in self.names:
+            parts = [_resized(part) for part in item.spread(STRIP)]
+            self.names[key] = self._keep(np.concatenate(parts, axis=1), quality=80)
+        return self.names[key]
 
-    def strip(self, store: SliceStore, item: tuple[int, int, int], count: int) -> list[tuple[str, int]]:
-        """(picture, slice) of `count` evenly spaced slices of a volume."""
-        index, start, stop = item
-        return [(self.add(store, (index, s, s + 1)), s) for s in spread(start, stop, min(count, stop - start))]
+    def strip(self, item: Item, count: int = 8) -> list[tuple[str, int]]:
+        """(picture, slice) of evenly spaced slices of a volume."""
+        return [(self.add(part), part.start) for part in item.spread(count)]
 
-    def array(self, picture: np.ndarray) -> str:
-        """[H, W] in 0..1, enlarged by whole factors only, so that its pixels stay visible."""
+    def shown(self, item: Item, cosine: float | None = None) -> dict[str, Any]:
+        """What the templates show of an item."""
+        about = {"label": item.label, "short": item.short, "dataset": item.sample.dataset, "cosine": cosine}
+        return about | {"thumb": self.add(item), "width": SIDE * min(STRIP, item.slices), "height": SIDE}
+
+    def pixels(self, picture: np.ndarray) -> str:
+        """[H, W] in 0..1, enlarged by whole factors only and kept without loss, so that its pixels stay visible."""
         factor = max(1, SIDE // max(picture.shape))
-        return self._keep((255 * picture + 0.5).astype(np.uint8).repeat(factor, axis=0).repeat(factor, axis=1), True)
+        return self._keep(_bytes(picture).repeat(factor, axis=0).repeat(factor, axis=1), lossless=True)
 
-    def _slice(self, store: SliceStore, index: int, s: int) -> np.ndarray:
-        picture = Image.fromarray((255 * store.read(index, s, s + 1)[0] + 0.5).astype(np.uint8))
-        return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
-
-    def _keep(self, picture: np.ndarray, exact: bool = False) -> str:
-        name = f"t{len(self.uris)}"
-        self.uris[name] = data_uri(picture, exact)
+    def _keep(self, picture: np.ndarray, **how: Any) -> str:
+        name, buffer = f"t{len(self.uris)}", io.BytesIO()
+        Image.fromarray(picture).save(buffer, "WEBP", **how)
+        self.uris[name] = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
         return name
 
 
-def data_uri(picture: np.ndarray, exact: bool = False) -> str:
-    """[H, W] uint8 -> WebP, without loss where `exact`."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "WEBP", quality=80, lossless=exact)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def _resized(item: Item) -> np.ndarray:
+    picture = Image.fromarray(_bytes(item.read()[0]))
+    return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
 
 
-def spread(start: int, stop: int, count: int) -> list[int]:
-    """Centres of `count` equal parts of start..stop-1."""
-    return [int(start + (k + 0.5) * (stop - start) / count) for k in range(count)]
-
-
-def picture(thumbs: Thumbnails, store: SliceStore, level: Level, index: int, cosine: float | None) -> dict[str, Any]:
-    """What the templates show of an item."""
-    item = level.items[index]
-    sample = level.samples[item[0]]
-    strip = item[2] - item[1] > 1
-    return {
-        "thumb": thumbs.add(store, item),
-        "width": SIDE * (STRIP if strip else 1),
-        "height": SIDE,
-        "label": level.label(index),
-        "short": short_label(sample, item),
-        "dataset": sample.dataset,
-        "cosine": cosine,
-    }
-
-
-def short_label(sample: Sample, item: tuple[int, int, int]) -> str:
-    """File name without its folders and, of a slice, its number."""
-    name = os.path.basename(sample.name)
-    return f"{name} #{item[1]}" if sample.kind == "volume" and item[2] - item[1] == 1 else name
+def _bytes(picture: np.ndarray) -> np.ndarray:
+    return (255 * picture + 0.5).astype(np.uint8)

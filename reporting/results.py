@@ -12,7 +12,6 @@ from typing import Any
 from utils.errors import UserError
 
 NAMES = ("results.json", "summary.csv")  # of a task, of a comparison
-MOST_ROWS = 200
 
 
 @dataclass
@@ -21,7 +20,6 @@ class Table:
     about: str
     columns: list[str]
     rows: list[list[str]]
-    left_out: int = 0  # rows beyond MOST_ROWS
 
 
 def read_tables(paths: list[str]) -> list[Table]:
@@ -47,32 +45,32 @@ def _files(path: Path) -> list[Path]:
 def _read(path: Path) -> Table:
     try:
         text = path.read_text(encoding="utf-8")
-        return _from_csv(path, text) if path.suffix == ".csv" else _from_json(path, json.loads(text))
+        facts, columns, rows = _from_csv(text) if path.suffix == ".csv" else _from_json(json.loads(text))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise UserError(f"{path}: is not a results file of downstream/ ({error})") from None
+    about = f"{path}: {', '.join(facts)}" if facts else str(path)
+    return Table(path.parent.name, about, columns, [[_cell(value) for value in row] for row in rows])
 
 
-def _from_csv(path: Path, text: str) -> Table:
+def _from_csv(text: str) -> tuple[list[str], list[str], list[list[str]]]:
     columns, *rows = csv.reader(text.splitlines(), strict=True)
     if any(len(row) != len(columns) for row in rows):
         raise ValueError("lines of different length")
-    shown = [[_cell(value) for value in row] for row in rows[:MOST_ROWS]]
-    return Table(path.parent.name, str(path), columns, shown, max(0, len(rows) - MOST_ROWS))
+    return [], columns, rows
 
 
-def _from_json(path: Path, result: dict[str, Any]) -> Table:
+def _from_json(result: dict[str, Any]) -> tuple[list[str], list[str], list[list[Any]]]:
     """`metrics` is nested; what stands in its last level makes the columns where there is more than one level."""
-    rows: dict[str, dict[str, Any]] = {}
+    table: dict[str, dict[str, Any]] = {}
     for names, value in _leaves(result["metrics"], ()):
-        rows.setdefault(".".join(names[:-1]) or "all", {})[names[-1]] = value
-    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    cells = [[name, *(_cell(row.get(column, "")) for column in columns)] for name, row in rows.items()]
+        table.setdefault(".".join(names[:-1]) or "all", {})[names[-1]] = value
+    columns = list(dict.fromkeys(column for row in table.values() for column in row))
     facts = [f"{result[key]} {key}" for key in ("cases", "patients") if isinstance(result.get(key), int)]
     facts += [f"weights {result['weights']}"] if "weights" in result else []
-    about = f"{path}: {', '.join(facts)}"
-    return Table(path.parent.name, about, ["", *columns], cells[:MOST_ROWS], max(0, len(cells) - MOST_ROWS))
+    rows = [[name, *(row.get(column, "") for column in columns)] for name, row in table.items()]
+    return facts, ["", *columns], rows
 
 
 def _leaves(value: Any, names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -84,10 +82,10 @@ def _leaves(value: Any, names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...
 
 
 def _cell(value: Any) -> str:
+    """Three digits after the point of what is no whole number."""
     if value is None:
         return "not defined"
     try:
-        number = float(value)
+        return str(value) if isinstance(value, int) or str(value).lstrip("+-").isdigit() else f"{float(value):.3f}"
     except (TypeError, ValueError):
         return str(value)
-    return str(value) if isinstance(value, int) or str(value).lstrip("+-").isdigit() else f"{number:.3f}"

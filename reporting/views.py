@@ -1,92 +1,159 @@
-"""The batches of a training script, with what was drawn for every view of them."""
+"""The augmented views that a training script gets, pixel by pixel, beside the originals.
+
+    python report.py --data ssl_swav3D --data_path Training_Data --policy paper
+    python report.py --data runs/swav3D --epoch 3     # as that run saw them in epoch 3
+
+After --data come any of the options of the script; docs/REPORT.md says how to read the page.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from torch import Tensor
 
-from datasets.augment import MultiCrop, VolumeViews
-from datasets.index import Sample
-from datasets.loaders import ImageLoader, Slices, VolumeLoader, VolumeWindows
-from datasets.store import SliceStore
+from datasets.augment import MultiCrop
+from datasets.batch import Batch
+from datasets.loaders import Slices, VolumeLoader
+from reporting import page
+from reporting.embed import Loader, spread
+from reporting.runs import script_of
+from training import scripts
 from utils.distributed import Run
 
-ALONE = Run(0, 1, torch.device("cpu"))
-Draws = dict[str, np.ndarray]
+SIDE = 128  # pixels on the screen of the longer side of a large view
 
 
-class RecordedViews(VolumeViews):
-    """The same views, and in `drawn` the parameters of each."""
+@dataclass
+class Stack:
+    """Slices of an original or of one of its views, side by side."""
 
-    drawn: list[Draws]
+    title: str
+    done: list[str]  # what is shown, or was drawn for it
+    slices: Tensor  # [n, H, W] in 0..1
+    captions: list[str]
+    masked: Sequence[bool] = ()
+    side: int = SIDE  # pixels on the screen of the longer side
 
-    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.drawn = []
-        return super().__call__(*args, **kwargs)
-
-    def _draw_paper(self, *args: Any) -> Draws:
-        self.drawn.append(super()._draw_paper(*args))
-        return self.drawn[-1]
-
-    def _draw_strong(self, *args: Any) -> Draws:
-        self.drawn.append(super()._draw_strong(*args))
-        return self.drawn[-1]
-
-
-class RecordedCrops(MultiCrop):
-    """The same crops, and in `drawn` the parameters of each."""
-
-    drawn: list[Draws]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
-        self.drawn = []
-        return super().__call__(*args, **kwargs)
-
-    def _draw(self, *args: Any) -> Draws:
-        self.drawn.append(super()._draw(*args))
-        return self.drawn[-1]
+    def pictures(self, thumbs: page.Thumbnails) -> list[dict[str, Any]]:
+        width = round(self.side * self.slices.shape[2] / max(self.slices.shape[1:]))
+        masked = self.masked or [False] * len(self.slices)
+        return [
+            {"thumb": thumbs.pixels(pixels.numpy()), "width": width, "caption": caption, "marked": marked}
+            for pixels, caption, marked in zip(self.slices, self.captions, masked, strict=True)
+        ]
 
 
-def loader_of(config: Any, samples: list[Sample], store: SliceStore) -> ImageLoader | VolumeLoader:
-    """The loader that the script of these options trains with, for one process on the CPU."""
-    if hasattr(config, "size_crops"):
-        crops = RecordedCrops(
-            sizes=[(side, side) for side in config.size_crops],
-            counts=config.nmb_crops,
-            scales=list(zip(config.min_scale_crops, config.max_scale_crops, strict=True)),
-            policy=config.policy,
-            seed=config.seed,
-        )
-        images = Slices(samples, store, config.slices_per_volume)
-        return ImageLoader(images, crops, config.batch_size, 0, config.seed, ALONE, config.sampling_temperature)
-    slices, height, width = config.target_shape
-    joint = hasattr(config, "lambda_inter")
-    more = {}
-    if joint:
-        scales = [(config.min_scale_images, 1.0)]
-        more = {
-            "intra_slices": config.intra_slices,
-            "images_per_step": config.images_per_step if config.lambda_intra else 0,
-            "image_views": RecordedCrops([(height, width)], [2], scales, config.policy, config.seed),
-        }
-    return VolumeLoader(
-        VolumeWindows(samples, store, slices, config.seed),
-        RecordedViews(height, width, config.policy, config.seed),
-        config.batch_size,
-        0,
-        config.seed,
-        ALONE,
-        mask_ratio=config.mask_ratio if not joint or config.lambda_mask else 0,
-        mask_style=config.mask_style,
-        sampling_temperature=config.sampling_temperature,
-        **more,
+@dataclass
+class DataPage:
+    """Options beside those of the script."""
+
+    data: str = ""
+    """training script whose views are shown (ssl_swav2D, mask_swav, ssl_swav3D, ...), or folder of a run"""
+    epoch: NonNegativeInt = 0
+    """epoch whose views are shown, the first is 0"""
+    samples: PositiveInt = 4
+    """volumes, or slices and images, to show: the first of the epoch"""
+    slices: PositiveInt = 6
+    """slices of every volume to show"""
+    output: str = "inspect.html"
+    """the page to write"""
+
+
+def options_of(source: str) -> tuple[type, list[str]]:
+    """(options of the page and the script, arguments that precede those of the user: a run's own options).
+
+    Raises UserError where `source` is neither a training script nor the folder of a run.
+    """
+    if Path(source).expanduser().is_dir():
+        script, path = script_of(Path(source).expanduser())
+        given = ["--config", str(path)]
+    else:
+        script, given = scripts.load(source), []
+    return dataclass(type("Options", (DataPage, script.Config), {"script": script})), given
+
+
+def main(cfg: Any) -> None:
+    output = page.check_output(cfg.output)
+    loader = cfg.script.data(cfg, Run(0, 1, torch.device("cpu")))
+    thumbs = page.Thumbnails()
+    shown = itertools.islice(samples_of(loader, cfg), cfg.samples)
+    page.render(
+        "inspect.html",
+        output,
+        title=f"{cfg.script.__name__}, epoch {cfg.epoch}",
+        cfg=cfg,
+        shape=" and ".join(map(str, cfg.size_crops)) if cfg.stage == 1 else " x ".join(map(str, cfg.target_shape)),
+        samples=[(name, [(stack, stack.pictures(thumbs)) for stack in stacks]) for name, stacks in shown],
+        thumbs=thumbs.uris,
     )
 
 
-def describe(draws: Draws, b: int, canvas: int) -> list[str]:
+def samples_of(loader: Loader, cfg: Any) -> Iterator[tuple[str, list[Stack]]]:
+    """(name relative to the data tree, pictures) of the epoch's samples, in the order of training."""
+    root = loader.dataset.samples[0].data_path
+    for batch in loader.epoch(cfg.epoch):
+        if cfg.stage == 1:
+            crops = [crop for kind in batch.crops for crop in kind]
+            stacks = of_images(loader.dataset, batch.index.tolist(), crops, loader.crops, cfg.epoch)
+        else:
+            stacks = of_volumes(loader, batch, cfg.epoch, cfg.slices)
+            if batch.images is not None:
+                index, views = (batch.image_index - loader.total_slices).tolist(), loader.image_views
+                more = of_images(loader.image_dataset, index, [*batch.images], views, cfg.epoch)
+                stacks = itertools.chain(stacks, more)
+        for name, of_sample in zip(loader.names(batch.index, batch.image_index), stacks, strict=True):
+            yield name.removeprefix(f"{root}/"), of_sample
+
+
+def of_images(
+    dataset: Slices, index: list[int], crops: list[Tensor], made_by: MultiCrop, epoch: int
+) -> Iterator[list[Stack]]:
+    """Images and their crops [B, H, W] each."""
+    items, canvas = [dataset[epoch, i] for i in index], dataset.store.size
+    draws = list(made_by.draws(canvas, _contents(items), index, epoch))
+    largest = max(max(crop.shape[1:]) for crop in crops)
+    for b, item in enumerate(items):
+        stacks = [Stack("original", [f"working copy of {canvas} x {canvas} px"], item["image"][None].float(), [""])]
+        for number, (crop, drawn) in enumerate(zip(crops, draws, strict=True), start=1):
+            side = round(SIDE * max(crop.shape[1:]) / largest)
+            stacks.append(Stack(f"crop {number}", describe(drawn, b, canvas), crop[b][None], [""], side=side))
+        yield stacks
+
+
+def of_volumes(loader: VolumeLoader, batch: Batch, epoch: int, slices: int) -> Iterator[list[Stack]]:
+    """The same slices of every window and of each of its views."""
+    dataset, canvas, index = loader.dataset, loader.dataset.store.size, batch.index.tolist()
+    windows = [dataset[epoch, i] for i in index]
+    draws = list(loader.views.draws(canvas, _contents(windows), batch.mask.sum(dim=1).numpy(), index, epoch))
+    for b, window in enumerate(windows):
+        start, length, total = window["start"], window["length"], dataset.samples[dataset.items[index[b]]].slices
+        places = spread(0, length, min(slices, length))
+        captions = [f"slice {start + place}" for place in places]
+        about = [f"slices {start} to {start + length - 1} of {total}"]
+        about += [f"{dataset.slices - length} of padding"] if length < dataset.slices else []
+        stacks = [Stack("original", about, window["volume"][places].float(), captions)]
+        for v, drawn in enumerate(draws):
+            masked = [] if batch.masked is None else batch.masked[v, b, places].tolist()
+            view = batch.views[v, b, places]
+            stacks.append(Stack(f"view {v + 1}", describe(drawn, b, canvas), view, captions, masked))
+        yield stacks
+
+
+def _contents(items: list[dict[str, Any]]) -> np.ndarray:
+    """[B, 2] height and width of the content of each canvas."""
+    return np.array([item["extent"].tolist() for item in items], dtype=float)
+
+
+def describe(draws: dict[str, np.ndarray], b: int, canvas: int) -> list[str]:
     """What was done to sample b of a batch for one view, in the order in which it is done. canvas: side in pixels."""
     own = {name: values[b] for name, values in draws.items()}
     (across, _, _), (up, down, _) = own["theta"]

@@ -1,6 +1,5 @@
 """datasets/transforms.py against other implementations, and what datasets/augment.py promises about its draws."""
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -21,13 +20,7 @@ STILL = {"degrees": (0.0, 0.0), "noise_p": 0.0, "bias_p": 0.0, "gamma_p": 0.0, "
 STILL_CROPS = STILL | {"crop_bias_p": 0.0, "jitter_p": 0.0}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors here are too small to share out: waiting for threads on a busy machine takes longer than the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def batch(B: int = 3, D: int = 6, S: int = 20, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -59,19 +52,6 @@ def test_identity_theta_and_whole_pixel_windows_are_copied_exactly():
     assert torch.equal(transforms.resample(x, shifted, 16, 12), x[:, :, 4:20, 1:13])
 
 
-@pytest.mark.parametrize(("flips", "dims"), [((True, False), (-2,)), ((False, True), (-1,)), ((True, True), (-2, -1))])
-def test_flips_are_exact(flips, dims):
-    x = batch()[0][:1]
-    assert torch.equal(transforms.resample(x, theta(20, (10, 10), (20, 20), flips=flips), 20, 20), x.flip(dims))
-
-
-@pytest.mark.parametrize("degrees", [90.0, -90.0, 180.0])
-def test_quarter_turns_move_pixels(degrees):
-    x = batch()[0][:1]
-    turned = transforms.resample(x, theta(20, (10, 10), (20, 20), degrees), 20, 20)
-    assert_close(turned, x.rot90(round(degrees / 90), (-2, -1)), atol=2e-5, rtol=0)
-
-
 def test_resampling_equals_map_coordinates():
     x, (top, left, side), degrees = smooth(), (6, 3, 25), 20.0
     c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
@@ -82,14 +62,6 @@ def test_resampling_equals_map_coordinates():
     theirs = map_coordinates(x[0, 0].numpy(), [rows, columns], order=1, mode="grid-constant")
     ours = transforms.resample(x, theta(40, (top + side / 2, left + side / 2), (side, side), degrees), 30, 30)
     assert_close(ours[0, 0], torch.from_numpy(theirs).float(), atol=1e-4, rtol=0)
-
-
-def test_samples_are_resampled_each_by_its_own_theta():
-    x = batch()[0]
-    thetas = torch.cat([theta(20, (10, 10), (20, 20)), theta(20, (9, 8), (11, 13), 7.0), theta(20, (8, 8), (9, 9))])
-    together = transforms.resample(x, thetas, 16, 18)
-    for b in range(3):
-        assert torch.equal(together[b], transforms.resample(x[b : b + 1], thetas[b : b + 1], 16, 18)[0])
 
 
 def test_shrinking_takes_the_mean_over_the_area():
@@ -110,43 +82,12 @@ def test_blur_equals_scipy_up_to_the_border_of_the_real_slices(length):
         assert_close(ours[b, :n], torch.from_numpy(theirs).float(), atol=1e-6, rtol=0)
 
 
-def test_blur_keeps_a_constant_volume_with_padded_slices():
-    x = 0.6 * (torch.arange(7) < 4)[None, :, None, None].float().expand(1, 7, 8, 8)
-    assert_close(transforms.blur(x, torch.full((1, 3), 2.0), torch.tensor([4])), x)
-
-
 def test_anisotropy_samples_coarsely_and_interpolates_between():
     x = batch(B=1, D=9, S=8)[0]
     out = transforms.anisotropy(x, torch.tensor([[3.0, 1.0, 1.0]]))
     assert torch.equal(out[:, [1, 4, 7]], x[:, [1, 4, 7]])  # centres of thirds
     assert_close(out[:, 2], x[:, 1] * 2 / 3 + x[:, 4] / 3)
     assert torch.equal(out[:, [0, 8]], x[:, [1, 7]])
-
-
-@pytest.mark.parametrize("axis", [0, 1, 2])
-@pytest.mark.parametrize("f", [1.5, 2.1, 3.7, 5.0, 20.0])
-def test_anisotropy_equals_numpy_interpolation(axis, f):
-    x = batch(B=1, D=13, S=13)[0]
-    centres = (np.arange(max(1, int(13 / f))) - (max(1, int(13 / f)) - 1) / 2) * f + 6
-    lines = np.moveaxis(x[0].numpy(), axis, -1)
-    nearest = np.floor(centres + 0.5).astype(int)
-    theirs = np.apply_along_axis(lambda line: np.interp(np.arange(13), centres, line[nearest]), -1, lines)
-    factor = torch.ones(1, 3)
-    factor[0, axis] = f
-    ours = transforms.anisotropy(x, factor)[0].movedim(axis, -1)
-    assert_close(ours, torch.from_numpy(theirs).float(), atol=1e-6, rtol=0)
-
-
-def test_anisotropy_and_noise_end_at_the_last_real_slice():
-    x = batch(B=1, D=9, S=8)[0]
-    length, factor = torch.tensor([6]), torch.tensor([[4.0, 1.0, 1.0]])
-    coarse = transforms.anisotropy(x, factor, length)
-    assert_close(coarse[:, :6], transforms.anisotropy(x[:, :6], factor))
-    noisy = transforms.noise(x, torch.tensor([0.1]), torch.tensor([1]), length)
-    assert torch.equal(noisy[:, :6], transforms.noise(x[:, :6], torch.tensor([0.1]), torch.tensor([1])))
-    assert (noisy[:, :6] != x[:, :6]).all()
-    assert (coarse[:, 6:] == 0).all()
-    assert (noisy[:, 6:] == 0).all()
 
 
 @pytest.mark.parametrize("keep_mean", [False, True])
@@ -167,12 +108,8 @@ def test_bias_field_equals_the_polynomial(keep_mean):
     assert max(map(sum, transforms.BIAS_EXPONENTS)) == 3
 
 
-def test_gamma_and_jitter_equal_numpy():
-    x = batch()[0]
-    log_gamma = torch.tensor([0.3, -0.2, 0.0])
-    theirs = [x[b].numpy() ** np.exp(log_gamma[b].item()) for b in range(3)]
-    np.testing.assert_allclose(transforms.gamma(x, log_gamma).numpy(), theirs, rtol=1e-5)
-    b, c = np.array([0.4, -0.3, 0.0]), np.array([-0.2, 0.4, 0.0])
+def test_jitter_equals_numpy():
+    x, b, c = batch()[0], np.array([0.4, -0.3, 0.0]), np.array([-0.2, 0.4, 0.0])
     bright = x.numpy() * (1 + b)[:, None, None, None]
     mean = bright.mean((1, 2, 3), keepdims=True)
     theirs = np.clip(mean + (bright - mean) * (1 + c)[:, None, None, None], 0, 1)
@@ -189,55 +126,28 @@ def test_noise_has_the_asked_std_and_leaves_its_input_alone():
     assert (x == 0).all()
 
 
-def scrambled(z: int) -> int:
-    """SplitMix64's finaliser, with shifts that keep the sign, in Python's integers."""
-
-    def signed(z: int) -> int:
-        return (z + 2**63) % 2**64 - 2**63
-
-    z = signed(z)
-    z = signed((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9)
-    z = signed((z ^ (z >> 27)) * 0x94D049BB133111EB)
-    return z ^ (z >> 31)
-
-
-@pytest.mark.parametrize(("height", "width"), [(4, 6), (3, 5)])
-def test_normal_numbers_are_a_function_of_seed_slice_and_pixel(height, width):
-    golden, seeds, pairs = 0x9E3779B97F4A7C15, [3, 2**53 - 1], -(-height * width // 2)
-    ours = transforms.normal(torch.tensor(seeds), 3, height, width, torch.device("cpu")).flatten(2)
-    for b, seed in enumerate(seeds):
-        for d in range(3):
-            for p in range(pairs):
-                bits = scrambled(scrambled(seed + golden * (d + 1)) + scrambled(golden * (p + 1)))
-                high, low = bits >> 32, (bits + 2**31) % 2**32 - 2**31
-                radius, angle = math.sqrt(-2 * math.log((high + 1) / 2**31)), low * math.pi / 2**31
-                assert ours[b, d, p].item() == pytest.approx(radius * math.cos(angle), abs=1e-5)
-                if p + pairs < height * width:
-                    assert ours[b, d, p + pairs].item() == pytest.approx(radius * math.sin(angle), abs=1e-5)
+def test_normal_numbers_are_a_function_of_seed_slice_and_pixel():
+    seeds, cpu = torch.tensor([3, 2**53 - 1]), torch.device("cpu")
+    golden = [
+        [[[-0.0279, -0.8026, -1.2243]], [[-1.0805, 0.6848, -1.4936]]],
+        [[[-0.1613, -1.8547, -0.8031]], [[0.7924, 1.4920, 0.5180]]],
+    ]
+    assert_close(transforms.normal(seeds, 2, 1, 3, cpu), torch.tensor(golden), atol=1e-4, rtol=0)
+    assert torch.equal(transforms.normal(seeds, 9, 5, 4, cpu)[1:, :3], transforms.normal(seeds[1:], 3, 5, 4, cpu))
 
 
 def test_normal_numbers_are_normal_and_uncorrelated():
     x = transforms.normal(torch.tensor([0, 1, 2, 2**52]), 16, 128, 128, torch.device("cpu")).double()
-    n = x[0].numel()
     for sample in x:
-        assert abs(sample.mean()) < 4 / n**0.5
-        assert abs(sample.var() - 1) < 4 * (2 / n) ** 0.5
-        assert abs((sample**3).mean()) < 4 * (15 / n) ** 0.5
-        assert abs((sample**4).mean() - 3) < 4 * (96 / n) ** 0.5
         assert kstest(sample.flatten().numpy(), "norm").pvalue > 1e-3
         assert 4 < sample.abs().max() < 6.6
     # Neighbours along each axis, the partners of Box-Muller, samples of neighbouring seeds, and their squares.
     halves = x.flatten(2).unflatten(2, (2, -1)).unbind(2)
     pairs = [(x.narrow(a, 1, x.shape[a] - 1), x.narrow(a, 0, x.shape[a] - 1)) for a in range(4)] + [halves]
-    pairs += [(x[:, :, :-1, :-1], x[:, :, 1:, 1:]), (x[0], x[3])]
-    for a, b in pairs:
+    for a, b in [*pairs, (x[:, :, :-1, :-1], x[:, :, 1:, 1:]), (x[0], x[3])]:
         for power in (1, 2):
             correlation = np.corrcoef((a**power).flatten(), (b**power).flatten())[0, 1]
             assert abs(correlation) < 4.5 / a.numel() ** 0.5
-    # No shift at which two samples, or two slices, resemble each other; the maximum of n normal numbers is below 6.
-    for a, b in ((x[0], x[1]), (x[0, :8], x[0, 8:])):
-        spectrum = torch.fft.fftn(a) * torch.fft.fftn(b).conj()
-        assert (torch.fft.ifftn(spectrum).real / a.numel() ** 0.5).abs().max() < 6
 
 
 def test_neutral_parameters_return_the_input_exactly():
@@ -266,30 +176,16 @@ def mixed_batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_views_are_the_same_bits_in_batches_of_any_size(policy):
+def test_views_and_crops_are_the_same_bits_in_batches_of_any_size(policy):
     x, mask, extents, index = mixed_batch()
-    for seed in range(6):
-        views = VolumeViews(63, 67, policy, seed)
-        expected = views(x, mask, extents, index, epoch=seed, views=2)
-        for size in (1, 2, 3, 4):
-            parts = [slice(b, b + size) for b in range(0, 8, size)]
-            found = torch.cat([views(x[p], mask[p], extents[p], index[p], seed, 2) for p in parts], dim=1)
-            assert torch.equal(found, expected)
-        order = torch.tensor([5, 1, 7])
-        some = views(x[order], mask[order], extents[order], index[order], epoch=seed, views=2)
-        assert torch.equal(some, expected[:, order])
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_crops_are_the_same_bits_in_batches_of_any_size(policy):
-    x, _, extents, index = batch(B=8, D=1, S=230)
-    x = x[:, 0].half()
-    for seed in range(3):
-        make = MultiCrop([(103, 99), (40, 43)], [1, 2], [(0.3, 1.0), (0.05, 0.3)], policy, seed)
-        expected = make(x, extents, index, seed)
-        for size in (1, 2, 3, 4):
-            parts = [make(x[b : b + size], extents[b : b + size], index[b : b + size], seed) for b in range(0, 8, size)]
-            assert all(torch.equal(torch.cat(k, 1), e) for k, e in zip(zip(*parts, strict=True), expected, strict=True))
+    for seed in range(2):
+        views, crops = VolumeViews(63, 67, policy, seed), MultiCrop([(33, 29)], [2], [(0.05, 1.0)], policy, seed)
+        expected = views(x, mask, extents, index, seed, views=7), crops(x[:, 0], extents, index, seed)[0]
+        for rows in ([0, 1, 2], [5, 1, 7, 3, 6], [4]):
+            found = views(x[rows], mask[rows], extents[rows], index[rows], seed, 7)
+            assert torch.equal(found, expected[0][:, rows])
+            found = crops(x[rows, 0], extents[rows], index[rows], seed)[0]
+            assert torch.equal(found, expected[1][:, rows])
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -297,58 +193,54 @@ def test_views_and_crops_are_the_same_bits_on_any_number_of_threads(policy):
     """Processes of torchrun have one thread each, a single process has all."""
     x, mask, extents, index = (t[:2] for t in mixed_batch())
     images = F.pad(x, (75, 75, 75, 75))[:, 4]
-    make = MultiCrop([(183, 189)], [3], [(0.3, 1.0)], policy, 0)
     results = []
-    for threads in (1, 2, 3):
+    for threads in (1, 3):
         torch.set_num_threads(threads)
         views = VolumeViews(63, 67, policy, 0)(x, mask, extents, index, 0, views=7)
-        results.append((views, make(images, extents + 150, index, 0)[0]))
-    for views, crops in results[1:]:
-        assert torch.equal(views, results[0][0])
-        assert torch.equal(crops, results[0][1])
+        results += [views, MultiCrop([(183, 189)], [3], [(0.3, 1.0)], policy, 0)(images, extents + 150, index, 0)[0]]
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[1], results[3])
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_batch_at_once_as_on_a_gpu_gives_what_one_by_one_gives(policy, monkeypatch):
+def test_a_batch_at_once_as_on_a_gpu_gives_what_one_by_one_gives(policy):
     x, mask, extents, index = mixed_batch()
     views = VolumeViews(63, 67, policy, 0)
-    crops = MultiCrop([(30, 40)], [3], [(0.05, 1.0)], policy, 0)
-    expected = [views(x, mask, extents, index, e, 3) for e in range(4)]
-    expected_crops = crops(x[:, 0], extents, index, 0)[0]
-    monkeypatch.setattr(augment, "_portions", lambda samples, device: [slice(0, samples)])
-    for e in range(4):
-        assert_close(views(x, mask, extents, index, e, 3), expected[e], atol=1e-6, rtol=0)
-    assert_close(crops(x[:, 0], extents, index, 0)[0], expected_crops, atol=1e-6, rtol=0)
+    expected, length = views(x, mask, extents, index, 0, 7), mask.sum(1)
+    draws = views.draws(80, extents.numpy().astype(float), length.numpy(), index.tolist(), 0, 7)
+    for one, p in zip(expected, draws, strict=True):
+        out = torch.empty_like(one)
+        augment._transform_part(x, {name: torch.from_numpy(value) for name, value in p.items()}, out, length)
+        assert_close(out, one, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_nothing_reads_from_the_device(policy):
     """Tensors on the meta device have no values: whoever asked for one, and so had to wait on a GPU, would fail."""
     x, mask, extents, index = mixed_batch()
-    for epoch in range(2):
-        out = VolumeViews(63, 67, policy, 0)(x.to("meta"), mask, extents, index, epoch)
-        assert out.shape == (2, 8, 9, 63, 67)
-        assert out.is_meta
-        crops = MultiCrop([(63, 67), (20, 20)], [2, 3], [(0.3, 1.0), (0.05, 0.3)], policy, 0)
-        assert all(c.is_meta for c in crops(x[:, 0].to("meta"), extents, index, epoch))
+    out = VolumeViews(63, 67, policy, 0)(x.to("meta"), mask, extents, index, 0)
+    assert out.shape == (2, 8, 9, 63, 67)
+    assert out.is_meta
+    crops = MultiCrop([(63, 67), (20, 20)], [2, 3], [(0.3, 1.0), (0.05, 0.3)], policy, 0)
+    assert all(c.is_meta for c in crops(x[:, 0].to("meta"), extents, index, 0))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("policy", POLICIES)
-def test_a_gpu_gives_the_views_of_a_cpu_and_is_never_waited_for(policy):
+def test_a_gpu_gives_the_views_of_a_cpu_and_is_never_waited_for():
     x, mask, extents, index = mixed_batch()
-    views, crops = VolumeViews(63, 67, policy, 0), MultiCrop([(30, 40)], [3], [(0.05, 1.0)], policy, 0)
     there, images = x.cuda(), x[:, 0].contiguous().cuda()
-    views(there, mask, extents, index, 0)  # loads what loading waits for
-    crops(images, extents, index, 0)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        found = [(views(there, mask, extents, index, e, 3), crops(images, extents, index, e)[0]) for e in range(4)]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    for e, (view, crop) in enumerate(found):
-        assert_close(view.cpu(), views(x, mask, extents, index, e, 3), atol=1e-4, rtol=0)
-        assert_close(crop.cpu(), crops(x[:, 0], extents, index, e)[0], atol=1e-4, rtol=0)
+    for policy in POLICIES:
+        views, crops = VolumeViews(63, 67, policy, 0), MultiCrop([(30, 40)], [3], [(0.05, 1.0)], policy, 0)
+        views(there, mask, extents, index, 0)  # loads what loading waits for
+        crops(images, extents, index, 0)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = [(views(there, mask, extents, index, e, 3), crops(images, extents, index, e)[0]) for e in range(4)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for e, (view, crop) in enumerate(found):
+            assert_close(view.cpu(), views(x, mask, extents, index, e, 3), atol=1e-4, rtol=0)
+            assert_close(crop.cpu(), crops(x[:, 0], extents, index, e)[0], atol=1e-4, rtol=0)
 
 
 def test_paper_gives_the_first_seven_views_seven_different_transforms():
@@ -419,74 +311,48 @@ def test_single_slices_and_empty_volumes_work():
 # --- policies ---
 
 
-def paper_draws(count: int) -> dict[str, np.ndarray]:
-    """Parameters of `count` samples of a 20 x 20 canvas, 6 slices."""
-    u = augment.Uniforms(0, 0, range(count), 1)
-    views = VolumeViews(16, 16, "paper", 0)
-    kind = views._orders(0, range(count))[:, 0]
-    return views._draw_paper(u, kind, 20, np.full((count, 2), 20.0), np.full(count, 6))
-
-
-def test_paper_applies_exactly_one_transform_each_as_often():
-    p = paper_draws(1400)
+def test_paper_applies_exactly_one_transform_each_as_often_in_torchios_ranges():
+    content, slices = np.full((1400, 2), 20.0), np.full(1400, 6)
+    (p,) = VolumeViews(16, 16, "paper", 0).draws(20, content, slices, range(1400), epoch=0, views=1)
     plain = theta(20, (10, 10), (16, 16)).numpy()
     upright = (p["theta"][:, 0, 1] == 0) & (p["theta"][:, 1, 0] == 0)
-    mirrored = ((p["theta"][:, 0, 0] < 0) | (p["theta"][:, 1, 1] < 0)) & (np.abs(p["theta"]) == np.abs(plain)).all(
-        (1, 2)
-    )
-    applied = np.stack(
-        [
-            mirrored,
-            ~upright,
-            (p["downsampling"] > 1).any(1),
-            (p["blur_std"] > 0).any(1),
-            p["noise_std"] > 0,
-            (p["bias"] != 0).any(1),
-            p["log_gamma"] != 0,
-        ]
-    )
+    negative = (p["theta"][:, 0, 0] < 0) | (p["theta"][:, 1, 1] < 0)
+    mirrored = negative & (np.abs(p["theta"]) == np.abs(plain)).all((1, 2))
+    applied = {
+        "flip": mirrored,
+        "affine": ~upright,
+        "anisotropy": (p["downsampling"] > 1).any(1),
+        "blur": (p["blur_std"] > 0).any(1),
+        "noise": p["noise_std"] > 0,
+        "bias": (p["bias"] != 0).any(1),
+        "gamma": p["log_gamma"] != 0,
+    }
+    applied = np.stack(list(applied.values()))
     assert (applied.sum(0) == 1).all()
     assert (abs(applied.sum(1) - 200) < 55).all()  # binomial, std 13
-    geometry = mirrored | ~upright
-    assert (p["theta"][~geometry] == plain).all()
+    assert (p["theta"][~(mirrored | ~upright)] == plain).all()
     assert ((p["downsampling"] > 1).sum(1) <= 1).all()
-
-
-def test_paper_draws_stay_in_their_ranges():
-    p = paper_draws(1400)
-    factors = p["downsampling"][p["downsampling"] > 1]
-    assert factors.min() >= 1.5
-    assert 4.5 < factors.max() <= 5
-    assert 1.9 < p["blur_std"].max() <= 2
-    assert 0.24 < p["noise_std"].max() <= 0.25
-    assert 0.49 < abs(p["bias"]).max() <= 0.5
-    assert 0.28 < abs(p["log_gamma"]).max() <= 0.3
     degrees = np.degrees(np.arctan2(p["theta"][:, 1, 0], abs(p["theta"][:, 0, 0])))
-    assert 9 < abs(degrees).max() <= 10 * 1.1 / 0.9
     sides = np.hypot(p["theta"][:, 0, 0], p["theta"][:, 1, 0]) / 0.8
-    assert 1 / 1.1 - 1e-9 <= sides.min() < 0.93
-    assert 1.08 < sides.max() <= 1 / 0.9 + 1e-9
-
-
-def test_paper_never_returns_the_plain_crop():
-    x, mask, extents, _ = (t[:1].expand(200, *t.shape[1:]) for t in batch())
-    out = VolumeViews(16, 16, "paper", 0)(x, mask, extents, torch.arange(200), 0, views=1)[0]
-    assert (out != x[:, :, 2:18, 2:18]).flatten(1).any(1).all()
+    for values, low, high in (
+        (p["downsampling"][p["downsampling"] > 1], 1.5, 5),
+        (p["blur_std"], 0, 2),
+        (p["noise_std"], 0, 0.25),
+        (p["bias"], -0.5, 0.5),
+        (p["log_gamma"], -0.3, 0.3),
+        (degrees, -10 * 1.1 / 0.9, 10 * 1.1 / 0.9),
+        (sides, 1 / 1.1, 1 / 0.9),
+    ):
+        assert low - 1e-9 <= values.min() < low + 0.15 * (high - low)
+        assert high - 0.15 * (high - low) < values.max() <= high + 1e-9
 
 
 @pytest.mark.parametrize("canvas", [60, 61, 59])
 def test_paper_is_a_plain_crop_but_for_the_transform(canvas):
     x, mask, extents, _ = batch(B=1, D=2, S=canvas)
-    neutral = replace(
-        RANGES["paper"],
-        scale=(1.0, 1.0),
-        degrees=(0.0, 0.0),
-        downsampling=(1.0, 1.0),
-        blur_std=(0.0, 0.0),
-        noise_std=(0.0, 0.0),
-        bias=(0.0, 0.0),
-        log_gamma=(0.0, 0.0),
-    )
+    ones = dict.fromkeys(("scale", "downsampling"), (1.0, 1.0))
+    zeros = dict.fromkeys(("degrees", "blur_std", "noise_std", "bias", "log_gamma"), (0.0, 0.0))
+    neutral = replace(RANGES["paper"], **ones, **zeros)
     side = round(0.8 * canvas)
     top = (canvas - side) // 2
     crop = x[0, :, top : top + side, top : top + side]
@@ -497,7 +363,7 @@ def test_paper_is_a_plain_crop_but_for_the_transform(canvas):
     assert set(found) - {0}
 
 
-def marked(extent: tuple[int, int], S: int = 40, B: int = 64) -> tuple[Tensor, Tensor]:
+def marked(extent: tuple[int, int], S: int = 40, B: int = 32) -> tuple[Tensor, Tensor]:
     """[B, S, S] pictures, 0.25 in the content's box and 1 outside of it, and extents."""
     x = torch.ones(B, S, S)
     top, left = ((S - e) // 2 for e in extent)
@@ -505,18 +371,19 @@ def marked(extent: tuple[int, int], S: int = 40, B: int = 64) -> tuple[Tensor, T
     return x, torch.tensor(extent).expand(B, 2)
 
 
-@pytest.mark.parametrize("extent", [(40, 40), (30, 25), (17, 40), (9, 11), (1, 7)])
-@pytest.mark.parametrize("size", [(32, 32), (8, 24)])
+@pytest.mark.parametrize(
+    ("extent", "size"), [((40, 40), (32, 32)), ((17, 40), (8, 24)), ((9, 11), (32, 32)), ((1, 7), (8, 24))]
+)
 def test_crops_without_rotation_stay_in_the_content(extent, size):
     x, extents = marked(extent)
     index = torch.arange(len(x))
     mask = torch.ones(len(x), 1, dtype=torch.bool)
     strong = VolumeViews(*size, "strong", 0, replace(RANGES["strong"], **STILL))
-    assert_close(strong(x[:, None], mask, extents, index, 0), torch.full((2, 64, 1, *size), 0.25), atol=1e-4, rtol=0)
+    assert_close(strong(x[:, None], mask, extents, index, 0), torch.full((2, 32, 1, *size), 0.25), atol=1e-4, rtol=0)
     still = replace(RANGES["strong"], **STILL_CROPS)
     for policy in POLICIES:
         (crops,) = MultiCrop([size], [2], [(0.05, 1.0)], policy, 0, still)(x, extents, index, 0)
-        assert_close(crops, torch.full((2, 64, *size), 0.25), atol=1e-4, rtol=0)
+        assert_close(crops, torch.full((2, 32, *size), 0.25), atol=1e-4, rtol=0)
 
 
 def test_crops_reach_all_of_the_content_with_the_asked_area_and_aspect():
@@ -548,7 +415,7 @@ def test_slices_keep_their_order_and_place(policy):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_values_are_finite_and_between_0_and_1(policy):
-    x, mask, extents, index = batch(B=32)
+    x, mask, extents, index = batch(B=8)
     x[1] = 0
     x[2] = 1
     out = VolumeViews(16, 16, policy, 0)(x, mask, extents, index, 0, views=4)
@@ -558,16 +425,6 @@ def test_values_are_finite_and_between_0_and_1(policy):
         assert y.min() >= 0
         assert y.max() <= 1
         assert y.dtype == torch.float32
-
-
-def test_strong_bias_field_keeps_the_mean():
-    x, mask, extents, index = batch(B=16)
-    only = replace(RANGES["strong"], **STILL | {"bias_p": 1.0}, scale=(1.0, 1.0))
-    none = replace(only, bias=(0.0, 0.0))
-    x = x / 100  # so that nothing is clamped
-    biased, plain = (VolumeViews(16, 16, "strong", 0, r)(x, mask, extents, index, 0) for r in (only, none))
-    assert_close(biased.mean((2, 3, 4)), plain.mean((2, 3, 4)), rtol=1e-4, atol=0)
-    assert ((biased / plain).amax((2, 3, 4)) > 1.2).all()
 
 
 def test_half_precision_input_and_autocast_do_not_change_the_result():
@@ -610,24 +467,3 @@ def test_paper_crops_are_mirrored_sideways_only_and_strong_both_ways():
         assert (p["blur_std"][:, 1] > 0).mean() == pytest.approx(0.5, abs=0.06)
         assert p["blur_std"].max() <= 2 * 8 / 224
         assert (p["brightness"] != 0).mean() == pytest.approx(0.8, abs=0.06)
-
-
-# --- wrong use ---
-
-
-def test_wrong_use_is_refused():
-    x, mask, extents, index = batch()
-    with pytest.raises(ValueError, match="policy"):
-        VolumeViews(16, 16, "weak", 0)
-    with pytest.raises(ValueError, match="pixel"):
-        VolumeViews(0, 16, "paper", 0)
-    with pytest.raises(ValueError, match="policy"):
-        MultiCrop([(8, 8)], [1], [(0.1, 1.0)], "weak", 0)
-    with pytest.raises(ValueError, match="as many"):
-        MultiCrop([(8, 8)], [1, 2], [(0.1, 1.0)], "paper", 0)
-    with pytest.raises(ValueError, match="scales"):
-        MultiCrop([(8, 8)], [1], [(0.0, 1.0)], "paper", 0)
-    with pytest.raises(ValueError, match="mask"):
-        VolumeViews(16, 16, "paper", 0)(x, mask[:, 1:], extents, index, 0)
-    with pytest.raises(ValueError, match=r"\[B, S, S\]"):
-        MultiCrop([(8, 8)], [1], [(0.1, 1.0)], "paper", 0)(x, extents, index, 0)

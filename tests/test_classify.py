@@ -1,38 +1,37 @@
-"""Classification: labels, splits, metrics, FROC by hand, features, LUNA16 scans with world coordinates."""
+"""Classification: frozen features and fine-tuning, labels and patients, scores by hand, FROC, features of slices."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 from PIL import Image
+from sklearn.metrics import average_precision_score, roc_auc_score
+from test_task import stopping
 
-from downstream import classify
-from downstream.classify import fit_logistic_regression
+from conversion import luna16
+from datasets.store import prepare
+from downstream import classify, froc, task
 from downstream.encoders import load_encoder, load_joint_encoder
-from downstream.features import (
-    encode_slices,
-    encode_volumes,
-    mean_of_cases,
-    open_cases,
-    pad,
-    read_nifti,
-    without_suffix,
-)
+from downstream.features import Cases, fit_logistic_regression, frozen_features, pad, vote
+from downstream.froc import EXCLUDED, NO_NODULE, Candidates
 from downstream.labels import name_patients, read_labels
-from downstream.luna16 import EXCLUDED, NO_NODULE, cut_cube, froc, hit_nodules, read_scan
-from downstream.scores import bootstrap, classification_scores
+from downstream.scores import auc, average_precision, bootstrap, classification_scores
 from downstream.splits import choose_by_turns
+from models.resnet import multi_scale
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES = ["no finding", "finding"]
+FINE = {"mode": "finetune", "epochs": 2, "batch_size": 4, "base_lr": 1e-3, "precision": "fp32"}
 
 
 @pytest.fixture(scope="module")
@@ -51,32 +50,46 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    chosen = {
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two data sets of ten volumes of 3 to 5 slices each: those of `Bright` have a bright middle."""
+    root = tmp_path_factory.mktemp("tree")
+    rng = np.random.default_rng(0)
+    for organ in ("Bright", "Dark"):
+        (root / organ).mkdir()
+        for i in range(10):
+            volume = rng.normal(0, 1, (24, 30, 3 + i % 3))
+            volume[6:18, 6:18] += 6 * (organ == "Bright")
+            np.save(root / organ / f"{organ}_p{i // 2}_{i}.npy", volume.astype(np.float32))
+    return root
+
+
+def config(folder: Path, out: Path, **changes: Any) -> classify.Config:
+    chosen: dict[str, Any] = {
         "data_path": str(folder),
-        "labels": str(folder / "labels.csv"),
         "arch": "resnet18",
-        "classes": CLASSES,
         "size": 32,
-        "fractions": [0.5, 0.25, 0.25],
         "bootstrap": 20,
         "device": "cpu",
-        "dump_path": str(out / "run"),
-        "cache_path": str(out / "cache"),
     }
-    return classify.run(classify.Config(**(chosen | changes)))
+    chosen |= {"fractions": [0.5, 0.25, 0.25], "dump_path": str(out / "run"), "cache_path": str(out / "cache")}
+    if (folder / "labels.csv").exists():
+        chosen |= {"labels": str(folder / "labels.csv"), "classes": CLASSES}
+    return classify.Config(**(chosen | changes))
 
 
-# ------------------------------------------------------------------------------------------------ runs
+def run(folder: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    return classify.run(config(folder, out, **changes))
 
 
-def test_bright_squares_are_told_apart_by_frozen_features(images, tmp_path):
-    result = run(images, tmp_path)
-    assert result["metrics"]["auc"] == 1
-    assert result["metrics"]["balanced_accuracy"] == 1
-    assert result["cases"] == 6
-    assert result["patients"] == 3
-    assert not result["reasons"]
+# --- runs ---
+
+
+@pytest.mark.parametrize("mode", ["knn", "linear"])
+def test_bright_squares_are_told_apart_by_frozen_features(images, tmp_path, mode):
+    result = run(images, tmp_path, mode=mode)
+    assert result["metrics"]["auc"] == result["metrics"]["balanced_accuracy"] == 1
+    assert (result["cases"], result["patients"], result["reasons"]) == (6, 3, {})
     assert result["intervals"]["auc"] == (1, 1)
     written = json.loads((tmp_path / "run/results.json").read_text())
     assert written["metrics"] == result["metrics"]
@@ -85,41 +98,67 @@ def test_bright_squares_are_told_apart_by_frozen_features(images, tmp_path):
     split = json.loads((tmp_path / "run/split.json").read_text())
     assert [row["case"] for row in rows] == split["test"]
     assert all(float(row["p(finding)"]) + float(row["p(no finding)"]) == pytest.approx(1) for row in rows)
+    assert not (tmp_path / "run/best.pth").exists()
 
 
-def test_fine_tuning_learns_the_squares_and_depends_on_the_seed_only(images, tmp_path):
-    fine = {"mode": "finetune", "epochs": 4, "batch_size": 6, "base_lr": 1e-3}
-    first = run(images, tmp_path / "a", **fine)
-    again = run(images, tmp_path / "b", **fine)
-    assert first["metrics"] == again["metrics"]
-    assert (tmp_path / "a/run/cases.csv").read_text() == (tmp_path / "b/run/cases.csv").read_text()
+@pytest.mark.parametrize("mode", ["knn", "linear"])
+@pytest.mark.parametrize("level", ["slice", "volume"])
+def test_data_sets_are_told_apart_at_every_label_fraction(tree, tmp_path, mode, level):
+    result = run(tree, tmp_path, mode=mode, level=level, label_fractions=[0.2, 1.0])
+    assert result["metrics"]["balanced_accuracy@0.2"] == result["metrics"]["balanced_accuracy@1"] == 1
+    assert result["label_counts"] == {"@0.2": 2, "@1": 10}
+    assert len(result["labelled"]) == 10
+    with open(tmp_path / "run/cases.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    slices = [np.load(tree / case).shape[2] for case in dict.fromkeys(row["case"] for row in rows)]
+    assert len(rows) == (sum(slices) if level == "slice" else result["cases"])
+    assert {"p(Bright)@0.2", "p(Dark)@1"} <= set(rows[0])
+
+
+def test_labels_that_are_few_show_every_class_and_are_the_first_of_more(tree, tmp_path):
+    few, more = (run(tree, tmp_path / str(n), labelled=n)["labelled"] for n in (2, 6))
+    assert more[:2] == few
+    assert {name.split("/")[0] for name in few} == {"Bright", "Dark"}
+    labels = {f"c{i}": int(i < 3) for i in range(20)}
+    eight = choose_by_turns(list(labels), labels, 8, seed=3)
+    assert [labels[case] for case in eight] == [0, 1, 0, 1, 0, 1, 0, 0]
+
+
+@pytest.mark.slow
+def test_fine_tuning_learns_the_squares_and_a_stopped_run_ends_as_one_that_was_not(images, tmp_path):
+    cfg = config(images, tmp_path / "a", **FINE)
+    with pytest.raises(SystemExit):
+        task.run(stopping(classify.Classification, "batch", 4), cfg)
+    first = classify.run(cfg)
+    whole = run(images, tmp_path / "b", **FINE)
     assert first["metrics"]["auc"] > 0.8
+    for name in ("best.pth", "cases.csv", "split.json"):
+        assert (tmp_path / "a/run" / name).read_bytes() == (tmp_path / "b/run" / name).read_bytes()
+    assert first["history"] == whole["history"]
 
 
-def test_weights_or_steps_that_give_nan_are_one_clear_error(images, tmp_path):
-    state = load_encoder("random", "resnet18").torchvision_state()
-    torch.save(state | {"layer4.1.bn2.bias": torch.full((512,), math.nan)}, tmp_path / "nan.pth")
-    with pytest.raises(UserError, match=r"nan\.pth: layer4\.1\.bn2\.bias hold NaN or Inf"):
-        run(images, tmp_path, weights=str(tmp_path / "nan.pth"))
-    with pytest.raises(UserError, match="lower --base_lr"):
-        run(images, tmp_path, mode="finetune", epochs=1, batch_size=6, base_lr=1e20)
+@pytest.mark.parametrize("mode", ["linear", "finetune"])
+def test_the_joint_model_classifies_volumes_with_few_slices(tree, tmp_path, mode):
+    result = run(tree, tmp_path, mode=mode, epochs=1, batch_size=4, model="joint", slices=4, precision="bf16")
+    assert 0 <= result["metrics"]["accuracy"] <= 1
 
 
-def test_features_of_noise_score_about_one_half():
-    rng = np.random.default_rng(0)
-    aucs = []
-    for _ in range(8):
-        x, y = rng.standard_normal((120, 4)), np.tile([0, 1], 60)
-        probability, _ = fit_logistic_regression((x[:20], y[:20]), (x[20:40], y[20:40]), x[40:], 2)
-        aucs.append(classification_scores(y[40:], probability, CLASSES).values["auc"])
-    assert np.mean(aucs) == pytest.approx(0.5, abs=0.08)
+def test_slices_can_be_fine_tuned_one_by_one(tree, tmp_path):
+    result = run(tree, tmp_path, mode="finetune", level="slice", epochs=1, steps_per_epoch=2, batch_size=4)
+    assert result["best_epoch"] == 1
+    assert (tmp_path / "run/cases.csv").read_text().startswith("case,patient,slice,label,p(Bright),p(Dark)\nBright/")
+
+
+@pytest.mark.parametrize("mode", ["knn", "linear", "finetune"])
+def test_one_labelled_case_cannot_teach_and_says_so(images, tmp_path, mode):
+    result = run(images, tmp_path, mode=mode, labelled=1)
+    assert all(math.isnan(value) for value in result["metrics"].values())
+    assert result["reasons"]["accuracy"] == "the labelled training cases are all of one class"
 
 
 def test_a_test_split_of_one_class_gives_nan_with_a_reason(images, tmp_path):
-    of = {row.case: row for row in read_labels(images / "labels.csv", [f"x_{i:02d}.png" for i in range(24)])}
-    test = [f"x_{i:02d}.png" for i in range(24) if of[i].label == "finding" and of[i].patient in ("p9", "p11")]
-    rest = [f"x_{i:02d}.png" for i in range(24) if of[i].patient not in ("p9", "p11")]
-    split = {"train": rest[:12], "validation": rest[12:], "test": test}
+    names = [f"x_{i:02d}" for i in range(24)]  # of patients p0 to p11, two each
+    split = {"train": names[:12], "validation": [*names[12:18], "p10"], "test": ["p9", "p11"]}
     (tmp_path / "split.json").write_text(json.dumps(split))
     result = run(images, tmp_path, split=str(tmp_path / "split.json"))
     assert math.isnan(result["metrics"]["auc"])
@@ -128,29 +167,23 @@ def test_a_test_split_of_one_class_gives_nan_with_a_reason(images, tmp_path):
     assert json.loads((tmp_path / "run/results.json").read_text())["metrics"]["auc"] is None
 
 
-def test_one_labelled_case_cannot_teach_and_says_so(images, tmp_path):
-    result = run(images, tmp_path, labelled=1)
-    assert all(math.isnan(value) for value in result["metrics"].values())
-    assert result["reasons"]["accuracy"].startswith("the labelled training cases are all")
+def test_patients_of_the_pattern_stay_together(tree, tmp_path):
+    result = run(tree, tmp_path, patient_pattern=r"^(\w+?_p\d)_")
+    split = json.loads((tmp_path / "run/split.json").read_text())
+    parts = {name: {case.rsplit("_", 1)[0] for case in cases} for name, cases in split.items()}
+    assert not parts["train"] & parts["test"]
+    assert result["patients"] == len(parts["test"])
 
 
-def test_joint_model_classifies_volumes_with_few_slices(tmp_path):
-    rng = np.random.default_rng(0)
-    rows = ["case,label"]
-    (tmp_path / "data/set").mkdir(parents=True)
-    for i in range(10):
-        volume = rng.normal(0, 1, (24, 24, 3 + i % 3))
-        volume[6:18, 6:18] += 6 * (i % 2)
-        np.save(tmp_path / "data/set" / f"v{i}.npy", volume.astype(np.float32))
-        rows.append(f"set/v{i},{CLASSES[i % 2]}")
-    (tmp_path / "data/labels.csv").write_text("\n".join(rows))
-    for mode in ("linear", "finetune"):
-        more = {"mode": mode, "epochs": 1, "model": "joint", "task": "volumes", "slices": 4}
-        result = run(tmp_path / "data", tmp_path / mode, **more)
-        assert 0 <= result["metrics"]["accuracy"] <= 1
+def test_patients_that_a_prepared_tree_knows_stay_together(tree, tmp_path):
+    shutil.copytree(tree, tmp_path / "tree")
+    for organ in ("Bright", "Dark"):
+        rows = [f"{file.name},p{int(file.stem[-1]) // 5}" for file in (tmp_path / "tree" / organ).glob("*.npy")]
+        (tmp_path / "tree" / organ / "cases.csv").write_text("\n".join(["file,patient", *rows]))
+    assert run(tmp_path / "tree", tmp_path, fractions=[0.5, 0.0, 0.5])["patients"] == 1  # of p0 and p1
 
 
-# ------------------------------------------------------------------------------------------------ labels and splits
+# --- what is refused ---
 
 
 @pytest.mark.parametrize(
@@ -163,31 +196,57 @@ def test_joint_model_classifies_volumes_with_few_slices(tmp_path):
         ("file,finding\nx_00.png\n", "line 2: has not the header's 2 fields"),
         ("file,finding\n", "has no lines below its header"),
         ("file,finding\nx_00.png,a\nx_01.png,a\n", "have the same label"),
+        ("\xff\xfe\x00", "is not a CSV text file"),
+        (None, r"labels.csv: cannot be read"),
     ],
 )
 def test_errors_in_the_labels_name_the_line_and_the_remedy(images, tmp_path, content, message):
-    (tmp_path / "labels.csv").write_text(content)
-    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+    if content:
+        (tmp_path / "labels.csv").write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=message):
         run(images, tmp_path, labels=str(tmp_path / "labels.csv"), classes=[])
 
 
-def test_errors_before_training_name_the_option(images, tmp_path):
-    with pytest.raises(UserError, match=r"labels: .*nowhere.csv: cannot be read"):
-        run(images, tmp_path, labels="nowhere.csv")
-    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="is not a CSV text file"):
-        run(images, tmp_path, labels=str(tmp_path / "binary.csv"))
-    with pytest.raises(UserError, match=r"no case in .* has the label 'fracture'"):
-        run(images, tmp_path, classes=["finding", "fracture"])
-    with pytest.raises(UserError, match="labelled: 90 cases were asked for"):
-        run(images, tmp_path, labelled=90)
-    with pytest.raises(UserError, match="is not a folder"):
-        run(tmp_path / "nowhere", tmp_path, labels=str(images / "labels.csv"))
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"classes": ["finding", "fracture"]}, r"no case in .* has the label 'fracture', only finding, no finding"),
+        ({"positive": "fracture"}, "has the label 'fracture'"),
+        ({"labelled": 90}, "labelled: 90 cases were asked for"),
+        ({"label_fractions": [5.0]}, "label_fractions: .* must be parts, at most 1"),
+        ({"label_fractions": [0.5], "labelled": 3}, "stand without --labelled"),
+        ({"label_fractions": [0.5], "mode": "finetune"}, "of --mode knn or linear"),
+        ({"model": "joint", "level": "slice"}, "model: joint describes whole volumes"),
+        ({"weights": "nowhere.pth"}, r"weights: nowhere\.pth: no such file"),
+        ({"data_path": "nowhere"}, "data_path: .*nowhere is not a folder"),
+        ({"split": "{tmp}/split.json"}, r"patient p5 is in two parts: x_10\.png in train, x_11\.png in test"),
+    ],
+)
+@pytest.mark.parametrize("ask", [classify.run, classify.check])
+def test_wrong_options_are_named_before_anything_is_computed(images, tmp_path, ask, wrong, message, monkeypatch):
+    monkeypatch.setattr(classify, "frozen_features", lambda *_: pytest.fail("encoded"))
     names = [f"x_{i:02d}.png" for i in range(24)]
-    split = {"train": names[:11], "validation": [], "test": names[11:]}  # patient p5 has x_10 and x_11
-    (tmp_path / "split.json").write_text(json.dumps(split))
-    with pytest.raises(UserError, match=r"patient p5 is in two parts: x_10\.png in train, x_11\.png in test"):
-        run(images, tmp_path, split=str(tmp_path / "split.json"))
+    (tmp_path / "split.json").write_text(json.dumps({"train": names[:11], "validation": [], "test": names[11:]}))
+    wrong = {name: value.format(tmp=tmp_path) if name == "split" else value for name, value in wrong.items()}
+    with pytest.raises(UserError, match=message):
+        ask(config(images, tmp_path, **wrong))
+
+
+def test_weights_or_steps_that_give_nan_are_one_clear_error(images, tmp_path):
+    state = load_encoder("random", "resnet18").torchvision_state()
+    torch.save(state | {"layer4.1.bn2.bias": torch.full((512,), math.nan)}, tmp_path / "nan.pth")
+    with pytest.raises(UserError, match=r"nan\.pth: layer4\.1\.bn2\.bias hold NaN or Inf"):
+        run(images, tmp_path, weights=str(tmp_path / "nan.pth"))
+    with pytest.raises(UserError, match="lower --base_lr"):
+        run(images, tmp_path, mode="finetune", epochs=1, batch_size=6, base_lr=1e20)
+
+
+def test_nifti_is_refused_with_the_command_that_prepares_it(tmp_path):
+    (tmp_path / "imagesTr").mkdir()
+    (tmp_path / "imagesTr" / "a.nii.gz").touch()
+    for folder in (tmp_path, tmp_path / "imagesTr"):
+        with pytest.raises(UserError, match=r"found 1 \.nii\.gz.*with prepare_data\.py"):
+            Cases(folder, 32)
 
 
 def test_a_case_is_found_by_path_or_unique_name_with_or_without_suffix(tmp_path):
@@ -198,30 +257,55 @@ def test_a_case_is_found_by_path_or_unique_name_with_or_without_suffix(tmp_path)
     path.write_text("case,label\ntwo,x\n")
     with pytest.raises(UserError, match=r"'two' may be a/two\.nii\.gz and b/two\.png"):
         read_labels(path, names)
-    assert without_suffix("a/b.nii.gz") == "a/b"
-    assert without_suffix("volume-1.5") == "volume-1.5"
 
 
 def test_patients_are_read_from_file_names():
     pattern = r"^(.*?)(?:_(?:t1|t2|t1ce|flair))?_frame_"
     names = ["Brain/Brats18_2013_1_1_t1ce_frame_097.png", "Heart/la_030_frame_12.png"]
     assert name_patients(names, pattern) == ["Brats18_2013_1_1", "la_030"]
-    assert name_patients(names, None) == names
     for wrong, message in ((r"^la", "has no group"), (r"(", "regular expression"), (r"(mr\d)", "finds no patient")):
         with pytest.raises(UserError, match=message):
             name_patients(names, wrong)
 
 
-def test_few_labelled_cases_show_every_class_and_are_nested():
-    labels = {f"c{i}": int(i < 3) for i in range(20)}
-    four, eight = (choose_by_turns(list(labels), labels, n, seed=3) for n in (4, 8))
-    assert [labels[case] for case in four] == [0, 1, 0, 1]
-    assert eight[:4] == four
-    assert sum(labels[case] for case in eight) == 3
-    assert sorted(choose_by_turns(list(labels), labels, 0, seed=3)) == sorted(labels)
+# --- fits and scores ---
 
 
-# ------------------------------------------------------------------------------------------------ metrics
+def test_the_nearest_neighbours_vote_by_similarity():
+    train = np.array([[1, 0], [1, 0.1], [-1, 0], [-1, 0.1], [-1, -0.1]])
+    labels = np.array([0, 0, 1, 1, 1])
+    train -= train.mean(axis=0)  # so that centring changes nothing
+    test = np.array([[2.0, 0.1], [-3.0, 0.0]])
+    probability = vote(train, labels, test, classes=3, k=2)
+    assert probability.argmax(1).tolist() == [0, 1]
+    assert probability.sum(1) == pytest.approx(1)
+    assert (probability[:, 2] == 0).all()
+    everybody = vote(train, labels, test, classes=3, k=99)
+    assert everybody.argmax(1).tolist() == [0, 1]  # far ones have almost no weight
+    angle = train @ test[0] / np.linalg.norm(train, axis=1) / np.linalg.norm(test[0])
+    weight = np.exp(angle / 0.07)
+    assert everybody[0, 1] == pytest.approx(weight[2:].sum() / weight.sum(), rel=1e-6)
+
+
+def test_a_class_without_labelled_cases_gets_probability_zero():
+    x = np.array([[0.0], [1.0], [0.1], [0.9]])
+    y = np.array([0, 2, 0, 2])
+    probability, _ = fit_logistic_regression((x, y), (x, y), x, classes=3)
+    assert (probability[:, 1] == 0).all()
+    assert probability.sum(1) == pytest.approx(1)
+
+
+def test_features_of_noise_are_guessed_by_chance():
+    rng = np.random.default_rng(0)
+    areas, hits = [], []
+    for _ in range(20):
+        x, y = rng.standard_normal((120, 4)), np.tile([0, 1], 60)
+        probability, _ = fit_logistic_regression((x[:20], y[:20]), (x[20:40], y[20:40]), x[40:], 2)
+        areas.append(classification_scores(y[40:], probability, CLASSES).values["auc"])
+        y = rng.integers(0, 4, 120)
+        hits.append((vote(x[:80], y[:80], x[80:], 4, k=5).argmax(1) == y[80:]).mean())
+    assert np.mean(areas) == pytest.approx(0.5, abs=0.05)
+    assert np.mean(hits) == pytest.approx(0.25, abs=0.05)
 
 
 def test_scores_of_four_cases_by_hand():
@@ -230,13 +314,19 @@ def test_scores_of_four_cases_by_hand():
     values = classification_scores(truth, np.stack([1 - p, p], 1), CLASSES).values
     assert values["auc"] == pytest.approx(3 / 4)  # of four pairs one is in the wrong order
     assert values["average_precision"] == pytest.approx((1 + 2 / 3) / 2)  # found at ranks 1 and 3
-    assert values["accuracy"] == 0.5
-    assert values["balanced_accuracy"] == 0.5
+    assert values["accuracy"] == values["balanced_accuracy"] == 0.5
+
+
+def test_areas_and_precisions_are_those_of_scikit_learn_with_ties():
+    rng = np.random.default_rng(0)
+    for count in range(4, 60):
+        hits, score = np.arange(count) < rng.integers(1, count), rng.integers(0, 6, count) / 6
+        assert auc(hits, score) == pytest.approx(roc_auc_score(hits, score))
+        assert average_precision(hits, score) == pytest.approx(average_precision_score(hits, score))
 
 
 def test_a_class_that_the_split_has_not_is_left_out_and_named():
-    truth = np.array([0, 0, 1])
-    scores = classification_scores(truth, np.eye(3)[[0, 0, 1]], ["a", "b", "c"])
+    scores = classification_scores(np.array([0, 0, 1]), np.eye(3)[[0, 0, 1]], ["a", "b", "c"])
     assert scores.values["auc"] == 1
     assert scores.reasons["auc"] == "without c"
 
@@ -253,283 +343,134 @@ def test_the_interval_of_an_accuracy_is_about_the_binomial_one():
     assert bootstrap(accuracy, 100, 0, seed=0) == {}
 
 
-def test_a_class_without_labelled_cases_gets_probability_zero():
-    x = np.array([[0.0], [1.0], [0.1], [0.9]])
-    y = np.array([0, 2, 0, 2])
-    probability, _ = fit_logistic_regression((x, y), (x, y), x, classes=3)
-    assert (probability[:, 1] == 0).all()
-    assert probability.sum(1) == pytest.approx(1)
+# --- FROC ---
+
+
+def curve(score: Any, scan: Any, hit: Any, nodule_scan: Any, scans: int, **more: Any) -> list[float]:
+    arrays = (np.array(score, dtype=float), *(np.array(x, dtype=int) for x in (scan, hit, nodule_scan)))
+    return froc.froc(Candidates(*arrays, scans), **more).tolist()
 
 
 def test_froc_by_hand():
     """Two scans, three nodules: 0 found at 0.9 and 0.3, 1 found at 0.5, 2 without a candidate; false positives at
     0.8, 0.6, 0.4 and 0.2. Excluded ones do not count."""
-    score = np.array([0.9, 0.3, 0.5, 0.8, 0.6, 0.4, 0.2, 0.99])
-    scan = np.array([0, 0, 1, 0, 0, 1, 1, 1])
-    hit = np.array([0, 0, 1, NO_NODULE, NO_NODULE, NO_NODULE, NO_NODULE, EXCLUDED])
-    nodule_scan = np.array([0, 1, 1])
-    found = froc(score, scan, hit, nodule_scan, scans=2, rates=(0.125, 0.5, 1, 1.5, 8))
+    score, scan = [0.9, 0.3, 0.5, 0.8, 0.6, 0.4, 0.2, 0.99], [0, 0, 1, 0, 0, 1, 1, 1]
+    hit = [0, 0, 1, NO_NODULE, NO_NODULE, NO_NODULE, NO_NODULE, EXCLUDED]
+    found = curve(score, scan, hit, [0, 1, 1], 2, rates=(0.125, 0.5, 1, 1.5, 8))
     # false positives allowed: 0, 1, 2, 3, 16; thresholds just above 0.8, 0.6, 0.4, 0.2, none
     assert found == pytest.approx([1 / 3, 1 / 3, 2 / 3, 2 / 3, 2 / 3])
 
 
 def test_froc_edges():
-    none = np.array([], dtype=int)
-    one, first = np.array([0.5]), np.array([0])
-    assert np.isnan(froc(one, first, np.array([NO_NODULE]), none, scans=1)).all()  # no nodules
-    assert froc(np.array([]), none, none, first, scans=1).tolist() == [0] * 7  # no candidates
-    assert froc(one, first, first, first, scans=1).tolist() == [1] * 7  # perfect
+    assert np.isnan(curve([0.5], [0], [NO_NODULE], [], 1)).all()  # no nodules
+    assert np.isnan(curve([math.nan], [0], [0], [0], 1)).all()  # a network that could not learn
+    assert curve([], [], [], [0], 1) == [0] * 7  # no candidates
+    assert curve([0.5], [0], [0], [0], 1) == [1] * 7  # perfect
     # A nodule and a false positive with equal scores: at fewer than one per scan neither may be accepted.
-    tied = froc(np.array([0.5, 0.5]), np.array([0, 0]), np.array([0, NO_NODULE]), first, scans=1, rates=(0.5, 1))
-    assert tied.tolist() == [0, 1]
+    assert curve([0.5, 0.5], [0, 0], [0, NO_NODULE], [0], 1, rates=(0.5, 1)) == [0, 1]
 
 
 def test_froc_of_a_scan_drawn_twice_is_that_of_two_equal_scans():
-    rng = np.random.default_rng(1)
-    score, scan = rng.random(30), np.repeat([0, 1, 2], 10)
+    score = np.random.default_rng(1).random(30)
     hit = np.full(30, NO_NODULE)
     hit[[0, 1, 10, 20]] = [0, 0, 1, 2]
-    nodule_scan = np.array([0, 1, 2])
-    weighted = froc(score, scan, hit, nodule_scan, 3, counts=np.array([2, 1, 0]))
+    weighted = curve(score, np.repeat([0, 1, 2], 10), hit, [0, 1, 2], 3, counts=np.array([2, 1, 0]))
     keep = np.r_[0:10, 0:10, 10:20]
-    copied_scan = np.repeat([0, 2, 1], 10)
     copied_hit = np.where(hit[keep] < 0, hit[keep], np.where(np.arange(30) // 10 == 1, 2, hit[keep]))
-    copied = froc(score[keep], copied_scan, copied_hit, np.array([0, 1, 2]), 3)
-    assert weighted == pytest.approx(copied)
+    assert weighted == pytest.approx(curve(score[keep], np.repeat([0, 2, 1], 10), copied_hit, [0, 1, 2], 3))
 
 
-def test_a_candidate_hits_the_nearest_nodule_that_it_lies_in():
-    nodules = [("s", (0.0, 0.0, 0.0), 5.0), ("s", (4.0, 0.0, 0.0), 5.0), ("t", (0.0, 0.0, 0.0), 5.0)]
-    places = [("s", (1.0, 0.0, 0.0)), ("s", (3.0, 0.0, 0.0)), ("s", (0.0, 5.0, 0.0)), ("u", (0.0, 0.0, 0.0))]
-    assert hit_nodules(places, nodules).tolist() == [0, 1, NO_NODULE, NO_NODULE]
+@pytest.mark.parametrize(
+    ("table", "old", "new", "message"),
+    [
+        ("cases", "p(", "q(", "run: .* has no column p"),
+        ("labels", "a/2", "a/7", "labels: .* has no case 'a/2'"),
+        ("labels", "series", "scan", "labels: .* has no column series"),
+        ("nodules", "a,3", "a,4", "nodules: .* has no nodule 3"),
+    ],
+)
+def test_tables_that_do_not_fit_are_named(tmp_path, table, old, new, message):
+    tables = {"cases": "case,p(nodule)\na/2.npy,1\n", "labels": "case,series,nodule\na/2,a,3\n"}
+    for name, text in (tables | {"nodules": "series,nodule\na,3\n"}).items():
+        (tmp_path / f"{name}.csv").write_text(text.replace(old, new) if name == table else text)
+    files = {name: str(tmp_path / f"{name}.csv") for name in ("labels", "nodules")}
+    with pytest.raises(UserError, match=message):
+        froc.run(froc.Config(run=str(tmp_path), **files))
 
 
-# ------------------------------------------------------------------------------------------------ LUNA16
-
-
-@pytest.fixture(scope="module")
-def luna(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight scans of 40 x 48 x 48 voxels, 2 x 1 x 1 mm, off origin; a bright ball in each, and candidates.csv with two
-    candidates in the ball and five beside it; annotations.csv."""
-    import SimpleITK
-
-    folder = tmp_path_factory.mktemp("luna")
-    rng = np.random.default_rng(0)
-    candidates, annotations = ["seriesuid,coordX,coordY,coordZ,class"], ["seriesuid,coordX,coordY,coordZ,diameter_mm"]
-    z, y, x = np.mgrid[:40, :48, :48]
-    for s in range(8):
+@pytest.mark.slow
+def test_luna16_from_scans_to_froc(tmp_path, capsys):
+    """Eight scans off the origin with a bright ball, two candidates in it and three beside it, two of them to train on.
+    A second nodule of scan 0 has no candidate."""
+    rng, (z, y, x), origin = np.random.default_rng(0), np.mgrid[:40, :48, :48], np.array((-100.5, 20, -300))
+    candidates, nodules = ["seriesuid,coordX,coordY,coordZ,class"], ["seriesuid,coordX,coordY,coordZ,diameter_mm"]
+    for scan in (f"1.2.{i}" for i in range(8)):
         centre = rng.integers((12, 14, 14), (28, 34, 34))  # slice, row, column
         ball = 4 * (z - centre[0]) ** 2 + (y - centre[1]) ** 2 + (x - centre[2]) ** 2 < 36
         image = SimpleITK.GetImageFromArray(np.where(ball, 100, -800).astype(np.int16))
         image.SetSpacing((1, 1, 2))
-        image.SetOrigin((-100.5, 20, -300))
-        (folder / f"subset{s % 2}").mkdir(exist_ok=True)
-        SimpleITK.WriteImage(image, str(folder / f"subset{s % 2}" / f"1.2.{s}.mhd"))
-        world = np.array((-100.5, 20, -300)) + centre[::-1] * (1, 1, 2)
-        annotations.append(f"1.2.{s},{world[0]},{world[1]},{world[2]},12")
-        for shift in (0, 3):
-            candidates.append(f"1.2.{s},{world[0] + shift},{world[1]},{world[2]},1")
-        for corner in ((4, 4, 8), (44, 4, 8), (4, 44, 8), (44, 44, 70), (4, 4, 70)):
-            far = np.array((-100.5, 20, -300)) + corner
-            candidates.append(f"1.2.{s},{far[0]},{far[1]},{far[2]},0")
-    (folder / "candidates.csv").write_text("\n".join(candidates) + "\n")
-    (folder / "annotations.csv").write_text("\n".join(annotations) + "\n")
-    return folder
+        image.SetOrigin(origin.tolist())
+        SimpleITK.WriteImage(image, str(tmp_path / f"{scan}.mhd"))
+        offsets = [
+            centre[::-1] * (1, 1, 2),
+            centre[::-1] * (1, 1, 2) + (3, 0, 0),
+            (4, 4, 8),
+            (44, 4, 8),
+            (4, 44, 8),
+        ]
+        world = [origin + offset for offset in offsets]
+        candidates += [f"{scan},{a},{b},{c},{int(i < 2)}" for i, (a, b, c) in enumerate(world)]
+        nodules.append(",".join([scan, *map(str, world[0]), "12"]))
+    (tmp_path / "candidates.csv").write_text("\n".join(candidates))
+    (tmp_path / "annotations.csv").write_text("\n".join([*nodules, "1.2.0,-60,60,-280,8"]))
+    dest, given = tmp_path / "crops", {name: str(tmp_path / f"{name}.csv") for name in ("candidates", "annotations")}
+    crops = {"crop_mm": 16.0, "crop_size": 32, "crop_slices": 4, "negatives": 2, "workers": 1}
+    luna16.main(luna16.Config(source=str(tmp_path), dest=str(dest), **given, **crops))
+    scans = {"train": [f"1.2.{i}" for i in range(3, 8)], "validation": ["1.2.2"], "test": ["1.2.0", "1.2.1"]}
+    (tmp_path / "split.json").write_text(json.dumps(scans))
+    result = run(dest, tmp_path, split=str(tmp_path / "split.json"), classes=[])
+    assert (result["cases"], result["patients"], len(result["labelled"])) == (10, 2, 5 * 4)
+    tables = {name: str(dest / f"{name}.csv") for name in ("labels", "nodules")}
+    froc.main(froc.Config(run=str(tmp_path / "run"), **tables, bootstrap=9))
+    assert "10 candidates and 3 nodules of 2 test scans" in capsys.readouterr().out
+    scored = json.loads((tmp_path / "run" / "froc.json").read_text())
+    assert scored["metrics"]["cpm"] == pytest.approx(2 / 3)
+    assert (
+        (tmp_path / "run" / "froc.csv").read_text().startswith("false_positives_per_scan,sensitivity,low,high\n0.125,")
+    )
 
 
-def run_luna(luna: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    chosen = {"task": "luna16", "labels": str(luna / "candidates.csv"), "classes": [], "crop_mm": 16.0}
-    chosen |= {"crop_size": 32, "crop_slices": 4, "negatives": 3}
-    return run(luna, out, **(chosen | changes))
+# --- features ---
 
 
-def test_luna16_from_files_to_froc(luna, tmp_path):
-    result = run_luna(luna, tmp_path, annotations=str(luna / "annotations.csv"))
-    assert result["cases"] == 2 * 7
-    assert result["patients"] == 2
-    assert result["metrics"]["auc"] == 1
-    assert result["metrics"]["cpm"] == 1
-    assert result["metrics"]["sensitivity@0.125"] == 1
-    # Without annotations the two class-1 candidates, 3 mm apart, are still one nodule.
-    grouped = run_luna(luna, tmp_path)
-    assert grouped["metrics"]["cpm"] == 1
-
-
-def test_a_nodule_without_candidates_is_missed_and_an_excluded_finding_is_no_false_positive(luna, tmp_path):
-    lines = (luna / "annotations.csv").read_text().splitlines()
-    more = [line.rsplit(",", 1)[0] for line in lines[1:]]
-    far = [",".join([uid, "-90", "30", "-200", "8"]) for uid, *_ in (line.split(",") for line in more)]
-    (tmp_path / "annotations.csv").write_text("\n".join([*lines, *far]) + "\n")
-    result = run_luna(luna, tmp_path, annotations=str(tmp_path / "annotations.csv"))
-    assert result["metrics"]["cpm"] == 0.5
-
-
-def test_froc_of_a_network_that_could_not_learn_is_nan_with_the_reason(luna, tmp_path):
-    lines = (luna / "candidates.csv").read_text().splitlines()
-    one = [line for line in lines if line[-2:] == ",0" or line.startswith(("series", "1.2.0"))]
-    (tmp_path / "candidates.csv").write_text("\n".join(one) + "\n")
-    split = {"train": ["1.2.1", "1.2.2"], "validation": [], "test": ["1.2.0", "1.2.3"]}
-    (tmp_path / "split.json").write_text(json.dumps(split))
-    more = {"labels": str(tmp_path / "candidates.csv"), "split": str(tmp_path / "split.json")}
-    result = run_luna(luna, tmp_path, **more)
-    assert math.isnan(result["metrics"]["cpm"])
-    assert result["reasons"]["cpm"] == "the labelled training cases are all 'no nodule'"
-
-
-def test_world_coordinates_become_voxels_whatever_origin_spacing_and_direction(tmp_path):
-    import SimpleITK
-
-    volume = np.zeros((6, 10, 12), np.int16)
-    volume[2, 7, 3] = 500
-    image = SimpleITK.GetImageFromArray(volume)
-    image.SetSpacing((0.5, 0.75, 2.5))
-    image.SetOrigin((10.0, -20.0, 30.0))
-    image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
-    SimpleITK.WriteImage(image, str(tmp_path / "a.mhd"))
-    world = (10.0 - 3 * 0.5, -20.0 - 7 * 0.75, 30.0 + 2 * 2.5)
-    read, voxels, spacing = read_scan(tmp_path / "a.mhd", [world])
-    assert voxels[0] == pytest.approx([2, 7, 3])
-    assert spacing == pytest.approx([2.5, 0.75, 0.5])
-    crop = cut_cube(read, voxels[0], (1, 1, 1), 3, (3, 3, 3))  # as if voxels were 1 mm: whole voxels
-    assert crop[1, 1, 1] == 500
-    assert crop.sum() == 500
-
-
-def test_a_crop_at_the_border_shows_air_outside():
-    crop = cut_cube(np.zeros((4, 4, 4), np.int16), (0, 0, 0), (1, 1, 1), 4, (4, 4, 4))
-    assert crop[0, 0, 0] == -1000
-    assert crop[3, 3, 3] == 0
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("9.9.9,0,0,0,1", "names 1 scans that have no .mhd .* e.g. 9.9.9"),
-        ("1.2.0,0,zero,0,1", "line 58: could not convert string to float: 'zero'"),
-        ("1.2.0,0,0,0,2", "line 58: class must be 0 or 1, not 2"),
-        ("1.2.0,20,20,20,1", "1.2.0/58: lies outside .* must be world millimetres"),
-    ],
-)
-def test_errors_in_candidates_name_line_scan_and_remedy(luna, tmp_path, line, message):
-    (tmp_path / "candidates.csv").write_text((luna / "candidates.csv").read_text() + line + "\n")
-    with pytest.raises(UserError, match=message):
-        run_luna(luna, tmp_path, labels=str(tmp_path / "candidates.csv"), fractions=[0.9, 0.0, 0.1])
-
-
-def test_candidates_of_missing_scans_can_be_left_out(luna, tmp_path, capsys):
-    (tmp_path / "candidates.csv").write_text((luna / "candidates.csv").read_text() + "9.9.9,0,0,0,1\n")
-    run_luna(luna, tmp_path, labels=str(tmp_path / "candidates.csv"), on_bad="skip")
-    assert "left out the candidates of 1 scans" in capsys.readouterr().out
-    twice = (luna / "candidates.csv").read_text() + "1.2.0,20,20,20,1\n1.2.0,20.0,20,20,1\n"
-    (tmp_path / "candidates.csv").write_text(twice)
-    with pytest.raises(UserError, match="lines 58 and 59 are the same candidate; keep one"):
-        run_luna(luna, tmp_path, labels=str(tmp_path / "candidates.csv"))
-
-
-# ------------------------------------------------------------------------------------------------ features
-
-
-@pytest.fixture(scope="module")
-def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("volumes")
-    (folder / "CT").mkdir()
-    rng = np.random.default_rng(0)
-    for i, slices in enumerate((3, 7, 5)):
-        np.save(folder / "CT" / f"c{i}.npy", rng.normal(0, 400, (24, 30, slices)).astype(np.float32))
-    return folder
-
-
-def test_features_do_not_depend_on_what_else_is_in_the_batch(volumes):
-    cases = open_cases(volumes, 32)
-    joint = load_joint_encoder("random", "resnet18", d_model=32, layers=1)
-    together = encode_slices(joint.encoder, cases, [0, 1, 2])
-    assert together.case.tolist() == [0] * 3 + [1] * 7 + [2] * 5
-    both = encode_volumes(joint, together), mean_of_cases(together.pooled, together.case)
-    for i in range(3):
-        alone = encode_slices(joint.encoder, cases, [i])
-        torch.testing.assert_close(encode_volumes(joint, alone)[0], both[0][i], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(alone.pooled.mean(0), both[1][i], rtol=1e-4, atol=1e-5)
-
-
-def test_volume_embedding_is_that_of_the_joint_encoder(volumes):
-    cases = open_cases(volumes, 32)
+@pytest.mark.parametrize("features", ["pooled", "multi_scale"])
+def test_features_do_not_depend_on_what_else_is_encoded_and_are_those_of_the_joint_encoder(tree, tmp_path, features):
+    cases = Cases(tree, 32, cache_path=tmp_path)
     joint = load_joint_encoder("random", "resnet18", d_model=32, layers=1).eval()
+    together = frozen_features(joint, cases, [0, 1, 2], features)
+    for i in range(3):
+        np.testing.assert_allclose(frozen_features(joint, cases, [i], features)[0], together[i], rtol=1e-4, atol=1e-5)
     batch, mask = pad([torch.from_numpy(cases.read(i)) for i in range(3)])
     with torch.no_grad():
-        expected = joint.holistic(joint.tokens(batch, mask)[1], mask)
-    torch.testing.assert_close(encode_volumes(joint, encode_slices(joint.encoder, cases, range(3))), expected)
+        slices, tokens = joint.tokens(batch, mask)
+        embedded = joint.holistic(tokens, mask).numpy()
+        if features == "multi_scale":
+            slices = multi_scale(joint.encoder(batch[mask][:, None]))
+    np.testing.assert_allclose(together[:, -32:], embedded, rtol=1e-4, atol=1e-5)
+    means = [part.mean(0).numpy() for part in slices.split([3, 4, 5])]
+    np.testing.assert_allclose(together[:, :-32], means, rtol=1e-4, atol=1e-5)
+    alone = frozen_features(joint.encoder, cases, [0, 1, 2], features)
+    np.testing.assert_allclose(alone, together[:, :-32], rtol=1e-4, atol=1e-5)
 
 
-def test_stored_values_are_those_of_training(volumes):
-    from datasets.store import prepare
-
-    cases = open_cases(volumes, 32, slices=0)
-    _, store = prepare(volumes, 32, progress=False)
-    np.testing.assert_array_equal(cases.read(1), store.read(1, 0, 7))
-    few = open_cases(volumes, 32, slices=3)
-    np.testing.assert_array_equal(few.read(1), store.read(1, 0, 7)[[1, 3, 5]])
-    assert few.extent(1) == (26, 32)  # 24 x 30
-
-
-def test_nifti_is_read_as_the_same_anatomy_as_npy(tmp_path):
-    import nibabel
-
-    rng = np.random.default_rng(0)
-    axial = rng.normal(size=(12, 10, 9)).astype(np.float32)  # rows front to back, columns right to left, slices up
-    ras = axial.transpose(1, 0, 2)[::-1, ::-1]  # x to the right, y to the front
-    (tmp_path / "nifti").mkdir()
-    (tmp_path / "npy").mkdir()
-    flipped = nibabel.Nifti1Image(ras[::-1], np.diag([-1, 1, 2, 1]))  # stored right to left
-    nibabel.save(flipped, tmp_path / "nifti" / "a.nii.gz")
-    np.save(tmp_path / "npy" / "a.npy", axial)
-    np.testing.assert_allclose(read_nifti(tmp_path / "nifti" / "a.nii.gz"), axial)
-    a, b = (open_cases(tmp_path / kind, 16) for kind in ("nifti", "npy"))
-    np.testing.assert_array_equal(a.read(0), b.read(0))
-    assert a.names == b.names == ["a.npy"]
-
-
-def test_nifti_follows_its_folder_and_its_window(tmp_path):
-    import nibabel
-
-    hu = np.linspace(-1200, 600, 12 * 10 * 9).reshape(12, 10, 9).astype(np.float32)
-    (tmp_path / "CT").mkdir()
-    for name in ("a", "b"):
-        nibabel.save(nibabel.Nifti1Image(hu, np.eye(4)), tmp_path / "CT" / f"{name}.nii.gz")
-    (tmp_path / "CT" / "dataset.yaml").write_text("window: [-1000, 400]\n")
-    cases = open_cases(tmp_path, 16)
-    assert cases.names == ["CT/a.npy", "CT/b.npy"]
-    assert (cases.read(0) == 0).any()
-    assert cases.store.samples[0].window == (-1000, 400)
-    (tmp_path / "CT" / "b.nii.gz").unlink()
-    (tmp_path / "CT" / "dataset.yaml").write_text("window: [0, 100]\n")
-    again = open_cases(tmp_path, 16)
-    assert again.names == ["CT/a.npy"]
-    assert again.store.samples[0].window == (0, 100)
-
-
-def test_broken_nifti_is_one_clear_error(shared):
-    with pytest.raises(UserError, match=r"truncated\.nii\.gz: "):
-        read_nifti(shared / "bad_input" / "truncated.nii.gz")
-    with pytest.raises(UserError, match="mixes NIfTI"):
-        open_cases(shared / "bad_input", 32)
-
-
-def test_the_encoder_is_left_as_it_was(volumes):
-    encoder = load_encoder("random", "resnet18").train()
-    before = {key: value.clone() for key, value in encoder.state_dict().items()}
-    encode_slices(encoder, open_cases(volumes, 32), [0])
-    assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
-
-
-def test_chest_x_rays_end_to_end(shared, tmp_path):
-    result = run(
-        shared / "chest_xray",
-        tmp_path,
-        labels=str(shared / "chest_xray/labels.csv"),
-        classes=["No finding", "COVID-19"],
-        bootstrap=5,
-    )
-    split = json.loads((tmp_path / "run/split.json").read_text())
-    assert sum(map(len, split.values())) == 45
-    assert result["cases"] == len(split["test"])
-    assert 0 <= result["metrics"]["auc"] <= 1
+def test_stored_values_are_those_of_training_from_a_tree_and_from_a_single_folder(tree, tmp_path):
+    _, store = prepare(tree, 32, tmp_path, progress=False)
+    cases = Cases(tree, 32, slices=0, cache_path=tmp_path)
+    np.testing.assert_array_equal(cases.read(2), store.read(2, 0, 5))
+    assert cases.extent(2) == (26, 32)  # 24 x 30
+    few = Cases(tree, 32, slices=3, cache_path=tmp_path)
+    np.testing.assert_array_equal(few.read(2), store.read(2, 0, 5)[[0, 2, 4]])
+    single = Cases(tree / "Dark", 32, slices=3, cache_path=tmp_path, level="slice")
+    assert single.names[:2] == ["Dark_p0_0.npy", "Dark_p0_1.npy"]
+    assert single.owner[:7].tolist() == [0, 0, 0, 1, 1, 1, 2]
+    np.testing.assert_array_equal(single.read(7)[0], store.read(12, 2, 3)[0])

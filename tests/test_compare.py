@@ -1,40 +1,27 @@
-"""Comparing initialisations: paired differences by hand, cells that are run once, tables, plot and CSV."""
+"""Comparing initialisations: statistics by hand, jobs that are done once, recipes, cells, what is written."""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import importlib
 import json
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
-from downstream import compare, probe
-from downstream.compare import MAIN_METRIC, format_tables, paired_difference, plot, summarise
+from downstream import classify, compare, jobs
+from downstream.compare import format_tables, paired_difference, plot, summarise
+from downstream.recipes import at, read_recipes
 from models.resnet import GreyResNet
 from utils.errors import UserError
+from utils.files import write_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two folders of ten images: bright squares and dark ones."""
-    root = tmp_path_factory.mktemp("tree")
-    rng = np.random.default_rng(0)
-    for organ, level in (("Bright", 120), ("Dark", 20)):
-        (root / organ).mkdir()
-        for i in range(10):
-            pixels = rng.integers(0, 100, (16, 16))
-            pixels[4:12, 4:12] += level
-            Image.fromarray(pixels.astype(np.uint8)).save(root / organ / f"{i}.png")
-    return root
 
 
 @pytest.fixture
@@ -45,15 +32,30 @@ def weights(tmp_path: Path) -> Path:
     return path
 
 
-def run(tree: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    task = {"data_path": str(tree), "arch": "resnet18", "size": 32, "bootstrap": 0, "device": "cpu"}
+def run(data: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    task = {"data_path": str(data), "arch": "resnet18", "size": 32, "bootstrap": 0, "device": "cpu"}
     task |= {"cache_path": str(out / "cache")} | changes.pop("options", {})
-    chosen: dict[str, Any] = {"task": "probe", "labelled": [2, 0], "seeds": [0, 1], "options": task}
+    chosen: dict[str, Any] = {"task": "classify", "labelled": [4], "seeds": [0, 1], "options": task}
     chosen |= {"initialisations": ["random"], "dump_path": str(out / "compare")}
     return compare.run(compare.Config(**(chosen | changes)))
 
 
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """Cells of `classify` cost nothing; returns what they were asked."""
+    asked = []
+
+    def stub(cfg: classify.Config) -> dict[str, Any]:
+        asked.append((cfg.weights, cfg.labelled, cfg.seed))
+        result = {"metrics": {"auc": 0.1 * cfg.seed}, "cases": 5, "seconds": 1, "weights": "", "commit": "c"}
+        write_json(result | {"settings": {}}, Path(cfg.dump_path) / "results.json")
+        return result
+
+    monkeypatch.setattr(classify, "run", stub)
+    return asked
+
+
 def test_paired_difference_by_hand():
+    """A common shift of every seed has an interval of no width: pairing takes out what seeds have in common."""
     mean, low, high, pairs = paired_difference([1, 2, 3, math.nan], [0, 0, 0, 0])
     half = 4.30265 / math.sqrt(3)  # Student's t of two degrees of freedom; standard deviation 1
     assert (mean, low, high) == pytest.approx((2, 2 - half, 2 + half), abs=1e-4)
@@ -62,161 +64,202 @@ def test_paired_difference_by_hand():
     assert (mean, pairs) == (0.25, 1)
     assert math.isnan(low)
     assert paired_difference([math.nan], [1])[3] == 0
-
-
-def test_a_common_shift_of_every_seed_has_an_interval_of_no_width():
-    """Pairing takes out what the seeds have in common: unpaired, these would overlap."""
     base = np.array([0.1, 0.5, 0.9])
-    mean, low, high, _ = paired_difference(base + 0.1, base)
-    assert (mean, low, high) == pytest.approx((0.1, 0.1, 0.1))
+    assert paired_difference(base + 0.1, base)[:3] == pytest.approx((0.1, 0.1, 0.1))
+    assert paired_difference(base, base)[:3] == (0, 0, 0)
 
 
-def cells() -> list[dict[str, Any]]:
-    """Two initialisations, one number of labels, three seeds; the second's AUC is nan once."""
-    rows = {"random": [0.5, 0.6, 0.7], "ours": [0.7, math.nan, 0.8]}
-    return [
-        {"initialisation": name, "labelled": 5, "seed": seed, "metrics": {"auc": value}}
+def table(rows: dict[str, list[float]], pretraining: dict[str, list[int]] | None = None) -> pd.DataFrame:
+    """One metric and number of labels, one seed per value."""
+    drawn = pretraining or {}
+    return pd.DataFrame(
+        {"initialisation": name, "pretraining_seed": drawn.get(name, [None] * len(values))[seed], "labelled": 5}
+        | {"seed": seed, "metric": "auc", "value": value}
         for name, values in rows.items()
         for seed, value in enumerate(values)
-    ]
+    ).astype({"pretraining_seed": "Int64"})
 
 
-def test_summary_leaves_nan_out_and_counts_it():
-    random, ours = summarise(cells(), "random")
-    assert (random["mean"], random["sd"], random["n"]) == pytest.approx((0.6, 0.1, 3))
-    assert (random["difference"], random["pairs"]) == (0, 3)
-    assert (ours["mean"], ours["n"], ours["seeds"]) == pytest.approx((0.75, 2, 3))
-    assert (ours["difference"], ours["pairs"]) == (pytest.approx(0.15), 2)
-
-
-def test_tables_show_spread_missing_seeds_and_differences():
-    text = format_tables(summarise(cells(), "random"), "auc", "random")
-    assert "0.600 ± 0.100" in text
-    assert "0.750 ± 0.071 (2 of 3)" in text
-    assert "+0.150 [" in text
-    assert "5 labelled" in text
-
-
-def test_the_plot_is_a_picture_also_with_nan(tmp_path):
-    plot(cells(), summarise(cells(), "random"), "auc", tmp_path / "plot.png")
+def test_the_summary_leaves_nan_out_counts_it_and_is_shown(tmp_path):
+    cells = table({"random": [0.5, 0.6, 0.7], "ours": [0.7, math.nan, 0.8]})
+    summary = summarise(cells, "random")
+    random, ours = summary.itertuples()
+    assert (random.mean, random.sd, random.n) == pytest.approx((0.6, 0.1, 3))
+    assert (random.difference, random.pairs) == (0, 3)
+    assert (ours.mean, ours.n, ours.seeds) == pytest.approx((0.75, 2, 3))
+    assert (ours.difference, ours.pairs) == (pytest.approx(0.15), 2)
+    text = format_tables(summary, "auc", "random")
+    for part in ("0.600 ± 0.100", "0.750 ± 0.071 (2 of 3)", "+0.150 [", "5 labelled"):
+        assert part in text
+    plot(cells, "auc", tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as image:
         assert image.size == (900, 600)
         assert len(image.convert("RGB").getcolors(2**24)) > 20
 
 
-def test_cells_run_once_and_new_ones_are_added(tree, weights, tmp_path, monkeypatch):
-    asked = []
+def test_of_several_pre_trainings_each_counts_once():
+    """Six label draws from two pre-trainings: two independent values, the means of three each."""
+    cells = table({"random": [0, 0, 0, 0, 0, 0], "ours": [1, 4, 2, 5, 3, 6]}, {"ours": [7, 8, 7, 8, 7, 8]})
+    random, ours = summarise(cells, "random").itertuples()
+    assert (ours.mean, ours.n, ours.pairs, ours.difference) == (3.5, 2, 2, 3.5)
+    assert ours.sd == pytest.approx(math.sqrt(4.5))
+    assert random.n == 6
+    cells = table({"random": [0, 0, 0], "ours": [1, 2, 3]}, {"ours": [7, 7, 7]})  # one pre-training: the draws count
+    assert summarise(cells, "random").n.tolist() == [3, 3]
 
-    def quick(cfg: probe.Config) -> dict[str, Any]:
-        asked.append((cfg.weights, cfg.labelled, cfg.seed))
-        return {"metrics": {"linear": {"balanced_accuracy": 0.1 * cfg.seed}}, "cases": 5}
 
-    monkeypatch.setattr(probe, "run", quick)
-    first = run(tree, tmp_path)
+class Fake:
+    """A job that notes that it was done, or fails."""
+
+    def __init__(self, title: str, folder: Path, needs: tuple = (), error: Exception | None = None) -> None:
+        self.title, self.group, self.folder, self.needs, self.error = title, title[0], folder / title, needs, error
+        self.record: dict[str, Any] | None = None
+
+    def make(self) -> str:
+        print("hello")
+        if self.error:
+            raise self.error
+        self.record = {"seconds": 1800.0}
+        return "fine"
+
+
+def test_a_failure_stops_only_what_needs_it_and_progress_is_written(tmp_path, capsys):
+    bad = Fake("bad", tmp_path, error=UserError("no room"))
+    after, good = Fake("after", tmp_path, (bad,)), Fake("good", tmp_path)
+    again = Fake("good too", tmp_path)
+    assert jobs.run_jobs([bad, after, good], tmp_path / "progress.txt") == ["bad", "after"]
+    assert "FAILED (no room)" in capsys.readouterr().out
+    assert (tmp_path / "good" / "log.txt").read_text() == "hello\n"
+    text = jobs.progress([good, again])
+    assert text.startswith("1 of 2 jobs are finished; left: about 0.50 h")
+    assert "more than" in (tmp_path / "progress.txt").read_text()
+    bad.error = None
+    assert jobs.run_jobs([bad, after, good], tmp_path / "progress.txt") == []
+    assert (tmp_path / "good" / "log.txt").read_text() == "hello\n"  # once
+
+
+def test_what_another_process_does_is_left_to_it(tmp_path):
+    first, second = Fake("first", tmp_path), Fake("second", tmp_path)
+    done = []
+    with ExitStack() as other:
+        assert other.enter_context(jobs.claim(first.folder))
+        first.make = lambda: done.append("first") or Fake.make(first)
+        second.make = lambda: done.append("second") or other.close() or Fake.make(second)
+        assert jobs.run_jobs([first, second], tmp_path / "progress.txt") == []
+    assert done == ["second", "first"]
+
+
+def test_recipes_are_known_by_what_they_are_made_from_and_paired_by_place(tmp_path, weights):
+    options = {"arch": "resnet18", "epochs": 3, "warmup_epochs": 0}
+
+    def read(start: str = "flat", **changes: Any):
+        described = {"flat": {"script": "ssl_swav2D", "options": options | changes, "seeds": [5, 6]}}
+        described["joint"] = {"script": "ssl_swav3D", "start": {"resnet_pretrained": start}, "seeds": [0, 1, 2]}
+        return read_recipes(described, tmp_path)
+
+    runs = read()
+    assert [run.title for run in runs["joint"]] == ["joint, seed 0", "joint, seed 1", "joint, seed 2"]
+    assert [run.needs[0].seed for run in runs["joint"]] == [5, 6, 5]
+    assert at(runs["flat"], 3).seed == 6
+    assert len({run.key for run in (*runs["flat"], *runs["joint"])}) == 5
+    assert read()["joint"][1].key == runs["joint"][1].key
+    assert read(workers=0)["joint"][1].key == runs["joint"][1].key  # may change when a run goes on
+    assert read(epochs=4)["joint"][1].key != runs["joint"][1].key
+    of_file = read(str(weights))["joint"][0].key
+    weights.write_bytes(weights.read_bytes() + b" ")
+    assert read(str(weights))["joint"][0].key != of_file
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"options": {}}, "must be a mapping with script"),
+        ({"script": "demo"}, "demo: is not one of the training scripts"),
+        ({"script": "ssl_swav2D", "options": {"epoch": 1}}, "ssl_swav2D has no option 'epoch'"),
+        ({"script": "ssl_swav2D", "options": {"dump_path": "x"}}, "no option 'dump_path'"),
+        ({"script": "ssl_swav2D", "options": {"seed": 1}, "seeds": [1]}, "no option 'seed'"),
+        ({"script": "mask_swav", "start": {"resnet_pretrained": "y"}}, "y is neither a file nor a recipe"),
+        ({"script": "ssl_swav2D", "options": {"epochs": 5}}, "warmup_epochs: a warm-up of 10 epochs leaves nothing"),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_named_before_anything_is_trained(data, tmp_path, recipe, message):
+    with pytest.raises(UserError, match=message):
+        run(data, tmp_path, recipes={"mine": recipe}, initialisations=["mine"])
+    assert not (tmp_path / "compare").exists()
+
+
+@pytest.mark.slow
+def test_cells_run_once_and_new_ones_are_added(data, weights, tmp_path, monkeypatch):
+    asked = quick(monkeypatch)
+    first = run(data, tmp_path)
+    again = run(data, tmp_path)
+    assert len(asked) == 2
+    pd.testing.assert_frame_equal(again["summary"], first["summary"])
+    both = ["random", f"ours={weights}"]
+    more = run(data, tmp_path, initialisations=both)
+    assert [cell[0] for cell in asked[2:]] == [str(weights)] * 2
+    assert (more["summary"][more["summary"].initialisation == "random"].difference == 0).all()
+    moved = weights.rename(tmp_path / "moved.pth")  # the same content under another name
+    run(data, tmp_path, initialisations=["random", f"theirs={moved}"])
     assert len(asked) == 4
-    again = run(tree, tmp_path)
-    assert len(asked) == 4
-    assert again["summary"] == first["summary"]
-    more = run(tree, tmp_path, initialisations=["random", f"ours={weights}"])
-    assert [cell[0] for cell in asked[4:]] == [str(weights)] * 4
-    for line in more["summary"]:
-        if line["initialisation"] == "random":
-            assert line["difference"] == 0
-    weights.write_bytes(weights.read_bytes() + b" ")  # another file under the same name
-    run(tree, tmp_path, initialisations=["random", f"ours={weights}"])
-    assert len(asked) == 12
-    run(tree, tmp_path, options={"k": 1}, seeds=[0], labelled=[0])  # another option
-    assert len(asked) == 13
+    torch.save({key: 2 * value for key, value in torch.load(moved).items()}, weights)  # another under the old name
+    run(data, tmp_path, initialisations=both)
+    assert len(asked) == 6
+    run(data, tmp_path, options={"k": 1}, seeds=[0])  # another option
+    assert len(asked) == 7
 
 
-def test_files_hold_what_was_returned(tree, tmp_path):
-    found = run(tree, tmp_path, labelled=[4])
+@pytest.mark.slow
+def test_files_hold_what_was_returned_of_paired_cells(data, weights, tmp_path):
+    found = run(data, tmp_path, initialisations=["random", str(weights)])
     out = tmp_path / "compare"
-    with open(out / "summary.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [float(row["mean"]) for row in rows] == [line["mean"] for line in found["summary"]]
-    with open(out / "results.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["metric"] == "linear.accuracy"]
-    assert {row["seed"]: float(row["value"]) for row in rows} == {
-        str(cell["seed"]): cell["metrics"]["linear.accuracy"] for cell in found["cells"]
-    }
-    assert "linear.balanced_accuracy" in (out / "summary.txt").read_text()
+    assert pd.read_csv(out / "summary.csv")["mean"].tolist() == found["summary"]["mean"].tolist()
+    assert pd.read_csv(out / "results.csv").value.tolist() == found["cells"].value.tolist()
+    assert "auc: mean ± standard deviation of 2 seeds" in (out / "summary.txt").read_text()
+    assert "4 of 4 jobs are finished" in (out / "progress.txt").read_text()
     assert (out / "comparison.png").stat().st_size > 1000
-
-
-def test_initialisations_of_a_seed_share_split_and_labelled_cases(tree, weights, tmp_path):
-    run(tree, tmp_path, initialisations=["random", str(weights)], labelled=[4], seeds=[0, 1])
-    splits: dict[int, set[str]] = {}
-    for path in (tmp_path / "compare/cells").iterdir():
-        seed = json.loads((path / "cell.json").read_text())["seed"]
-        splits.setdefault(seed, set()).add((path / "split.json").read_text())
+    splits: dict[int, set[str]] = {}  # initialisations of a seed share split and labelled cases
+    for path in (out / "cells").iterdir():
+        result = json.loads((path / "results.json").read_text())
+        drawn = (path / "split.json").read_text() + str(result["labelled"])
+        splits.setdefault(result["config"]["seed"], set()).add(drawn)
     assert [len(found) for found in splits.values()] == [1, 1]
     assert splits[0] != splits[1]
-    assert "share their test cases" not in (tmp_path / "compare/summary.txt").read_text()
+    assert "share their test cases" not in (out / "summary.txt").read_text()
 
 
-def test_one_split_for_all_seeds_is_said_to_be_one(tree, tmp_path):
-    run(tree, tmp_path, vary_split=False, labelled=[4], seeds=[0, 1])
-    splits = {path.read_text() for path in (tmp_path / "compare/cells").glob("*/split.json")}
-    assert len(splits) == 1
+def test_a_fixed_split_is_said_and_damage_and_a_wrong_metric_are_named(data, tmp_path, monkeypatch):
+    quick(monkeypatch)
+    run(data, tmp_path, vary_split=False)
     assert "all seeds share their test cases" in (tmp_path / "compare/summary.txt").read_text()
+    with pytest.raises(UserError, match="metric: 'dice' is not one of auc"):
+        run(data, tmp_path, vary_split=False, metric="dice")
+    path = next((tmp_path / "compare/cells").glob("*/results.json"))
+    path.write_text(path.read_text()[:30])  # half written: not a finished cell
+    with pytest.raises(UserError, match="is damaged"):
+        run(data, tmp_path, vary_split=False)
 
 
-def test_errors_come_before_the_first_cell_and_name_the_option(tree, weights, tmp_path, capsys):
+def test_errors_of_any_cell_come_before_the_first_and_name_the_option(data, weights, tmp_path, capsys, monkeypatch):
+    asked = quick(monkeypatch)
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "half.pth")
+    half = f"half={tmp_path / 'half.pth'}"
     for changes, message in (
         ({"baseline": "ours"}, "baseline: 'ours' is none of the initialisations random"),
         ({"initialisations": ["nowhere.pth"]}, r"weights: nowhere\.pth: no such file"),
         ({"initialisations": ["imagenet"]}, "initialisations: none is left"),
         ({"initialisations": [str(weights), f"other={weights}"]}, "two are called other"),
+        ({"initialisations": ["random", half]}, r"half\.pth: matched 0"),
+        ({"labelled": [2, 99]}, "labelled: 99 cases were asked for"),
         ({"seeds": [1, 1]}, r"seeds: \[1, 1\] must be at least one number, each once"),
         ({"options": {"seed": 3}}, "options: seed is set by compare itself"),
     ):
         with pytest.raises(UserError, match=message):
-            run(tree, tmp_path, **changes)
+            run(data, tmp_path, **changes)
     (weights.with_suffix(".json")).write_text(json.dumps({"config": {"arch": "resnet18"}}))
     with pytest.raises(UserError, match="random resnet50, other resnet18 are different networks"):
-        run(tree, tmp_path, initialisations=["random", str(weights)], options={"arch": None})
+        run(data, tmp_path, initialisations=["random", str(weights)], options={"arch": None})
     with pytest.raises(SystemExit):
-        run(tree, tmp_path, options={"sise": 32})
+        run(data, tmp_path, options={"sise": 32})
     assert "sise" in capsys.readouterr().err
-    assert not (tmp_path / "compare/cells").exists()
-
-
-def test_a_wrong_metric_lists_those_there_are_and_a_damaged_cell_is_named(tree, tmp_path):
-    with pytest.raises(UserError, match=r"metric: 'dice' is not one of knn\.auc"):
-        run(tree, tmp_path, metric="dice", seeds=[0], labelled=[0])
-    cell = next((tmp_path / "compare/cells").glob("*/cell.json"))
-    cell.write_text(cell.read_text()[:50])
-    with pytest.raises(UserError, match="is damaged; remove it"):
-        run(tree, tmp_path, seeds=[0], labelled=[0])
-
-
-def test_detection_is_compared_by_ap50(tmp_path):
-    pytest.importorskip("torchmetrics")
-    content: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "square"}]}
-    rng = np.random.default_rng(0)
-    for i in range(6):
-        pixels = rng.integers(0, 100, (32, 32))
-        pixels[8:24, 8:24] += 120
-        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{i}.png")
-        content["images"].append({"id": i, "file_name": f"{i}.png"})
-        content["annotations"].append({"image_id": i, "category_id": 1, "bbox": [8, 8, 16, 16]})
-    (tmp_path / "boxes.json").write_text(json.dumps(content))
-    task = {"data_path": str(tmp_path), "annotations": str(tmp_path / "boxes.json"), "arch": "resnet18"}
-    task |= {"image_size": 32, "pyramid_channels": 16, "proposals": 8, "epochs": 1, "device": "cpu", "workers": 2}
-    chosen = {"initialisations": ["random"], "labelled": [2], "seeds": [0], "dump_path": str(tmp_path / "compare")}
-    found = compare.run(compare.Config(task="detect", options=task, **chosen))
-    assert [line["metric"] for line in found["summary"]] == ["map", "map_square", "ap50", "ap50_square"]
-    (cell,) = found["cells"]
-    assert cell["cases"] == 1  # a fifth of six images
-    again = compare.run(compare.Config(task="detect", options=task | {"workers": 1}, **chosen))
-    assert again["cells"] == found["cells"]  # read, not run: threads do not change a result
-    assert "ap50: mean ± standard deviation" in (tmp_path / "compare/summary.txt").read_text()
-
-
-@pytest.mark.parametrize("name", list(MAIN_METRIC))
-def test_every_task_has_the_options_that_cells_set(name):
-    task = importlib.import_module(f"downstream.{name}")
-    fields = {field.name for field in dataclasses.fields(task.Config)}
-    assert {"weights", "arch", "labelled", "seed", "split_seed", "split", "dump_path"} <= fields
-    assert callable(task.run)
+    assert asked == []

@@ -8,70 +8,57 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 import torch
 from PIL import Image
+from pydicom.data import get_testdata_file
+from test_task import stopping
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from downstream import detect
+from downstream import detect, task
 from downstream.boxes import Annotated, fuse, overlap, read_boxes
-from downstream.detect import Config, build_model, freeze, mirrored, run, score
+from downstream.detect import Config, Detection, build_model, freeze, mirrored, run, score
+from downstream.splits import Split
+from downstream.task import Task
 from models.encoder import JointEncoder
 from models.resnet import GREY_MEAN, GREY_STD
 from training import weights
 from utils.errors import UserError
 
-for library in ("torchmetrics", "pycocotools", "pydicom"):
-    pytest.importorskip(library)
-
 pytestmark = pytest.mark.usefixtures("one_thread")
-SMALL = {
-    "arch": "resnet18",
-    "image_size": 64,
-    "anchor_sizes": [12, 16, 24, 32, 48],
-    "pyramid_channels": 64,
-    "proposals": 32,
-    "batch_size": 4,
-    "device": "cpu",
-}
+CPU = torch.device("cpu")
 
 
-def write_coco(root: Path, count: int, side: int = 64, seed: int = 0) -> Path:
-    """Bright discs and square frames on noise, with their boxes in boxes.json."""
-    root.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:side, :side]
-    images: list[dict[str, Any]] = []
-    marks: list[dict[str, Any]] = []
-    for i in range(count):
-        pixels = rng.normal(70, 20, (side, side))
-        taken: list[tuple[float, float, float]] = []
-        for _ in range(rng.integers(1, 3)):
-            r = rng.uniform(8, 12)
-            cx, cy = rng.uniform(r, side - r, 2)
-            if any(np.hypot(cx - a, cy - b) < r + c + 4 for a, b, c in taken):
-                continue
-            taken.append((cx, cy, r))
-            across = np.maximum(abs(x - cx), abs(y - cy))
-            disc = rng.random() < 0.5
-            pixels[np.hypot(x - cx, y - cy) <= r if disc else (across <= r) & (across > r - 4)] += 110
-            box = [cx - r, cy - r, 2 * r, 2 * r]
-            marks.append({"id": len(marks), "image_id": i, "category_id": 1 if disc else 2, "bbox": box})
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / f"image_{i:03}.png")
-        images.append({"id": i, "file_name": f"image_{i:03}.png", "width": side, "height": side})
-    categories = [{"id": 1, "name": "disc"}, {"id": 2, "name": "frame"}]
-    content = {"images": images, "annotations": marks, "categories": categories}
-    (root / "boxes.json").write_text(json.dumps(content))
-    return root / "boxes.json"
+def config(folder: Path, **changes: Any) -> Config:
+    given = {"data_path": str(folder), "annotations": str(folder / "boxes.json"), "arch": "resnet18", "image_size": 64}
+    given |= {"anchor_sizes": [12, 16, 24, 32, 48], "pyramid_channels": 64, "proposals": 32, "batch_size": 4}
+    return Config(**(given | {"device": "cpu"} | changes))
 
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory) -> Path:
-    return write_coco(tmp_path_factory.mktemp("images"), 60)
+    """60 images of 64 x 64 pixels, each with a bright disc or square frame on noise, and boxes.json."""
+    root, rng, (y, x) = tmp_path_factory.mktemp("images"), np.random.default_rng(0), np.mgrid[:64, :64]
+    images, marks = [], []
+    for i in range(60):
+        r, disc = rng.uniform(8, 12), bool(i % 2)
+        cx, cy = rng.uniform(r, 64 - r, 2)
+        across = np.maximum(abs(x - cx), abs(y - cy))
+        shape = np.hypot(x - cx, y - cy) <= r if disc else (across <= r) & (across > r - 4)
+        pixels = rng.normal(70, 20, (64, 64)) + 110 * shape
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / f"image_{i:03}.png")
+        images.append({"id": i, "file_name": f"image_{i:03}.png"})
+        marks.append({"image_id": i, "category_id": 1 if disc else 2, "bbox": [cx - r, cy - r, 2 * r, 2 * r]})
+    categories = [{"id": 1, "name": "disc"}, {"id": 2, "name": "frame"}]
+    content = {"images": images, "annotations": marks, "categories": categories}
+    (root / "boxes.json").write_text(json.dumps(content))
+    return root
 
 
 def grey(path: Path, height: int = 40, width: int = 60) -> Path:
@@ -153,59 +140,36 @@ def test_two_boxes_of_one_reader_stay_two_findings():
     assert overlap(boxes[0], boxes[1]) == pytest.approx(90 / 110)
 
 
-def dicom(path: Path, pixels: np.ndarray, shown: str) -> None:
-    import pydicom
-    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
-
-    data = pydicom.Dataset()
-    data.SOPClassUID, data.SOPInstanceUID = pydicom.uid.DigitalXRayImageStorageForPresentation, generate_uid()
-    data.Modality, data.PhotometricInterpretation = "DX", shown
-    data.Rows, data.Columns = pixels.shape
-    data.SamplesPerPixel, data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 1, 16, 12, 11, 0
-    data.PixelData = pixels.astype("<u2").tobytes()
-    data.file_meta = pydicom.dataset.FileMetaDataset()
-    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID
-    data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID
-    data.save_as(path, enforce_file_format=True)
-
-
 def test_dicom_images_are_read_as_they_are_shown_and_as_png_would_be(tmp_path):
-    ramp = np.linspace(0, 4000, 40 * 60).reshape(40, 60).astype(np.uint16)
-    dicom(tmp_path / "a.dicom", ramp, "MONOCHROME2")
-    dicom(tmp_path / "b.dcm", 4000 - ramp, "MONOCHROME1")
-    Image.fromarray(ramp).save(tmp_path / "c.png")
+    data = pydicom.dcmread(get_testdata_file("CT_small.dcm", download=False))  # 128 x 128
+    data.save_as(tmp_path / "a.dicom")
+    stored = data.pixel_array.astype(int)
+    Image.fromarray((stored - stored.min()).astype(np.uint16)).save(tmp_path / "c.png")
+    data.PhotometricInterpretation = "MONOCHROME1"
+    data.PixelData = (stored.max() + stored.min() - stored).astype(np.int16).tobytes()
+    data.save_as(tmp_path / "b.dcm")
     rows = [(name, "Mass", 5, "R1", 6, 4, 60, 40) for name in "abc"]
     images, _ = read_boxes(write_table(tmp_path / "t.csv", rows), tmp_path)
-    cfg = Config(str(tmp_path), str(tmp_path / "t.csv"), image_size=30, cache_path=str(tmp_path / "cache"))
-    files = detect.prepare(images, cfg)
+    files = detect.prepare(images, config(tmp_path))
     pixels = [np.load(files[name]).astype(np.float32) for name in "abc"]
-    assert pixels[0].shape == (20, 30)
+    assert pixels[0].shape == (64, 64)
     assert (pixels[0].min(), pixels[0].max()) == pytest.approx((0, 1), abs=0.02)
     np.testing.assert_allclose(pixels[0], pixels[1], atol=2e-3)
     np.testing.assert_allclose(pixels[0], pixels[2], atol=2e-3)
-    example = detect.Example(images[0], files["a"])
-    scaled = example.target(example.scale(example.pixels()))
-    assert scaled["boxes"].tolist() == [[3, 2, 30, 20]]
 
 
 # --- what is refused ---
 
 
-def one_image(path: Path, **changes: Any) -> dict[str, Any]:
+def one_image(path: Path) -> dict[str, Any]:
     grey(path / "a.png")
-    return {
-        "images": [{"id": 1, "file_name": "a.png"}],
-        "annotations": [{"id": 5, "image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5]}],
-        "categories": [{"id": 1, "name": "x"}],
-    } | changes
+    mark = {"id": 5, "image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5]}
+    images, categories = [{"id": 1, "file_name": "a.png"}], [{"id": 1, "name": "x"}]
+    return {"images": images, "annotations": [mark], "categories": categories}
 
 
-BAD_COCO = {
-    "outside": (
-        {"bbox": [55, 30, 20, 5]},
-        r"annotation 5: box \[55.0, .*leaves the image of 60 x 40",
-    ),
+BAD_BOXES = {
+    "outside": ({"bbox": [55, 30, 20, 5]}, r"annotation 5: box \[55.0, .*leaves the image of 60 x 40"),
     "beside": ({"bbox": [-0.9, 3, 0.5, 5]}, "leaves the image"),
     "no area": ({"bbox": [5, 5, 0, 9]}, "has no area"),
     "negative": ({"bbox": [5, 5, 4, -9]}, "has no area"),
@@ -216,16 +180,6 @@ BAD_COCO = {
     "unknown image": ({"image_id": 2}, "image_id 2 is not among the images"),
     "unknown class": ({"category_id": 8}, "category_id 8 is not among the categories"),
 }
-
-
-@pytest.mark.parametrize("case", BAD_COCO)
-def test_a_bad_coco_box_is_named_with_its_remedy(case, tmp_path):
-    changes, says = BAD_COCO[case]
-    content = one_image(tmp_path)
-    content["annotations"][0] |= changes
-    (tmp_path / "boxes.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=says):
-        read_boxes(tmp_path / "boxes.json", tmp_path)
 
 
 BAD_FILES = {
@@ -241,10 +195,12 @@ BAD_FILES = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_FILES)
+@pytest.mark.parametrize("case", [*BAD_BOXES, *BAD_FILES])
 def test_a_bad_coco_file_is_named_with_its_remedy(case, tmp_path):
-    changes, says = BAD_FILES[case]
-    (tmp_path / "boxes.json").write_text(json.dumps(one_image(tmp_path, **changes)))
+    changes, says = (BAD_BOXES | BAD_FILES)[case]
+    content = one_image(tmp_path)
+    (content if case in BAD_FILES else content["annotations"][0]).update(changes)
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=says):
         read_boxes(tmp_path / "boxes.json", tmp_path)
 
@@ -280,22 +236,24 @@ def test_an_image_that_is_there_twice_and_missing_columns_are_refused(tmp_path):
         read_boxes(tmp_path / "train.csv", tmp_path)
 
 
-def test_wrong_options_stop_before_training(coco, tmp_path):
-    def said(**changes: Any) -> str:
-        given = {"data_path": str(coco.parent), "annotations": str(coco), "dump_path": str(tmp_path)} | SMALL | changes
-        with pytest.raises(UserError) as error:
-            run(Config(**given))
-        return str(error.value)
-
-    assert "no such file" in said(annotations="boxes.json")
-    assert "is not a folder" in said(data_path=str(coco))
-    assert "spot not in" in said(classes=["disc", "spot"])
-    assert "5 sizes" in said(anchor_sizes=[16, 32])
-    assert "for training" in said(labelled=1000)
-    assert "no such file" in said(weights="nowhere.pth")
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"annotations": "boxes.json"}, "no such file"),
+        ({"data_path": "nowhere"}, "is not a folder"),
+        ({"classes": ["disc", "spot"]}, "spot not in"),
+        ({"anchor_sizes": [16, 32]}, "5 sizes"),
+        ({"labelled": 1000}, "for training"),
+        ({"weights": "nowhere.pth"}, "no such file"),
+        ({"split": "{tmp}/split.json"}, "'image_777.png'"),
+    ],
+)
+def test_wrong_options_stop_before_training(coco, tmp_path, wrong, says):
     split = {"train": ["image_000.png"], "validation": ["image_001.png"], "test": ["image_777.png"]}
     (tmp_path / "split.json").write_text(json.dumps(split))
-    assert "'image_777.png'" in said(split=str(tmp_path / "split.json"))
+    wrong = {name: value.format(tmp=tmp_path) if name == "split" else value for name, value in wrong.items()}
+    with pytest.raises(UserError, match=says):
+        detect.check(config(coco, dump_path=str(tmp_path / "run"), **wrong))
 
 
 def test_parts_without_boxes_and_unreadable_pixels_stop_before_training(tmp_path):
@@ -304,70 +262,60 @@ def test_parts_without_boxes_and_unreadable_pixels_stop_before_training(tmp_path
         grey(tmp_path / f"{name}.png")
         content["images"].append({"id": i, "file_name": f"{name}.png"})
     (tmp_path / "boxes.json").write_text(json.dumps(content))
-    given = {"data_path": str(tmp_path), "annotations": str(tmp_path / "boxes.json"), "dump_path": str(tmp_path / "o")}
     (tmp_path / "split.json").write_text(json.dumps({"train": ["a.png"], "validation": ["b.png"], "test": ["c.png"]}))
+    cfg = config(tmp_path, split=str(tmp_path / "split.json"), dump_path=str(tmp_path / "run"))
     with pytest.raises(UserError, match="validation: none of its 1 images has a box"):
-        run(Config(**given, split=str(tmp_path / "split.json"), **SMALL))
+        run(cfg)
     content["annotations"] = [{"image_id": i, "category_id": 1, "bbox": [1, 1, 9, 9]} for i in (1, 2, 3)]
     (tmp_path / "boxes.json").write_text(json.dumps(content))
     Image.fromarray(np.full((40, 60), 7, dtype=np.uint8)).save(tmp_path / "b.png")
     (tmp_path / "c.png").write_bytes((tmp_path / "c.png").read_bytes()[:-900])
     with pytest.raises(UserError, match=r"(?s)2 problems.*b\.png: is constant.*c\.png: broken image data"):
-        run(Config(**given, split=str(tmp_path / "split.json"), **SMALL))
+        run(cfg)
 
 
 # --- how it is scored ---
 
 
-def boxes(*rows: tuple[float, ...], labels: Sequence[int], scores: Sequence[float] | None = None) -> dict[str, Any]:
-    found = {"boxes": torch.tensor(rows).reshape(-1, 4).float(), "labels": torch.tensor(labels, dtype=torch.long)}
-    if scores is None:
-        return found | {"iscrowd": torch.zeros(len(labels), dtype=torch.long)}
-    return found | {"scores": torch.tensor(scores)}
-
-
 A, B = (10.0, 10.0, 20.0, 20.0), (40.0, 10.0, 60.0, 30.0)
 
 
-def test_perfect_boxes_score_1_and_no_boxes_0():
-    target = [boxes(A, B, labels=[1, 1])]
-    assert score([boxes(A, B, labels=[1, 1], scores=[0.9, 0.8])], target, ["x"]) == pytest.approx(
-        {"map": 1, "map_x": 1, "ap50": 1, "ap50_x": 1}
-    )
-    nothing = score([boxes(labels=[], scores=[])], target, ["x"])
-    assert nothing == {"map": 0, "map_x": 0, "ap50": 0, "ap50_x": 0}
+def marked(*boxes: tuple[float, ...], labels: Sequence[int] = (), crowd: Sequence[bool] = ()) -> list[Annotated]:
+    """One image with these boxes, by default of the first class."""
+    arrays = np.array(boxes, np.float32).reshape(-1, 4), np.array(labels or [1] * len(boxes))
+    return [Annotated("a", Path(), "a", 80, 80, *arrays, np.array(crowd or [False] * len(boxes)))]
 
 
-def test_one_of_two_boxes_scores_51_of_101_recall_points():
-    """COCO's precision is 1 at recalls 0, 0.01 ... 0.50 and 0 above."""
-    found = score([boxes(A, labels=[1], scores=[0.9])], [boxes(A, B, labels=[1, 1])], ["x"])
-    assert found["ap50"] == pytest.approx(51 / 101)
+def found(*boxes: tuple[float, ...], labels: Sequence[int] = (), scores: Sequence[float] = ()) -> list[dict[str, Any]]:
+    labels, scores = labels or [1] * len(boxes), scores or [0.9 - 0.1 * i for i in range(len(boxes))]
+    rows = torch.tensor(boxes).reshape(-1, 4).float()
+    return [{"boxes": rows, "labels": torch.tensor(labels, dtype=torch.long), "scores": torch.tensor(scores)}]
 
 
-def test_a_box_at_iou_062_counts_at_3_of_10_thresholds():
-    most = (10.0, 10.0, 20.0, 16.2)  # of A: 6.2 / 10, so COCO's thresholds 0.50, 0.55 and 0.60 are met
-    found = score([boxes(most, labels=[1], scores=[0.9])], [boxes(A, labels=[1])], ["x"])
-    assert found == pytest.approx({"map": 0.3, "map_x": 0.3, "ap50": 1, "ap50_x": 1})
+MOST = (10.0, 10.0, 20.0, 16.2)  # of A: 6.2 / 10, so COCO's thresholds 0.50, 0.55 and 0.60 are met
+NAN = math.nan
+SCORED = {
+    "perfect boxes": (found(A, B), marked(A, B), {"map": 1, "map_x": 1, "ap50": 1, "ap50_x": 1}),
+    "no boxes": (found(), marked(A, B), {"map": 0, "map_x": 0, "ap50": 0, "ap50_x": 0}),
+    "one of two: precision 1 at 51 of 101 recalls": (found(A), marked(A, B), {"ap50": 51 / 101}),
+    "an IoU of 0.62 counts at 3 of 10 thresholds": (found(MOST), marked(A), {"map": 0.3, "ap50": 1}),
+    "a better scored false box halves precision": (found(B, A), marked(A), {"ap50": 0.5}),
+    "a worse scored false box costs nothing": (found(A, B), marked(A), {"ap50": 1}),
+    "the wrong class is a miss": (
+        found(A, B, labels=[1, 3]),
+        marked(A, B, labels=[1, 2]),
+        {"ap50_x": 1, "ap50_y": 0, "ap50_z": NAN, "ap50": 0.5},
+    ),
+    "a crowd is no miss": (found(A), marked(A, B, crowd=[False, True]), {"ap50": 1}),
+    "a crowd is no false box": (found(B, A), marked(A, B, crowd=[False, True]), {"ap50": 1}),
+}
 
 
-def test_a_better_scored_false_box_halves_precision_and_a_worse_one_costs_nothing():
-    target = [boxes(A, labels=[1])]
-    assert score([boxes(B, A, labels=[1, 1], scores=[0.9, 0.8])], target, ["x"])["ap50"] == pytest.approx(0.5)
-    assert score([boxes(B, A, labels=[1, 1], scores=[0.7, 0.8])], target, ["x"])["ap50"] == pytest.approx(1)
-
-
-def test_the_wrong_class_is_a_miss_and_a_class_without_boxes_is_left_out_of_the_mean():
-    target = [boxes(A, B, labels=[1, 2])]
-    found = score([boxes(A, B, labels=[1, 3], scores=[0.9, 0.9])], target, ["x", "y", "z"])
-    assert (found["ap50_x"], found["ap50_y"], found["ap50"]) == pytest.approx((1, 0, 0.5))
-    assert math.isnan(found["ap50_z"])
-
-
-def test_crowd_boxes_are_neither_hits_nor_misses():
-    target = boxes(A, B, labels=[1, 1])
-    target["iscrowd"][1] = 1
-    for found in (boxes(A, labels=[1], scores=[0.9]), boxes(B, A, labels=[1, 1], scores=[0.95, 0.9])):
-        assert score([found], [target], ["x"])["ap50"] == pytest.approx(1)
+@pytest.mark.parametrize("case", SCORED)
+def test_scores_by_hand(case):
+    boxes, images, expected = SCORED[case]
+    scores = score(boxes, images, ["x", "y", "z"][: max(1, len(expected) - 1) if "wrong" in case else 1])
+    assert {name: scores[name] for name in expected} == pytest.approx(expected, nan_ok=True)
 
 
 # --- the network ---
@@ -381,24 +329,25 @@ def joint(tmp_path_factory) -> tuple[JointEncoder, str]:
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
     path = tmp_path_factory.mktemp("weights") / "joint.pth"
-    weights.save_joint(made, path, {"config": {"arch": "resnet18", "d_model": 32, "layers": 1}})
+    record = {"config": {"arch": "resnet18", "d_model": 32, "layers": 1}}
+    weights.save_joint(SimpleNamespace(encoder=made), path, record)
     return made.eval(), str(path)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "first"), [("fasterrcnn", 0), ("retinanet", 1)])
-def test_the_body_gives_the_encoders_maps_of_a_grey_image(name, first, joint):
+def test_the_body_gives_the_encoders_maps_of_a_grey_image(name, first, joint, tmp_path):
     encoder, path = joint
-    model = build_model(Config("", "", weights=path, model=name, **SMALL | {"arch": None}), 2).eval()
+    model = build_model(config(tmp_path, weights=path, model=name, arch=None), 2).eval()
     image = torch.rand(1, 64, 64)
     normalised = model.transform([image])[0].tensors
     torch.testing.assert_close(normalised[0], (image - GREY_MEAN) / GREY_STD)
     expected = encoder.encoder(image[None])[first:]
-    for stage, found in zip(expected, model.backbone.body(normalised).values(), strict=True):
-        torch.testing.assert_close(found, stage, rtol=1e-4, atol=1e-4)
+    for stage, got in zip(expected, model.backbone.body(normalised).values(), strict=True):
+        torch.testing.assert_close(got, stage, rtol=1e-4, atol=1e-4)
 
 
-def test_frozen_layers_and_frozen_norm(joint):
+def test_frozen_layers_and_frozen_norm(joint, tmp_path):
     def body(trainable_layers: int, norm: bool) -> tuple[nn.Module, set[str]]:
         encoder = copy.deepcopy(joint[0].encoder)
         freeze(encoder, trainable_layers, norm)
@@ -417,10 +366,15 @@ def test_frozen_layers_and_frozen_norm(joint):
     assert isinstance(encoder.layer4[0].bn1, nn.BatchNorm2d)
 
 
-def test_norm_auto_is_frozen_unless_weights_are_random(joint):
-    loaded = build_model(Config("", "", **SMALL | {"weights": joint[1]}), 2).backbone.body
-    assert isinstance(loaded.bn1, FrozenBatchNorm2d)
-    assert isinstance(build_model(Config("", "", **SMALL), 2).backbone.body.bn1, nn.BatchNorm2d)
+def test_norm_auto_is_frozen_unless_weights_are_random_and_seeds_change_the_heads_whatever_the_weights(joint, tmp_path):
+    random, other, loaded = (
+        build_model(config(tmp_path, **more), 2) for more in ({}, {"seed": 1}, {"weights": joint[1], "arch": None})
+    )
+    assert isinstance(loaded.backbone.body.bn1, FrozenBatchNorm2d)
+    assert isinstance(random.backbone.body.bn1, nn.BatchNorm2d)
+    heads = [model.roi_heads.box_predictor.cls_score.weight for model in (random, other, loaded)]
+    assert not torch.equal(heads[0], heads[1])
+    assert torch.equal(heads[0], heads[2])
 
 
 def test_a_mirrored_box_covers_the_same_pixels():
@@ -430,74 +384,64 @@ def test_a_mirrored_box_covers_the_same_pixels():
     assert torch.equal(flipped[:, 2:5, 3:6].flip(-1), image[:, 2:5, 1:4])
 
 
-def test_batches_are_a_function_of_seed_and_epoch_and_leave_crowds_out(tmp_path):
-    examples = []
-    for i in range(5):
-        np.save(tmp_path / f"{i}.npy", np.full((20, 30), i / 10, dtype=np.float16))
-        marks = np.array([[4, 4, 20, 40], [0, 0, 60, 40]], dtype=np.float32)
-        image = Annotated(str(i), tmp_path, str(i), 40, 60, marks, np.array([1, 2]), np.array([False, True]))
-        examples.append(detect.Example(image, tmp_path / f"{i}.npy"))
-
+def test_batches_are_a_function_of_seed_epoch_and_step_and_leave_crowds_out(tmp_path):
     def drawn(seed: int, epoch: int) -> list[tuple[float, list[list[float]]]]:
-        cfg = Config("", "", **SMALL | {"batch_size": 2, "seed": seed})
-        steps = list(detect.batches(examples, epoch, 5, cfg))
+        detection = Detection.__new__(Detection)
+        Task.__init__(detection, config(tmp_path, image_size=30, batch_size=2, seed=seed, steps_per_epoch=5), CPU)
+        marks = np.array([[4, 4, 20, 40], [0, 0, 60, 40]], dtype=np.float32)
+        own = marks, np.array([1, 2]), np.array([False, True])
+        detection.images = {str(i): Annotated(str(i), tmp_path, str(i), 40, 60, *own) for i in range(5)}
+        detection.files = {name: tmp_path / f"{name}.npy" for name in detection.images}
+        detection.split, detection.labelled = Split([], [], []), list(detection.images)
+        steps = [detection.batch(epoch, step) for step in reversed(range(5))][::-1]
         return [
             (round(float(image.mean()), 2), target["boxes"].tolist())
             for images, targets in steps
             for image, target in zip(images, targets, strict=True)
         ]
 
+    for i in range(5):
+        np.save(tmp_path / f"{i}.npy", np.full((20, 30), i / 10, dtype=np.float16))
     first = drawn(0, 0)
     assert first == drawn(0, 0)
     assert first != drawn(0, 1)
     assert first != drawn(1, 0)
     # every pass shows every image once; the crowd is gone, and half a size the box is [2, 2, 10, 20], or its mirror
     assert sorted(image for image, _ in first[:5]) == sorted(image for image, _ in first[5:]) == [0, 0.1, 0.2, 0.3, 0.4]
-    assert {str(found) for _, found in first} == {"[[2.0, 2.0, 10.0, 20.0]]", "[[20.0, 2.0, 28.0, 20.0]]"}
-
-
-def test_other_seeds_start_from_other_heads_whatever_the_weights(joint):
-    def head(seed: int, **changes: Any) -> torch.Tensor:
-        model = build_model(Config("", "", **SMALL | {"seed": seed} | changes), 2)
-        return model.roi_heads.box_predictor.cls_score.weight
-
-    assert not torch.equal(head(0), head(1))
-    assert torch.equal(head(0), head(0, weights=joint[1]))
+    assert {str(boxes) for _, boxes in first} == {"[[2.0, 2.0, 10.0, 20.0]]", "[[20.0, 2.0, 28.0, 20.0]]"}
 
 
 # --- all of it ---
 
 
+@pytest.mark.slow
 def test_faster_rcnn_learns_discs_and_frames_in_40_steps(coco, tmp_path):
     """AP50 untrained: 0.00; after 40 steps 0.92 with this seed, 0.71 with the next."""
-    given = SMALL | {"pyramid_channels": 128, "fractions": [0.6, 0.1, 0.3], "cache_path": str(tmp_path)}
-    given |= {"base_lr": 5e-4, "epochs": 2, "steps_per_epoch": 20}
-    result = run(Config(str(coco.parent), str(coco), dump_path=str(tmp_path / "run"), **given))
+    given = {"pyramid_channels": 128, "fractions": [0.6, 0.1, 0.3], "cache_path": str(tmp_path), "base_lr": 5e-4}
+    result = run(config(coco, **given, epochs=2, steps_per_epoch=20, dump_path=str(tmp_path / "run")))
     assert result["metrics"]["ap50"] > 0.4
     assert set(result["metrics"]) == {"map", "ap50", "map_disc", "ap50_disc", "map_frame", "ap50_frame"}
     split = json.loads((tmp_path / "run" / "split.json").read_text())
     assert result["images"] == len(split["test"]) == 18
-    saved = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert saved["metrics"] == result["metrics"]
-    assert [line["ap50"] for line in saved["history"]][saved["best_epoch"] - 1] == max(
-        line["ap50"] for line in saved["history"]
-    )
+    assert result["history"][result["best_epoch"] - 1]["ap50"] == max(line["ap50"] for line in result["history"])
     with open(tmp_path / "run" / "predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["image_id"] for row in rows} <= set(split["test"])
     assert {row["class_name"] for row in rows} == {"disc", "frame"}
+    with open(tmp_path / "run" / "cases.csv", newline="") as file:
+        assert sum(int(row["found"]) for row in csv.DictReader(file)) == len(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fasterrcnn", "retinanet"])
-def test_two_runs_of_one_seed_are_equal(name, coco, tmp_path, joint):
-    def one(out: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        given = {"data_path": str(coco.parent), "annotations": str(coco), "dump_path": str(tmp_path / out)} | SMALL
-        options = {"labelled": 4, "epochs": 1, "steps_per_epoch": 2, "batch_size": 2, "model": name}
-        given |= {"arch": None, "weights": joint[1], "fractions": [0.8, 0.1, 0.1]}
-        result = run(Config(**given | options, cache_path=str(tmp_path)))
-        return result, torch.load(tmp_path / out / "best.pth", weights_only=True)
-
-    (first, a), (second, b) = one("a"), one("b")
+def test_a_stopped_run_ends_as_one_that_was_not(name, coco, tmp_path, joint):
+    given = {"labelled": 4, "epochs": 1, "steps_per_epoch": 3, "batch_size": 2, "model": name, "arch": None}
+    given |= {"weights": joint[1], "fractions": [0.9, 0.05, 0.05], "cache_path": str(tmp_path)}
+    stopped, whole = (config(coco, **given, dump_path=str(tmp_path / one)) for one in ("stopped", "whole"))
+    with pytest.raises(SystemExit):
+        task.run(stopping(Detection, "batch", 2), stopped)
+    first, second = run(stopped), run(whole)
     assert first["history"] == second["history"]
     assert len(first["labelled"]) == 4
-    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+    for file in ("best.pth", "predictions.csv"):
+        assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

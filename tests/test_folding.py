@@ -14,7 +14,6 @@ from models.resnet import GreyResNet
 from objectives import MaskedSlices
 from training import weights
 from utils.architectures import ARCHITECTURES
-from utils.norm import convert_sync_batchnorm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,25 +48,6 @@ def test_the_folded_resnet_equals_the_unfolded_one_in_all_stages(arch):
         torch.testing.assert_close(other, stage, rtol=0, atol=2e-5 * float(stage.abs().max()))
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_no_batch_norm_and_no_gradient_is_left_and_the_original_is_untouched(arch):
-    net = lived_in(GreyResNet(arch)).train()
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    folded = fold_batch_norm(net)
-    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in folded.modules())
-    assert not any(p.requires_grad for p in folded.parameters())
-    assert net.training
-    assert all(p.requires_grad for p in net.parameters())
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-
-
-def test_batch_norm_of_several_processes_folds_as_well():
-    net = lived_in(GreyResNet("resnet18")).eval()
-    expected = fold_batch_norm(net)(volumes(1, 1, 32, 32))
-    found = fold_batch_norm(convert_sync_batchnorm(net))(volumes(1, 1, 32, 32))
-    assert all(map(torch.equal, found, expected))
-
-
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 def test_embeddings_are_those_of_the_joint_encoder_whatever_the_chunk(chunk, monkeypatch):
     encoder = lived_in(JointEncoder("resnet18", 32, 1)).eval()
@@ -77,12 +57,6 @@ def test_embeddings_are_those_of_the_joint_encoder_whatever_the_chunk(chunk, mon
     torch.testing.assert_close(found, encoder.tokens(x, mask)[1].detach(), rtol=0, atol=2e-5)
     assert not found.requires_grad
     assert not found[~mask].any()
-
-
-def test_a_view_larger_than_a_chunk_is_encoded_slice_by_slice(monkeypatch):
-    encoder = lived_in(JointEncoder("resnet18", 32, 1)).eval()
-    monkeypatch.setitem(folding.CHUNK_PIXELS, "cpu", 5)
-    assert FrozenSlices(encoder)(volumes(1, 2, 32, 32), torch.ones(1, 2, dtype=torch.bool)).abs().sum() > 0
 
 
 def test_the_learner_predicts_the_embeddings_of_the_unfolded_network_and_saves_that_one(tmp_path):

@@ -59,30 +59,19 @@ def sinkhorn_numpy(scores: np.ndarray, epsilon: float, iterations: int) -> np.nd
 
 
 @needs_golden
-@pytest.mark.parametrize("kind", ["cos", "uni"])
-def test_sinkhorn_equals_the_reference_in_float64_and_float32(kind: str) -> None:
+def test_sinkhorn_equals_the_reference_in_float64_and_float32() -> None:
     golden = load("a_sinkhorn")
     settings = float(golden["eps"]), int(golden["iters"])
-    scores = tensor(golden[f"scores_{kind}"])
-    exact(sinkhorn(scores, *settings), golden[f"q64_{kind}"])
-    exact(sinkhorn(scores.float(), *settings), golden[f"q32_{kind}"], atol=2e-7)
+    for kind in ("cos", "uni"):
+        scores = tensor(golden[f"scores_{kind}"])
+        exact(sinkhorn(scores, *settings), golden[f"q64_{kind}"])
+        exact(sinkhorn(scores.float(), *settings), golden[f"q32_{kind}"], atol=2e-7)
 
 
 def test_sinkhorn_equals_the_formula_in_numpy() -> None:
     scores = np.random.default_rng(0).uniform(-1, 1, (12, 7))
     for iterations in (1, 3, 10):
         exact(sinkhorn(tensor(scores), 0.1, iterations), sinkhorn_numpy(scores, 0.1, iterations))
-
-
-def test_sinkhorn_of_a_symmetric_pair_is_a_softmax() -> None:
-    # [[a, b], [b, a]] uses both prototypes equally already: q = 1 / (1 + exp((b - a) / epsilon)).
-    q = 1 / (1 + np.exp((0.1 - 0.3) / 0.05))
-    exact(sinkhorn(tensor(np.array([[0.3, 0.1], [0.1, 0.3]]))), np.array([[q, 1 - q], [1 - q, q]]))
-
-
-def test_sinkhorn_of_equal_rows_is_uniform() -> None:
-    scores = tensor(np.linspace(-1, 1, 5)).expand(3, 5)
-    exact(sinkhorn(scores), torch.full((3, 5), 0.2, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(("shape", "epsilon"), [((2, 3, 4), 0.05), ((3, 4), 0.0), ((3, 4), -1.0)])
@@ -105,26 +94,18 @@ def kmeans_numpy(points: np.ndarray, centroids: np.ndarray, iterations: int) -> 
 
 
 @needs_golden
-@pytest.mark.parametrize("case", ["", "_empty"])
-def test_kmeans_equals_the_reference(case: str) -> None:
+def test_kmeans_equals_the_reference_and_faiss_finds_clusters_as_good() -> None:
     golden = load("b_kmeans")
-    points, start = tensor(golden[f"memory{case}"], torch.float32), tensor(golden[f"init_centroids{case}"])
-    centroids = kmeans_torch(points, start.float(), int(golden["iters"]), empty="keep")
-    exact(centroids, golden[f"centroids{case}"], atol=5e-7)
-    exact(assign(points, centroids)[0], golden[f"assignments{case}"], atol=0)
-    if not case:
-        in_float64 = kmeans_torch(points.double(), start, int(golden["iters"]), empty="keep")
-        exact(in_float64, golden["centroids64"])
-
-
-@needs_golden
-def test_faiss_finds_clusters_as_good_as_the_reference() -> None:
-    pytest.importorskip("faiss")
-    golden = load("b_kmeans")  # not the case with empty clusters, which faiss treats in its own way
-    points, start = tensor(golden["memory"], torch.float32), tensor(golden["init_centroids"], torch.float32)
-    expected = assign(points, tensor(golden["centroids"], torch.float32))[1].mean()
-    found = assign(points, kmeans_faiss(points, start, int(golden["iters"])))[1].mean()
-    assert float(found) == pytest.approx(float(expected), rel=0.01)
+    iterations = int(golden["iters"])
+    for case in ("_empty", ""):
+        points, start = tensor(golden[f"memory{case}"], torch.float32), tensor(golden[f"init_centroids{case}"])
+        centroids = kmeans_torch(points, start.float(), iterations, empty="keep")
+        exact(centroids, golden[f"centroids{case}"], atol=5e-7)
+        exact(assign(points, centroids)[0], golden[f"assignments{case}"], atol=0)
+    exact(kmeans_torch(points.double(), start, iterations, empty="keep"), golden["centroids64"])
+    pytest.importorskip("faiss")  # treats empty clusters in its own way, so only without them
+    found = assign(points, kmeans_faiss(points, start.float(), iterations))[1].mean()
+    assert float(found) == pytest.approx(float(assign(points, centroids)[1].mean()), rel=0.01)
 
 
 def test_kmeans_equals_the_formula_in_numpy() -> None:
@@ -161,17 +142,17 @@ def swav_step(golden: dict[str, np.ndarray], case: str, dtype: torch.dtype, rows
 
 
 @needs_golden
-@pytest.mark.parametrize("case", SWAV_CASES)
-def test_swav_equals_the_reference(case: str) -> None:
+def test_swav_equals_the_reference() -> None:
     golden = load("c_swav_loss")
-    step = swav_step(golden, case, torch.float64, slice(None))
-    exact(step["loss"], golden[f"loss64_{case}"])
-    exact(step["z"].flatten(0, 1), golden[f"grad_embeddings_{case}"])
-    exact(step["prototypes"], golden[f"grad_prototypes_{case}"])
-    if case != "noqueue":
-        exact(step["queue"], golden[f"queue_after_{case}"], atol=0)
-    half = swav_step(golden, case, torch.float32, slice(None))
-    exact(half["loss"].double(), golden[f"loss32_{case}"], atol=3e-6)
+    for case in SWAV_CASES:
+        step = swav_step(golden, case, torch.float64, slice(None))
+        exact(step["loss"], golden[f"loss64_{case}"])
+        exact(step["z"].flatten(0, 1), golden[f"grad_embeddings_{case}"])
+        exact(step["prototypes"], golden[f"grad_prototypes_{case}"])
+        if case != "noqueue":
+            exact(step["queue"], golden[f"queue_after_{case}"], atol=0)
+        in_float32 = swav_step(golden, case, torch.float32, slice(None))
+        exact(in_float32["loss"].double(), golden[f"loss32_{case}"], atol=3e-6)
 
 
 def test_swav_equals_the_formula_in_numpy() -> None:
@@ -216,37 +197,27 @@ def on_two_processes(golden_folder: str) -> dict[str, Any]:
     return out
 
 
-@pytest.fixture(scope="module")
-def two_processes() -> list[dict[str, Any]]:
-    if not GOLDEN.is_dir():
-        pytest.skip(f"needs the reference vectors in {GOLDEN}")
-    return run_processes(2, on_two_processes, str(GOLDEN))
-
-
-@pytest.mark.parametrize("kind", ["cos", "uni"])
-def test_two_processes_with_unequal_shares_get_the_reference_codes(kind: str, two_processes: list) -> None:
-    assert [len(out[kind]) for out in two_processes] == [40, 24]
-    exact(torch.cat([out[kind] for out in two_processes]), load("a_sinkhorn")[f"q64_{kind}"])
-
-
-def test_a_process_without_rows_does_not_change_the_codes(two_processes: list) -> None:
-    assert two_processes[0]["empty share"].shape == (0, 300)
-    exact(two_processes[1]["empty share"], load("a_sinkhorn")["q64_uni"])
-
-
-@pytest.mark.parametrize("case", SWAV_CASES)
-def test_two_processes_with_half_of_the_batch_each_equal_the_reference(case: str, two_processes: list) -> None:
+@needs_golden
+def test_two_processes_with_a_part_of_the_batch_each_equal_the_reference() -> None:
+    two = run_processes(2, on_two_processes, str(GOLDEN))
+    golden = load("a_sinkhorn")
+    for kind in ("cos", "uni"):
+        assert [len(out[kind]) for out in two] == [40, 24]
+        exact(torch.cat([out[kind] for out in two]), golden[f"q64_{kind}"])
+    assert two[0]["empty share"].shape == (0, 300)
+    exact(two[1]["empty share"], golden["q64_uni"])
     golden = load("c_swav_loss")
-    first, second = (out[case] for out in two_processes)
-    exact((first["loss"] + second["loss"]) / 2, golden[f"loss64_{case}"])
-    assert abs(first["loss"] - second["loss"]) > 1e-3  # they really saw different halves
-    exact((first["prototypes"] + second["prototypes"]) / 2, golden[f"grad_prototypes_{case}"])
-    # The joint loss is the mean of the two, so half of each process's gradient.
-    gradient = torch.cat([first["z"], second["z"]], dim=1) / 2
-    exact(gradient.flatten(0, 1), golden[f"grad_embeddings_{case}"])
-    exact(first["queue"], second["queue"], atol=0)
-    if case != "noqueue":
-        exact(first["queue"], golden[f"queue_after_{case}"], atol=0)
+    for case in SWAV_CASES:
+        first, second = (out[case] for out in two)
+        exact((first["loss"] + second["loss"]) / 2, golden[f"loss64_{case}"])
+        assert abs(first["loss"] - second["loss"]) > 1e-3  # they really saw different halves
+        exact((first["prototypes"] + second["prototypes"]) / 2, golden[f"grad_prototypes_{case}"])
+        # The global loss is the mean of the two, so half of each process's gradient.
+        gradient = torch.cat([first["z"], second["z"]], dim=1) / 2
+        exact(gradient.flatten(0, 1), golden[f"grad_embeddings_{case}"])
+        exact(first["queue"], second["queue"], atol=0)
+        if case != "noqueue":
+            exact(first["queue"], golden[f"queue_after_{case}"], atol=0)
 
 
 # ------------------------------------------------------------------------------------------- learning-rate schedule
@@ -273,12 +244,6 @@ def test_schedule_by_hand() -> None:
     assert type(rate(3)) is float
 
 
-def test_schedule_without_and_with_one_step_of_warm_up_starts_at_the_base_rate() -> None:
-    for warmup_steps in (0, 1):
-        rate = WarmupCosine(0.5, 0.0, 0.1, warmup_steps, warmup_steps + 2)
-        assert [rate(step) for step in range(warmup_steps + 2)] == pytest.approx([0.5] * warmup_steps + [0.5, 0.25])
-
-
 # ------------------------------------------------------------------------------------------------------------ LARC
 
 
@@ -301,27 +266,15 @@ def larc_trajectory(
 
 
 @needs_golden
-@pytest.mark.parametrize("clip", [False, True])
-def test_larc_equals_the_reference(clip: bool) -> None:
+def test_larc_equals_the_reference() -> None:
     golden = load("e_larc")
-    expected = [tensor(golden[f"p{i}{'_clip' if clip else ''}"]) for i in range(3)]
-    path = larc_trajectory(
-        [p[0] for p in expected],
-        [tensor(golden[f"grad{i}"]) for i in range(3)],
-        golden["lr"],
-        clip=clip,
-        **{name: float(golden[name]) for name in ("momentum", "weight_decay", "trust", "eps")},
-    )
-    for found, wanted in zip(path, expected, strict=True):
-        exact(torch.stack(found), wanted[1:], atol=1e-15)
-
-
-def test_larc_by_hand() -> None:
-    # |w| = 5, |g| = 1: ratio 0.005; then |w| = 4.99, and the momentum holds 0.9 * 0.005 + 0.00499 of g.
-    w, g = tensor(np.array([3.0, 4.0])), tensor(np.array([0.6, 0.8]))
-    path = larc_trajectory([w], [torch.stack([g, g])], np.array([2.0, 2.0]), weight_decay=0.0, eps=0.0)[0]
-    exact(path[0], w - 2 * 0.005 * g)
-    exact(path[1], w - 2 * 0.005 * g - 2 * 0.00949 * g)
+    options = {name: float(golden[name]) for name in ("momentum", "weight_decay", "trust", "eps")}
+    gradients = [tensor(golden[f"grad{i}"]) for i in range(3)]
+    for clip in (False, True):
+        expected = [tensor(golden[f"p{i}{'_clip' if clip else ''}"]) for i in range(3)]
+        path = larc_trajectory([p[0] for p in expected], gradients, golden["lr"], clip=clip, **options)
+        for found, wanted in zip(path, expected, strict=True):
+            exact(torch.stack(found), wanted[1:], atol=1e-15)
 
 
 def test_larc_clips_the_ratio_at_one_learning_rate() -> None:

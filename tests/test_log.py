@@ -73,16 +73,6 @@ def test_processes_that_disagree_about_a_warning_stay_together(tmp_path):
     assert not (tmp_path / "warnings.csv").exists()  # the first process decides
 
 
-@pytest.mark.parametrize(("place", "stream"), [(MAIN, io.StringIO), (SECOND, Terminal)])
-def test_there_is_no_bar_without_a_terminal_and_on_other_processes(place, stream, tmp_path, monkeypatch):
-    log = new_log(tmp_path)
-    log.run = place
-    quiet = stream()
-    monkeypatch.setattr(sys, "stderr", quiet)
-    advance(log)
-    assert quiet.getvalue() == ""
-
-
 def test_a_warning_is_printed_and_kept_and_dropped_where_the_run_goes_back(tmp_path, capsys):
     log = new_log(tmp_path)
     log.warn(0, [("intra_few", "few, all of them")])
@@ -92,18 +82,6 @@ def test_a_warning_is_printed_and_kept_and_dropped_where_the_run_goes_back(tmp_p
     new_log(tmp_path, first_epoch=2)
     with open(tmp_path / "warnings.csv", newline="") as file:
         assert list(csv.DictReader(file)) == [{"epoch": "0", "condition": "intra_few", "text": "few, all of them"}]
-
-
-def test_further_columns_follow_those_there_were(tmp_path):
-    log = new_log(tmp_path)
-    log.row(0, {"loss": 1.0}, 0.1, 2.0, 0.5, 10, 0, {"intra_nmi": float("nan"), "intra_dead": 3.0})
-    log.row(1, {"loss": 0.5}, 0.1, 2.0, 0.5, 10, 0, {"intra_nmi": 0.25, "intra_dead": 2.0})
-    with open(tmp_path / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(r["intra_nmi"], r["intra_dead"], r["data_wait"]) for r in rows] == [
-        ("nan", "3", "0.250"),
-        ("0.25", "2", "0.250"),
-    ]
 
 
 # ---- TensorBoard
@@ -201,23 +179,6 @@ def test_a_resumed_run_is_the_same_one_in_wandb(data, tmp_path, monkeypatch):
     assert wandb.finished == 2
 
 
-def test_wandb_without_an_account_is_one_clear_error(tmp_path, monkeypatch):
-    def refuses(**_: Any) -> None:
-        raise RuntimeError("no API key")
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuses))
-    with pytest.raises(UserError, match=r"no API key.*WANDB_MODE=offline"):
-        new_log(tmp_path, wandb_project="mine")
-
-
-def test_what_is_not_defined_is_not_sent(tmp_path, monkeypatch):
-    wandb = Wandb()
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    new_log(tmp_path, wandb_project="mine").row(0, {"loss": 1.0}, 0.1, 1.0, 0.0, 4, 0, {"intra_nmi": float("nan")})
-    assert "intra_nmi" not in wandb.logged[0][1]
-    assert "loss" in wandb.logged[0][1]
-
-
 # ---- where the time goes
 
 
@@ -235,22 +196,6 @@ def test_spans_inside_others_are_taken_from_them():
     assert 0.04 <= found["outer"] < found["inner"]
 
 
-def test_a_span_that_fails_is_closed():
-    with profile.recording(torch.device("cpu")):
-        with pytest.raises(ValueError, match="inside"), profile.span("outer"), profile.span("inner"):
-            raise ValueError("inside")
-        with profile.span("next"):
-            pass
-        assert list(profile.seconds()) == ["inner", "outer", "next"]
-
-
-def test_outside_a_recording_nothing_is_kept():
-    with profile.recording(torch.device("cpu"), on=False), profile.span("x"):
-        pass
-    assert profile.seconds() == {}
-    assert profile.spanned("x", max)(1, 2) == 2
-
-
 @pytest.mark.parametrize(
     ("script", "parts"), [("ssl_swav2D", {"f_intra"}), ("ssl_deepcluster3D", {"f_intra", "f_inter"})]
 )
@@ -263,8 +208,3 @@ def test_a_profiled_run_splits_its_epochs(script, parts, data, tmp_path):
     assert set(times) == {f"time_{name}" for name in names | parts}
     assert all(seconds > 0 for seconds in times.values())
     assert 0.5 * float(row["seconds"]) < sum(times.values()) <= float(row["seconds"]) + 0.01
-
-
-def test_an_unprofiled_run_has_no_such_columns(data, tmp_path):
-    run(SCRIPT, data, tmp_path, epochs=1)
-    assert not [name for name in losses(tmp_path / "runs" / SCRIPT)[0] if name.startswith("time_")]

@@ -50,21 +50,6 @@ def test_more_than_the_machine_has_is_extrapolated_and_never_run():
     assert max(asked) * 0.5 + 1 < 10
 
 
-def test_running_out_of_memory_is_an_answer():
-    fit = memory.search(costs(1.0, 1.0, most=6.5), 8 * GIB, most=1000, available=100 * GIB)
-    assert (fit.batch_size, fit.measured) == (5, True)
-
-
-def test_no_batch_is_larger_than_the_data():
-    fit = memory.search(costs(0.5, 0.001), 8 * GIB, most=12, available=100 * GIB)
-    assert (fit.batch_size, fit.measured) == (12, True)
-
-
-def test_not_even_one_sample():
-    fit = memory.search(costs(9.0, 1.0), 8 * GIB, most=12, available=100 * GIB)
-    assert fit.batch_size == 0
-
-
 def script_options(script: str, data: Path, out: Path, **changes):
     start = {"resnet_pretrained": "none"} | ({"trans_pretrained": "none"} if "3D" in script else {})
     module = importlib.import_module(script)
@@ -96,12 +81,6 @@ def test_a_real_step_needs_its_weights_gradients_and_momenta_and_leaves_no_trace
     assert not list(tmp_path.iterdir())
     after = {p: p.stat().st_mtime_ns for p in data.rglob("*") if ".cache" not in p.parts}
     assert after == {p: t for p, t in before.items() if ".cache" not in p.parts}
-
-
-def test_a_step_that_fails_otherwise_says_why(data, tmp_path):
-    _, cfg = script_options("mask_swav", data, tmp_path, fit_batch=1.0, resnet_pretrained="missing.pth")
-    with pytest.raises(RuntimeError, match=r"batch_size 2 failed(?s:.*)missing\.pth"):
-        memory.measure(cfg, 2)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torchvision
@@ -13,11 +10,9 @@ from torch.testing import assert_close
 
 from datasets.batch import Batch
 from models.encoder import JointEncoder, init_orthogonal, init_pca
-from models.heads import Prototypes
-from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, fold_grey, multi_scale, pooled, unfold_grey
+from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, fold_grey, multi_scale, pooled
 from models.transformer import DeformableAttention1D, OrdinaryAttention1D, SliceTransformer
 from objectives import JointClustering, SwAV
-from training.weights import load_joint, save_joint
 
 WIDTH = 32
 
@@ -101,19 +96,6 @@ def test_exported_weights_load_into_torchvision_and_mean_the_same(resnet: GreyRe
     assert_close(pooled(resnet(images)), theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
 
 
-def test_exported_weights_are_a_copy(resnet: GreyResNet) -> None:
-    before = resnet.layer1[0].conv1.weight.detach().clone()
-    resnet.torchvision_state()["layer1.0.conv1.weight"].zero_()
-    assert torch.equal(resnet.layer1[0].conv1.weight, before)
-
-
-def test_fold_undoes_unfold() -> None:
-    grey = random(4, 1, 7, 7)
-    assert unfold_grey(grey).shape == (4, 3, 7, 7)
-    assert_close(fold_grey(unfold_grey(grey)), grey)
-    assert torch.equal(fold_grey(torch.tensor([1.0, 2.0, 4.0]).view(1, 3, 1, 1)), torch.tensor(7.0).view(1, 1, 1, 1))
-
-
 def test_multi_scale_joins_four_unit_vectors(resnet: GreyResNet) -> None:
     with torch.no_grad():
         stages = resnet(torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(3)))
@@ -122,22 +104,6 @@ def test_multi_scale_joins_four_unit_vectors(resnet: GreyResNet) -> None:
     for part, stage in zip(features.split(resnet.stage_features, dim=1), stages, strict=True):
         mean = stage.mean(dim=(2, 3))
         assert_close(part, mean / mean.norm(dim=1, keepdim=True))
-
-
-def test_unknown_architecture_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"resnet17.*resnet18"):
-        GreyResNet("resnet17")
-
-
-def test_prototypes_score_cosines() -> None:
-    torch.manual_seed(0)
-    prototypes = Prototypes(5, [3, 7])
-    prototypes.heads[1].weight.data.mul_(9)
-    prototypes.normalize_()
-    assert [scores.shape[1] for scores in prototypes(torch.eye(5))] == [3, 7]
-    for head in prototypes.heads:
-        assert_close(head.weight.norm(dim=1), torch.ones(len(head.weight)))
-        assert head.bias is None
 
 
 # ----------------------------------------------------------------------------------------------- deformable attention
@@ -159,17 +125,6 @@ def test_padded_slices_and_what_they_hold_change_nothing(real: int) -> None:
 
 
 @torch.no_grad()
-def test_volumes_of_different_length_in_a_batch_equal_each_alone() -> None:
-    net, lengths = transformer(), [3, 13, 8]
-    x = random(3, 13, WIDTH)
-    mask = torch.arange(13) < torch.tensor(lengths).unsqueeze(1)
-    joint = net(x, mask)
-    for b, length in enumerate(lengths):
-        alone = net(x[b : b + 1, :length], first(length, length))
-        assert_close(joint[b, :length], alone[0], rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
 def test_attention_runs_along_the_slices() -> None:
     net, x = transformer(layers=1), random(1, 12, WIDTH)
     net.layers[0].attention.offset_head.weight.zero_()
@@ -186,33 +141,6 @@ def test_attention_runs_along_the_slices() -> None:
     difference = (net(changed, first(12, 12)) - net(x, first(12, 12))).norm(dim=2)[0]
     assert difference[3] > 1e-4
     assert difference[[0, 1, 2, *range(4, 12)]].max() < 1e-6
-
-
-@torch.no_grad()
-def test_a_slice_sees_its_direct_neighbours() -> None:
-    net, x = transformer(layers=1), random(1, 12, WIDTH)
-    net.layers[0].attention.to_out.weight.zero_()  # what is left between slices is the local convolution
-    changed = x.clone()
-    changed[0, 3] += 1
-    difference = (net(changed, first(12, 12)) - net(x, first(12, 12))).norm(dim=2)[0]
-    assert difference[[2, 3, 4]].min() > 1e-4
-    assert difference[[0, 1, *range(5, 12)]].max() < 1e-6
-
-
-@torch.no_grad()
-def test_sampling_is_linear_between_neighbouring_slices() -> None:
-    """With offsets of zero, points lie at 1.5 and 5.5; one point alone, attended by all, is the mean of slices 1, 2."""
-    module = attention()
-    module.offset_head.weight.zero_()
-    module.offset_head.bias.zero_()
-    x = random(1, 4, WIDTH)
-    out, maps = module(x, first(4, 4), return_maps=True)
-    assert_close(maps.positions, torch.full((1, 8, 1), 1.5))
-    value = module.to_kv(x[:, 1:3].mean(dim=1)).chunk(2, dim=-1)[1]
-    assert_close(out, module.to_out(value).unsqueeze(1).expand(1, 4, WIDTH))
-    # r * tanh(b) moves them: 4 * tanh(atanh(1 / 16)) = a quarter of a slice.
-    module.offset_head.bias.fill_(torch.atanh(torch.tensor(1 / 16)))
-    assert_close(module(x, first(4, 4), return_maps=True)[1].positions, torch.full((1, 8, 1), 1.75))
 
 
 @pytest.mark.parametrize("D", [1, 2, 3, 5, 64])
@@ -266,27 +194,6 @@ def test_gradients_equal_finite_differences_in_float64() -> None:
         return torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x, mask))
 
     assert torch.autograd.gradcheck(output, (x, *(start[name].detach().clone().requires_grad_() for name in names)))
-
-
-def test_gradients_of_positions_equal_differences_in_float32() -> None:
-    module, x, mask = attention(), random(1, 16, WIDTH), first(16, 16)
-    direction = random(1, 16, WIDTH, seed=1)
-
-    def objective() -> Tensor:
-        return (module(x, mask) * direction).sum()
-
-    objective().backward()
-    bias, step = module.offset_head.bias, 2e-3
-    for group in range(3):
-        with torch.no_grad():
-            bias[group] += step
-            above = objective()
-            bias[group] -= 2 * step
-            below = objective()
-            bias[group] += step
-        expected = float(above - below) / (2 * step)
-        assert abs(expected) > 1e-3
-        assert float(bias.grad[group]) == pytest.approx(expected, rel=0.02, abs=2e-3)
 
 
 def plain_attention(module: DeformableAttention1D, x: Tensor, mask: Tensor) -> Tensor:
@@ -424,32 +331,12 @@ def test_a_transformer_of_ordinary_attention_does_not_see_padding() -> None:
     assert_close(net(padded, first(6, 11), return_maps=True), (out, []))  # it has no sampled points to show
 
 
-def test_the_default_is_deformable_and_has_the_weights_it_always_had() -> None:
-    torch.manual_seed(0)
-    default = SliceTransformer(WIDTH, 1, hidden=48)
-    torch.manual_seed(0)
-    named = SliceTransformer(WIDTH, 1, hidden=48, attention="deformable")
-    assert_close(default.state_dict(), named.state_dict(), rtol=0, atol=0)
-    assert "layers.0.attention.offset_conv.weight" in default.state_dict()
-
-
 def test_mean_is_the_mean_of_the_slice_embeddings_and_nothing_else() -> None:
     joint = JointEncoder("resnet18", WIDTH, attention="mean").eval()
     tokens, mask = random(2, 7, WIDTH), torch.cat([first(7, 7), first(4, 7)])
     expected = torch.stack([tokens[0].mean(dim=0), tokens[1, :4].mean(dim=0)])
     assert_close(joint.holistic(tokens, mask), nn.functional.normalize(expected, dim=1))
     assert not joint.transformer.state_dict()
-
-
-@pytest.mark.parametrize("attention", ["deformable", "ordinary", "mean"])
-def test_a_file_says_which_attention_it_has(attention: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    joint = JointEncoder("resnet18", WIDTH, layers=1, attention=attention).eval()
-    about = {"arch": "resnet18", "d_model": WIDTH, "layers": 1, "attention": attention}
-    save_joint(SimpleNamespace(encoder=joint, resnet=joint.encoder), tmp_path / "joint.pth", {"config": about})
-    tokens, mask = random(1, 7, WIDTH), first(7, 7)
-    again = load_joint(tmp_path / "joint.pth").eval()
-    assert_close(again.holistic(tokens, mask), joint.holistic(tokens, mask))
 
 
 def test_a_frozen_resnet_keeps_its_weights_and_statistics_while_the_rest_learns() -> None:
@@ -555,13 +442,6 @@ def test_pca_start_whitens_nothing_but_centres_decorrelates_and_scales(samples: 
     assert_close(gram, gram[0, 0] * torch.eye(16), rtol=0, atol=1e-4 * gram[0, 0].item())
     values = torch.linalg.eigvalsh(torch.cov(features.double().T)).flip(0)
     assert kept == pytest.approx(float(values[:16].sum() / values.sum()), abs=1e-4)
-
-
-@torch.no_grad()
-def test_pca_start_with_more_outputs_than_features() -> None:
-    projection, features = nn.Linear(8, 16), random(50, 8)
-    assert init_pca(projection, features) == pytest.approx(1)
-    assert projection(features).square().mean() == pytest.approx(1, rel=1e-3)
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ from torch import Tensor
 from models.transformer import SliceTransformer
 from objectives import DeepClusterV2, SwAV
 from objectives.kmeans import kmeans_torch
-from objectives.sinkhorn import sinkhorn
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:
@@ -55,29 +54,6 @@ def test_what_waits_is_found(name: str) -> None:
         WAITS[name](torch.arange(6.0))
 
 
-def test_what_waits_in_backward_is_found() -> None:
-    class Asks(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: object, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: object, grad: Tensor) -> Tensor:
-            return grad if grad.sum() > 0 else -grad
-
-    loss = Asks.apply(torch.ones(3, requires_grad=True)).sum()
-    with no_waiting(), pytest.raises(HostWaits):
-        loss.backward()
-
-
-def test_what_does_not_wait_passes() -> None:
-    x = torch.arange(6.0).requires_grad_()
-    with no_waiting():
-        y = torch.where(MASK, x[ROWS], 0).masked_fill(MASK, 1) + torch.zeros(6) + torch.full((), 2.0)
-        y = y.to("cpu", non_blocking=True)
-        y.index_copy(0, ROWS, y).sort()[0].half().float().to(torch.float64).sum().backward()
-
-
 @pytest.mark.parametrize("queue_length", [0, 8])
 @pytest.mark.parametrize("freeze", [0, 1])
 def test_swav_does_not_wait(queue_length: int, freeze: int) -> None:
@@ -109,14 +85,6 @@ def test_kmeans_does_not_wait_even_when_clusters_are_empty(empty: str, products:
         kmeans_torch(points, start, 3, empty=empty, products=products)
 
 
-def test_sinkhorn_does_not_wait() -> None:
-    scores = unit(6, 8) @ unit(5, 8, seed=1).T
-    with no_waiting():
-        sinkhorn(scores)
-        sinkhorn(scores[:0])
-        sinkhorn(scores, taking_part=MASK)
-
-
 @pytest.mark.parametrize("half", [False, True])
 def test_the_transformer_does_not_wait(half: bool) -> None:
     net, x, mask = SliceTransformer(32, 2, hidden=48), torch.randn(2, 9, 32), torch.arange(9) < torch.tensor([[9], [5]])
@@ -129,14 +97,6 @@ def test_a_pretended_gpu_finds_mixed_devices_and_values_asked_for() -> None:
         torch.zeros(3) + torch.zeros(3, device="cpu")
     with pretended_gpu(), pytest.raises(RuntimeError):
         bool(torch.zeros(3).any())
-
-
-@pytest.mark.parametrize("empty", ["reseed", "keep"])
-@pytest.mark.parametrize("products", [None, torch.bfloat16])
-def test_kmeans_stays_on_the_device(empty: str, products: torch.dtype | None) -> None:
-    with pretended_gpu() as device:
-        points = torch.empty(5000, 64)
-        assert kmeans_torch(points, points[:50], 2, empty=empty, products=products).device == device
 
 
 def test_objectives_and_transformer_stay_on_the_device() -> None:

@@ -6,35 +6,56 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny import run, write_data
 
 import report
-from datasets.index import scan
 from models.transformer import AttentionMaps
-from reporting import clusters, embed, figures, page, results
-from reporting.runs import read_metrics, read_runs, read_warnings, short_names
+from reporting import clusters, embed, figures, results
+from reporting.embed import Network
+from reporting.runs import read_runs, read_table, read_warnings, short_names
+from training.weights import load_joint
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"slices": 20, "volumes": 8, "prototypes": 3, "pictures": 2, "queries": 2, "examples": 1, "map": "pca"}
-HOSTILE = "<script>alert(1)</script>"
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+RUNS = ("ssl_swav2D", "mask_swav", "ssl_deepcluster3D")
+HOSTILE = "<script>alert(1)<script>"  # a file name holds no slash
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """Stages 1 to 3 on tiny data of their own, one file of which has a hostile name."""
+    """Stages 1 to 3 on tiny data of their own, with hostile names among them."""
+    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("made")
-    data = write_data(out / "data")
-    # A file name holds no slash.
-    (data / "Images" / "image_0.png").rename(data / "Images" / f"{HOSTILE.replace('/', '')}&'.png")
-    (data / "Volumes").rename(data / "<b>Volumes")
-    for script in ("ssl_swav2D", "mask_swav", "ssl_deepcluster3D"):
-        run(script, data, out, epochs=2)
+    data = write_data(out / "data", volumes=6)
+    (data / "Images" / "image_0.png").rename(data / "Images" / f"{HOSTILE}&'.png")
+    (data / "Volumes").rename(data / 'V"o<b>lumes')
+    for script in RUNS:
+        run(script, data, out, epochs=1)
     return out
+
+
+@pytest.fixture(scope="module")
+def networks(made) -> dict[str, Network]:
+    found = {}
+    for one in read_runs([folder(made, script) for script in RUNS]):
+        found[one.name] = Network(one, embed.open_data(one, None, None, 1))
+    return found
+
+
+@pytest.fixture(scope="module")
+def page(made) -> Path:
+    """The report of the three runs."""
+    make(made, made / "page.html", *RUNS)
+    return made / "page.html"
 
 
 def folder(made: Path, script: str) -> str:
@@ -46,59 +67,45 @@ def make(made: Path, output: Path, *scripts: str, **changes) -> str:
     return output.read_text(encoding="utf-8")
 
 
-def test_every_prototype_shows_what_has_the_largest_cosine(made):
-    (of,) = read_runs([folder(made, "ssl_swav2D")])
-    network = embed.build(of)
-    samples, store, same = embed.open_data(of, None, None, 1)
-    level = embed.embed_slices(of, network, samples, store, 20, 0)
-    assert same
-    assert len(level.items) == 20
-    torch.testing.assert_close(level.z.norm(dim=1), torch.ones(20))
+@pytest.mark.slow
+def test_every_prototype_shows_what_has_the_largest_cosine(networks):
+    network = networks["ssl_swav2D"]
+    level = network.slices(14)
+    assert len(level.items) == 14
+    torch.testing.assert_close(level.z.norm(dim=1), torch.ones(14))
     found, K, unused = clusters.prototypes_of(level, 0, 100, 3)
-    assert of.state["learner"]["intra.prototypes.heads.0.weight"].shape[0] == K
-    assert unused + len(found) == K
-    assert sum(len(p.members) for p in found) == 20
+    assert network.learner.intra.prototypes.heads[0].out_features == K == unused + len(found)
+    assert sum(len(p.members) for p in found) == 14
     for p in found:
         cosines = level.z @ level.prototypes[0][p.index]
         assert [i for i, _ in p.nearest] == cosines.argsort(descending=True, stable=True)[:3].tolist()
         assert p.nearest[0][1] == pytest.approx(float(cosines.max()))
         rest = [i for i in p.members if i not in dict(p.nearest)]
         assert all(cosines[i] <= cosines[j] for i, _ in p.farthest for j in rest if j not in dict(p.farthest))
+    # Neighbours are of other files, nearest first.
+    neighbours = clusters.neighbours(level, 0, 4)
+    assert level.items[0].index not in {level.items[i].index for i, _ in neighbours}
+    assert [cosine for _, cosine in neighbours] == sorted((cosine for _, cosine in neighbours), reverse=True)
 
 
-def test_embeddings_are_those_of_the_exported_weights(made):
-    from training.weights import load_joint
-
-    (of,) = read_runs([folder(made, "ssl_deepcluster3D")])
-    samples, store, _ = embed.open_data(of, None, None, 1)
-    level = embed.embed_volumes(of, embed.build(of), samples, store, 8, 0)
+@pytest.mark.slow
+def test_embeddings_are_those_of_the_exported_weights(made, networks):
+    network = networks["ssl_deepcluster3D"]
+    level = network.volumes(2)
     other = load_joint(made / "weights" / "deepcluster3D.pth").eval()
-    index, start, stop = level.items[0]
-    views = embed.pictures(store, (index, start, stop), (32, 32))[None]
-    mask = torch.ones(1, stop - start, dtype=torch.bool)
+    mask = torch.ones(1, level.items[0].slices, dtype=torch.bool)
     with torch.inference_mode():
-        z = other.holistic(other.tokens(views, mask)[1], mask)
+        z = other.holistic(other.tokens(network.pixels(level.items[0]).squeeze(1)[None], mask)[1], mask)
     torch.testing.assert_close(level.z[:1], z)
-
-
-def test_neighbours_are_of_other_files_and_nearest_first(made):
-    (of,) = read_runs([folder(made, "ssl_swav2D")])
-    samples, store, _ = embed.open_data(of, None, None, 1)
-    level = embed.embed_slices(of, embed.build(of), samples, store, 20, 0)
-    ((query, found),) = clusters.neighbours(level, [0], 4)
-    assert query == 0
-    assert level.items[0][0] not in {level.items[i][0] for i, _ in found}
-    cosines = [cosine for _, cosine in found]
-    assert cosines == sorted(cosines, reverse=True)
 
 
 def test_items_are_spread_evenly_over_the_data_sets():
     groups = ["a"] * 50 + ["b"] * 3 + ["c"] * 10
     chosen = embed.choose(groups, 15, seed=0)
-    counts = [sum(groups[i] == g for i in chosen) for g in "abc"]
-    assert counts == [6, 3, 6]
+    assert [sum(groups[i] == g for i in chosen) for g in "abc"] == [6, 3, 6]
     assert chosen == embed.choose(groups, 15, seed=0) != embed.choose(groups, 15, seed=1)
     assert embed.choose(groups, 1000, seed=0) == list(range(63))
+    assert embed.choose([], 5, seed=0) == []
 
 
 def test_attention_over_slices_divides_a_point_between_its_two_neighbours():
@@ -109,27 +116,25 @@ def test_attention_over_slices_divides_a_point_between_its_two_neighbours():
     torch.testing.assert_close(over.sum(dim=1), torch.ones(4))
 
 
-def test_masked_errors_cover_every_slice_and_interpolation_is_the_known_guess(made):
-    (of,) = read_runs([folder(made, "mask_swav")])
-    network = embed.build(of)
-    samples, store, _ = embed.open_data(of, None, None, 1)
-    (error,) = embed.masked_errors(of, network, samples, store, 1, 0)
-    D = error.item[2] - error.item[1]
-    assert error.model.shape == error.interpolation.shape == (D,) == (8,)
-    assert np.isfinite(error.model).all()
-    tokens = network.joint.slices(embed.pictures(store, error.item, (32, 32)).unsqueeze(1))[1].detach()
-    # Two of eight slices are hidden; the first one always takes its nearest visible neighbour's place.
-    guesses = [(tokens[0] - tokens[k]).square().mean().item() for k in (1, 2)]
-    assert min(guesses) * 0.999 <= error.interpolation[0] <= max(guesses) * 1.001
+@pytest.mark.slow
+def test_masked_errors_cover_every_slice_and_interpolation_is_the_known_guess(networks):
+    network = networks["mask_swav"]
+    ((item, errors),) = network.masked_errors(1)
+    assert len(errors) == item.slices == 8
+    assert np.isfinite(errors["transformer"]).all()
+    tokens = network.tokens(item)[0].detach()
+    # Two of eight slices are masked; the first one always takes its nearest visible neighbour's place.
+    guesses = [(tokens[0, 0] - tokens[0, k]).square().mean().item() for k in (1, 2)]
+    assert min(guesses) * 0.999 <= errors["interpolation"][0] <= max(guesses) * 1.001
 
 
-def test_the_page_of_three_runs(made, tmp_path):
-    html = make(made, tmp_path / "page.html", "ssl_swav2D", "mask_swav", "ssl_deepcluster3D")
+@pytest.mark.slow
+def test_the_page_of_three_runs(page):
+    html = page.read_text(encoding="utf-8")
     assert len(html) < 10_000_000
     assert "default-src 'none'" in html  # whatever plotly.js may want, nothing is loaded
     assert not re.search(r'<(script|link|img|iframe)[^>]*(src|href)="(?!data:)', html)
-    for name in ("ssl_swav2D", "mask_swav", "ssl_deepcluster3D"):
-        assert f'<th scope="col">{name}</th>' in html
+    assert all(f'<th scope="col">{name}</th>' in html for name in RUNS)
     assert re.search(r'<tr class="differs"><th scope="row">batch_size</th><td>4</td><td>2</td><td>2</td>', html)
     assert re.search(r'<tr><th scope="row">seed</th><td>31</td>', html)
     used = set(re.findall(r'data-thumb="(\w+)"', html))
@@ -137,128 +142,99 @@ def test_the_page_of_three_runs(made, tmp_path):
     assert used
     assert used <= thumbs.keys()
     assert "ln K" in html
-
-
-def test_hostile_names_are_text(made, tmp_path):
-    html = make(made, tmp_path / "page.html", "ssl_swav2D")
+    # Hostile names are text, also to Plotly, which reads tags in its texts.
     assert "alert(1)" in html
     assert "<script>alert" not in html
-    assert "<b>Volumes" not in html
+    assert "o<b>lumes" not in html
     embedded = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', html, re.DOTALL)
-    texts = "".join(str(json.loads(part).get("data", "")) for part in embedded)
-    assert "&lt;b&gt;Volumes" in texts  # Plotly would read tags in its texts
+    plots = [plot for plot in map(json.loads, embedded) if "data" in plot]
+    names = {trace["name"] for plot in plots for trace in plot["data"] if trace.get("name")}
+    assert 'V"o&lt;b&gt;lumes' in names
+    assert not any("<" in name for name in names)
+    assert not any("<" in text for plot in plots for trace in plot["data"] for text in trace.get("text", []))
 
 
-def test_without_data_there_are_curves_and_the_reason(made, tmp_path):
-    moved = tmp_path / "run"
-    shutil.copytree(folder(made, "ssl_swav2D"), moved)
-    report.main(report.Config([str(moved)], str(tmp_path / "p.html"), data_path=str(tmp_path / "gone"), **SMALL))
-    html = (tmp_path / "p.html").read_text()
+@pytest.mark.slow
+def test_what_is_gone_is_said(made, tmp_path):
+    html = make(made, tmp_path / "p.html", "ssl_swav2D", data_path=str(tmp_path / "gone"))
     assert "The data cannot be read, so there are no pictures" in html
     assert "Loss · stage 1" in html
     assert 'class="picture' not in html
-
-
-def test_other_data_than_the_run_was_trained_on_are_named(made, data, tmp_path):
-    html = make(made, tmp_path / "p.html", "ssl_swav2D", data_path=str(data))
-    assert "does not hold the data that the run was trained on" in html
-
-
-def test_without_a_checkpoint_or_an_epoch_there_is_a_page(made, tmp_path):
-    begun = tmp_path / "begun"
-    begun.mkdir()
-    shutil.copy(Path(folder(made, "mask_swav")) / "config.yaml", begun)
-    report.main(report.Config([str(begun)], str(tmp_path / "p.html"), **SMALL))
+    (tmp_path / "begun").mkdir()
+    shutil.copy(Path(folder(made, "mask_swav")) / "config.yaml", tmp_path / "begun")
+    report.main(report.Config([str(tmp_path / "begun")], str(tmp_path / "p.html"), **SMALL))
     html = (tmp_path / "p.html").read_text()
     assert "There is no readable checkpoint" in html
     assert "No run has finished an epoch yet" in html
 
 
-BROKEN = {
-    "cut off": ("epoch,loss\n0,1.5\n1", "line 3 has not as many cells"),
-    "words": ("epoch,loss\n0,low\n", "could not convert"),
-    "another table": ("name,value\na,1\n", "epoch among them"),
-    "a name twice": ("epoch,loss,loss\n0,1,1\n", "every column once"),
-    "binary": ("\x00\x01\x02", "epoch among them"),
-}
+@pytest.mark.slow
+def test_other_data_than_those_of_the_run_are_shown_and_named(made, tmp_path):
+    few = write_data(tmp_path / "few", volumes=1, images=1)  # fewer than a batch, and than the run's memory bank
+    html = make(made, tmp_path / "p.html", "ssl_deepcluster3D", data_path=str(few))
+    assert "does not hold the data that the run was trained on" in html
+    assert html.count('class="card prototype"') > 0
 
 
-@pytest.mark.parametrize("what", BROKEN)
-def test_a_broken_table_is_named(what, made, tmp_path):
-    text, says = BROKEN[what]
-    copy = tmp_path / "run"
-    shutil.copytree(folder(made, "mask_swav"), copy)
-    (copy / "metrics.csv").write_text(text)
-    with pytest.raises(UserError, match=rf"run/metrics\.csv: is not a table of metrics.*{says}"):
-        report.main(report.Config([str(copy)], str(tmp_path / "p.html")))
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("epoch,loss\n0,low\n", "could not convert"), ("epoch,loss\n,1\n", "lacks its epoch"), ("\0\1\2", "epoch")],
+)
+def test_a_broken_table_is_named(text, says, tmp_path):
+    (tmp_path / "metrics.csv").write_text(text)
+    with pytest.raises(UserError, match=rf"metrics\.csv: is not a run's table.*{says}"):
+        read_table(tmp_path / "metrics.csv", float)
 
 
-def test_metrics_may_lack_values_and_have_new_columns(tmp_path):
-    (tmp_path / "m.csv").write_text("epoch,loss,intra_new\n0,2.5,nan\n1,2.25,\n")
-    metrics = read_metrics(tmp_path / "m.csv")
-    assert metrics["loss"] == [2.5, 2.25]
-    assert np.isnan(metrics["intra_new"]).all()
-
-
-def test_columns_become_charts(made):
-    (of,) = read_runs([folder(made, "ssl_deepcluster3D")])
-    of.metrics = {"epoch": [0.0, 1.0], "loss": [3.0, 2.0], "inter": [1.5, 1.0], "inter_new": [0.1, 0.2]} | {
-        "intra_new": [0.3, float("nan")],
-        "lr": [1.0, 0.5],
-    }
-    groups = dict(figures.curves([of]))
+def test_columns_become_charts():
+    table = pd.DataFrame(
+        {"epoch": [0.0, 1], "loss": [3.0, 2], "inter": [1.5, 1], "inter_chance": [0.7, 0.7], "inter_new": [0.1, 0.2]}
+        | {"intra_new": [0.3, np.nan], "lr": [1.0, 0.5], "time_data": [1.0, 1.0]}
+    )
+    groups = dict(figures.curves([SimpleNamespace(name="<a>", stage=3, metrics=table)]))
     assert [f["title"] for f in groups["Losses"]] == ["Loss · stage 3", "Loss of volumes · stage 3"]
+    assert [f["title"] for f in groups["Schedule and machine"]] == ["Learning rate", "time_data"]
+    assert {trace["name"] for trace in groups["Losses"][1]["plot"]["data"]} == {"&lt;a&gt; · ln K = 0.70", "&lt;a&gt;"}
     (new,) = groups["Diagnostics"]
-    assert {trace["name"]: trace["y"] for trace in new["data"]} == {
-        "ssl_deepcluster3D · inter": [0.1, 0.2],
-        "ssl_deepcluster3D · intra": [0.3, None],
-    }
-    K = len(of.state["learner"]["inter.prototypes.heads.0.weight"])
-    assert groups["Losses"][1]["data"][1]["y"] == [pytest.approx(np.log(K), rel=1e-4)] * 2
+    assert new["alt"].endswith("Last values: <a> · inter 0.2; <a> · intra 0.3.")
 
 
-def test_warnings_of_a_run_are_shown(made, tmp_path):
+def test_warnings_of_a_run_are_shown(tmp_path):
     (tmp_path / "warnings.csv").write_text("epoch,condition,text\n2,intra_chance,the loss is that of guessing\n")
     (tmp_path / "bad_steps.csv").write_text("epoch,step,reason,files\n0,1,loss,a.npy\n0,2,loss,b.npy\n")
     first, second = read_warnings(tmp_path)
     assert first == "epoch 3: the loss is that of guessing"
-    assert second.startswith("2 steps were not applied")
+    assert second.startswith("2 updates were skipped")
     (tmp_path / "warnings.csv").write_text("what,ever\n1,2\n")
     with pytest.raises(UserError, match=r"warnings\.csv: is not a run's table"):
         read_warnings(tmp_path)
 
 
-def test_what_is_no_run_is_refused(made, tmp_path):
+@pytest.mark.slow
+def test_what_is_no_run_is_refused_and_runs_are_told_apart(made, tmp_path):
     with pytest.raises(UserError, match="is not the folder of a run"):
-        report.main(report.Config([str(tmp_path)]))
+        read_runs([str(tmp_path)])
     (tmp_path / "config.yaml").write_text("a: 1\n")
-    with pytest.raises(UserError, match=r"config\.yaml: is not the configuration"):
-        report.main(report.Config([str(tmp_path)]))
+    with pytest.raises(UserError, match=r"config\.yaml: these options are not those of any training script"):
+        read_runs([str(tmp_path)])
+    assert short_names([Path("/x/a/run"), Path("/x/b/run")]) == ["a/run", "b/run"]
+    assert short_names([Path("/x/a/one"), Path("/x/b/two")]) == ["one", "two"]
     with pytest.raises(UserError, match="each run folder once"):
-        report.main(report.Config([folder(made, "mask_swav")] * 2))
+        read_runs([folder(made, "mask_swav")] * 2)
     with pytest.raises(UserError, match="is not a folder"):
-        report.main(report.Config([folder(made, "mask_swav")], str(tmp_path / "no" / "p.html")))
+        make(made, tmp_path / "no" / "p.html", "mask_swav")
     with pytest.raises(UserError, match=r"head: .* has 1 head"):
         make(made, tmp_path / "p.html", "ssl_swav2D", head=1)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_is_named(made, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(folder(made, "ssl_swav2D"), copy)
     config = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(config.replace("feat_dim: 16", "feat_dim: 8"))
-    with pytest.raises(UserError, match=r"run: the checkpoint does not fit config\.yaml"):
+    with pytest.raises(UserError, match=r"the checkpoint in .*run does not fit"):
         report.main(report.Config([str(copy)], str(tmp_path / "p.html"), **SMALL))
-
-
-def test_runs_are_told_apart_by_as_many_folders_as_needed():
-    assert short_names([Path("/x/a/run"), Path("/x/b/run")]) == ["a/run", "b/run"]
-    assert short_names([Path("/x/a/one"), Path("/x/b/two")]) == ["one", "two"]
-
-
-def test_folders_come_before_options():
-    assert report.arguments(["a", "b c", "--map", "pca"]) == ['--runs=["a", "b c"]', "--map", "pca"]
-    assert report.arguments(["--runs", "[a]"]) == ["--runs", "[a]"]
 
 
 def test_tables_of_downstream_results(tmp_path):
@@ -280,25 +256,95 @@ def test_tables_of_downstream_results(tmp_path):
         results.read_tables([str(tmp_path / "probe")])
 
 
-def test_the_page_is_the_same_again(made, tmp_path):
-    first = make(made, tmp_path / "a.html", "ssl_swav2D", map="tsne")
-    second = make(made, tmp_path / "b.html", "ssl_swav2D", map="tsne")
+@pytest.mark.slow
+def test_the_page_is_the_same_again_and_leaves_the_run_as_it_was(made, tmp_path):
+    before = {p: p.stat().st_mtime_ns for p in sorted(Path(folder(made, "mask_swav")).rglob("*"))}
+    first, second = (make(made, tmp_path / name, "mask_swav", map="tsne") for name in ("a.html", "b.html"))
     clock = r"made \d{4}-\d\d-\d\d \d\d:\d\d"
     assert re.sub(clock, "", first) == re.sub(clock, "", second)
+    assert before == {p: p.stat().st_mtime_ns for p in sorted(Path(folder(made, "mask_swav")).rglob("*"))}
 
 
-def test_the_run_folder_is_left_as_it_was(made, tmp_path):
-    before = {p: p.stat().st_mtime_ns for p in sorted(Path(folder(made, "ssl_swav2D")).rglob("*"))}
-    make(made, tmp_path / "p.html", "ssl_swav2D")
-    assert before == {p: p.stat().st_mtime_ns for p in sorted(Path(folder(made, "ssl_swav2D")).rglob("*"))}
+def test_folders_come_before_options_and_data_has_options_of_its_own(monkeypatch, capsys):
+    asked: list[Any] = []
+    monkeypatch.setattr(report.config, "main", lambda main, options, doc, args: asked.append((main, options, args)))
+    report.command(["a", "b c", "--map", "pca", "--data_path", "d"])
+    report.command(["--runs", "[a]"])
+    report.command(["--epoch", "3", "--data=mask_swav", "--data_path", "d"])
+    (runs, _, first), (_, _, second), (views, options, third) = asked
+    assert runs is report.main
+    assert first == ['--runs=["a", "b c"]', "--map", "pca", "--data_path", "d"]
+    assert second == ["--runs", "[a]"]
+    assert (views, options.stage) == (report.views.main, 2)
+    assert third == ["--epoch", "3", "--data_path", "d"]
+    with pytest.raises(SystemExit, match="2"):
+        report.command(["--data", "nothing"])
+    assert "nothing: is not one of the training scripts" in capsys.readouterr().err
 
 
-def test_a_thumbnail_is_kept_once_and_shows_its_slice(data):
-    from datasets.store import SliceStore
+# What a reader does with the page, and what must be so then; `shown` are the elements that can be seen.
+IN_THE_BROWSER = """return (async () => {
+const shown = (selector) => all(selector).filter((e) => e.offsetParent);
+const found = {};
+all('details').forEach((d) => (d.open = true));
+all('.plot').forEach(draw);
+found.drawn = all('.plot .main-svg:first-child').length === all('.plot').length;
+await Promise.all([...document.images].map((i) => i.decode()));  // rejects those that are no picture
+found.offline = performance.getEntriesByType('resource').every((e) => /^(data|blob):/.test(e.name));
+found['no upload'] = all('.modebar-btn').every((b) => /^(Zoom|Pan|Reset|Download)/.test(b.dataset.title));
 
-    store = SliceStore(scan(data), 40)
-    store.build(progress=False)
-    volume = next(i for i, s in enumerate(store.samples) if s.kind == "volume")
-    thumbs = page.Thumbnails()
-    assert thumbs.add(store, (volume, 5, 6)) == thumbs.add(store, (volume, 5, 6)) != thumbs.add(store, (volume, 6, 7))
-    assert len(thumbs.uris) == 2
+const button = (key, value) => all(`[data-key=${key}]`).find((b) => b.dataset.value === value);
+const everything = shown('.prototype').length;
+button('dataset', 'Images').click();
+found['one data set'] = shown('.prototype .picture').every((p) => p.dataset.dataset === 'Images');
+found['one in the map'] = all('.map').flatMap((m) => m.data.filter((t) => t.visible === true))
+  .every((t) => t.meta === 'Images');
+button('dataset', '').click();
+button('run', 'ssl_deepcluster3D').click();
+found['one run'] = shown('.prototype').length > 0 && shown('.prototype').length < everything;
+button('run', '').click();
+all('button.only')[0].click();
+found['one prototype'] = new Set(shown('.prototype').map((p) => p.dataset.prototype)).size === 1;
+found.status = document.getElementById('status').textContent.startsWith(shown('.prototype').length);
+all('button.only')[0].click();
+const few = shown('.options tbody tr').length;
+document.getElementById('differences').click();
+found.differences = few > 0 && few < shown('.options tbody tr').length;
+
+const dialog = document.getElementById('item');
+const map = document.querySelector('.map'), trace = map.data[0];
+map.emit('plotly_click', { points: [{ data: trace, customdata: trace.customdata[0] }] });
+found['point opens'] = dialog.open && dialog.textContent.includes(trace.customdata[0][1]);
+dialog.close();
+const colours = () => [document.body, document.querySelector('.plot .xtick text')].map((e) => getComputedStyle(e))
+  .map((style) => style.backgroundColor + style.fill);
+const light = colours();
+document.getElementById('theme').click();
+await new Promise(requestAnimationFrame);
+found.dark = colours().every((colour, i) => colour !== light[i]);
+return Object.keys(found).filter((name) => !found[name]);
+})()"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Debian's chromium and chromium-driver")
+def test_the_page_works_in_a_browser_without_a_network(page, tmp_path):
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chosen = webdriver.ChromeOptions()
+    chosen.binary_location = CHROMIUM
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={tmp_path}"):
+        chosen.add_argument(flag)
+    chosen.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with webdriver.Chrome(chosen, webdriver.ChromeService(DRIVER)) as browser:
+        browser.get(page.as_uri())
+        assert browser.execute_script(IN_THE_BROWSER) == []
+        browser.execute_script("all('.picture')[0].focus()")
+        for key in ("\ue014", "\ue007"):  # arrow to the right, enter
+            browser.switch_to.active_element.send_keys(key)
+        opened = "return document.querySelector('#item [data-field=label]').textContent"
+        assert browser.execute_script(opened) == browser.execute_script("return all('.picture')[1].dataset.label")
+        phone = {"width": 390, "height": 900, "deviceScaleFactor": 1, "mobile": True}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+        browser.get(page.as_uri())
+        assert browser.execute_script("all('.plot').forEach(draw); return document.documentElement.scrollWidth") <= 390
+        assert browser.get_log("browser") == []

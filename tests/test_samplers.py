@@ -85,13 +85,6 @@ def test_another_number_of_processes_goes_on_in_the_same_order(samples: int, bef
         assert 0 <= second[0].step_at(seen) <= second[0].steps
 
 
-def test_with_one_sample_each_what_does_not_fill_a_step_is_left_to_another_epoch() -> None:
-    several = samplers(11, 1, 4)
-    batches = [list(chain(*joint(several, epoch))) for epoch in range(12)]
-    assert all(len(set(batch)) == 8 for batch in batches)
-    assert set(chain(*batches)) == set(range(11))
-
-
 def test_too_few_samples_are_an_error_with_the_numbers() -> None:
     with pytest.raises(UserError, match=r"4 per process x 3 process\(es\) need 12 samples.*hold 11"):
         samplers(11, 4, 3)
@@ -138,15 +131,6 @@ def test_balanced_data_sets_take_their_samples_in_turns() -> None:
 def test_the_pass_that_fills_a_memory_bank_sees_every_sample_however_data_sets_are_balanced() -> None:
     batches = EpochBatches(GROUPS, 8, 3, run(0, 1), sampling_temperature=5)
     assert sorted(chain(*drawn(batches, FILLING))) == list(range(len(GROUPS)))
-
-
-def test_balanced_epochs_go_on_and_spread_over_processes_too() -> None:
-    alone = [EpochBatches(GROUPS, 8, 3, run(0, 1), sampling_temperature=3)]
-    four = [EpochBatches(GROUPS, 2, 3, run(r, 4), sampling_temperature=3) for r in range(4)]
-    whole = joint(alone, 9)
-    assert joint(four, 9) == whole
-    seen = sum(map(len, whole[:20]))
-    assert joint(four, 9, seen) == whole[20:]
 
 
 # -------------------------------------------------------------------------------------- images that accompany an epoch

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import losses, options
+from trials import Trial, arguments
 
 import mask_swav
 import ssl_deepcluster3D
-from benchmarks.trials import Trial, arguments
 from datasets.store import SliceStore
 from objectives import deepcluster
 from objectives.deepcluster import DeepClusterV2
@@ -128,17 +128,6 @@ def test_torchrun_passes_a_signal_on_and_its_processes_save(data, tmp_path):
     said = (tmp_path / "log.txt").read_text()
     assert "stopped by signal 15 after epoch" in said
     assert checkpoint.load(folder)["epoch"] >= 1
-
-
-def test_a_second_ctrl_c_ends_at_once_but_not_the_one_that_torchrun_passes_on(monkeypatch):
-    with signals.handled(), signals.noted():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)  # torchrun's
-        assert signals.caught() == signal.SIGINT
-        monkeypatch.setattr(signals, "SAME_CTRL_C", 0.0)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        signals._caught.clear()
 
 
 def test_a_signal_waits_for_the_end_of_what_must_not_be_torn():

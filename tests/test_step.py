@@ -14,7 +14,6 @@ import torch
 import torchvision
 from syncs import no_waiting
 from torch import Tensor, nn
-from torch.testing import assert_close
 
 from datasets.batch import Batch
 from datasets.loaders import VolumeLoader
@@ -22,9 +21,7 @@ from models.encoder import JointEncoder
 from models.heads import ProjectionHead
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet
 from objectives import DeepClusterV2, ImageClustering, JointClustering, MaskedSlices, SwAV
-from training import train
 from utils import guards, optim
-from utils.errors import UserError
 from utils.precision import Precision
 
 STEPS = 5
@@ -149,33 +146,6 @@ def test_recomputing_works_with_the_synchronised_batch_norm_of_gpus(one_thread: 
         assert torch.equal(a, b), name
 
 
-def test_recomputing_and_compiling_is_one_clear_error() -> None:
-    with pytest.raises(UserError, match="compile: does not work together with recompute"):
-        GreyResNet("resnet18", recompute=True).compile()
-
-
-def test_recomputing_keeps_less_for_the_backward_pass() -> None:
-    kept = {}
-    for recompute in (False, True):
-        net, sizes = GreyResNet("resnet18", recompute), []
-
-        def pack(x: Tensor, sizes: list[int] = sizes) -> Tensor:
-            sizes.append(x.numel())
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            net(torch.rand(2, 1, 64, 64))
-        kept[recompute] = sum(sizes)
-    assert kept[True] < 0.5 * kept[False]
-
-
-def test_weights_leave_the_network_contiguous() -> None:
-    """Inside they lie channels-last; other programs (safetensors among them) expect the plain order."""
-    net = GreyResNet("resnet18")
-    assert net.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
-    assert all(value.is_contiguous() for value in net.torchvision_state().values())
-
-
 def test_what_an_epoch_leaves_over_is_an_update_of_its_own(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,26 +170,6 @@ def test_what_an_epoch_leaves_over_is_an_update_of_its_own(
     row = tiny.losses(tmp_path / "runs" / "mask_swav")[0]
     mean = sum(value * batches for value, batches in zip(parts, (3, 3, 3, 1), strict=True)) / 4
     assert float(row["loss"]) == pytest.approx(mean, rel=1e-4)
-
-
-def test_accumulation_adds_gradients_up_and_divides_by_the_number_of_batches(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: dict[str, list[Tensor]] = {}
-    monkeypatch.setattr(train.Precision, "step", lambda self, optimizer: found.append(gradient(optimizer)))
-
-    def gradient(optimizer: torch.optim.Optimizer) -> Tensor:
-        return torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]])
-
-    for name, accumulate in (("one", 1), ("two", 2)):  # nothing is applied, so both see the same weights throughout
-        found = seen[name] = []
-        out = tmp_path / name
-        options = {"epochs": 1, "accumulate": accumulate, "dropout": 0.0, "projection_init": "orthogonal"}
-        tiny.run("mask_swav", data, out, **options)
-    first, second, third, fourth = seen["one"]
-    assert len(seen["two"]) == 2
-    assert_close(seen["two"][0], (first + second) / 2, rtol=1e-4, atol=1e-7)
-    assert_close(seen["two"][1], (third + fourth) / 2, rtol=1e-4, atol=1e-7)
 
 
 def test_accumulation_keeps_no_batch_that_it_has_used(

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from training import train
-from utils import signals
+from utils import files, signals
 
 
 def write_data(root: Path, volumes: int = 8, images: int = 4) -> Path:
@@ -84,3 +84,21 @@ def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(train, "_agree", counted)
     monkeypatch.setattr(signals, "caught", lambda: 15 if len(asked) >= steps else 0)
+
+
+def write_pairs(root: Path, cases: int = 8, shape: tuple[int, int, int] = (24, 20, 9)) -> Path:
+    """A prepared data set: balls (dim, 1) with a brighter half (bright, 2); the last two cases are of one patient."""
+    (root / "labels").mkdir(parents=True)
+    rows = []
+    for i in range(cases):
+        rng = np.random.default_rng(i)
+        grid = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"), axis=-1)
+        centre = np.array(shape) / 2 + rng.uniform(-2, 2, 3)
+        label = ((((grid - centre) / [6, 6, 4]) ** 2).sum(-1) < 1).astype(np.uint8)
+        label[(label == 1) & (grid[..., 0] > centre[0])] = 2
+        np.save(root / f"c{i}.npy", (label * 40 + rng.normal(30, 4, shape)).astype(np.float32))
+        np.save(root / f"labels/c{i}.npy", label)
+        rows.append({"id": f"c{i}", "label": f"labels/c{i}.npy", "patient": f"p{min(i, cases - 2)}"})
+    files.write_csv(rows, root / "cases.csv")
+    (root / "dataset.yaml").write_text("spacing_mm: [1.5, 1, 2]\nslice_axis: 2\nstructures: {dim: [1], bright: [2]}\n")
+    return root

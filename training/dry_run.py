@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from datasets.cache import shown_size
 from datasets.loaders import OneAhead
-from datasets.store import shown_size
 from training import memory
 from utils import checkpoint, distributed, guards, signals
 from utils.seeding import FILLING

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import warnings
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -14,7 +14,6 @@ from models.resnet import GreyResNet, plain, pooled
 from utils.errors import UserError
 
 Inflation = Literal["centre", "mean"]
-SMALLEST_SIDE, FEWEST_SLICES = 33, 5  # below, the exported graph would need shapes of 1, which torch.export fixes
 
 
 def plain_state(encoder: GreyResNet, channels: int) -> dict[str, Tensor]:
@@ -38,15 +37,15 @@ def inflate(state: dict[str, Tensor], how: Inflation = "centre") -> dict[str, Te
     zero padding along depth is out of sight: not in volumes of usual depth.
     """
 
-    def one(weight: Tensor) -> Tensor:
+    def deep(weight: Tensor) -> Tensor:
         k = weight.shape[-1]
         if how == "mean":
             return (weight / k).unsqueeze(2).repeat(1, 1, k, 1, 1)
-        deep = weight.new_zeros(*weight.shape[:2], k, *weight.shape[2:])
-        deep[:, :, k // 2] = weight
-        return deep
+        centred = weight.new_zeros(*weight.shape[:2], k, *weight.shape[2:])
+        centred[:, :, k // 2] = weight
+        return centred
 
-    return {name: one(value) if value.dim() == 4 else value for name, value in state.items()}
+    return {name: deep(value) if value.dim() == 4 else value for name, value in state.items()}
 
 
 def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -91,28 +90,32 @@ class EncoderOutputs(nn.Module):
         return pooled(stages), *stages
 
 
-def write_program(joint: JointEncoder, path: Path) -> None:
-    """`VolumeEmbedding` through torch.export (.pt2): any batch, D >= FEWEST_SLICES, H and W >= SMALLEST_SIDE."""
+def state_file(state: dict[str, Tensor]) -> bytes:
+    """A state dict as torch.save writes it (.pth)."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+def program_file(joint: JointEncoder) -> bytes:
+    """`VolumeEmbedding` through torch.export (.pt2): any batch, D from 5, H and W from 33 (torch fixes sizes of 1)."""
     volumes, mask = torch.rand(2, 9, 64, 64), torch.ones(2, 9, dtype=torch.bool)
     any_size = torch.export.Dim.AUTO
     shapes = {"volumes": dict.fromkeys(range(4), any_size), "mask": dict.fromkeys(range(2), any_size)}
-    program = torch.export.export(VolumeEmbedding(joint).eval(), (volumes, mask), dynamic_shapes=shapes)
-    torch.export.save(program, path)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(VolumeEmbedding(joint).eval(), (volumes, mask), dynamic_shapes=shapes), file)
+    return file.getvalue()
 
 
-def write_onnx(encoder: GreyResNet, path: Path) -> None:
+def onnx_file(encoder: GreyResNet) -> bytes:
     """`EncoderOutputs` as ONNX: input `images`, outputs `features` and `stage1` to `stage4`, any batch and size."""
     stages = [f"stage{i}" for i in range(1, 5)]
     spatial = {0: "batch", 2: "height", 3: "width"}
+    sizes = {"images": spatial, "features": {0: "batch"}} | dict.fromkeys(stages, spatial)
+    names = {"input_names": ["images"], "output_names": ["features", *stages], "dynamic_axes": sizes}
+    example, file = torch.rand(2, 1, 64, 64), io.BytesIO()
     with warnings.catch_warnings():
         # The newer exporter needs onnxscript; this one writes the same graph for a ResNet.
         warnings.simplefilter("ignore", DeprecationWarning)
-        torch.onnx.export(
-            EncoderOutputs(encoder).eval(),
-            (torch.rand(2, 1, 64, 64),),
-            path,
-            input_names=["images"],
-            output_names=["features", *stages],
-            dynamic_axes={"images": spatial, "features": {0: "batch"}} | dict.fromkeys(stages, spatial),
-            dynamo=False,
-        )
+        torch.onnx.export(EncoderOutputs(encoder).eval(), (example,), file, dynamo=False, **names)
+    return file.getvalue()

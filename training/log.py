@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
-import resource
 import secrets
 import sys
 import time
@@ -12,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from datasets.batch import Batch
+from training.memory import peak_memory
 from utils import distributed, files
 from utils.config import save_yaml, to_dict
 from utils.distributed import Run
@@ -124,7 +122,7 @@ class Log:
             "seconds": seconds,
             "samples_per_second": samples / seconds,
             "data_wait": waited / seconds,
-            "peak_memory_mib": peak_memory_mib(self.run.device),
+            "peak_memory_mib": peak_memory(self.run.device)[0] / 2**20,
             "bad_steps": bad_steps,
             **(figures or {}),
         }
@@ -247,18 +245,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _write(rows: list[dict[str, Any]], path: Path) -> None:
-    if not rows:
+    if rows:
+        files.write_csv(rows, path)
+    else:
         path.unlink(missing_ok=True)
-        return
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    files.write_text(text.getvalue(), path)
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Most memory that this process has used so far: on its GPU, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

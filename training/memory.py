@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from datasets.loaders import OneAhead
+from training import scripts
 from utils import config as options
 from utils.errors import UserError
 
@@ -145,10 +147,9 @@ def line(points: dict[int, int]) -> tuple[float, float]:
     sizes = sorted(points)
     used = [b for b in sizes if 8 * b >= sizes[-1]]
     used = used if len(used) > 1 else sizes[-2:]
-    mean_b, mean_m = sum(used) / len(used), sum(points[b] for b in used) / len(used)
-    spread = sum((b - mean_b) ** 2 for b in used)
-    each = max(0.0, sum((b - mean_b) * (points[b] - mean_m) for b in used) / spread)
-    return mean_m - each * mean_b, each
+    memory = [points[b] for b in used]
+    each = max(0.0, float(np.polyfit(used, memory, 1)[0]))
+    return float(np.mean(memory)) - each * float(np.mean(used)), each
 
 
 def measure(config: Any, batch_size: int, free_before: int = 0) -> int | None:
@@ -158,17 +159,16 @@ def measure(config: Any, batch_size: int, free_before: int = 0) -> int | None:
     Raises RuntimeError with what the process said when it failed otherwise.
     """
     values = options.to_dict(config) | {"batch_size": batch_size, "fit_batch": config.fit_batch or 1.0}
-    # Neither changes the memory of a step: the projection would be fitted anew for every probe, and what is cached is
-    # first computed from images, in the memory that this takes without a cache.
-    values |= {
-        name: value for name, value in (("projection_init", "orthogonal"), ("cached_views", 0)) if name in values
-    }
-    code = "import sys; from utils import memory; memory.probe(*sys.argv[1:])"
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    if config.stage == 2:
+        # Neither changes the memory of a step: the projection would be fitted anew for every probe, and what is cached
+        # is first computed from images, in the memory that this takes without a cache.
+        values |= {"projection_init": "orthogonal", "cached_views": 0}
+    code = "import sys; from training import memory; memory.probe(*sys.argv[1:])"
+    script = Path(inspect.getfile(type(config))).stem
     with tempfile.TemporaryDirectory() as folder:
-        values["dump_path"] = folder
-        command = [sys.executable, "-c", code, inspect.getfile(type(config)), json.dumps(values)]
-        environment = os.environ | {PROBE: "1", "PYTHONPATH": os.pathsep.join(paths)}
+        command = [sys.executable, "-c", code, script, json.dumps(values | {"dump_path": folder})]
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {PROBE: "1", "PYTHONPATH": path}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     found = [text for text in done.stdout.splitlines() if text.startswith(FOUND)]
     if found:
@@ -180,9 +180,8 @@ def measure(config: Any, batch_size: int, free_before: int = 0) -> int | None:
 
 
 def probe(script: str, values: str) -> None:
-    """In a process of its own: run an entry script's `main` up to its line for `fit_batch`."""
-    sys.path.insert(0, str(Path(script).parent))
-    module = __import__(Path(script).stem)
+    """In a process of its own: run an entry script's `main`, which stops at `fit_batch`."""
+    module = scripts.load(script)
     module.main(module.Config(**json.loads(values)))
 
 

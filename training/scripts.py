@@ -22,15 +22,17 @@ def load(name: str) -> ModuleType:
 
 
 def of_config(values: Mapping[str, Any]) -> ModuleType:
-    """The script with exactly these options (the stage 2 scripts of both methods share them, and all that they build).
+    """The script with these options (the stage 2 scripts of both methods share them, and all that they build).
 
+    Options that all scripts have may be missing: those that came after the run whose options these are.
     Raises UserError naming the options that no script has.
     """
     modules = [load(name) for name in SCRIPTS]
     options = [{f.name for f in dataclasses.fields(module.Config)} for module in modules]
+    common = set.intersection(*options)
     for module, names in zip(modules, options, strict=True):
-        if names == values.keys():
+        if names == values.keys() | common:
             return module
     nearest = max(options, key=lambda names: len(names & values.keys()))
-    differing = ", ".join(sorted(nearest ^ values.keys()))
+    differing = ", ".join(sorted(nearest ^ (values.keys() | common)))
     raise UserError(f"these options are not those of any training script of this version (differing: {differing})")

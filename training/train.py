@@ -243,6 +243,7 @@ class Training:
             "config": to_dict(self.config),
             "processes": self.run.world_size,
             "data": self.data,
+            "counts": list(self.loader.counts),  # what the learner was sized by
         }
 
     def load(self, state: dict[str, Any]) -> None:

@@ -63,11 +63,7 @@ def load_backbone(resnet: GreyResNet, config: Any) -> None:
 
 def load_resnet(resnet: GreyResNet, path: Path, remedy: str) -> None:
     """A ResNet from a file of any known layout. Raises UserError; remedy: what to do where there is no such file."""
-    state = _strip(_unwrap(_read(path, remedy)))
-    stem = state.get("conv1.weight")
-    if stem is not None and stem.dim() == 4 and stem.shape[1] == 3:
-        state["conv1.weight"] = fold_grey(stem)
-    _load(resnet, state, path, ignore={key for key in resnet.state_dict() if key.endswith("num_batches_tracked")})
+    _load_grey(resnet, _strip(_unwrap(_read(path, remedy))), path)
 
 
 def load_transformer(encoder: JointEncoder, config: Any) -> None:
@@ -146,11 +142,7 @@ def load_joint(path: Path, dropout: float = 0.1) -> JointEncoder:
     attention = made_by.get("attention", "deformable")  # files of before there was a choice do not say
     encoder = JointEncoder(arch, d_model, layers, dropout, attention=attention)
     state = _read(path, "run mask_*.py or ssl_*3D.py first")
-    own = encoder.encoder.state_dict()
-    resnet = _below(state, "encoder.")
-    if "conv1.weight" in resnet:
-        resnet["conv1.weight"] = fold_grey(resnet["conv1.weight"])
-    _load(encoder.encoder, resnet, path, ignore={k for k in own if k.endswith("tracked")}, label=" encoder.")
+    _load_grey(encoder.encoder, _below(state, "encoder."), path, label=" encoder.")
     for part in ("projection", "transformer"):
         _load(getattr(encoder, part), _below(state, f"{part}."), path, label=f" {part}.")
     return encoder
@@ -209,6 +201,14 @@ def _strip(state: dict[str, Any]) -> dict[str, Tensor]:
     stems = [key for key in tensors if key.endswith("conv1.weight") and ".layer" not in f".{key}"]
     prefix = stems[0].removesuffix("conv1.weight") if stems else ""
     return {key.removeprefix(prefix): value for key, value in tensors.items()}
+
+
+def _load_grey(resnet: GreyResNet, state: dict[str, Tensor], path: Path, label: str = "") -> None:
+    """Load a stem for colour as one for grey; counters of BatchNorm's batches may be missing, as in old files."""
+    stem = state.get("conv1.weight")
+    if stem is not None and stem.dim() == 4 and stem.shape[1] == 3:
+        state["conv1.weight"] = fold_grey(stem)
+    _load(resnet, state, path, {key for key in resnet.state_dict() if key.endswith("num_batches_tracked")}, label)
 
 
 def _load(

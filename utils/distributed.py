@@ -158,13 +158,18 @@ def broadcast_object(x: Any, source: int) -> Any:
 
 def on_main(action: Callable[[], None]) -> None:
     """Do what only the first process does; its UserError is raised on all of them."""
-    error = None
-    if rank() == 0:
-        try:
-            action()
-        except UserError as e:
-            error = e
+    everywhere(action if rank() == 0 else lambda: None)
+
+
+def everywhere(action: Callable[[], Any]) -> Any:
+    """What `action` returns on this process; a UserError of any process is raised on all of them."""
+    result = error = None
+    try:
+        result = action()
+    except UserError as e:
+        error = e
     raise_everywhere(error)
+    return result
 
 
 def raise_everywhere(error: UserError | None) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class _JointBatchNorm(torch.autograd.Function):
-    """Normalise with the joint batch's mean and deviation, by torch's own kernels; no temporary wider than x."""
+    """Normalise with the global batch's mean and deviation, by torch's own kernels; no temporary wider than x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, n: float) -> Tensor:
@@ -67,7 +67,7 @@ def _joint_statistics(x: Tensor) -> tuple[Tensor, Tensor, float]:
 class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """SyncBatchNorm for gloo: PyTorch's own accepts GPU tensors only.
 
-    x [N, C, ...] -> same shape. Mean and variance are those of the joint batch of all processes, which may bring
+    x [N, C, ...] -> same shape. Mean and variance are those of the global batch of all processes, which may bring
     different N. One collective forward and one backward, each of 2 C values.
     """
 

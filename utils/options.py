@@ -24,6 +24,7 @@ from jsonargparse.typing import (
 from utils.architectures import ARCHITECTURES
 from utils.errors import UserError
 
+FREE = True  # an option that may differ when a run is continued: it changes neither data nor mathematics
 QueueLength = restricted_number_type("QueueLength", int, (">=", -1))
 Prototypes = NonNegativeInt | list[NonNegativeInt]
 
@@ -72,42 +73,28 @@ class Group:
 class Training(Group):
     """Options of every script."""
 
-    data_path: str = data(
-        "Training_Data",
-        "data sets: <data set>/<case>.npy volumes (height, width, slices) and folders of 2D images",
-        may_change=True,  # the content is compared instead
-    )
-    cache_path: str | None = data(
-        None, "folder for the working copy of the data; null: .cache in data_path", may_change=True
-    )
-    on_bad: Literal["error", "skip"] = data(
-        "error", "response to unusable volumes and images: stop before training, or name them and go on without"
-    )
+    # Of data the content is compared, not the place; batch_size has a rule of its own; more epochs may follow.
+    data_path: str = data("Training_Data", "data sets: <data set>/<case>.npy volumes, and folders of 2D images", FREE)
+    cache_path: str | None = data(None, "folder for the working copy of the data; null: .cache in data_path", FREE)
+    on_bad: Literal["error", "skip"] = data("error", "unusable files: stop before training, or leave them out")
     policy: Literal["paper", "strong"] = data(
         "strong",
-        "augmentation of a view: one transform as in the original method, or a random crop and several composed",
+        "augmentation: one transform per view as in the original method, or a random crop and several composed",
     )
     sampling_temperature: PositiveFloat = data(
-        1.0,
-        "1: every sample once per epoch; more: small data sets more often, n ** (1 / temperature) draws of n samples",
+        1.0, "1: every sample once per epoch; T > 1: small data sets more often, n ** (1 / T) draws of n samples"
     )
-    workers: NonNegativeInt = data(4, "data-loading processes per training process", may_change=True)
+    workers: NonNegativeInt = data(4, "data-loading processes per training process", FREE)
 
     arch: Literal[ARCHITECTURES] = model("resnet50", "torchvision ResNet that encodes slices")
     pretrained_path: str = model("weights", "folder of weights: holds those to start from, receives checkpoint_name")
     resnet_pretrained: str = model(
-        "none",
-        "ResNet to start from (torchvision, SwAV, DeepCluster-v2 or VISSL layout, below pretrained_path), or none for "
-        "random weights",
+        "none", "ResNet to start from (torchvision, SwAV, DeepCluster-v2 or VISSL layout), or none for random weights"
     )
     checkpoint_name: str = model("", "name of the resulting weights file, below pretrained_path")
 
-    epochs: PositiveInt = optimisation(100, "passes over the data", may_change=True)  # more may follow
-    batch_size: PositiveInt = optimisation(
-        4,
-        "samples per process and forward pass",
-        may_change=True,  # by a rule of its own
-    )
+    epochs: PositiveInt = optimisation(100, "passes over the data", FREE)
+    batch_size: PositiveInt = optimisation(4, "samples per process and forward pass", FREE)
     accumulate: PositiveInt = optimisation(
         1, "batches whose gradients are added up before an update; assignments and BatchNorm still see one at a time"
     )
@@ -118,47 +105,29 @@ class Training(Group):
     wd: NonNegativeFloat = optimisation(1e-6, "weight decay")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = optimisation(
         "auto",
-        "mixed precision; auto: bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU; fp32: of "
-        "k-means as well",
+        "mixed precision; auto: bf16 where the device computes in it, else fp16 on GPUs, fp32 (k-means, too) on CPUs",
     )
+    seed: NonNegativeInt = optimisation(31, "random seed")
 
     dump_path: str = running(
-        "", "folder for log, configuration and checkpoints of this run; a run found here is continued", may_change=True
+        "", "folder of this run: log, configuration, checkpoints; a run found here is continued", FREE
     )
-    seed: NonNegativeInt = running(31, "random seed")
-    device: Literal["auto", "cpu", "cuda"] = running("auto", "device to train on", may_change=True)
+    device: Literal["auto", "cpu", "cuda"] = running("auto", "device to train on", FREE)
     dry_run: NonNegativeInt = running(
-        0, "steps to measure, after which hours, memory and sizes of the whole run are said; 0: train", may_change=True
+        0, "updates to measure, to say hours, memory and sizes of the run; 0: train", FREE
     )
-    fit_batch: NonNegativeFloat = running(
-        0.0,
-        "GiB of memory into which the largest fitting batch_size is looked for and said, without training; 0: train",
-        may_change=True,
-    )
-    checkpoint_freq: PositiveInt = running(25, "epochs between checkpoints that are kept for good", may_change=True)
-    checkpoint_minutes: PositiveFloat = running(15, "minutes between checkpoints within an epoch", may_change=True)
+    fit_batch: NonNegativeFloat = running(0.0, "GiB for which to say the largest batch_size that fits; 0: train", FREE)
+    checkpoint_freq: PositiveInt = running(25, "epochs between checkpoints that are kept for good", FREE)
+    checkpoint_minutes: PositiveFloat = running(15, "minutes between checkpoints within an epoch", FREE)
     max_bad_steps: PositiveInt = running(
-        10,
-        "steps in a row with a loss or gradient that is not finite (none is applied) after which the run stops",
-        may_change=True,
+        10, "skipped updates in a row (loss or gradient not finite) to stop after", FREE
     )
     timeout_minutes: PositiveFloat = running(
-        10,
-        "collective time-out: minutes that processes wait for one that does not answer before they end, for torchrun "
-        "to start them again",
-        may_change=True,
+        10, "collective time-out: minutes to wait for a process that is silent", FREE
     )
-    tensorboard: bool = running(
-        False, "curves and augmented views for TensorBoard, in dump_path/tensorboard", may_change=True
-    )
-    wandb_project: str | None = running(
-        None,
-        "project of Weights & Biases to log to as well (WANDB_MODE=offline needs no network); null: none",
-        may_change=True,
-    )
-    profile: bool = running(
-        False, "seconds per epoch of each part of a step, in columns time_* of metrics.csv", may_change=True
-    )
+    tensorboard: bool = running(False, "curves and augmented views for TensorBoard, in dump_path/tensorboard", FREE)
+    wandb_project: str | None = running(None, "project of Weights & Biases to log to as well; null: none", FREE)
+    profile: bool = running(False, "seconds per epoch of each part of a step, in columns time_* of metrics.csv", FREE)
 
     def check(self) -> None:
         super().check()
@@ -176,18 +145,12 @@ class TrainedResNet(Group):
     hidden_mlp: PositiveInt = model(2048, "width of the projection head")
     feat_dim: PositiveInt = model(128, "size of the embeddings of slices and images that are clustered")
     recompute: bool = model(
-        False,
-        "activation checkpointing: larger batches fit, a third more time, the same result",
-        may_change=True,
+        False, "activation checkpointing: larger batches fit, a third more time, the same result", FREE
     )
     compile: bool = model(
-        False,
-        "torch.compile of the ResNet; worth a try on a GPU (no gain on a CPU), the first steps take a minute",
-        may_change=True,
+        False, "torch.compile of the ResNet; worth a try on a GPU, the first steps take a minute", FREE
     )
-    nmb_prototypes: Prototypes = objective(
-        0, "number of prototypes, or a list for several heads; 0: 2 * sqrt(number of samples)"
-    )
+    nmb_prototypes: Prototypes = objective(0, "prototypes, or a list for several heads; 0: 2 * sqrt(number of samples)")
     temperature: PositiveFloat = objective(0.1, "temperature of the softmax over prototypes")
 
 
@@ -201,15 +164,11 @@ class Images(Group):
         32, "evenly spaced slices of a volume that count as images; 0: all of them"
     )
     size_crops: list[PositiveInt] = data(
-        [224, 96], "side in pixels of each kind of crop; the first two crops of all get assignments"
+        [224, 96], "side in pixels of each kind of crop; the first two get assignments"
     )
     nmb_crops: list[PositiveInt] = data([2, 6], "number of crops of each kind")
-    min_scale_crops: list[PositiveFloat] = data(
-        [0.25, 0.05], "smallest share of an image's area in a crop, for each kind"
-    )
-    max_scale_crops: list[PositiveFloat] = data(
-        [1.0, 0.25], "largest share of an image's area in a crop, for each kind"
-    )
+    min_scale_crops: list[PositiveFloat] = data([0.25, 0.05], "smallest share of an image's area in a crop, per kind")
+    max_scale_crops: list[PositiveFloat] = data([1.0, 0.25], "largest share of an image's area in a crop, per kind")
 
     def check(self) -> None:
         super().check()
@@ -230,10 +189,8 @@ class Volumes(Group):
     target_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = data(
         (64, 128, 128), "slices, height, width of a view in voxels, after cropping or padding"
     )
-    d_model: PositiveInt = model(
-        640, "size of a slice embedding and of a volume embedding, a multiple of 8; the same in stages 2 and 3"
-    )
-    layers: PositiveInt = model(4, "layers of the transformer; the same in stages 2 and 3")
+    d_model: PositiveInt = model(640, "size of slice and volume embeddings, a multiple of 8; as in the other stage")
+    layers: PositiveInt = model(4, "layers of the transformer; as in the other stage")
     dropout: ClosedUnitInterval = model(0.1, "dropout rate in the transformer")
     mask_ratio: OpenUnitInterval = objective(0.15, "share of a volume's slices that are masked")
     mask_style: Literal["random", "span"] = objective("random", "masked slices anywhere, or in one contiguous run")
@@ -277,30 +234,18 @@ class Joint(Volumes):
 
     trans_pretrained: str = model("none", "stage 2's slice projection and transformer, or none for random weights")
     attention: Literal["deformable", "ordinary", "mean"] = model(
-        "deformable",
-        "attention over slices, as in stage 2; mean: no transformer (trans_pretrained none), a volume is the mean of "
-        "its slices",
+        "deformable", "attention over slices, as in stage 2; mean: no transformer, a volume is the mean of its slices"
     )
     freeze: bool = model(
-        False, "ResNet as loaded, its BatchNorm too; only heads, slice projection and transformer are trained"
+        False, "ResNet as loaded, its BatchNorm too; only heads, projection and transformer are trained"
     )
     intra_slices: PositiveInt = data(8, "random slices of each volume and step that enter L_intra")
-    images_per_step: NonNegativeInt = data(
-        8, "2D images per process and step that enter L_intra beside them, where the data hold images"
-    )
+    images_per_step: NonNegativeInt = data(8, "2D images per process and step that enter L_intra beside them")
     min_scale_images: PositiveFloat = data(0.25, "smallest share of a 2D image's area in a view")
-    lambda_inter: NonNegativeFloat = objective(
-        1.0, "weight of the loss between views of a volume; 0 switches the branch and its cost off"
-    )
-    lambda_intra: NonNegativeFloat = objective(
-        1.0, "weight of the loss between views of a slice or an image; 0 switches it off"
-    )
-    lambda_mask: NonNegativeFloat = objective(
-        0.0, "weight of masked slice-embedding prediction beside them; 0 switches it off"
-    )
-    nmb_prototypes_intra: Prototypes = objective(
-        0, "prototypes of slices and images, where nmb_prototypes are those of volumes"
-    )
+    lambda_inter: NonNegativeFloat = objective(1.0, "weight of the loss between views of a volume; 0: off, at no cost")
+    lambda_intra: NonNegativeFloat = objective(1.0, "weight of the loss between views of a slice or an image; 0: off")
+    lambda_mask: NonNegativeFloat = objective(0.0, "weight of masked slice-embedding prediction beside them; 0: off")
+    nmb_prototypes_intra: Prototypes = objective(0, "prototypes of slices and images; nmb_prototypes: those of volumes")
 
     @property
     def masks_slices(self) -> bool:
@@ -319,9 +264,7 @@ class SwAV(Group):
     """Options of SwAV's scripts."""
 
     epsilon: PositiveFloat = objective(
-        0.02,
-        "entropy weight of Sinkhorn-Knopp; smaller makes assignments harder (0.05 in SwAV; on small data the loss then "
-        "stays at ln K)",
+        0.02, "entropy weight of Sinkhorn-Knopp; smaller: harder assignments (SwAV's 0.05 stays at ln K on small data)"
     )
     sinkhorn_iterations: PositiveInt = objective(3, "iterations of Sinkhorn-Knopp")
     queue_length: QueueLength = objective(

@@ -6,23 +6,22 @@ function colours() {
   const of = (name) => style.getPropertyValue(name).trim();
   return { fg: of("--fg"), muted: of("--muted"), line: of("--line"), card: of("--card") };
 }
-function themed(layout) {
+function template() {  // what Plotly takes where a figure says nothing
   const c = colours();
-  const axis = { gridcolor: c.line, linecolor: c.line, zerolinecolor: c.line, automargin: true };
-  const named = (a) => ({ ...axis, ...a, title: { ...(a || {}).title, standoff: 8, font: { size: 12, color: c.muted } } });
-  return {
+  const axis = { gridcolor: c.line, linecolor: c.line, zerolinecolor: c.line, automargin: true,
+    title: { standoff: 8, font: { size: 12, color: c.muted } } };
+  return { layout: {
     margin: { l: 8, r: 8, t: 8, b: 8 },
     dragmode: false,
-    legend: { orientation: "h", y: layout.height > 400 ? -0.06 : -0.25, yanchor: "top", x: 0, font: { size: 11 } },
-    ...layout,
-    xaxis: named(layout.xaxis),
-    yaxis: named(layout.yaxis),
+    legend: { orientation: "h", y: -0.25, yanchor: "top", x: 0, font: { size: 11 } },
+    xaxis: axis,
+    yaxis: axis,
     font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: c.fg },
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     modebar: { bgcolor: "rgba(0,0,0,0)", color: c.muted, activecolor: c.fg },
     hoverlabel: { bgcolor: c.card, bordercolor: c.line, font: { color: c.fg } },
-  };
+  } };
 }
 function draw(element) {
   if (drawn.has(element)) return;
@@ -33,7 +32,7 @@ function draw(element) {
   const config = { responsive: true, displaylogo: false, displayModeBar: isMap, scrollZoom: false,
     plotlyServerURL: "", showSendToCloud: false, showEditInChartStudio: false,
     modeBarButtons: [["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d", "toImage"]] };
-  Plotly.newPlot(element, figure.data, themed({ ...figure.layout, height: figure.height }), config);
+  Plotly.newPlot(element, figure.data, { ...figure.layout, template: template() }, config);
   if (isMap) {
     filterMap(element);
     element.on("plotly_click", (event) => {
@@ -45,12 +44,7 @@ function draw(element) {
 const near = new IntersectionObserver(
   (entries) => entries.filter((e) => e.isIntersecting).forEach((e) => draw(e.target)), { rootMargin: "400px" });
 all(".plot").forEach((element) => near.observe(element));
-onTheme = () => drawn.forEach((element) => {
-  const figure = figures.get(element);
-  Plotly.relayout(element, themed({ ...figure.layout, height: figure.height }));
-  const bars = figure.data.flatMap((trace, i) => (trace.colorbar ? [i] : []));
-  if (bars.length) Plotly.restyle(element, { "colorbar.tickfont.color": colours().fg }, bars);
-});
+onTheme = () => drawn.forEach((element) => Plotly.relayout(element, { template: template() }));
 
 // Filters: one run, one level, one prototype or all of them; any of the data sets.
 const chosen = { run: "", level: "", prototype: "", dataset: new Set() };

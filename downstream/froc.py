@@ -1,0 +1,165 @@
+"""FROC of a classification of nodule candidates: sensitivity over false positives per scan, as LUNA16 asks.
+
+    python -m downstream.froc --run runs/classify --labels LUNA16_crops/labels.csv --nodules LUNA16_crops/nodules.csv
+
+run: what `downstream.classify` wrote (its cases.csv has the test candidates and their scores). The tables are those of
+`python -m conversion.luna16`. The scans are those of the test candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jsonargparse.typing import NonNegativeInt
+
+from downstream.scores import bootstrap
+from downstream.splits import without_suffix
+from utils import config, options
+from utils.errors import UserError
+from utils.files import read_csv, write_csv, write_json
+
+RATES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # false positives per scan
+NO_NODULE, EXCLUDED = -1, -2
+
+
+@dataclass
+class Config(options.Group):
+    run: str = options.data(MISSING, "dump_path of the classification; receives froc.json and froc.csv")
+    labels: str = options.data(
+        MISSING, "labels.csv of the candidates (case, series, nodule: its number, excluded, or none)"
+    )
+    nodules: str = options.data(MISSING, "nodules.csv (series, nodule): every nodule, those without a candidate too")
+    bootstrap: NonNegativeInt = options.running(1000, "resamplings of the test scans for the 95 % intervals; 0: none")
+    seed: NonNegativeInt = options.running(0, "random seed of the resamplings")
+
+
+class Candidates(NamedTuple):
+    """Test candidates [n] and nodules [m] of `scans` scans, which are numbered from 0."""
+
+    score: np.ndarray  # [n]
+    scan: np.ndarray  # [n]
+    hit: np.ndarray  # [n] position of the nodule that the candidate lies in, NO_NODULE or EXCLUDED
+    nodule_scan: np.ndarray  # [m]
+    scans: int
+
+
+def main(cfg: Config) -> None:
+    result = run(cfg)
+    print(f"{result['candidates']} candidates and {result['nodules']} nodules of {result['scans']} test scans")
+    for name, value in result["metrics"].items():
+        low, high = result["intervals"].get(name, (math.nan, math.nan))
+        interval = "" if math.isnan(low) else f"   95 % [{low:.3f}, {high:.3f}]"
+        print(f"{name:<22}{value:6.3f}{interval}")
+    for why in set(result["reasons"].values()):
+        print(why)
+    print(f"wrote {cfg.run}/froc.json, froc.csv")
+
+
+def run(cfg: Config) -> dict[str, Any]:
+    """Metrics `cpm` and `sensitivity@rate`, their intervals over scans, reasons of those that are nan; and counts."""
+    candidates = read_candidates(Path(cfg.run) / "cases.csv", cfg.labels, cfg.nodules)
+
+    def values(counts: np.ndarray | None = None) -> dict[str, float]:
+        curve = froc(candidates, counts)
+        names = ("cpm", *(f"sensitivity@{rate:g}" for rate in RATES))
+        return dict(zip(names, [float(curve.mean()), *curve.tolist()], strict=True))
+
+    found = values()
+    learnt = not np.isnan(candidates.score).any()
+    why = "no nodule in the test scans" if learnt else "the classification could not learn: its cases.csv has no scores"
+    result = {
+        "metrics": found,
+        "intervals": bootstrap(values, candidates.scans, cfg.bootstrap, cfg.seed),
+        "reasons": {name: why for name, value in found.items() if math.isnan(value)},
+        "candidates": len(candidates.score),
+        "nodules": len(candidates.nodule_scan),
+        "scans": candidates.scans,
+    }
+    write_json(result, Path(cfg.run) / "froc.json")
+    write_csv([_row(rate, result) for rate in RATES], Path(cfg.run) / "froc.csv")
+    return result
+
+
+def froc(candidates: Candidates, counts: np.ndarray | None = None, rates: Sequence[float] = RATES) -> np.ndarray:
+    """Sensitivity at `rates` false positives per scan; the mean over RATES is LUNA16's CPM.
+
+    counts: [scans] how often each scan counts (bootstrap); None: once.
+    A candidate in no nodule is a false positive, an excluded one is neither. A nodule counts once, with the best of its
+    candidates; one without candidates is missed. At each rate the lowest threshold is taken at which the false
+    positives per scan do not exceed it, so nothing is interpolated (LUNA16's own script is linear between operating
+    points, which differs where few false positives are allowed).
+    Returns [rates], nan where there are no nodules, or no scores.
+    """
+    score, scan, hit, nodule_scan, scans = candidates
+    counts = np.ones(scans) if counts is None else counts
+    best = np.full(len(nodule_scan), -np.inf)
+    found = hit >= 0
+    np.maximum.at(best, hit[found], score[found])
+    false = np.flatnonzero(hit == NO_NODULE)
+    false = false[np.argsort(-score[false], kind="stable")]
+    per_scan = np.cumsum(counts[scan[false]]) / counts.sum()
+    nodules = counts[nodule_scan]
+    if nodules.sum() == 0 or np.isnan(score).any():
+        return np.full(len(rates), np.nan)
+    sensitivity = []
+    for rate in rates:
+        first_too_many = int(np.searchsorted(per_scan, rate + 1e-9, side="right"))
+        threshold = score[false[first_too_many]] if first_too_many < len(false) else -np.inf
+        sensitivity.append(nodules[best > threshold].sum() / nodules.sum())
+    return np.array(sensitivity)
+
+
+def read_candidates(cases: Path, labels: str, nodules: str) -> Candidates:
+    """The test candidates in a classification's cases.csv with what the tables of LUNA16 say about them.
+
+    Their score is the probability of the last class, `nodule`. Raises UserError for a column, a case or a nodule that
+    is not there.
+    """
+    tested = _read(cases, "run", "case")
+    rows = {row["case"]: row for row in _read(Path(labels), "labels", "case", "series", "nodule")}
+    annotated = _read(Path(nodules), "nodules", "series", "nodule")
+    score_name = [name for name in tested[0] if name.startswith("p(")][-1:]
+    if not score_name:
+        raise UserError(f"run: {cases} has no column p(...); give the dump_path of downstream.classify")
+    known = [without_suffix(row["case"]) for row in tested]
+    if lacking := [case for case in known if case not in rows]:
+        raise UserError(f"labels: {labels} has no case {lacking[0]!r}, which {cases} has; give the labels of that run")
+    found = [rows[case] for case in known]
+    scans = {series: k for k, series in enumerate(dict.fromkeys(row["series"] for row in found))}
+    own = [row for row in annotated if row["series"] in scans]
+    place = {row["nodule"]: k for k, row in enumerate(own)} | {"": NO_NODULE, "excluded": EXCLUDED}
+    if unknown := [row["nodule"] for row in found if row["nodule"] not in place]:
+        raise UserError(
+            f"nodules: {nodules} has no nodule {unknown[0]}, which {labels} names; give both of one data set"
+        )
+    return Candidates(
+        score=np.array([float(row[score_name[0]]) for row in tested]),
+        scan=np.array([scans[row["series"]] for row in found]),
+        hit=np.array([place[row["nodule"]] for row in found]),
+        nodule_scan=np.array([scans[row["series"]] for row in own], dtype=int),
+        scans=len(scans),
+    )
+
+
+def _read(path: Path, option: str, *columns: str) -> list[dict[str, str]]:
+    """The lines of a table that has these columns."""
+    rows = read_csv(path, option)
+    if lacking := [name for name in columns if name not in rows[0]]:
+        raise UserError(f"{option}: {path} has no column {', '.join(lacking)}, but {', '.join(rows[0])}")
+    return rows
+
+
+def _row(rate: float, result: Mapping[str, Any]) -> dict[str, float]:
+    """A line of froc.csv."""
+    name = f"sensitivity@{rate:g}"
+    low, high = result["intervals"].get(name, (math.nan, math.nan))
+    return {"false_positives_per_scan": rate, "sensitivity": result["metrics"][name], "low": low, "high": high}
+
+
+if __name__ == "__main__":
+    config.main(main, Config, __doc__)

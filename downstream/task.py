@@ -1,0 +1,390 @@
+"""What all downstream tasks share: one run from checked data to tested weights.
+
+A task is a subclass of `Task`, which says what is learned and how it is scored. `run` does the rest: the split by
+patient, the choice of labelled cases, every check before the first step, training in mixed precision, the best epoch
+by validation, one test, the files in `dump_path`, and an exact continuation of a run that was stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from downstream.encoders import describe_weights
+from downstream.splits import Split, choose_labelled, draw_split, write_split
+from training.resume import explained
+from utils import checkpoint, config, distributed, signals
+from utils.errors import UserError
+from utils.files import write_csv, write_json
+from utils.optim import WarmupCosine, parameter_groups
+from utils.precision import Precision
+from utils.seeding import DROPOUT, stream
+from utils.versions import commit
+
+RESULTS = "results.json"  # of a run that is finished
+SAVE_SECONDS = 60.0  # between checkpoints at the end of epochs: one takes seconds, for gigabytes of weights
+
+
+@dataclass
+class Outcome:
+    """What `Task.test` found."""
+
+    metrics: dict[str, Any]  # name -> number, or group -> name -> number
+    rows: list[dict[str, Any]]  # of cases.csv
+    table: str  # printed
+    about: dict[str, Any] = field(default_factory=dict)  # what else results.json says
+
+
+class Task(ABC):
+    """What is learned and how it is scored.
+
+    `__init__` opens the data by names and headers and checks the options; `run` then sets `split` and `labelled`,
+    calls `build` and `examine`, and only then trains. Every random draw is a function of (seed, epoch, step), through
+    utils.seeding.stream; torch's own random numbers are seeded per step. Methods raise UserError for what the user can
+    put right.
+    """
+
+    needed: tuple[str, ...] = ("train", "validation", "test")  # parts of the split that must have cases
+    patients: dict[str, str]  # of every case, by its name
+    fingerprint: str  # changes with the data, see `fingerprint`
+    split: Split
+    labelled: list[str]  # training cases whose labels may be used
+
+    def __init__(self, cfg: Any, device: torch.device) -> None:
+        self.cfg, self.device = cfg, device
+        self.precision = Precision(getattr(cfg, "precision", "fp32"), device)
+
+    def choose(self, train: list[str]) -> list[str]:
+        """The labelled ones among the training cases."""
+        return choose_labelled(train, self.cfg.labelled, self.cfg.seed)
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The network from cfg.weights, on the CPU; its new weights depend on cfg.seed alone."""
+
+    @abstractmethod
+    def examine(self) -> None:
+        """Raise UserError for whatever in the cases of `split` and `labelled` could stop the run later.
+
+        `compare` asks this for all of its runs before the first, so what costs minutes is found once per process and
+        file.
+        """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What is trained and tested on, in a few lines, with warnings; printed when a run starts."""
+
+    def load(self) -> None:  # noqa: B027 - most tasks have nothing to do here
+        """Read into memory what training keeps there."""
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of training; 0 for what is fitted without gradients, in `test`."""
+        return self.cfg.epochs
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return self.cfg.steps_per_epoch or max(1, math.ceil(len(self.labelled) / self.cfg.batch_size))
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up: an epoch, at most a tenth of all."""
+        return min(self.steps, self.epochs * self.steps // 10)
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Parameter groups of AdamW, each with its `weight_decay` and its `share` of the learning rate."""
+        return [{**group, "share": 1.0} for group in parameter_groups(model, self.cfg.wd)]
+
+    @abstractmethod
+    def batch(self, epoch: int, step: int) -> Any:
+        """The samples of a step (of `steps`); a function of (seed, epoch, step), so that any step can be the next."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Scalar, computed under autocast."""
+
+    @abstractmethod
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Figures of the validation cases, most important first: the epoch with the highest is kept (nan: lowest)."""
+
+    @abstractmethod
+    def test(self, model: nn.Module, folder: Path) -> Outcome:
+        """Score the test cases, once. What else is worth keeping (pictures, predictions) goes into `folder`."""
+
+
+@dataclass
+class Progress:
+    """Where a run is, beside the state of model and optimiser."""
+
+    epoch: int = 0
+    seen: int = 0  # steps of this epoch that are done
+    loss: float = 0.0  # the sum of theirs
+    best_epoch: int = -1  # so far, counted from 0
+    best: dict[str, float] = field(default_factory=dict)  # its validation figures
+    history: list[dict[str, float]] = field(default_factory=list)  # of each epoch the mean loss and validation figures
+    seconds: float = 0.0  # of the parts of the run before this one
+
+
+@dataclass
+class Opened:
+    """A task with split and labelled cases, and what its folder holds."""
+
+    task: Task
+    settings: dict[str, Any]  # what its result depends on
+    finished: dict[str, Any] | None = None  # the result
+    state: dict[str, Any] | None = None  # the checkpoint of a run that was stopped
+
+
+def check(kind: type[Task], cfg: Any) -> None:
+    """Raise UserError for whatever would stop `run`: options, weights, split, labels, data. Nothing is trained."""
+    opened = _open(kind, cfg)
+    if not opened.finished:
+        with redirect_stdout(io.StringIO()):  # what was loaded is said when it is used
+            opened.task.build()
+        opened.task.examine()
+
+
+def run(kind: type[Task], cfg: Any) -> dict[str, Any]:
+    """Check, train, test once, and write everything to `cfg.dump_path`; go on where a run found there was stopped.
+
+    Returns what results.json holds (which has null for nan): metrics, cases (number of test cases), weights, labelled,
+    best_epoch, history, config and what the task adds. A run that is finished is not repeated.
+    Raises UserError before anything is trained, or when the loss is not finite; SystemExit (128 + signal) after a
+    signal, once everything that was done is saved.
+    """
+    began, folder = time.monotonic(), Path(cfg.dump_path)
+    with signals.handled():
+        opened = _open(kind, cfg)
+        if opened.finished:
+            print(f"{folder} holds this run, finished; for another one choose another --dump_path", flush=True)
+            return opened.finished
+        task, model = opened.task, opened.task.build()
+        task.examine()
+        print(task.describe(), flush=True)
+        config.save_yaml(config.to_dict(cfg), folder / "config.yaml")
+        write_split(task.split, folder / "split.json")
+        task.load()
+        fit = Fit(opened, model, began)
+        while fit.at.epoch < task.epochs:
+            fit.epoch()
+        if task.epochs:
+            model.load_state_dict(fit.kept)
+            checkpoint.write(fit.kept, folder / "best.pth")
+        model.eval()
+        with fit.saved_when_stopped():
+            outcome = task.test(model, folder)
+        trained = {"best_epoch": fit.at.best_epoch + 1, "history": fit.at.history} if task.epochs else {}
+        result = {
+            "metrics": outcome.metrics,
+            "cases": len(task.split.test),
+            "weights": describe_weights(cfg.weights),
+            "labelled": task.labelled,
+            **trained,
+            **outcome.about,
+            "seconds": round(fit.seconds(), 1),
+            "commit": commit(),
+            "torch": torch.__version__,
+            "config": config.to_dict(cfg),
+            "settings": opened.settings,
+        }
+        write_csv(outcome.rows, folder / "cases.csv")
+        write_json(result, folder / RESULTS)  # the last: it says that the run is finished
+        for name in (checkpoint.LATEST, checkpoint.PREVIOUS):
+            (folder / name).unlink(missing_ok=True)
+    print(f"{outcome.table}\n{result['cases']} test cases", end="")
+    print(f"; epoch {result['best_epoch']} of {task.epochs} was the best on validation" if task.epochs > 1 else "")
+    print(f"wrote {folder}/results.json and cases.csv", flush=True)
+    return result
+
+
+class Fit:
+    """Training under way: all that a checkpoint holds, and what is done with it."""
+
+    def __init__(self, opened: Opened, model: nn.Module, began: float) -> None:
+        self.task, self.cfg, self.settings = opened.task, opened.task.cfg, opened.settings
+        self.folder, self.model = Path(self.cfg.dump_path), model.to(opened.task.device)
+        self.at, self.began, self.saved_at = Progress(), began, began
+        self.kept: dict[str, Tensor] = {}  # weights of the best epoch
+        if self.task.epochs:
+            total = self.task.epochs * self.task.steps
+            self.optimizer = torch.optim.AdamW(self.task.groups(model), self.cfg.base_lr)
+            self.rate = WarmupCosine(self.cfg.base_lr, 0.0, 0.0, self.task.warmup_steps, total)
+            if opened.state:
+                self.load(opened.state)
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up a run that was stopped."""
+        with explained(self.folder):
+            self.model.load_state_dict(state["learner"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if state["scaler"]:  # empty when `precision auto` meant another format on the device before
+                self.task.precision.scaler.load_state_dict(state["scaler"])
+            self.kept = state["kept"]
+            self.at = Progress(**{f.name: state[f.name] for f in fields(Progress)})
+        print(f"continuing at epoch {self.at.epoch + 1} of {self.task.epochs}, step {self.at.seen + 1}", flush=True)
+
+    def epoch(self) -> None:
+        """The steps of an epoch that are still to be done, validation, and the checkpoint behind them."""
+        at, steps = self.at, self.task.steps
+        self.model.train()
+        bar = tqdm(total=steps, initial=at.seen, desc=f"epoch {at.epoch + 1}", unit="step", disable=None, leave=False)
+        with signals.noted(), bar:
+            while at.seen < steps:
+                self.step()
+                bar.update()
+                if signals.caught():
+                    self.save()
+                    print(f"stopped in epoch {at.epoch + 1}; run the same command to go on", flush=True)
+                    raise SystemExit(128 + signals.caught())
+            figures = self.validate()
+            at.history.append({"loss": at.loss / steps, **figures})
+            if _rank(figures) >= _rank(at.best):  # of equal ones the last has learned most
+                at.best_epoch, at.best = at.epoch, figures
+                self.kept = {key: value.cpu().clone() for key, value in self.model.state_dict().items()}
+            said = "".join(f"  {name} {value:.4f}" for name, value in at.history[-1].items())
+            tqdm.write(f"epoch {at.epoch + 1:3}{said}")
+            at.epoch, at.seen, at.loss = at.epoch + 1, 0, 0.0
+            if signals.caught() or time.monotonic() - self.saved_at > SAVE_SECONDS:
+                self.save()
+
+    def step(self) -> None:
+        at, task = self.at, self.task
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(at.epoch * task.steps + at.seen) * group["share"]
+        torch.manual_seed(int(stream(self.cfg.seed, at.epoch, at.seen, 0, DROPOUT).integers(2**63)))
+        batch = task.batch(at.epoch, at.seen)
+        with task.precision.autocast():
+            loss = task.loss(self.model, batch)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise UserError(
+                f"the loss is {value} in epoch {at.epoch + 1}, step {at.seen + 1}; start again, with another "
+                "--dump_path, at a lower --base_lr, or change --weights"
+            )
+        self.optimizer.zero_grad()
+        task.precision.backward(loss)
+        task.precision.step(self.optimizer)
+        at.loss += value
+        at.seen += 1
+
+    def validate(self) -> dict[str, float]:
+        """Figures of an epoch, none where there is nothing to choose from or by."""
+        if self.task.epochs == 1 or not self.task.split.validation:
+            return {}
+        self.model.eval()
+        with self.saved_when_stopped():
+            return self.task.validate(self.model)
+
+    @contextmanager
+    def saved_when_stopped(self) -> Iterator[None]:
+        """Minutes that need no gradients and change nothing: a signal ends them at once, and what is done is saved."""
+        try:
+            with signals.obeyed(), torch.no_grad():
+                yield
+        except SystemExit:
+            if self.task.epochs:
+                self.save()
+            raise
+
+    def save(self) -> None:
+        state = {
+            "learner": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.task.precision.scaler.state_dict(),
+            "kept": self.kept,
+            **asdict(self.at),
+            "seconds": self.seconds(),
+            "settings": self.settings,
+        }
+        checkpoint.save(state, self.folder)
+        self.saved_at = time.monotonic()
+
+    def seconds(self) -> float:
+        """Of the run, all its parts together."""
+        return self.at.seconds + time.monotonic() - self.began
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """sha256 (hex) over names, sizes and times of files: changes when one of them is written again."""
+    digest = hashlib.sha256()
+    for file in files:
+        status = file.stat()
+        digest.update(repr((file.name, status.st_size, status.st_mtime_ns)).encode())
+    return digest.hexdigest()
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """The results.json of a finished run, with nan in place of null among the metrics."""
+    path = folder / RESULTS
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return result | {"metrics": _with_nan(result["metrics"])}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: is damaged, or of another version; remove it to have the run repeated") from None
+
+
+def _open(kind: type[Task], cfg: Any) -> Opened:
+    """Check options, data, split and weights file, and that `dump_path` holds no run with others."""
+    config.check(cfg)
+    place = distributed.start(cfg.device, cfg.seed)
+    if place.world_size > 1:
+        raise UserError("downstream tasks train in one process; start them with python, not with torchrun")
+    describe_weights(cfg.weights)  # a missing file is found before the data are read
+    task, folder = kind(cfg, place.device), Path(cfg.dump_path)
+    task.split = draw_split(cfg.split, cfg.fractions, task.patients, cfg.split_seed, task.needed)
+    task.labelled = task.choose(task.split.train)
+    opened = Opened(task, settings_of(cfg) | {"data": task.fingerprint})
+    if (folder / RESULTS).is_file():
+        begun = opened.finished = read_results(folder)
+    else:
+        begun = opened.state = checkpoint.load(folder)
+    if begun and (changed := _differences(begun.get("settings"), opened.settings)):
+        raise UserError(
+            f"dump_path: {folder} holds a run made with other options ({'; '.join(changed)}); "
+            "choose another --dump_path, or delete that folder to start again"
+        )
+    return opened
+
+
+def settings_of(cfg: Any) -> dict[str, Any]:
+    """What a result depends on beside the data: options, and the content of the files that they name."""
+    values = config.to_dict(cfg)
+    chosen = {f.name: values[f.name] for f in fields(cfg) if not f.metadata.get("may_change")}
+    files = {name: Path(value) for name, value in chosen.items() if isinstance(value, str) and Path(value).is_file()}
+    contents = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    return {"options": {name: value for name, value in chosen.items() if name not in files}, "files": contents}
+
+
+def _differences(old: dict[str, Any] | None, new: dict[str, Any]) -> list[str]:
+    """In what the settings of two runs differ."""
+    if not old:
+        return ["of another script"]
+    before, now = old["options"], new["options"]
+    changed = [f"{name}: {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+    before, now = old["files"], new["files"]
+    changed += [f"the content of {name}" for name in now if before.get(name) != now[name]]
+    return changed + ["the files below data_path"] * (old["data"] != new["data"])
+
+
+def _rank(figures: Mapping[str, float]) -> tuple[float, ...]:
+    return tuple(-math.inf if math.isnan(value) else value for value in figures.values())
+
+
+def _with_nan(metrics: Any) -> Any:
+    if isinstance(metrics, dict):
+        return {name: _with_nan(value) for name, value in metrics.items()}
+    return math.nan if metrics is None else metrics

@@ -1,0 +1,208 @@
+"""One run for all downstream tasks: stopped anywhere, it ends as if it had not been; it is never mixed with another."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import write_pairs
+from torch import Tensor, nn
+
+from downstream import segment, task
+from downstream.options import Data, Running, Start, Training
+from downstream.task import Outcome, Task
+from utils import checkpoint, options
+from utils.errors import UserError
+from utils.seeding import stream
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@options.constants
+class Config(Running, Training, Start, Data):
+    data_path = ""
+    arch = "resnet18"
+    epochs = 3
+    steps_per_epoch = 2
+    batch_size = 4
+    base_lr = 0.1
+    device = "cpu"
+
+
+class Line(Task):
+    """Learn a line through noisy points, by a network with dropout and BatchNorm."""
+
+    fingerprint = "points"
+
+    def __init__(self, cfg: Config, device: torch.device) -> None:
+        super().__init__(cfg, device)
+        self.patients = {f"c{i}": f"p{i // 2}" for i in range(12)}
+
+    def build(self) -> nn.Module:
+        torch.manual_seed(self.cfg.seed)
+        return nn.Sequential(nn.Linear(1, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
+
+    def examine(self) -> None:
+        if self.cfg.split_seed == 9:
+            raise UserError("a case is broken")
+
+    def describe(self) -> str:
+        return f"{len(self.labelled)} points"
+
+    def batch(self, epoch: int, step: int) -> Tensor:
+        points = stream(self.cfg.seed, epoch, step, 1).uniform(-1, 1, (self.cfg.batch_size, 1))
+        return torch.from_numpy(points).float()
+
+    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
+        return F.mse_loss(model(batch), 2 * batch)
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        x = torch.linspace(-1, 1, 9)[:, None]
+        return {"fit": -float(F.mse_loss(model(x), 2 * x))}
+
+    def test(self, model: nn.Module, folder: Path) -> Outcome:
+        rows = [{"case": case, "error": float(model(torch.ones(1, 1)))} for case in self.split.test]
+        return Outcome({"error": rows[0]["error"], "undefined": math.nan}, rows, "a table")
+
+
+def line(tmp_path: Path) -> tuple[type[Task], Config]:
+    return Line, Config(dump_path=str(tmp_path / "run"))
+
+
+def balls(tmp_path: Path) -> tuple[type[Task], segment.Config]:
+    if not (tmp_path / "balls").exists():
+        write_pairs(tmp_path / "balls", 4, (16, 16, 4))
+    return segment.Segmentation, segment.Config(
+        data_path=str(tmp_path / "balls"), dump_path=str(tmp_path / "run"), arch="resnet18", size=32, epochs=3,
+        steps_per_epoch=2, batch_size=4, device="cpu", f_inter=True, d_model=16, inter_slices=2,
+        fractions=[0.4, 0.3, 0.3],
+    )  # fmt: skip
+
+
+# Each makes (task, configuration of three epochs of two steps) in a folder.
+TASKS = [line, pytest.param(balls, marks=pytest.mark.slow)]
+
+
+def stopping(kind: type[Task], at: str, when: int) -> type[Task]:
+    """The same task, to which SIGTERM comes while it does `at` for the n-th time."""
+    calls = []
+
+    def stopped(self: Task, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == when:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return getattr(kind, at)(self, *args)
+
+    return type(kind.__name__, (kind,), {at: stopped})
+
+
+@pytest.mark.parametrize("make", TASKS)
+def test_a_run_stopped_anywhere_ends_as_one_that_was_not(make, tmp_path):
+    kind, cfg = make(tmp_path)
+    whole = task.run(kind, replace(cfg, dump_path=str(tmp_path / "whole")))
+    for at, when in (("batch", 4), ("validate", 1), ("test", 1)):  # the rest of the run each time
+        with pytest.raises(SystemExit) as stop:
+            task.run(stopping(kind, at, when), cfg)
+        assert stop.value.code == 128 + signal.SIGTERM
+    result = task.run(kind, cfg)
+    assert (tmp_path / "run/best.pth").read_bytes() == (tmp_path / "whole/best.pth").read_bytes()
+    assert (tmp_path / "run/cases.csv").read_bytes() == (tmp_path / "whole/cases.csv").read_bytes()
+    for name in ("history", "best_epoch", "labelled"):
+        assert result[name] == whole[name]
+    assert json.dumps(result["metrics"]) == json.dumps(whole["metrics"])  # in which nan equals nan
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"best.pth", "cases.csv", "config.yaml", "results.json", "split.json"} <= written
+    assert not {checkpoint.LATEST, checkpoint.PREVIOUS} & written
+
+
+def test_a_finished_run_is_not_repeated_but_read(tmp_path, monkeypatch):
+    kind, cfg = line(tmp_path)
+    first = task.run(kind, cfg)
+    monkeypatch.setattr(Line, "batch", lambda *_: pytest.fail("trained again"))
+    again = task.run(kind, cfg)
+    assert again["metrics"]["error"] == first["metrics"]["error"]
+    assert math.isnan(again["metrics"]["undefined"])
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_folder_with_another_run_is_refused(tmp_path, stopped):
+    split = tmp_path / "split.json"
+    split.write_text('{"train": ["c0", "c2"], "validation": ["c4"], "test": ["c6"]}')
+    kind, cfg = line(tmp_path)
+    cfg = replace(cfg, split=str(split))
+    if stopped:
+        with pytest.raises(SystemExit):
+            task.run(stopping(kind, "batch", 3), cfg)
+    else:
+        task.run(kind, cfg)
+    with pytest.raises(UserError, match=r"other options \(base_lr: 0.1 -> 0.2; seed: 0 -> 1\)"):
+        task.check(kind, replace(cfg, base_lr=0.2, seed=1))
+    with pytest.raises(UserError, match="the files below data_path"):
+        task.check(type("Line", (Line,), {"fingerprint": "other"}), cfg)
+    task.check(kind, replace(cfg, device="auto", data_path="moved"))  # these may change
+    split.write_text('{"train": ["c0"], "validation": ["c4"], "test": ["c6"]}')
+    with pytest.raises(UserError, match="the content of split"):
+        task.check(kind, cfg)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": "nowhere.pth"}, "nowhere.pth: no such file"),
+        ({"fractions": [0.5, 0.5, 0.0]}, "test has no case"),
+        ({"labelled": 50}, "50 cases were asked for"),
+        ({"split_seed": 9}, "a case is broken"),
+        ({"base_lr": math.inf}, "base_lr: inf is not a finite number"),
+    ],
+)
+def test_everything_is_checked_before_the_first_step(tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(Line, "batch", lambda *_: pytest.fail("training began"))
+    kind, cfg = line(tmp_path)
+    for ask in (task.check, task.run):
+        with pytest.raises(UserError, match=message):
+            ask(kind, replace(cfg, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_last_of_the_best_epochs_is_kept(tmp_path, monkeypatch):
+    scores, seen = iter([0.1, math.nan, 0.7, 0.7, 0.3]), []
+
+    def validate(self: Task, model: nn.Module) -> dict[str, float]:
+        seen.append(model[0].weight.detach().clone())
+        return {"fit": next(scores)}
+
+    monkeypatch.setattr(Line, "validate", validate)
+    kind, cfg = line(tmp_path)
+    assert task.run(kind, replace(cfg, epochs=5))["best_epoch"] == 4
+    assert torch.equal(torch.load(tmp_path / "run/best.pth", weights_only=True)["0.weight"], seen[3])
+
+
+def test_learning_rates_and_a_loss_that_is_not_finite(tmp_path, monkeypatch):
+    rates = []
+
+    class Noting(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> None:
+            rates.append([group["lr"] for group in self.param_groups])
+
+    def loss(self: Task, model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).sum() * (math.nan if len(rates) == 5 else 1)
+
+    def groups(self: Task, model: nn.Module) -> list[dict[str, Any]]:
+        return [{"params": model[0].parameters(), "share": 10.0}, {"params": model[3].parameters(), "share": 1.0}]
+
+    monkeypatch.setattr(torch.optim, "AdamW", Noting)
+    monkeypatch.setattr(Line, "loss", loss)
+    monkeypatch.setattr(Line, "groups", groups)
+    kind, cfg = line(tmp_path)
+    with pytest.raises(UserError, match="the loss is nan in epoch 3, step 2"):
+        task.run(kind, cfg)
+    cosine = [0.05 * (1 + math.cos(math.pi * step / 6)) for step in range(5)]  # a tenth of six steps: no warm-up
+    assert rates == [[pytest.approx(10 * lr), pytest.approx(lr)] for lr in cosine]

@@ -1,0 +1,105 @@
+"""report.py --data shows the very tensors that the training scripts get."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import options
+
+from datasets.augment import window_theta
+from reporting import views
+from training import scripts
+from utils import config
+from utils.distributed import Run
+from utils.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def shown(source: str, output: Path, chosen: dict[str, Any]) -> tuple[Any, str]:
+    """The page's options and the page."""
+    page_options, own = views.options_of(source)
+    given = [part for name, value in chosen.items() for part in (f"--{name}", json.dumps(value).strip('"'))]
+    cfg = config.parse(page_options, args=[*own, *given, "--output", str(output)])
+    views.main(cfg)
+    return cfg, output.read_text()
+
+
+def pictures(html: str) -> dict[str, np.ndarray]:
+    """alt text -> pixels, for every picture of a page."""
+    thumbs = json.loads(re.search(r'id="thumbs">(.*?)</script>', html, re.DOTALL)[1])
+    found = {}
+    for name, alt in re.findall(r'<img data-thumb="(\w+)"[^>]*alt="([^"]*)"', html):
+        content = base64.b64decode(thumbs[name].partition(",")[2])
+        found[alt] = np.asarray(Image.open(io.BytesIO(content)).convert("L"))
+    return found
+
+
+@pytest.mark.parametrize("policy", ["paper", "strong"])
+def test_the_page_shows_the_pixels_of_the_loader(policy, data, tmp_path):
+    chosen = options("mask_swav", data, tmp_path, policy=policy, mask_ratio=0.5, epoch=2, samples=3, slices=8)
+    cfg, html = shown("mask_swav", tmp_path / "i.html", chosen)
+    seen = pictures(html)
+    loader = cfg.script.data(cfg, Run(0, 1, torch.device("cpu")))
+    batch = next(loader.epoch(2))
+    name = loader.dataset.samples[loader.dataset.items[int(batch.index[0])]].name
+    start = loader.dataset[2, int(batch.index[0])]["start"]
+    for view in (0, 1):
+        views_of = {a: p for a, p in seen.items() if a.startswith(f"{name}, view {view + 1}, slice ")}
+        assert len(views_of) == 8
+        for alt, pixels in views_of.items():
+            wanted = batch.views[view, 0, int(alt.rsplit(" ", 1)[1]) - start].numpy()
+            factor = pixels.shape[0] // wanted.shape[0]
+            np.testing.assert_array_equal(pixels[::factor, ::factor], (255 * wanted + 0.5).astype(np.uint8))
+    assert len({alt.partition(", ")[0] for alt in seen}) == 3
+    assert html.count('class="crop marked"') == 3 * 8  # of each volume four of eight in either view
+
+
+def test_a_run_is_shown_with_its_own_options_and_those_given(data, tmp_path):
+    own = scripts.load("ssl_swav2D").Config(**options("ssl_swav2D", data, tmp_path, policy="paper", seed=5))
+    config.save_yaml(config.to_dict(own), tmp_path / "config.yaml")
+    cfg, html = shown(str(tmp_path), tmp_path / "i.html", {"seed": 6})
+    assert (cfg.stage, cfg.policy, cfg.seed, cfg.size_crops) == (1, "paper", 6, [32, 16])
+    assert "policy paper" in html
+    assert html.count("<h3>crop 3</h3>") == 4
+
+
+def test_images_of_stage_3_are_shown_too(data, tmp_path):
+    chosen = options("ssl_swav3D", data, tmp_path, samples=4)
+    seen = pictures(shown("ssl_swav3D.py", tmp_path / "i.html", chosen)[1])
+    assert any(alt.startswith("Images/") for alt in seen)
+    assert any(alt.startswith("Volumes/") for alt in seen)
+
+
+def test_what_was_done_is_named_as_it_was_drawn():
+    def theta(sides: list[float], degrees: float, flips: list[bool]) -> np.ndarray:
+        return window_theta(100, np.array([[50.0, 50.0]]), np.array([sides]), np.array([degrees]), np.array([flips]))
+
+    neutral = {"blur_std": np.zeros((1, 3)), "bias": np.zeros((1, 20)), "log_gamma": [0.0], "noise_std": [0.0]}
+    draws = {name: np.asarray(value) for name, value in neutral.items()}
+    draws["theta"] = theta([40.0, 80.0], 7.0, [False, True])
+    assert views.describe(draws, 0, 100) == ["window 40 x 80 of 100 px", "turned by +7.0°", "mirrored left and right"]
+    draws |= {"theta": theta([50.0, 50.0], -9.0, [True, False]), "log_gamma": np.array([0.1])}
+    draws["downsampling"] = np.array([[1.0, 2.5, 1.0]])
+    done = ["turned by -9.0°", "mirrored top and bottom", "rows coarser by 2.5", "gamma 1.11"]
+    assert views.describe(draws, 0, 100) == ["window 50 x 50 of 100 px", *done]
+
+
+def test_what_cannot_be_shown_is_named(data, tmp_path):
+    with pytest.raises(UserError, match="is not the folder of a run"):
+        views.options_of(str(tmp_path))
+    with pytest.raises(UserError, match="is not one of the training scripts"):
+        views.options_of("ssl_swav4D")
+    with pytest.raises(UserError, match=r"data_path: .* does not exist"):
+        shown("mask_swav", tmp_path / "i.html", {"data_path": str(tmp_path / "no")})
+    with pytest.raises(UserError, match="is not a folder"):
+        shown("mask_swav", tmp_path / "no" / "i.html", {})
