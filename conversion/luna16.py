@@ -38,6 +38,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from conversion.workers import outcomes
 from datasets.index import MIN_SIDE
 from utils import config
+from utils.config import read_yaml
 from utils.errors import UserError
 from utils.files import read_csv, write_csv, write_text
 
@@ -242,8 +243,8 @@ def _describe(cfg: Config, dest: Path) -> None:
     digest = hashlib.sha256(Path(cfg.candidates).read_bytes()).hexdigest()[:16]
     crops = {"mm": cfg.crop_mm, "size": cfg.crop_size, "slices": cfg.crop_slices, "candidates_sha256": digest}
     path = dest / "dataset.yaml"
-    old = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if dest.exists() and any(dest.iterdir()) and old.get("crops") != crops:
+    old = read_yaml(path) if path.exists() else None
+    if dest.exists() and any(dest.iterdir()) and not (isinstance(old, dict) and old.get("crops") == crops):
         raise UserError(f"dest: {dest} holds something else, or crops of other options; choose another folder")
     pixel = cfg.crop_mm / cfg.crop_size
     content = {
