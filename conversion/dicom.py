@@ -133,13 +133,18 @@ def _distance(frames: list[Frame], allow_gaps: bool) -> tuple[float, list[str]]:
 
 def _stacked(frames: list[Frame], rescale: bool) -> np.ndarray:
     """[slices, rows, columns] stored values, or intensities (PET has another scale in every slice)."""
-    pictures, pixels, shown = [], None, None
-    for frame in frames:
+    array, pixels, shown = None, None, None
+    for k, frame in enumerate(frames):
         if frame.path is not shown:
             pixels, shown = _pixels(frame.path), frame.path
         picture = pixels[frame.index] if pixels.ndim == 3 else pixels
-        pictures.append((picture * frame.scale[0] + frame.scale[1]).astype(np.float32) if rescale else picture)
-    return np.stack(pictures)
+        picture = (picture * frame.scale[0] + frame.scale[1]).astype(np.float32) if rescale else picture
+        if array is None:
+            array = np.empty((len(frames), *picture.shape), dtype=picture.dtype)
+        elif picture.dtype != array.dtype:
+            array = array.astype(np.result_type(array, picture))
+        array[k] = picture
+    return array
 
 
 def _frames(path: Path, header: Any) -> list[Frame]:
