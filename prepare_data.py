@@ -79,21 +79,18 @@ def main(cfg: Config) -> None:
     try:
         with _only_run(dest):
             table = read_table(dest)
-            ids = assign_ids(found.sources, {source: case.id for source, case in table.items()})
-            todo, problems = _compare(found, table, ids, dest, cfg, window)
-            convert = partial(_attempt, ids=ids, dest=dest, options=cfg, window=window)
-            problems += _keep(outcomes({s.name: s for s in todo}, convert, cfg.workers), table, dest)
+            sources = assign_ids(found.sources, {name: case.id for name, case in table.items()})
+            todo, problems = _compare(sources, table, dest, cfg, window)
+            done = outcomes(
+                {s.name: s for s in todo}, partial(attempt, dest=dest, options=cfg, window=window), cfg.workers
+            )
+            problems = [*found.problems, *problems, *_keep(done, table, dest)]
             cases = in_order(table)
             if not cases:
                 raise UserError("nothing was converted, for the reasons above")
-            content = describe(
-                cases,
-                dest,
-                spacing_mm=cfg.spacing_mm,
-                window="keep" if cfg.window == "keep" else window,
-                source=found.description.about,
-                structures=preset.structures if preset else found.description.structures,
-            )
+            structures = preset.structures if preset else found.description.structures
+            asked = "keep" if cfg.window == "keep" else window
+            content = describe(cases, dest, cfg.spacing_mm, asked, found.description.about, structures)
             montage(cases, dest, content.get("window"))
             print(summary(cases))
             _say_what_was_done(content, table, found, todo, problems, dest)
@@ -193,20 +190,13 @@ def _only_run(dest: Path) -> Iterator[None]:
 
 
 def _compare(
-    found: Found, table: dict[str, Case], ids: dict[str, str], dest: Path, options: Options, window: Window
+    sources: Sequence[Source], table: dict[str, Case], dest: Path, options: Options, window: Window
 ) -> tuple[list[Source], list[str]]:
-    """(sources that are not there yet as they should be, problems so far)."""
-    _note(
-        [
-            f"{s.name} gets the id {ids[s.name]}, since {clean(s.stem)} is not unique"
-            for s in found.sources
-            if s.name not in table and ids[s.name] != clean(s.stem)
-        ]
-    )
-    todo, changed, problems = [], [], list(found.problems)
-    for problem in problems:
-        print(f"problem: {problem}", file=sys.stderr, flush=True)
-    for source in found.sources:
+    """(sources that are not there yet as they should be, problems)."""
+    fresh = [s for s in sources if s.name not in table and s.id != clean(s.stem)]
+    _note([f"{s.name} gets the id {s.id}, since {clean(s.stem)} is not unique" for s in fresh])
+    todo, changed, problems = [], [], []
+    for source in sources:
         case = table.get(source.name)
         try:
             key = source_key(source, options)
@@ -222,13 +212,9 @@ def _compare(
             changed.append(f"{source.name} or the options have changed, and {case.file} is made again")
     _note(changed)
     ours = {case.id for case in table.values()}
-    replaced = [ids[s.name] for s in todo if ids[s.name] not in ours and (dest / f"{ids[s.name]}.npy").exists()]
+    replaced = [s.id for s in todo if s.id not in ours and (dest / f"{s.id}.npy").exists()]
     _note([f"{name}.npy is there but not in {CASES} (a killed run's, or yours) and is replaced" for name in replaced])
     return todo, problems
-
-
-def _attempt(source: Source, ids: dict[str, str], dest: Path, options: Options, window: Window) -> Case | str:
-    return attempt(source, ids[source.name], dest, options, window)
 
 
 def _keep(results: Iterable[tuple[str, Case | str]], table: dict[str, Case], dest: Path) -> list[str]:
@@ -262,6 +248,8 @@ def _say_what_was_found(found: Found, places: Sequence[Path]) -> None:
     ignored = ", ".join(f"{count} {suffix}" for suffix, count in sorted(found.ignored.items()) if count > 0)
     if ignored:
         print(f"not converted: {ignored}", flush=True)
+    for problem in found.problems:
+        print(f"problem: {problem}", file=sys.stderr, flush=True)
     if not found.sources and not found.problems:
         raise UserError(f"source: {places[0]} holds nothing to convert; docs/DATA.md lists the accepted formats")
 

@@ -45,7 +45,7 @@ SPACING_TOLERANCE = 0.02  # of a label map against its image, as a share
 Window = tuple[float, float] | None
 
 
-def attempt(source: Source, case_id: str, dest: Path, options: Options, window: Window = None) -> Case | str:
+def attempt(source: Source, dest: Path, options: Options, window: Window = None) -> Case | str:
     """The case, written below `dest`, or what is wrong with its files.
 
     window: intensities that will become 0 and 1; a volume outside of it would be all black or all white.
@@ -53,7 +53,7 @@ def attempt(source: Source, case_id: str, dest: Path, options: Options, window: 
     try:
         key = source_key(source, options)
         image = source.format in ("image", "dicom_image")
-        case = convert_image(source, case_id, dest) if image else _volume(source, case_id, dest, options, window)
+        case = convert_image(source, dest) if image else _volume(source, dest, options, window)
     except BadFile as error:
         return f"{source.path}: {error}"
     except MemoryError:
@@ -80,7 +80,7 @@ def outside(low: float, high: float, window: Window) -> bool:
     return window is not None and (high <= window[0] or low >= window[1])
 
 
-def _volume(source: Source, case_id: str, dest: Path, options: Options, window: Window) -> Case:
+def _volume(source: Source, dest: Path, options: Options, window: Window) -> Case:
     volume = _read(source, options)
     view = arrange(volume, options.slice_axis)
     if min(view.array.shape[:2]) < MIN_SIDE:
@@ -97,9 +97,9 @@ def _volume(source: Source, case_id: str, dest: Path, options: Options, window: 
     dtype = type_to_write(original, volume.slope, volume.intercept, low, high)
     shape, affine = _grid(view, options.spacing_mm)
     case = Case(
-        id=case_id,
+        id=source.id,
         source=source.name,
-        file=f"{case_id}.npy",
+        file=f"{source.id}.npy",
         channels=", ".join(_channel_names(source, volume)),
         plane=view.plane,
         orientation=view.codes,
@@ -117,7 +117,7 @@ def _volume(source: Source, case_id: str, dest: Path, options: Options, window: 
     )
     if label is not None:  # first, so that an image with a label never stands without it
         label = label if shape == view.array.shape else resample(label, shape[:3], nearest=True)
-        case.label = f"{LABELS}/{case_id}.npy"
+        case.label = f"{LABELS}/{source.id}.npy"
         pages = (label[:, :, k] for k in range(label.shape[2]))
         case.label_bytes = str(write_npy(dest / case.label, pages, label.shape, label.dtype)[1])
     case.sha256, size = write_npy(dest / case.file, _pages(view, shape, options), shape, dtype)

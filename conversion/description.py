@@ -111,7 +111,8 @@ class Description:
 
     def _modalities(self) -> dict[str, str]:
         names = self.content.get("modality") or self.content.get("channel_names")
-        return {str(key): str(name) for key, name in names.items()} if isinstance(names, dict) else {}
+        pairs = names.items() if isinstance(names, dict) else []
+        return {str(key): str(name).replace(",", "") for key, name in pairs}
 
 
 def read_description(path: Path) -> Description:

@@ -18,7 +18,7 @@ from datasets.index import IMAGE_FORMATS, MAX_IMAGE_PIXELS, MIN_SIDE
 from utils.files import whole_file
 
 
-def convert_image(source: Source, case_id: str, dest: Path) -> Case:
+def convert_image(source: Source, dest: Path) -> Case:
     """Write one image and its label map below `dest`. Raises BadFile, whatever is wrong with them."""
     path = source.path
     radiograph = source.format == "dicom_image"
@@ -27,9 +27,9 @@ def convert_image(source: Source, case_id: str, dest: Path) -> Case:
     low, high = _check(pixels)
     pixels = _grey(pixels, low, high) if radiograph else pixels
     case = Case(
-        id=case_id,
+        id=source.id,
         source=source.name,
-        file=case_id + (".png" if radiograph else path.suffix.lower()),
+        file=source.id + (".png" if radiograph else path.suffix.lower()),
         shape=by(pixels.shape),
         dtype=str(pixels.dtype),
         minimum=f"{low:g}",
@@ -39,7 +39,7 @@ def convert_image(source: Source, case_id: str, dest: Path) -> Case:
     )
     if source.label:
         _check_label(source.label, pixels)
-        case.label = f"{LABELS}/{case_id}{source.label.suffix.lower()}"
+        case.label = f"{LABELS}/{source.id}{source.label.suffix.lower()}"
         with whole_file(dest / case.label) as temporary:
             shutil.copyfile(source.label, temporary)
         case.label_bytes = str((dest / case.label).stat().st_size)

@@ -44,6 +44,7 @@ class Source:
     patient: str = ""
     channels: tuple[str, ...] = ()
     label: Path | None = None
+    id: str = ""  # in the data set, see conversion.table.assign_ids
     text: str = ""  # what the "*" of its pattern stands for
 
     @property

@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +91,11 @@ def in_order(table: dict[str, Case]) -> list[Case]:
     return sorted(table.values(), key=lambda case: os.fsencode(case.id))
 
 
-def assign_ids(sources: Sequence[Source], known: dict[str, str]) -> dict[str, str]:
-    """{source name: id}: letters, digits, ".", "_" and "-", unique on any file system.
+def assign_ids(sources: Sequence[Source], known: dict[str, str]) -> list[Source]:
+    """The sources with their ids: letters, digits, ".", "_" and "-", unique on any file system.
 
     An id is the file's name; where several files want the same one, all of them get their whole path instead, and
-    a hash of it should that not tell them apart. known: ids of earlier runs, which stay.
+    a hash of it should that not tell them apart. known: ids of earlier runs by the sources' names, which stay.
     """
     known = {**known, "": split_suffix(MONTAGE)[0]}  # a name that is taken
     ids = {s.name: known[s.name] for s in sources if s.name in known}
@@ -109,7 +109,7 @@ def assign_ids(sources: Sequence[Source], known: dict[str, str]) -> dict[str, st
                 ids[source.name] = wanted[source.name]
         taken = Counter(identifier.lower() for identifier in {**known, **ids}.values())
         fresh = [s for s in fresh if s.name not in ids]
-    return ids
+    return [replace(s, id=ids[s.name]) for s in sources]
 
 
 def clean(text: str) -> str:

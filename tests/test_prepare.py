@@ -643,10 +643,10 @@ def test_a_stopped_run_keeps_what_it_did_and_says_how_to_go_on(tmp_path, monkeyp
         write_nifti(tmp_path / f"in/{name}.nii", *stored("RAS"))
     attempt = prepare_data.attempt
 
-    def stopped_at_b(source: Source, *args: Any) -> Any:
+    def stopped_at_b(source: Source, **settings: Any) -> Any:
         if source.stem == "b":
             os.kill(os.getpid(), signal.SIGTERM)
-        return attempt(source, *args)
+        return attempt(source, **settings)
 
     monkeypatch.setattr(prepare_data, "attempt", stopped_at_b)
     arguments = [f"--source={tmp_path / 'in'}", f"--dest={tmp_path / 'out'}", "--workers=1"]
@@ -697,13 +697,13 @@ def test_ids_are_unique_on_any_file_system_and_stay():
         return Source(name, Path(name).name.split(".")[0], "nifti", (Path(name),))
 
     names = ["in/a/T1.nii", "in/b/t1.nii", "in/a/T1.npy", "in/Übung 2.nii", "in/c.nii", "in/montage.nii"]
-    ids = assign_ids([source(n) for n in names], {})
+    ids = {s.name: s.id for s in assign_ids([source(n) for n in names], {})}
     assert ids["in/b/t1.nii"] == "in__b__t1"
     assert len({i.lower() for i in ids.values()}) == len(names)
     assert ids["in/c.nii"] == "c"
     assert ids["in/Übung 2.nii"] == "_bung_2"
     assert ids["in/montage.nii"] == "in__montage"
-    later = assign_ids([source(n) for n in [*names, "in/d/c.nii"]], ids)
+    later = {s.name: s.id for s in assign_ids([source(n) for n in [*names, "in/d/c.nii"]], ids)}
     assert later["in/d/c.nii"] == "in__d__c"
     assert {n: later[n] for n in names} == ids
 
