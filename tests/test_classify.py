@@ -211,7 +211,7 @@ def test_errors_in_the_labels_name_the_line_and_the_remedy(images, tmp_path, con
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"classes": ["finding", "fracture"]}, r"no case in .* has the label 'fracture', only finding, no finding"),
+        ({"classes": ["finding", "fracture"]}, r"no case in .* has the label 'fracture'; there are finding, no"),
         ({"positive": "fracture"}, "has the label 'fracture'"),
         ({"labelled": 90}, "labelled: 90 cases were asked for"),
         ({"label_fractions": [5.0]}, "label_fractions: .* must be parts, at most 1"),
