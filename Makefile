@@ -40,15 +40,14 @@ bench: $(READY)
 	$(VENV)/bin/python -m benchmarks.stage2
 	$(VENV)/bin/python -m benchmarks.step
 
-STEP := --precisions [bf16] --batch_size 16 --images 128 --workers 8 --steps 30
+STEP := --precisions [bf16] --batch_size 16 --images 128 --workers 8 --volumes 320 --repeats 10 --steps 30
 STAGE2 := --batch_size 16 --steps 10 --repeats 5 --workers 8
-DIAGNOSTICS := --batch_size 16 --target_shape [64,128,128] --workers 8
 
 # All are run, whatever becomes of the others; the status is the worst of them. TO=FOLDER: after each, results go there.
 bench-gpu:
 	@set -f; worst=0; \
-	for of in "step $(STEP)" "attention" "kmeans --references false" "stage2 $(STAGE2)" "augmentation" \
-		"diagnostics $(DIAGNOSTICS)" "step --compile true --parts [stage3] --reference false $(STEP)"; do \
+	for of in "step $(STEP)" "attention" "kmeans --reference false" "stage2 $(STAGE2)" "augmentation" \
+		"step --compile true --parts [stage3] --reference false $(STEP)"; do \
 		echo "$(PYTHON) -m benchmarks.$$of --device cuda"; \
 		$(PYTHON) -m benchmarks.$$of --device cuda; code=$$?; \
 		test $$code -le $$worst || worst=$$code; \

@@ -11,6 +11,7 @@ the balanced accuracy over structures (0.5 is chance), for each initialisation o
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 import subprocess
@@ -29,8 +30,19 @@ from models.resnet import GreyResNet, pooled
 from training import weights
 from utils import config as options
 
-HERE = Path(__file__).resolve().parent
+Cases = tuple[Tensor, np.ndarray]  # images [N, D, H, W] in 0..1, which structures each slice shows [N, D, structures]
 ARCH, SHAPE = "resnet18", (32, 40, 40)  # slices, height, width
+IMAGES = "--size_crops [40] --nmb_crops [2] --min_scale_crops [0.25] --max_scale_crops [1.0] --slices_per_volume 16 "
+IMAGES += "--batch_size 64 --epochs 5 --base_lr 2"
+VOLUMES = "--target_shape [32,40,40] --d_model 128 --batch_size 5 --epochs 3"
+RUNS = (  # script, its options, row of the table, weights in it
+    ("ssl_swav2D", IMAGES, "swav stage 1 (2D)", "resnet_swav2D.pth"),
+    ("mask_swav", VOLUMES, None, None),
+    ("ssl_swav3D", f"{VOLUMES} --base_lr 1", "swav stage 3 (joint)", "swav3D_encoder.pth"),
+    ("ssl_deepcluster2D", IMAGES, "deepcluster stage 1 (2D)", "resnet_deepcluster2D.pth"),
+    ("mask_deepcluster", VOLUMES, None, None),
+    ("ssl_deepcluster3D", f"{VOLUMES} --base_lr 0.1", "deepcluster stage 3 (joint)", "deepcluster3D_encoder.pth"),
+)
 
 
 @dataclass
@@ -38,67 +50,51 @@ class Config:
     data_path: str = "Training_Data"
     """data sets to train on"""
     dump_path: str = "runs/demo"
-    """everything the demo writes; emptied at the start"""
+    """folder of everything that the demo writes; emptied at the start"""
     labelled: int = 10
     """phantoms of each anatomy whose label maps the vote may use"""
     unlabelled: int = 20
-    """phantoms of each anatomy that it is tested on"""
+    """phantoms of each anatomy that the vote is tested on"""
 
 
 def main(cfg: Config) -> None:
-    started = time.monotonic()
-    folder = Path(cfg.dump_path)
-    if folder.exists():
-        shutil.rmtree(folder)
-    results = folder / "weights"
-    seconds = {}
-    for method in ("swav", "deepcluster"):
-        for script, args in stages(method):
-            began = time.monotonic()
-            print(f"\n=== {script}.py {' '.join(args)}", flush=True)
-            command = [sys.executable, str(HERE / f"{script}.py"), *args, "--data_path", cfg.data_path]
-            command += ["--arch", ARCH, "--dump_path", str(folder / script), "--pretrained_path", str(results)]
-            code = subprocess.run([*command, "--workers", "0"], cwd=HERE).returncode
-            if code:
-                raise SystemExit(f"demo stopped: {script}.py failed with exit code {code}")
-            seconds[script] = time.monotonic() - began
-
+    started, folder = time.monotonic(), Path(cfg.dump_path)
+    shutil.rmtree(folder, ignore_errors=True)
+    rows = [("random initialisation", [resnet_of(None, seed) for seed in range(3)], "-")]
+    for script, args, name, file in RUNS:
+        seconds = train(script, f"{args} --warmup_epochs 1".split(), cfg)
+        if name:
+            rows.append((name, [resnet_of(folder / "weights" / file)], f"{seconds:.0f} s"))
     print("\n=== which structures does a slice show? k-NN on frozen features", flush=True)
-    rows = [("random initialisation", [load(None, seed) for seed in range(3)], "")]
-    for method in ("swav", "deepcluster"):
-        rows.append((f"{method} stage 1 (2D)", [load(results / f"resnet_{method}2D.pth")], f"ssl_{method}2D"))
-        rows.append((f"{method} stage 3 (joint)", [load(results / f"{method}3D_encoder.pth")], f"ssl_{method}3D"))
     held_out = [cases(anatomy, cfg.labelled + cfg.unlabelled) for anatomy in ANATOMIES]
-    print(f"\n{'frozen ResNet':28s}" + "".join(f"{a:>9s}" for a in ANATOMIES) + f"{'mean':>9s}{'training':>11s}")
-    for name, resnets, script in rows:
+    print(f"\n{'frozen ResNet':28s}" + "".join(f"{a:>9s}" for a in (*ANATOMIES, "mean")) + f"{'training':>11s}")
+    for name, resnets, took in rows:
         scores = np.mean([[score(resnet, *drawn, cfg.labelled) for drawn in held_out] for resnet in resnets], axis=0)
-        took = f"{seconds[script]:.0f} s" if script else "-"
-        print(f"{name:28s}" + "".join(f"{s:9.3f}" for s in scores) + f"{scores.mean():9.3f}{took:>11s}", flush=True)
-    print(
-        f"balanced accuracy; {cfg.labelled} labelled, {cfg.unlabelled} test phantoms of each anatomy; random: 3 seeds\n"
-    )
-    for method in ("swav", "deepcluster"):
-        loss, guess = masked_error(folder / f"mask_{method}" / "metrics.csv")
-        print(f"mask_{method}: error {loss:.3f} on masked slices; interpolation between neighbours {guess:.3f}")
-    print(
-        f"\nweights  {results}\nlogs     {folder}/*/metrics.csv\ntook     {(time.monotonic() - started) / 60:.1f} min"
-    )
+        print(f"{name:28s}" + "".join(f"{s:9.3f}" for s in (*scores, scores.mean())) + f"{took:>11s}", flush=True)
+    labelled = f"{cfg.labelled} labelled, {cfg.unlabelled} test phantoms of each anatomy"
+    print(f"balanced accuracy; {labelled}; random: 3 seeds\n")
+    for script in ("mask_swav", "mask_deepcluster"):
+        with open(folder / script / "metrics.csv", newline="") as file:
+            last = list(csv.DictReader(file))[-1]
+        loss, guess = float(last["loss"]), float(last["interpolation"])
+        print(f"{script}: error {loss:.3f} on masked slices; interpolation between neighbours {guess:.3f}")
+    minutes = (time.monotonic() - started) / 60
+    print(f"\nweights  {folder}/weights\nlogs     {folder}/*/metrics.csv\ntook     {minutes:.1f} min")
 
 
-def stages(method: str) -> list[tuple[str, list[str]]]:
-    """Script and options of each stage."""
-    images = ["--size_crops", "[40]", "--nmb_crops", "[2]", "--min_scale_crops", "[0.25]", "--max_scale_crops", "[1.0]"]
-    images += ["--slices_per_volume", "16", "--batch_size", "64", "--epochs", "5", "--warmup_epochs", "1"]
-    volumes = ["--target_shape", str(list(SHAPE)), "--d_model", "128", "--batch_size", "5", "--warmup_epochs", "1"]
-    return [
-        (f"ssl_{method}2D", [*images, "--base_lr", "2"]),
-        (f"mask_{method}", [*volumes, "--epochs", "3"]),
-        (f"ssl_{method}3D", [*volumes, "--epochs", "3", "--base_lr", "1" if method == "swav" else "0.1"]),
-    ]
+def train(script: str, args: list[str], cfg: Config) -> float:
+    """Run a script in a process of its own; returns the seconds that it took."""
+    began = time.monotonic()
+    print(f"\n=== {script}.py {' '.join(args)}", flush=True)
+    args = [*args, "--arch", ARCH, "--workers", "0", "--data_path", cfg.data_path]
+    args += ["--dump_path", f"{cfg.dump_path}/{script}", "--pretrained_path", f"{cfg.dump_path}/weights"]
+    if code := subprocess.run([sys.executable, f"{script}.py", *args]).returncode:
+        raise SystemExit(f"demo stopped: {script}.py failed with exit code {code}")
+    return time.monotonic() - began
 
 
-def cases(anatomy: str, count: int) -> tuple[Tensor, np.ndarray]:
-    """Phantoms of seeds that the bundled data do not use: images [N, D, H, W] in 0..1, presence [N, D, structures]."""
+def cases(anatomy: str, count: int) -> Cases:
+    """Phantoms of seeds that the bundled data do not use."""
     slices, height, width = SHAPE
     drawn = [phantom(anatomy, 10_000 + i, (height, width, slices)) for i in range(count)]
     images = []
@@ -112,11 +108,12 @@ def cases(anatomy: str, count: int) -> tuple[Tensor, np.ndarray]:
     return torch.from_numpy(np.stack(images)), shown[..., (share > 0.15) & (share < 0.85)]
 
 
-def load(path: Path | None, seed: int = 0) -> GreyResNet:
+def resnet_of(path: Path | None, seed: int = 0) -> GreyResNet:
+    """The network of a weights file, or a random one."""
     torch.manual_seed(seed)
     resnet = GreyResNet(ARCH)
     if path is not None:
-        weights.load_backbone(resnet, str(path.parent), path.name, made_by="demo.py")
+        weights.load_resnet(resnet, path, "run demo.py again")
     return resnet.eval()
 
 
@@ -132,12 +129,6 @@ def score(resnet: GreyResNet, images: Tensor, shown: np.ndarray, labelled: int, 
     return float(np.mean(per_structure))
 
 
-def masked_error(path: Path) -> tuple[float, float]:
-    names, *_, last = (line.split(",") for line in path.read_text().splitlines())
-    row = dict(zip(names, last, strict=True))
-    return float(row["loss"]), float(row["interpolation"])
-
-
 if __name__ == "__main__":
-    os.chdir(HERE)
+    os.chdir(Path(__file__).resolve().parent)
     options.main(main, Config, __doc__)

@@ -30,8 +30,6 @@ from reporting.runs import STAGES, RunFolder, read_runs
 from utils import config, options
 from utils.errors import UserError
 
-STRIP_OF_VOLUME = 8  # slices shown above a volume's attention
-
 
 @dataclass
 class Config:
@@ -121,7 +119,7 @@ def about_run(run: RunFolder, cfg: Config, thumbs: page.Thumbnails) -> dict[str,
     about["levels"] = [about_level(level, run, cfg, thumbs, names) for level in levels]
     about["neighbours"] = about_neighbours(levels[-1], cfg, thumbs) if levels else []  # of volumes, where there are any
     about["attention"] = [
-        (item.sample, thumbs.strip(item, STRIP_OF_VOLUME), figures.attention_maps(item, maps))
+        (item.sample, thumbs.strip(item), figures.attention_maps(item, maps))
         for item, maps in network.attention(cfg.examples)
     ]
     about["masked"] = [

@@ -9,15 +9,14 @@ package   DeformableAttention1D as the method's released code calls it: the same
           attends along the 640 features (dim 64, downsample_factor 4, offset_scale 2, offset_kernel_size 6).
 ordinary  nn.MultiheadAttention along the slices, the least that attention costs.
 
-The three take turns. `kept` is what a forward pass keeps for the backward pass beside weights. The package keeps about
-0.13 GiB per volume; batches above `package_up_to` are left out for it.
+The three take turns. The package keeps about 0.13 GiB per volume for the backward pass: batches above `package_up_to`
+are left out for it.
 On a CPU all is measured twice: with memory allocated as in a plain script, which is how the package is used, and as in
 this project's training, where glibc keeps freed memory. The package, which needs much of it, gains most from that.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,8 +25,7 @@ import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from benchmarks import timing
-from benchmarks.plain import package_attention
+from benchmarks import plain, timing
 from models.transformer import DeformableAttention1D
 from utils import config as options
 from utils import distributed
@@ -56,24 +54,23 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    if importlib.util.find_spec("deformable_attention") is None:
-        print("the package is left out: pip install deformable-attention")
+    package = plain.installed("deformable_attention")
     results: dict[str, Any] = {"slices": cfg.slices, "d_model": cfg.d_model}
     if cfg.device == "cpu" or not torch.cuda.is_available():
-        results["memory as in a plain script"] = measure_all(cfg, torch.device("cpu"))
+        results["memory as in a plain script"] = measure_all(cfg, torch.device("cpu"), package)
     device = distributed.start(cfg.device).device  # from here on, a CPU's memory is kept
-    results["memory as in training"] = measure_all(cfg, device)
+    results["memory as in training"] = measure_all(cfg, device, package)
     timing.write(timing.file_name("attention", cfg, "batches", "slices", "d_model"), results, device)
 
 
-def measure_all(cfg: Config, device: torch.device) -> dict[str, Any]:
+def measure_all(cfg: Config, device: torch.device, package: bool) -> dict[str, Any]:
     """All precisions and batches under one way of allocating memory."""
     up_to = cfg.package_up_to or (64 if device.type == "cuda" else 8)
     found = {}
     for precision in cfg.precisions or timing.formats(device):
         for batch in cfg.batches:
             print(f"\n{batch} volumes of {cfg.slices} slices, {precision}, {timing.device_name(device)}")
-            found[f"{precision}, {batch} volumes"] = measure(cfg, precision, batch, device, batch <= up_to)
+            found[f"{precision}, {batch} volumes"] = measure(cfg, precision, batch, device, package and batch <= up_to)
     return found
 
 
@@ -90,10 +87,7 @@ def measure(cfg: Config, precision: str, batch: int, device: torch.device, with_
         out.sum().backward()
 
     work = {name: lambda attend=attend: step(attend) for name, attend in kinds.items()}
-    with autocast():
-        kept = {name: kept_bytes(lambda attend=attend: attend(x, mask)) / 2**20 for name, attend in kinds.items()}
-    print("  kept for the backward pass: " + ", ".join(f"{name} {mib:.1f} MiB" for name, mib in kept.items()))
-    return {**timing.compare(work, cfg.repeats, warmup=2, device=device), "kept_mib": kept}
+    return timing.compare(work, cfg.repeats, warmup=2, device=device)
 
 
 def attentions(cfg: Config, with_package: bool, device: torch.device) -> dict[str, Attention]:
@@ -103,26 +97,10 @@ def attentions(cfg: Config, with_package: bool, device: torch.device) -> dict[st
         "ours": ours,
         "ordinary": lambda x, mask: ordinary(x, x, x, key_padding_mask=~mask, need_weights=False)[0],
     }
-    if with_package and importlib.util.find_spec("deformable_attention"):
-        package = package_attention(cfg.slices).to(device)
+    if with_package:
+        package = plain.released_attention(cfg.slices).to(device)
         kinds["package"] = lambda x, mask: package(x)
     return kinds
-
-
-def kept_bytes(forward: Callable[[], Tensor]) -> int:
-    """What autograd keeps of a forward pass, each piece of memory once, without the leaves of the graph."""
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if not (t.is_leaf and t.requires_grad):
-            storage = t.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = forward()
-    del out
-    return sum(kept.values())
 
 
 if __name__ == "__main__":

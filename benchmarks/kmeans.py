@@ -1,30 +1,28 @@
-"""Spherical k-means: the project's torch back end, beside faiss and a plain single-process one with sparse matrices.
+"""Spherical k-means: the project's torch back end beside faiss, which works on the CPU in one process.
 
     python -m benchmarks.kmeans                                # CPU: 100,000 points, 3,000 clusters, 640 dimensions
     python -m benchmarks.kmeans --device cuda                  # GPU: 1,000,000 points, 10 iterations
     torchrun --nproc_per_node=2 -m benchmarks.kmeans           # the points spread over processes, torch alone
     python -m benchmarks.kmeans --points 10000 --clusters 300  # seconds
 
-All start from the same centroids, do the same number of iterations and take turns; faiss and sparse matrices work on
-the CPU. Points: unit vectors around random centres, each as far from its centre as the centre is long. Objective: mean
-cosine between a point and its nearest centroid, computed in float32 for all. torch compares points in half precision
-where the device computes in it; `torch_float32` does not. Memory: what a run of torch adds to the points themselves.
+All start from the same centroids, do the same number of iterations and take turns. Points: unit vectors around random
+centres, each as far from its centre as the centre is long. Objective: mean cosine between a point and its nearest
+centroid, computed in float32 for all. torch compares points in half precision where the device computes in it;
+`torch_float32` does not. Memory: what a run of torch adds to the points themselves.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from benchmarks import timing
+from benchmarks import plain, timing
 from objectives.kmeans import assign, fast_products, kmeans_faiss, kmeans_torch
 from utils import config as options
 from utils import distributed
@@ -51,8 +49,8 @@ class Config:
     """iterations of each; 0: 3 on a CPU, 10 on a GPU"""
     repeats: PositiveInt = 3
     """measurements of each"""
-    references: bool = True
-    """whether to measure faiss and scipy, where they are installed, too"""
+    reference: bool = True
+    """whether to measure faiss, too"""
 
 
 def main(cfg: Config) -> None:
@@ -65,9 +63,12 @@ def main(cfg: Config) -> None:
     start = points[:: n // cfg.clusters][: cfg.clusters].clone()
     own = points[run.rank :: run.world_size].to(run.device)
     products = fast_products(n * cfg.clusters, run.device)
-    work = ours(own, start.to(run.device), iterations, products)
-    if cfg.references and run.world_size == 1:
-        work |= references(points, start, iterations)
+    work: dict[str, Clustering] = {
+        "torch": lambda: kmeans_torch(own, start.to(own), iterations, products=products),
+        "torch_float32": lambda: kmeans_torch(own, start.to(own), iterations),
+    }
+    if cfg.reference and run.world_size == 1 and plain.installed("faiss"):
+        work["faiss"] = lambda: kmeans_faiss(points, start, iterations)
     timing.say(
         f"{n:,} points, {cfg.dim} dimensions, {cfg.clusters:,} clusters, {iterations} iterations,\n"
         f"{timing.device_name(run.device)}, {run.world_size} process(es), {torch.get_num_threads()} thread(s) each"
@@ -98,25 +99,6 @@ def measure(work: dict[str, Clustering], own: Tensor, cfg: Config, run: Run) -> 
     return {"memory_beside_points_mib": extra, "same_bits_twice": same_bits, "mean_cosine": cosine, "times": times}
 
 
-def ours(own: Tensor, start: Tensor, iterations: int, products: torch.dtype | None) -> dict[str, Clustering]:
-    return {
-        "torch": lambda: kmeans_torch(own, start, iterations, products=products),
-        "torch_float32": lambda: kmeans_torch(own, start, iterations),
-    }
-
-
-def references(points: Tensor, start: Tensor, iterations: int) -> dict[str, Clustering]:
-    """Those that are installed."""
-    work = {
-        "faiss": lambda: kmeans_faiss(points, start, iterations),
-        "scipy": lambda: kmeans_sparse(points, start, iterations),
-    }
-    for name in [name for name in work if importlib.util.find_spec(name) is None]:
-        print(f"{name} is left out: it is not installed")
-        del work[name]
-    return work
-
-
 def make_points(n: int, dim: int, centres: int) -> Tensor:
     """Unit vectors [n, dim], the same in every process and for every run."""
     generator = torch.Generator().manual_seed(0)
@@ -127,21 +109,6 @@ def make_points(n: int, dim: int, centres: int) -> Tensor:
         part += middle[torch.randint(centres, (len(part),), generator=generator)]
         part /= part.norm(dim=1, keepdim=True)
     return points
-
-
-def kmeans_sparse(points: Tensor, centroids: Tensor, iterations: int) -> Tensor:
-    """The plain way in NumPy: nearest centroids block by block, sums by a sparse [K, n] matrix of ones."""
-    import scipy.sparse
-
-    x, centres = points.numpy(), F.normalize(centroids, dim=1).numpy()
-    n, K = len(x), len(centres)
-    for _ in range(iterations):
-        nearest = np.concatenate([(x[i : i + 4096] @ centres.T).argmax(axis=1) for i in range(0, n, 4096)])
-        members = scipy.sparse.csr_matrix((np.ones(n, x.dtype), (nearest, np.arange(n))), shape=(K, n))
-        sums, filled = members @ x, np.bincount(nearest, minlength=K) > 0
-        centres = np.where(filled[:, None], sums, centres)
-        centres /= np.linalg.norm(centres, axis=1, keepdims=True)
-    return torch.from_numpy(centres)
 
 
 def mean_cosine(own: Tensor, centroids: Tensor) -> float:

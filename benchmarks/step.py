@@ -1,4 +1,4 @@
-"""A training step of stages 1 and 3: against the plain way to write it, against the bare ResNet, and where time goes.
+"""A training step of stages 1 and 3: against the bare ResNet and the plain way to write it, and where time goes.
 
     python -m benchmarks.step                                        # CPU, (64, 128, 128), 2 views: about 6 minutes
     python -m benchmarks.step --device cuda --batch_size 16 --workers 8 --volumes 640
@@ -7,18 +7,15 @@ Pieces that take turns in the same process:
   ours       an update of ssl_swav3D.py or ssl_swav2D.py with all that training does in one, its diagnostics too
   bare       torchvision's three-channel ResNet, forward and backward on the same number of slices, tuned the same way
              (channels-last, the same precision): what trains a ResNet on these slices can hardly be faster
-  reference  the plain way with public packages (benchmarks/plain.py). On a CPU in a process of its own, whose memory is
-             handled as usual (ours keeps freed blocks). Where a package is missing, the reference goes without it,
-             which the results name.
-`split` says where the time of our steps goes: the observers of the clusters are its `diagnostics`. `ranks` compares two
-processes that train together (gloo, a core each) with two that know nothing of each other. Peak memory (GPU): weights,
-inputs and all else, ours and bare each begun with nothing allocated.
+  reference  the plain way with public packages (benchmarks/plain.py), stage 3 alone
+`split` says where the time of our steps goes; what the observers of the clusters cost is its `diagnostics`.
+`added_gib` is what a step allocates at its peak beside weights and optimiser, with `--recompute true` as well.
+`ranks` compares two processes that train together (gloo, a core each) with two that know nothing of each other.
 The volumes' cache takes 4 MB for each of `volumes` below the temporary folder.
 """
 
 from __future__ import annotations
 
-import gc
 import tempfile
 import time
 from collections.abc import Callable
@@ -35,11 +32,12 @@ from torch import Tensor, nn
 from benchmarks import plain, timing
 from benchmarks.training import Options, Updates, recorded, shares, training_of, write_volumes
 from utils import config as options
-from utils import distributed, profile
+from utils import distributed
 from utils.distributed import Run
 from utils.precision import Precision
 
 PARTS = ("stage3", "stage1", "ranks")
+Sizes = list[tuple[int, list[int]]]  # number, height and width of images
 
 
 @dataclass
@@ -57,7 +55,7 @@ class Config(Options):
     repeats: PositiveInt = 3
     """measurements of each piece"""
     steps: NonNegativeInt = 0
-    """steps of an end-to-end run, for slices per second and data wait; 0: none"""
+    """steps of stage 3 in a row, for slices per second and data wait; 0: none"""
 
 
 def main(cfg: Config) -> None:
@@ -68,69 +66,83 @@ def main(cfg: Config) -> None:
         data = Path(folder, "data")
         write_volumes(data, (160, 160, 72), cfg.volumes)
         for part in cfg.parts:
-            print(f"\n{part}, {timing.device_name(run.device)}")
+            print(f"\n{part}, {timing.device_name(run.device)}", flush=True)
             results[part] = {"stage3": stage3, "stage1": stage1, "ranks": ranks}[part](data, cfg, run)
     timing.write(timing.file_name("step", cfg, "arch", "target_shape", "parts", "compile"), results, run.device)
 
 
+def updates_of(stage: int, data: Path, cfg: Config, run: Run, **options: Any) -> Updates:
+    """Updates of SwAV's script of a stage."""
+    chosen = {name: getattr(cfg, name) for name in ("arch", "workers", "compile")} | options
+    if stage == 3:
+        chosen |= {"target_shape": cfg.target_shape, "batch_size": cfg.batch_size}
+        chosen |= {"nmb_prototypes": plain.PROTOTYPES, "nmb_prototypes_intra": plain.INTRA_PROTOTYPES}
+        return Updates(training_of("ssl_swav3D", data, run, **chosen))
+    side = cfg.target_shape[1]
+    crops = {"size_crops": [side, side // 2], "nmb_crops": [2, 4]}
+    crops |= {"min_scale_crops": [0.3, 0.05], "max_scale_crops": [1.0, 0.3]}
+    chosen |= {"batch_size": cfg.images, "nmb_prototypes": plain.INTRA_PROTOTYPES}
+    return Updates(training_of("ssl_swav2D", data, run, **chosen, **crops))
+
+
 def stage3(data: Path, cfg: Config, run: Run) -> dict[str, Any]:
-    slices, *side = cfg.target_shape
-    sizes = [(2 * cfg.batch_size * slices, side)]
-    result: dict[str, Any] = {"slices": sizes[0][0]}
-    if run.device.type == "cuda":  # before anything else is on it
-        result["peak_gib"] = {p: peaks(data, cfg, p, sizes, run) for p in cfg.precisions}
-    ours = {f"ours {p}": ours_of_stage3(data, cfg, p, run) for p in cfg.precisions}
-    if cfg.reference:
-        result["reference without"] = plain.missing()
-        for package, instead in plain.missing().items():
-            print(f"the reference goes without {package}: {instead} (pip install -r requirements-dev.txt)")
-    result |= compare(ours, sizes, plain.volumes_step, cfg, run.device)
-    if cfg.steps:
-        result["end to end"] = {name: end_to_end(one, cfg, result["slices"], run.device) for name, one in ours.items()}
-    return result
-
-
-def ours_of_stage3(data: Path, cfg: Config, precision: str, run: Run) -> Updates:
-    chosen = {name: getattr(cfg, name) for name in ("arch", "target_shape", "batch_size", "workers", "compile")}
-    prototypes = {"nmb_prototypes": plain.PROTOTYPES, "nmb_prototypes_intra": plain.INTRA_PROTOTYPES}
-    return Updates(training_of("ssl_swav3D", data, run, precision=precision, **chosen, **prototypes))
+    slices, height, width = cfg.target_shape
+    reference = None
+    if cfg.reference and plain.installed("torchio", "deformable_attention"):
+        reference = plain.step_of(cfg.arch, cfg.target_shape, cfg.batch_size, run.device)
+    count = 2 * cfg.batch_size * slices
+    result = compare(3, data, [(count, [height, width])], reference, cfg, run)
+    return result | ({"in a row": in_a_row(data, count, cfg, run)} if cfg.steps else {})
 
 
 def stage1(data: Path, cfg: Config, run: Run) -> dict[str, Any]:
     side = cfg.target_shape[1]
-    chosen = {name: getattr(cfg, name) for name in ("arch", "workers", "compile")}
-    crops = {"size_crops": [side, side // 2], "nmb_crops": [2, 4]}
-    crops |= {"min_scale_crops": [0.3, 0.05], "max_scale_crops": [1.0, 0.3]}
-    chosen |= {"batch_size": cfg.images, "nmb_prototypes": plain.INTRA_PROTOTYPES} | crops
-    ours = {f"ours {p}": Updates(training_of("ssl_swav2D", data, run, precision=p, **chosen)) for p in cfg.precisions}
-    sizes = [(2 * cfg.images, [side, side]), (4 * cfg.images, [side // 2, side // 2])]
-    return {"images": cfg.images, "crops": sizes, **compare(ours, sizes, plain.images_step, cfg, run.device)}
+    return compare(1, data, [(2 * cfg.images, [side] * 2), (4 * cfg.images, [side // 2] * 2)], None, cfg, run)
 
 
 def compare(
-    ours: dict[str, Updates], sizes: list[tuple[int, list[int]]], reference: Callable, cfg: Config, device: torch.device
+    stage: int, data: Path, sizes: Sizes, reference: Callable[[], None] | None, cfg: Config, run: Run
 ) -> dict[str, Any]:
-    """Times and ratios of pieces that take turns; where the time of our steps goes."""
-    work, parts, pairs = {}, {}, []
-    for name, updates in ours.items():
-        precision = name.split()[-1]
-        work[name], parts[name] = recorded(updates, device)
-        work[f"bare {precision}"] = bare_resnet(cfg, sizes, precision, device)
-        pairs.append((name, f"bare {precision}"))
-    if cfg.reference:
-        work["reference"] = plain.apart(reference, cfg, device)
-        pairs += [("reference", name) for name in ours]
-    result = timing.compare(work, cfg.repeats, device=device, pairs=pairs)
-    for name, calls in parts.items():
-        result[f"{name} split"] = split = shares(calls[1:])  # without the warm-up
-        print(f"  {name}: " + ", ".join(f"{part} {share:.1%}" for part, share in split.items()))
+    """Times and ratios of pieces that take turns, their memory, and where the time of our steps goes."""
+    work, calls, pairs, device = {}, {}, [], run.device
+    for precision in cfg.precisions:
+        ours, bare = f"ours {precision}", f"bare {precision}"
+        work[ours], calls[ours] = recorded(updates_of(stage, data, cfg, run, precision=precision), device)
+        work[bare] = bare_resnet(cfg, sizes, precision, device)
+        pairs.append((ours, bare))
+    if reference:
+        pairs += [("reference", ours) for ours in calls]
+        work["reference"] = reference
+    result = {"images": sizes, **timing.compare(work, cfg.repeats, device=device, pairs=pairs)}
+    result["split"] = {name: shares(parts[1:]) for name, parts in calls.items()}  # without the warm-up
+    for name, split in result["split"].items():
+        print(f"  {name}: " + ", ".join(f"{part} {share:.1%}" for part, share in split.items()), flush=True)
+    for precision in cfg.precisions:
+        work[f"recompute {precision}"] = updates_of(stage, data, cfg, run, precision=precision, recompute=True)
+        work[f"recompute {precision}"]()
+    result["added_gib"] = {name: timing.added_bytes(step, device) / 2**30 for name, step in work.items()}
+    print("  GiB added: " + ", ".join(f"{name} {gib:.2f}" for name, gib in result["added_gib"].items()), flush=True)
     return result
 
 
-def bare_resnet(
-    cfg: Config, sizes: list[tuple[int, list[int]]], precision: str, device: torch.device
-) -> Callable[[], None]:
-    """Forward and backward of torchvision's network on random images, (number, side) of each size, tuned as ours."""
+def in_a_row(data: Path, slices: int, cfg: Config, run: Run) -> dict[str, float]:
+    """Slices per second from the cache on, and the share of time that the host waited for data."""
+    updates = updates_of(3, data, cfg, run, precision=cfg.precisions[-1])
+    for _ in range(1 + 2 * cfg.workers):  # what workers have read ahead is used up
+        updates()
+    timing.wait(run.device)
+    began, waited = time.perf_counter(), updates.batches.waited
+    for _ in range(cfg.steps):
+        updates()
+    timing.wait(run.device)
+    seconds = time.perf_counter() - began
+    rate, share = slices * cfg.steps / seconds, (updates.batches.waited - waited) / seconds
+    print(f"  {cfg.steps} steps in a row: {rate:.0f} slices/s, {share:.1%} of the time waiting for data", flush=True)
+    return {"slices_per_second": rate, "data_wait": share}
+
+
+def bare_resnet(cfg: Config, sizes: Sizes, precision: str, device: torch.device) -> Callable[[], None]:
+    """Forward and backward of torchvision's network on random images, tuned as ours."""
     net = torchvision.models.get_model(cfg.arch, weights=None)
     net.fc = nn.Identity()
     net = net.to(device, memory_format=torch.channels_last).train()
@@ -147,41 +159,6 @@ def bare_resnet(
         net.zero_grad(set_to_none=True)
 
     return step
-
-
-def peaks(data: Path, cfg: Config, precision: str, sizes: list[tuple[int, list[int]]], run: Run) -> dict[str, float]:
-    """GiB allocated at most during a step, ours and bare, and their ratio."""
-    found = {}
-    makers = {"bare": lambda: bare_resnet(cfg, sizes, precision, run.device)}
-    makers["ours"] = lambda: ours_of_stage3(data, cfg, precision, run)
-    for name, make in makers.items():
-        gc.collect()  # what was measured before, loading processes too
-        torch.cuda.empty_cache()
-        step = make()
-        step()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        found[name] = torch.cuda.max_memory_allocated() / 2**30
-        del step
-    found["ours over bare"] = found["ours"] / found["bare"]
-    print(f"  peak memory {precision}: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
-    return found
-
-
-def end_to_end(updates: Updates, cfg: Config, slices: int, device: torch.device) -> dict[str, float]:
-    """Slices per second of `steps` steps in a row, from the cache on, and the share of time that data made it wait."""
-    for _ in range(1 + 2 * cfg.workers):  # what workers have read ahead is used up
-        updates()
-    timing.wait(device)
-    began = time.perf_counter()
-    with profile.recording(device) as spans:
-        for _ in range(cfg.steps):
-            updates()
-        timing.wait(device)
-    seconds = time.perf_counter() - began
-    figures = {"slices_per_second": slices * cfg.steps / seconds, "data_wait": shares([spans.seconds()])["data"]}
-    print("  end to end: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    return figures
 
 
 def ranks(data: Path, cfg: Config, run: Run) -> dict[str, Any]:
@@ -211,7 +188,7 @@ def _one_rank(rank: int, data: Path, cfg: Config, together: bool, folder: str) -
     if together:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
         run = Run(rank, 2, run.device)
-    times = timing.measure({"step": ours_of_stage3(data, cfg, cfg.precisions[-1], run)}, cfg.repeats)
+    times = timing.measure({"step": updates_of(3, data, cfg, run, precision=cfg.precisions[-1])}, cfg.repeats)
     Path(folder, f"seconds{rank}").write_text(str(times["step"].median))
     distributed.stop()
 

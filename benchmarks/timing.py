@@ -13,10 +13,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,23 +27,30 @@ from utils.versions import commit
 
 RESULTS = Path(__file__).parent / "results"
 PEAK_RESET = Path("/proc/self/clear_refs")  # Linux
-PACKAGES = ("torch", "torchvision", "numpy", "scipy", "faiss-cpu", "torchio", "SimpleITK", "deformable-attention")
+PACKAGES = ("torch", "torchvision", "numpy", "faiss-cpu", "torchio", "SimpleITK", "deformable-attention")
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     """Seconds of every repetition of one piece of work, in the order in which they were taken.
 
     cpu_seconds: what this process computed meanwhile, over all its threads. On a machine that others use as well, and
     with one thread, it says more than the clock on the wall; threads that wait for each other count, too.
     """
 
-    seconds: tuple[float, ...]
-    cpu_seconds: tuple[float, ...]
+    seconds: Sequence[float]
+    cpu_seconds: Sequence[float]
 
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Inter-quartile range; 0 of a single repetition."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return high - low
 
     def over(self, other: Timing) -> float:
         """How many times as long as `other` this takes: median over repetitions taken side by side."""
@@ -52,27 +58,12 @@ class Timing:
 
     def record(self) -> dict[str, float | int]:
         """For the results file."""
-        return {
-            "median_s": self.median,
-            "iqr_s": spread(self.seconds),
-            "cpu_median_s": statistics.median(self.cpu_seconds),
-            "repeats": len(self.seconds),
-        }
-
-
-def spread(values: Sequence[float]) -> float:
-    """Inter-quartile range; 0 of a single value."""
-    if len(values) < 2:
-        return 0.0
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return high - low
+        cpu = statistics.median(self.cpu_seconds)
+        return {"median_s": self.median, "iqr_s": self.spread, "cpu_median_s": cpu, "repeats": len(self.seconds)}
 
 
 def measure(
-    work: Mapping[str, Callable[[], object]],
-    repeats: int,
-    warmup: int = 1,
-    device: torch.device | str = "cpu",
+    work: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1, device: torch.device | str = "cpu"
 ) -> dict[str, Timing]:
     """Seconds that each piece of work takes, waiting for the device before and after every repetition.
 
@@ -105,7 +96,7 @@ def compare(
     result: dict[str, Any] = {}
     for name, t in times.items():
         result[name] = t.record()
-        say(f"  {name:20s} {t.median * 1e3:10.2f} ms  (IQR {spread(t.seconds) * 1e3:.2f})")
+        say(f"  {name:20s} {t.median * 1e3:10.2f} ms  (IQR {t.spread * 1e3:.2f})")
     for name, other in [(name, first) for name in others] if pairs is None else pairs:
         result[f"{name} over {other}"] = ratio = times[name].over(times[other])
         say(f"  {name} takes {ratio:.2f} x {other}")
@@ -135,7 +126,6 @@ def added_bytes(work: Callable[[], object], device: torch.device) -> float:
         work()
         return torch.cuda.max_memory_allocated(device) - before
     if not PEAK_RESET.exists():
-        work()
         return math.nan
     with contextlib.suppress(AttributeError):  # other C libraries keep less
         ctypes.CDLL(None).malloc_trim(0)  # else freed blocks would be used again unseen
@@ -152,12 +142,11 @@ def formats(device: torch.device) -> list[str]:
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """What a figure depends on beside the code: machine, threads, load, versions, commit."""
-    found: dict[str, Any] = {
+    found = {
         "device": device_name(device),
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "load_average_1min": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
@@ -165,10 +154,9 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "command": " ".join(["python -m benchmarks." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
         "date_utc": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
     }
-    if torch.device(device).type == "cuda":  # float32 convolutions are TF32 by default
-        convolutions = "tf32" if torch.backends.cudnn.allow_tf32 else "float32"
-        products = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "float32"
-        found |= {"cuda": torch.version.cuda, "float32_convolutions": convolutions, "float32_products": products}
+    if torch.device(device).type == "cuda":
+        products, convolutions = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        found |= {"cuda": torch.version.cuda, "tf32": {"products": products, "convolutions": convolutions}}
     return found
 
 
@@ -191,16 +179,11 @@ def file_name(name: str, cfg: Any, *options: str) -> str:
 
     Measurements of something else do not replace the usual ones.
     """
-    defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
-    changed = [(option, getattr(cfg, option)) for option in options if getattr(cfg, option) != defaults[option]]
-    return "_".join([name, *(_slug(option, value) for option, value in changed)])
-
-
-def _slug(option: str, value: Any) -> str:
-    if isinstance(value, bool):
-        return option if value else f"no_{option}"
-    values = value if isinstance(value, list | tuple) else [value]
-    return ("x" if all(isinstance(v, int) for v in values) else "_").join(map(str, values))
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if field.name in options and value != field.default:
+            name += f"_{field.name}" if value is True else "_" + re.sub(r"[^\w-]+", "_", str(value)).strip("_")
+    return name
 
 
 def _cpu_model() -> str:

@@ -245,35 +245,32 @@ def _cases(
     plain: Sequence[Listed], images: Sequence[str], names: tuple[str, ...], together: bool, found: Found
 ) -> list[Source]:
     """A source of every file, or of the files of its channels: where there are patterns for these, or `together`."""
-    of_nnunet = {(item.folder, item.stem[:-5]) for item in plain if item.stem.endswith("_0000")}
-    groups: dict[tuple[str, ...], dict[int, Listed]] = defaultdict(dict)
-    count = len(images)
+    first_channels = {(item.root, item.folder, item.stem) for item in plain if FORMATS[item.suffix] != "image"}
+    groups: dict[tuple[Path, str, str], list[tuple[int, Listed]]] = defaultdict(list)
+    several = False
     for item in plain:
-        case, end = (item.folder, item.stem[:-5]), NNUNET_CHANNEL.search(item.stem)
+        base, end = item.stem[:-5], NNUNET_CHANNEL.search(item.stem)
+        of_nnunet = bool(end) and (item.root, item.folder, f"{base}_0000") in first_channels
+        several |= of_nnunet and int(end[1]) > 0
         if len(images) > 1:
-            groups[item.folder, images[0].split("*")[0] + item.text][item.number] = item
-        elif end and case in of_nnunet and FORMATS[item.suffix] != "image":
-            groups[case][int(end[1])] = item
-            count = max(count, int(end[1]) + 1)
+            groups[item.root, item.folder, images[0].split("*")[0] + item.text].append((item.number, item))
+        elif of_nnunet and together:
+            groups[item.root, item.folder, base].append((int(end[1]), item))
         else:
-            groups[item.folder, item.stem, item.name][0] = item
-    if count > 1 and not together and len(images) == 1:
+            groups[item.file, "", item.stem].append((0, item))
+    if several and not together and len(images) == 1:
         found.notes.append(
-            f"the channels of nnU-Net's cases (_0000 to _{count - 1:04}) become volumes of their own; --channel all "
-            "keeps them together"
+            "nnU-Net's channels (_0000, _0001, ...) become volumes of their own; --channel all keeps them together"
         )
+    count = max([len(images), *(number + 1 for members in groups.values() for number, _ in members)])
     sources = []
-    for key, members in groups.items():
-        files = [members[number] for number in sorted(members)]
-        if len(key) == 3 or not (together or len(images) > 1):
-            sources += [
-                Source(f.name, f.stem, FORMATS[f.suffix], (f.file,), channels=names, text=f.text) for f in files
-            ]
-        elif len(files) == count:
-            first, paths = files[0], tuple(item.file for item in files)
-            sources.append(Source(first.name, key[1], FORMATS[first.suffix], paths, channels=names, text=first.text))
+    for (place, _, stem), members in groups.items():
+        members.sort(key=lambda member: member[0])
+        first, files = members[0][1], tuple(item.file for _, item in members)
+        if place == first.file or [number for number, _ in members] == list(range(count)):
+            sources.append(Source(first.name, stem, FORMATS[first.suffix], files, channels=names, text=first.text))
         else:
-            found.problems.append(f"{files[0].file}: its case has {len(files)} of {count} channels; add the others")
+            found.problems.append(f"{first.file}: its case has {len(files)} of {count} channels; add the others")
     return sources
 
 

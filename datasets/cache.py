@@ -36,7 +36,7 @@ class BadSource(ValueError):
 def is_whole(path: Path, shape: tuple[int, ...] | None = None) -> bool:
     """Whether a file is there and as long as an NPY's header says, or with the directory that ends an NPZ.
 
-    shape: also whether the NPY holds an array of this shape.
+    shape: also whether the NPY holds an array of this shape. Raises UserError where the folder cannot be read.
     """
     try:
         if path.suffix == ".npy":
@@ -46,6 +46,15 @@ def is_whole(path: Path, shape: tuple[int, ...] | None = None) -> bool:
         return zipfile.is_zipfile(path) if path.suffix == ".npz" else path.exists()
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
+    except OSError as error:
+        raise cannot_write(path.parent, error) from None
+
+
+def cannot_write(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{folder}: the cache cannot be written ({error.strerror or error}); free some space, or name another folder "
+        "with --cache_path"
+    )
 
 
 def cached(
@@ -54,56 +63,49 @@ def cached(
     make: Callable[[Path], Any],
     suffix: str = ".npy",
     whole: Callable[[Path], bool] = is_whole,
-) -> Path:
+    wait: bool = True,
+) -> Path | None:
     """The whole file `<folder>/<key><suffix>`; where there is none, `make(temporary)` writes it under another name.
 
     key: changes with everything that the content depends on; see `key_of`.  make: e.g. `lambda temporary:
     np.savez(temporary, **arrays)`; an OSError of its own counts as one of writing.  whole: whether a file is good; one
     that a power failure has spoilt is made again.
 
-    One thread of one process makes a file, others wait for it. Raises what `make` does: a BadSource that lasts is
-    remembered in `<key>.bad` and raised again without a call of `make`. Raises UserError where the folder cannot be
-    written.
+    One thread of one process makes a file; others wait for it or, unless `wait`, get None. Raises what `make` does: a
+    BadSource that lasts is remembered in `<key>.bad` and raised again without a call of `make`. Raises UserError where
+    the folder cannot be written.
     """
-    while (path := cached_unless_busy(folder, key, make, suffix, whole)) is None:
-        time.sleep(WAIT)
-    return path
-
-
-def cached_unless_busy(
-    folder: Path,
-    key: str,
-    make: Callable[[Path], Any],
-    suffix: str = ".npy",
-    whole: Callable[[Path], bool] = is_whole,
-) -> Path | None:
-    """As `cached`, but None at once while another thread or process makes this file."""
-    path, verdict = folder / f"{key}{suffix}", folder / f"{key}.bad"
+    path = folder / f"{key}{suffix}"
     try:
-        if whole(path):
-            return path
-        folder.mkdir(parents=True, exist_ok=True)
-        with _claimed(folder, key, suffix) as temporary:
-            if temporary is None:
+        while not whole(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            with _claimed(folder, key, suffix) as temporary:
+                if temporary and not whole(path):  # not made since
+                    _make(make, temporary, path, folder / f"{key}.bad")
+                    return path
+            if not wait:
                 return None
-            if whole(path):  # made since
-                return path
-            if verdict.exists():
-                raise BadSource(verdict.read_text(encoding="utf-8"))
-            try:
-                make(temporary)
-            except BadSource as error:
-                if error.lasting:
-                    temporary.write_text(str(error), encoding="utf-8")
-                    os.replace(temporary, verdict)
-                raise
-            if suffix not in CHECKED:
-                with open(temporary, "rb") as file:
-                    os.fsync(file.fileno())
-            os.replace(temporary, path)
+            time.sleep(WAIT)
     except OSError as error:
         raise cannot_write(folder, error) from None
     return path
+
+
+def _make(make: Callable[[Path], Any], temporary: Path, path: Path, verdict: Path) -> None:
+    """Make a file, or what is to be said about its source."""
+    if verdict.exists():
+        raise BadSource(verdict.read_text(encoding="utf-8"))
+    try:
+        make(temporary)
+    except BadSource as error:
+        if error.lasting:
+            temporary.write_text(str(error), encoding="utf-8")
+            os.replace(temporary, verdict)
+        raise
+    if path.suffix not in CHECKED:
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def key_of(*parts: Any) -> str:
@@ -146,13 +148,6 @@ def make_room(folder: Path, need: int, what: str, remedy: str = "") -> str:
 
 def shown_size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def cannot_write(folder: Path, error: OSError) -> UserError:
-    return UserError(
-        f"{folder}: the cache cannot be written ({error.strerror or error}); free some space, or name another folder "
-        "with --cache_path"
-    )
 
 
 @contextlib.contextmanager

@@ -18,9 +18,9 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets.cache import BadSource
-from datasets.headers import Finding, duplicates, header_findings, outliers, probed_twins, warning
+from datasets.headers import Finding, duplicates, header_findings, name_twins, outliers, warning
 from datasets.index import Sample, groups, inspect_tree
-from datasets.render import PERCENTILES, SLICES_AT_ONCE, intensity_limits, open_source, sampled
+from datasets.render import PERCENTILES, SLICES_AT_ONCE, open_source, require_contrast, sampled
 
 SCALE_FACTOR = 8.0  # MR scanners' scales differ by small factors; 0..1 among 0..1000 differs by 1000
 LEVEL_SHARE = 0.4  # of the median range: CT without its offset of -1024 moves by half of it, other anatomy by less
@@ -55,7 +55,7 @@ def check(
 ) -> tuple[list[Sample], list[Finding], dict[Sample, Content]]:
     """(samples with a good header, everything found with the errors first, contents of the samples that were read).
 
-    full: read all files, on `workers` threads; otherwise only headers, and a few kilobytes of files of equal size.
+    full: read all files, on `workers` threads; otherwise only headers.
     Raises UserError where there is no data tree.
     """
     samples, bad_sets, bad = inspect_tree(data_path)
@@ -66,7 +66,7 @@ def check(
         found += [Finding("error", "content", s.dataset, f"{s.path}: {why}", [s.name]) for s, why in refused.items()]
         warnings = header_findings(list(contents), target_shape) + content_findings(contents)
     else:
-        warnings = header_findings(samples, target_shape) + probed_twins(samples)
+        warnings = header_findings(samples, target_shape) + name_twins(samples)
     place = {sample.dataset: i for i, sample in enumerate(samples)}
     found += sorted(warnings, key=lambda warning: place.get(warning.dataset, len(samples)))
     return samples, found, contents
@@ -91,7 +91,7 @@ def measure(members: Sequence[Sample], contents: dict[Sample, Content]) -> dict[
 def read_content(sample: Sample) -> Content:
     """Read a file once. Raises BadSource as training would."""
     source = open_source(sample)
-    intensity_limits(source, sample)
+    low, high = require_contrast(source, sample)
     lowest, highest = np.empty(sample.slices), np.empty(sample.slices)
     digest = hashlib.blake2b(repr(source.shape).encode(), digest_size=16)
     for first in range(0, sample.slices, SLICES_AT_ONCE):
@@ -101,11 +101,11 @@ def read_content(sample: Sample) -> Content:
         digest.update(np.add(block, 0, dtype=np.float32, casting="unsafe"))  # + 0 turns -0 into 0
     values = sampled(source)
     return Content(
-        minimum=float(lowest.min()),
-        maximum=float(highest.max()),
+        minimum=low,
+        maximum=high,
         percentiles=tuple(np.percentile(values, (PERCENTILES[0], 50, PERCENTILES[1])).tolist()),
         blank=int(np.count_nonzero(lowest == highest)),
-        wrapped=_looks_wrapped(values, lowest.min(), highest.max()),
+        wrapped=_looks_wrapped(values, low, high),
         digest=digest.hexdigest(),
     )
 

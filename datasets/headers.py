@@ -6,9 +6,7 @@ what is normal in one data set is not in another.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -33,8 +31,6 @@ THINNER_EQUAL = 1.6  # less is enough where the other two are equal: 300 x 512 x
 LONGER = 8.0  # slices per in-plane pixel; a whole-body PET has 6.5 (1,100 slices of 168 pixels)
 DOMINATES = 0.9  # share of the files: all other data sets together give one sample in ten
 
-PROBE_BYTES = 4096  # read at three places of files of equal size
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -52,14 +48,7 @@ def header_warnings(samples: Sequence[Sample], target_shape: Sequence[int] | Non
 
     target_shape: (slices, height, width) of a view, or None where no view has slices. Reads nothing.
     """
-    # Links to one file, or copies that kept their time. One without a fraction of a second is no evidence: archives
-    # and some file systems round.
-    twins = {s: (s.size_bytes, s.mtime_ns, s.path.name) for s in samples if s.mtime_ns % 1_000_000_000}
-    found = [
-        *header_findings(samples, target_shape),
-        *duplicates(twins, "probable duplicates (size, time and name agree)"),
-    ]
-    lines = [finding.message for finding in found]
+    lines = [finding.message for finding in header_findings(samples, target_shape) + name_twins(samples)]
     if len(lines) > LINES:
         lines[LINES - 1 :] = [f"{len(lines) - LINES + 1} more warnings about the data; check_data.py lists all of them"]
     return lines
@@ -189,27 +178,13 @@ def _dominance(samples: Sequence[Sample]) -> list[Finding]:
     return found
 
 
-def probed_twins(samples: Sequence[Sample]) -> list[Finding]:
-    """Files of equal size and shape that also agree at three places, unless these are too empty to tell."""
-    layouts = {s: (s.kind, s.size_bytes, s.slices, s.height, s.width) for s in samples}
-    count = Counter(layouts.values())
-    probes = {s: _probe(s) for s, layout in layouts.items() if count[layout] > 1}
-    keys = {s: (layouts[s], probe) for s, probe in probes.items() if probe}
-    return duplicates(keys, "probable duplicates (size and three parts of the content agree)")
+def name_twins(samples: Sequence[Sample]) -> list[Finding]:
+    """Files that are links to one, or copies that kept their time: equal in size, time and last part of the name.
 
-
-def _probe(sample: Sample) -> bytes:
-    """Digest of a few kilobytes behind each quarter of a file; b"" where they are too uniform to mean anything.
-
-    Also where the file cannot be read: whoever needs its content will say so.
+    A time without a fraction of a second is no evidence: archives and some file systems round.
     """
-    try:
-        with open(sample.path, "rb", buffering=0) as file:
-            parts = [os.pread(file.fileno(), PROBE_BYTES, sample.size_bytes * quarter // 4) for quarter in (1, 2, 3)]
-    except OSError:
-        return b""
-    content = b"".join(parts)
-    return hashlib.blake2b(content, digest_size=16).digest() if len(set(content)) >= 16 else b""
+    keys = {s: (s.size_bytes, s.mtime_ns, s.path.name) for s in samples if s.mtime_ns % 1_000_000_000}
+    return duplicates(keys, "probable duplicates (size, time and name agree)")
 
 
 def outliers(values: Sequence[float], least: float) -> np.ndarray:

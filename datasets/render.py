@@ -30,11 +30,12 @@ def content_size(height: int, width: int, size: int) -> tuple[int, int]:
 def render(sample: Sample, size: int) -> np.ndarray:
     """The content of a cache file: [D, h, w] float16 in 0..1, max(h, w) = size.
 
-    Intensities are linear between `intensity_limits`, and clipped. Slices are resized bilinearly, with antialiasing
-    when they shrink. Raises BadSource for NaN or Inf, no contrast and unreadable data.
+    Intensities are linear in the sample's window or else between `robust_limits`, and clipped. Slices are resized
+    bilinearly, with antialiasing when they shrink. Raises BadSource for NaN or Inf, no contrast and unreadable data.
     """
     source = open_source(sample)
-    low, high = intensity_limits(source, sample)
+    require_contrast(source, sample)
+    low, high = sample.window or robust_limits(source)
     h, w = content_size(sample.height, sample.width, size)
     out = np.empty((sample.slices, h, w), dtype=np.float16)
     working = np.result_type(source.dtype, np.float32)  # float64 for what float32 cannot hold: 32-bit integers
@@ -87,11 +88,8 @@ def read_grey(path: Path) -> np.ndarray:
         raise BadSource(f"broken image data ({reason}); export it again or remove it") from None
 
 
-def intensity_limits(source: np.ndarray, sample: Sample) -> tuple[float, float]:
-    """The intensities of [D, H, W] that become 0 and 1: the sample's window, or else `robust_limits`.
-
-    Raises BadSource where none make sense.
-    """
+def require_contrast(source: np.ndarray, sample: Sample) -> tuple[float, float]:
+    """(minimum, maximum) of [D, H, W]. Raises BadSource where training would learn nothing from it."""
     unit = "voxels" if sample.kind == "volume" else "pixels"
     low, high = float(source.min()), float(source.max())  # NaN if any is
     if not (math.isfinite(low) and math.isfinite(high)):
@@ -112,7 +110,7 @@ def intensity_limits(source: np.ndarray, sample: Sample) -> tuple[float, float]:
             f"its intensities, {low:g} to {high:g}, lie outside the window {sample.window} "
             "of dataset.yaml; correct the window, or leave such files out with --on_bad skip"
         )
-    return sample.window or robust_limits(source)
+    return low, high
 
 
 def robust_limits(array: np.ndarray) -> tuple[float, float]:

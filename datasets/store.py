@@ -6,13 +6,11 @@ a [D, h, w] float16 array in a cache folder (`datasets/render.py`), and slices a
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -22,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from datasets.cache import BadSource, cache_folder, cached_unless_busy, is_whole, key_of, make_room
+from datasets.cache import BadSource, cache_folder, cached, is_whole, key_of, make_room
 from datasets.headers import header_warnings
 from datasets.index import Sample, bad_files, describe, fingerprint, inspect_tree, scan
 from datasets.render import FORMAT, content_size, render
@@ -82,14 +80,7 @@ class SliceStore:
     def __init__(
         self, samples: list[Sample], size: int, cache_path: str | Path | None = None, on_bad: OnBad = "error"
     ) -> None:
-        if on_bad not in ("error", "skip"):
-            raise UserError(f"on_bad: {on_bad!r} is not one of error, skip")
-        if size < 1:
-            raise UserError(f"size: {size} pixels is not a canvas; give a positive number, e.g. 224")
-        if not samples:
-            raise UserError("there are no samples to build a cache for")
-        self.size = size
-        self.on_bad = on_bad
+        self.size, self.on_bad = size, on_bad
         self.folder = cache_folder(samples[0].data_path, cache_path) / f"slices_{size}px_v{FORMAT}"
         self._take(samples)
 
@@ -144,12 +135,17 @@ class SliceStore:
         bad: dict[int, str] = {}
         show = progress and rank() == 0 and sys.stderr.isatty()
         workers = max(1, min(workers, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-        with (
-            tqdm(total=len(todo), desc="preparing data", unit="file", disable=not show) as bar,
-            _single_threads(workers) as pool,
-        ):
-            while any(gather_objects(len(waiting))):
-                everywhere(lambda: self._make_for_a_while(waiting, bad, pool, 4 * workers, bar))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # for the pool: threads that are new to torch take over what was set last
+        try:
+            with (
+                tqdm(total=len(todo), desc="preparing data", unit="file", disable=not show) as bar,
+                ThreadPoolExecutor(workers) as pool,
+            ):
+                while any(gather_objects(len(waiting))):
+                    everywhere(lambda: self._make_for_a_while(waiting, bad, pool, 4 * workers, bar))
+        finally:
+            torch.set_num_threads(threads)
         for other in gather_objects(bad):
             bad |= other
 
@@ -190,11 +186,13 @@ class SliceStore:
 
     def _make(self, index: int) -> Path | BadSource | None:
         """Write one cache file unless it is there; None where another process is at it."""
-        sample, file, whole = self.samples[index], self.files[index], partial(is_whole, shape=self._shape(index))
+
+        def make(temporary: Path) -> None:
+            np.save(temporary, render(self.samples[index], self.size))
+
         try:
-            return cached_unless_busy(
-                self.folder, file.stem, lambda temporary: np.save(temporary, render(sample, self.size)), whole=whole
-            )
+            whole = partial(is_whole, shape=self._shape(index))
+            return cached(self.folder, self.files[index].stem, make, whole=whole, wait=False)
         except BadSource as error:
             return error
 
@@ -236,21 +234,6 @@ def _warn(lines: list[str]) -> None:
     if rank() == 0:
         for line in lines:
             print(f"warning: {line}", file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _single_threads(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool in which torch starts no threads of its own.
-
-    torch keeps what any thread sets for those that use it for the first time later: without the last line, a training
-    that begins by preparing its data would run on a single core.
-    """
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _key(sample: Sample) -> str:

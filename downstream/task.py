@@ -144,7 +144,7 @@ class Opened:
     """A task with split and labelled cases, and what its folder holds."""
 
     task: Task
-    record: dict[str, Any]  # what its result depends on
+    settings: dict[str, Any]  # what its result depends on
     finished: dict[str, Any] | None = None  # the result
     state: dict[str, Any] | None = None  # the checkpoint of a run that was stopped
 
@@ -198,7 +198,8 @@ def run(kind: type[Task], cfg: Any) -> dict[str, Any]:
             "seconds": round(fit.seconds(), 1),
             "commit": commit(),
             "torch": torch.__version__,
-            **opened.record,
+            "config": config.to_dict(cfg),
+            "settings": opened.settings,
         }
         write_csv(outcome.rows, folder / "cases.csv")
         write_json(result, folder / RESULTS)  # the last: it says that the run is finished
@@ -214,7 +215,7 @@ class Fit:
     """Training under way: all that a checkpoint holds, and what is done with it."""
 
     def __init__(self, opened: Opened, model: nn.Module, began: float) -> None:
-        self.task, self.cfg, self.record = opened.task, opened.task.cfg, opened.record
+        self.task, self.cfg, self.settings = opened.task, opened.task.cfg, opened.settings
         self.folder, self.model = Path(self.cfg.dump_path), model.to(opened.task.device)
         self.at, self.began, self.saved_at = Progress(), began, began
         self.kept: dict[str, Tensor] = {}  # weights of the best epoch
@@ -307,7 +308,7 @@ class Fit:
             "kept": self.kept,
             **asdict(self.at),
             "seconds": self.seconds(),
-            **self.record,
+            "settings": self.settings,
         }
         checkpoint.save(state, self.folder)
         self.saved_at = time.monotonic()
@@ -346,12 +347,12 @@ def _open(kind: type[Task], cfg: Any) -> Opened:
     task, folder = kind(cfg, place.device), Path(cfg.dump_path)
     task.split = draw_split(cfg.split, cfg.fractions, task.patients, cfg.split_seed, task.needed)
     task.labelled = task.choose(task.split.train)
-    opened = Opened(task, _record(cfg, task.fingerprint))
+    opened = Opened(task, settings_of(cfg) | {"data": task.fingerprint})
     if (folder / RESULTS).is_file():
         begun = opened.finished = read_results(folder)
     else:
         begun = opened.state = checkpoint.load(folder)
-    if begun and (changed := _differences(begun, opened.record, cfg)):
+    if begun and (changed := _differences(begun.get("settings"), opened.settings)):
         raise UserError(
             f"dump_path: {folder} holds a run made with other options ({'; '.join(changed)}); "
             "choose another --dump_path, or delete that folder to start again"
@@ -359,23 +360,24 @@ def _open(kind: type[Task], cfg: Any) -> Opened:
     return opened
 
 
-def _record(cfg: Any, data: str) -> dict[str, Any]:
-    """What a result depends on: options, the content of the files that they name, and the data."""
-    options = config.to_dict(cfg)
-    files = {name: Path(value) for name, value in options.items() if isinstance(value, str) and Path(value).is_file()}
+def settings_of(cfg: Any) -> dict[str, Any]:
+    """What a result depends on beside the data: options, and the content of the files that they name."""
+    values = config.to_dict(cfg)
+    chosen = {f.name: values[f.name] for f in fields(cfg) if not f.metadata.get("may_change")}
+    files = {name: Path(value) for name, value in chosen.items() if isinstance(value, str) and Path(value).is_file()}
     contents = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-    return {"config": options, "files": contents, "data": data}
+    return {"options": {name: value for name, value in chosen.items() if name not in files}, "files": contents}
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], cfg: Any) -> list[str]:
-    """In what two records differ that must not, once a run has begun."""
-    moved = old.get("files", {}).keys() & new["files"].keys()  # their content is compared, not their names
-    fixed = [f.name for f in fields(cfg) if not f.metadata.get("may_change") and f.name not in moved]
-    before, now = old.get("config", {}), new["config"]
-    changed = [f"{name}: {before.get(name)} -> {now[name]}" for name in fixed if before.get(name) != now[name]]
-    before, now = old.get("files", {}), new["files"]
-    changed += [f"the content of {name}" for name in now if name in before and before[name] != now[name]]
-    return changed + ["the files below data_path"] * (old.get("data") != new["data"])
+def _differences(old: dict[str, Any] | None, new: dict[str, Any]) -> list[str]:
+    """In what the settings of two runs differ."""
+    if not old:
+        return ["of another script"]
+    before, now = old["options"], new["options"]
+    changed = [f"{name}: {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+    before, now = old["files"], new["files"]
+    changed += [f"the content of {name}" for name in now if before.get(name) != now[name]]
+    return changed + ["the files below data_path"] * (old["data"] != new["data"])
 
 
 def _rank(figures: Mapping[str, float]) -> tuple[float, ...]:

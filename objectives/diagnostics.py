@@ -1,6 +1,6 @@
 """What the clusters are doing, measured on what training computes anyway, and said in words when it goes wrong.
 
-docs/DIAGNOSTICS.md defines every quantity and says what is healthy.
+docs/TRAINING.md defines every quantity and says what is healthy.
 """
 
 from __future__ import annotations

@@ -127,7 +127,8 @@ def _curve(heading: str, stage: int, name: str, rows: pd.DataFrame) -> Figure:
     figure.update_xaxes(nticks=7)
     last = rows.dropna(subset="value").groupby("line", sort=False)["value"].last()
     said = "; ".join(f"{line} {value:.4g}" for line, value in last.items())
-    return _shown(figure, title, note, f"{title} over the epochs. Last values: {said}.", hovermode="x unified")
+    alt = html.unescape(f"{title} over the epochs. Last values: {said}.")
+    return _shown(figure, title, note, alt, hovermode="x unified")
 
 
 def map_of(level: Level, places: np.ndarray, axes: str, thumbs: Sequence[str], names: Sequence[str]) -> Figure:

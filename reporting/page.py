@@ -54,7 +54,7 @@ class Thumbnails:
             self.names[key] = self._keep(np.concatenate(parts, axis=1), quality=80)
         return self.names[key]
 
-    def strip(self, item: Item, count: int) -> list[tuple[str, int]]:
+    def strip(self, item: Item, count: int = 8) -> list[tuple[str, int]]:
         """(picture, slice) of evenly spaced slices of a volume."""
         return [(self.add(part), part.start) for part in item.spread(count)]
 

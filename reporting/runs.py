@@ -119,17 +119,17 @@ def _read_checkpoint(folder: Path, notes: list[str]) -> dict[str, Any] | None:
 
 
 def _read_record(config: Any, notes: list[str]) -> dict[str, Any] | None:
-    """What made the weights of this run, from the json beside them."""
+    """What made the weights of this run, from the json beside them; None, and a note, where that is not to be had."""
     path = (Path(config.pretrained_path) / config.checkpoint_name).with_suffix(".json")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         made_by = record["config"]["dump_path"], record["config"]["seed"]
     except (FileNotFoundError, NotADirectoryError):
         notes.append(f"{path} is not there: the run has not finished, or its weights were moved.")
-        return None
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: is not the record of a weights file; restore it, or move it away") from None
-    if made_by != (config.dump_path, config.seed):
+        notes.append(f"{path} cannot be read as the record of a weights file.")
+    else:
+        if made_by == (config.dump_path, config.seed):
+            return record
         notes.append(f"{path} is of another run (dump_path {made_by[0]}), which has replaced this one's weights.")
-        return None
-    return record
+    return None

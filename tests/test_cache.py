@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datasets.cache import BadSource, cached, cached_unless_busy, key_of, make_room
+from datasets.cache import BadSource, cached, key_of, make_room
 from utils.errors import UserError
 
 ARRAY = np.arange(12.0).reshape(3, 4)
@@ -122,10 +122,10 @@ def test_who_does_not_wait_gets_none_while_another_is_at_it(tmp_path: Path) -> N
         job = pool.submit(cached, tmp_path, "k", make)
         inside.wait()
         make_room(tmp_path, 0, "")  # a file at work is no leftover
-        assert cached_unless_busy(tmp_path, "k", never) is None
+        assert cached(tmp_path, "k", never, wait=False) is None
         leave.set()
         assert job.result() == tmp_path / "k.npy"
-    assert cached_unless_busy(tmp_path, "k", never) == tmp_path / "k.npy"
+    assert cached(tmp_path, "k", never, wait=False) == tmp_path / "k.npy"
 
 
 def _die(temporary: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -191,20 +190,6 @@ def test_a_training_run_prints_few_lines() -> None:
     assert len(lines) == 12
     assert lines[-1].startswith("19 more warnings")
     assert max(map(len, lines)) < 400
-
-
-def test_a_copy_of_equal_size_is_found_without_reading_the_whole(tmp_path: Path) -> None:
-    for i in range(4):
-        save(tmp_path / f"A/{i}.npy", blob())
-    (tmp_path / "B").mkdir()
-    shutil.copyfile(tmp_path / "A/2.npy", tmp_path / "B/other.npy")
-    for i in range(2):  # vessels: all that is probed is 0 in both
-        vessels = np.zeros((24, 20, 10))
-        vessels[i, 0, 0] = 1
-        save(tmp_path / f"C/{i}.npy", vessels)
-    (finding,) = found(tmp_path, full=False)
-    assert (finding.check, finding.dataset) == ("duplicates", None)
-    assert finding.files == ["A/2.npy", "B/other.npy"]
 
 
 # --- by content

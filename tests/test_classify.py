@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 from test_task import stopping
 
+from conversion import luna16
 from datasets.store import prepare
 from downstream import classify, froc, task
 from downstream.encoders import load_encoder, load_joint_encoder
@@ -165,17 +167,6 @@ def test_a_test_split_of_one_class_gives_nan_with_a_reason(images, tmp_path):
     assert json.loads((tmp_path / "run/results.json").read_text())["metrics"]["auc"] is None
 
 
-def test_cases_for_the_test_only_do_not_teach(images, tmp_path):
-    lines = (images / "labels.csv").read_text().splitlines()
-    only = [line.split(",")[2] in ("p0", "p1", "p2") for line in lines[1:]]
-    rows = [f"{lines[0]},test_only", *(f"{line},{int(one)}" for line, one in zip(lines[1:], only, strict=True))]
-    (tmp_path / "labels.csv").write_text("\n".join(rows))
-    result = run(images, tmp_path, labels=str(tmp_path / "labels.csv"))
-    split = json.loads((tmp_path / "run/split.json").read_text())
-    assert set(result["labelled"]) == set(split["train"]) - {f"x_0{i}.png" for i in range(6)}
-    assert set(split["train"]) - set(result["labelled"])
-
-
 def test_patients_of_the_pattern_stay_together(tree, tmp_path):
     result = run(tree, tmp_path, patient_pattern=r"^(\w+?_p\d)_")
     split = json.loads((tmp_path / "run/split.json").read_text())
@@ -190,15 +181,6 @@ def test_patients_that_a_prepared_tree_knows_stay_together(tree, tmp_path):
         rows = [f"{file.name},p{int(file.stem[-1]) // 5}" for file in (tmp_path / "tree" / organ).glob("*.npy")]
         (tmp_path / "tree" / organ / "cases.csv").write_text("\n".join(["file,patient", *rows]))
     assert run(tmp_path / "tree", tmp_path, fractions=[0.5, 0.0, 0.5])["patients"] == 1  # of p0 and p1
-
-
-def test_chest_x_rays_end_to_end(shared, tmp_path):
-    labels = str(shared / "chest_xray/labels.csv")
-    result = run(shared / "chest_xray", tmp_path, labels=labels, classes=["No finding", "COVID-19"])
-    split = json.loads((tmp_path / "run/split.json").read_text())
-    assert sum(map(len, split.values())) == 45
-    assert result["cases"] == len(split["test"])
-    assert 0 <= result["metrics"]["auc"] <= 1
 
 
 # --- what is refused ---
@@ -398,44 +380,64 @@ def test_froc_of_a_scan_drawn_twice_is_that_of_two_equal_scans():
     assert weighted == pytest.approx(curve(score[keep], np.repeat([0, 2, 1], 10), copied_hit, [0, 1, 2], 3))
 
 
-def froc_tables(folder: Path) -> dict[str, str]:
-    """Four test candidates of two scans; nodule 4 has none, nodule 9 is of a scan that is not tested."""
-    tables = {
-        "cases": "case,p(no nodule),p(nodule)\na/2.npy,0.1,0.9\na/3.npy,0.2,0.8\nb/4.npy,0.01,0.99\nb/5.npy,0.3,0.7\n",
-        "labels": "case,label,patient,series,nodule,test_only\na/2,nodule,a,a,3,0\na/3,no nodule,a,a,,1\n"
-        "b/4,no nodule,b,b,excluded,0\nb/5,nodule,b,b,5,0\nc/6,nodule,c,c,9,0\n",
-        "nodules": "series,nodule\na,3\na,4\nb,5\nc,9\n",
-    }
-    for name, text in tables.items():
-        (folder / f"{name}.csv").write_text(text)
-    return {"run": str(folder), "labels": str(folder / "labels.csv"), "nodules": str(folder / "nodules.csv")}
-
-
-def test_froc_from_tables(tmp_path, capsys):
-    froc.main(froc.Config(**froc_tables(tmp_path), bootstrap=50))
-    assert "4 candidates and 3 nodules of 2 test scans" in capsys.readouterr().out
-    result = json.loads((tmp_path / "froc.json").read_text())
-    assert result["metrics"]["sensitivity@0.25"] == pytest.approx(1 / 3)  # no false positive: nodule 3 alone
-    assert result["metrics"]["sensitivity@0.5"] == pytest.approx(2 / 3)  # one in two scans: nodule 5 too; never 4
-    assert result["metrics"]["cpm"] == pytest.approx((2 * 1 / 3 + 5 * 2 / 3) / 7)
-    assert (tmp_path / "froc.csv").read_text().startswith("false_positives_per_scan,sensitivity,low,high\n0.125,0.333")
-
-
 @pytest.mark.parametrize(
     ("table", "old", "new", "message"),
     [
         ("cases", "p(", "q(", "run: .* has no column p"),
         ("labels", "a/2", "a/7", "labels: .* has no case 'a/2'"),
         ("labels", "series", "scan", "labels: .* has no column series"),
-        ("nodules", "b,5", "b,6", "nodules: .* has no nodule 5"),
+        ("nodules", "a,3", "a,4", "nodules: .* has no nodule 3"),
     ],
 )
 def test_tables_that_do_not_fit_are_named(tmp_path, table, old, new, message):
-    given = froc_tables(tmp_path)
-    path = tmp_path / f"{table}.csv"
-    path.write_text(path.read_text().replace(old, new))
+    tables = {"cases": "case,p(nodule)\na/2.npy,1\n", "labels": "case,series,nodule\na/2,a,3\n"}
+    for name, text in (tables | {"nodules": "series,nodule\na,3\n"}).items():
+        (tmp_path / f"{name}.csv").write_text(text.replace(old, new) if name == table else text)
+    files = {name: str(tmp_path / f"{name}.csv") for name in ("labels", "nodules")}
     with pytest.raises(UserError, match=message):
-        froc.run(froc.Config(**given))
+        froc.run(froc.Config(run=str(tmp_path), **files))
+
+
+@pytest.mark.slow
+def test_luna16_from_scans_to_froc(tmp_path, capsys):
+    """Eight scans off the origin with a bright ball, two candidates in it and three beside it, two of them to train on.
+    A second nodule of scan 0 has no candidate."""
+    rng, (z, y, x), origin = np.random.default_rng(0), np.mgrid[:40, :48, :48], np.array((-100.5, 20, -300))
+    candidates, nodules = ["seriesuid,coordX,coordY,coordZ,class"], ["seriesuid,coordX,coordY,coordZ,diameter_mm"]
+    for scan in (f"1.2.{i}" for i in range(8)):
+        centre = rng.integers((12, 14, 14), (28, 34, 34))  # slice, row, column
+        ball = 4 * (z - centre[0]) ** 2 + (y - centre[1]) ** 2 + (x - centre[2]) ** 2 < 36
+        image = SimpleITK.GetImageFromArray(np.where(ball, 100, -800).astype(np.int16))
+        image.SetSpacing((1, 1, 2))
+        image.SetOrigin(origin.tolist())
+        SimpleITK.WriteImage(image, str(tmp_path / f"{scan}.mhd"))
+        offsets = [
+            centre[::-1] * (1, 1, 2),
+            centre[::-1] * (1, 1, 2) + (3, 0, 0),
+            (4, 4, 8),
+            (44, 4, 8),
+            (4, 44, 8),
+        ]
+        world = [origin + offset for offset in offsets]
+        candidates += [f"{scan},{a},{b},{c},{int(i < 2)}" for i, (a, b, c) in enumerate(world)]
+        nodules.append(",".join([scan, *map(str, world[0]), "12"]))
+    (tmp_path / "candidates.csv").write_text("\n".join(candidates))
+    (tmp_path / "annotations.csv").write_text("\n".join([*nodules, "1.2.0,-60,60,-280,8"]))
+    dest, given = tmp_path / "crops", {name: str(tmp_path / f"{name}.csv") for name in ("candidates", "annotations")}
+    crops = {"crop_mm": 16.0, "crop_size": 32, "crop_slices": 4, "negatives": 2, "workers": 1}
+    luna16.main(luna16.Config(source=str(tmp_path), dest=str(dest), **given, **crops))
+    scans = {"train": [f"1.2.{i}" for i in range(3, 8)], "validation": ["1.2.2"], "test": ["1.2.0", "1.2.1"]}
+    (tmp_path / "split.json").write_text(json.dumps(scans))
+    result = run(dest, tmp_path, split=str(tmp_path / "split.json"), classes=[])
+    assert (result["cases"], result["patients"], len(result["labelled"])) == (10, 2, 5 * 4)
+    tables = {name: str(dest / f"{name}.csv") for name in ("labels", "nodules")}
+    froc.main(froc.Config(run=str(tmp_path / "run"), **tables, bootstrap=9))
+    assert "10 candidates and 3 nodules of 2 test scans" in capsys.readouterr().out
+    scored = json.loads((tmp_path / "run" / "froc.json").read_text())
+    assert scored["metrics"]["cpm"] == pytest.approx(2 / 3)
+    assert (
+        (tmp_path / "run" / "froc.csv").read_text().startswith("false_positives_per_scan,sensitivity,low,high\n0.125,")
+    )
 
 
 # --- features ---
@@ -472,10 +474,3 @@ def test_stored_values_are_those_of_training_from_a_tree_and_from_a_single_folde
     assert single.names[:2] == ["Dark_p0_0.npy", "Dark_p0_1.npy"]
     assert single.owner[:7].tolist() == [0, 0, 0, 1, 1, 1, 2]
     np.testing.assert_array_equal(single.read(7)[0], store.read(12, 2, 3)[0])
-
-
-def test_the_encoder_is_left_as_it_was(tree, tmp_path):
-    encoder = load_encoder("random", "resnet18").train()
-    before = {key: value.clone() for key, value in encoder.state_dict().items()}
-    frozen_features(encoder, Cases(tree, 32, cache_path=tmp_path), [0])
-    assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())

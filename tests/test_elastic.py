@@ -1,8 +1,4 @@
-"""torchrun starts processes again after one was lost, and they go on from the last checkpoint by themselves.
-
-Losing a whole node takes longer than a test may (time-outs of the connection and of torchrun's rendezvous): that is
-benchmarks/nodes.py, with two network namespaces. Here one machine loses a process.
-"""
+"""torchrun starts processes again after one was lost, and they go on from the last checkpoint by themselves."""
 
 from __future__ import annotations
 
@@ -15,9 +11,7 @@ from pathlib import Path
 
 import pytest
 from tiny import losses, options, run
-
-from benchmarks.nodes import worker_of
-from benchmarks.trials import Trial, arguments, read_steps
+from trials import Trial, arguments, read_steps, worker_of
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,10 +24,12 @@ def test_a_lost_worker_is_started_again_and_the_run_ends_as_if_it_had_not_been(d
     args = arguments(options("mask_swav", data, tmp_path / "elastic", **changes))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3"]
     launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--rdzv-conf=last_call_timeout=1"]
-    launch += ["-m", "benchmarks.trials", str(tmp_path / "steps"), "mask_swav", *args]
+    launch += ["-m", "trials", str(tmp_path / "steps"), "mask_swav", *args]
     steps = tmp_path / "steps.0"
     with open(tmp_path / "log.txt", "w") as log:
-        torchrun = subprocess.Popen(launch, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+        torchrun = subprocess.Popen(launch, cwd=ROOT, stdout=log, stderr=log, env=environment)
     try:
         until = time.monotonic() + 120
         while len(read_steps(steps)) < 6:

@@ -196,7 +196,7 @@ def test_columns_become_charts():
     assert [f["title"] for f in groups["Schedule and machine"]] == ["Learning rate", "time_data"]
     assert {trace["name"] for trace in groups["Losses"][1]["plot"]["data"]} == {"&lt;a&gt; · ln K = 0.70", "&lt;a&gt;"}
     (new,) = groups["Diagnostics"]
-    assert new["alt"].endswith("Last values: &lt;a&gt; · inter 0.2; &lt;a&gt; · intra 0.3.")
+    assert new["alt"].endswith("Last values: <a> · inter 0.2; <a> · intra 0.3.")
 
 
 def test_warnings_of_a_run_are_shown(tmp_path):

@@ -1,4 +1,4 @@
-"""A run killed anywhere, and one that goes on with another number of processes. Short form of benchmarks/resilience.py.
+"""A run killed anywhere, and one that goes on with another number of processes.
 
 The same for signals is in test_signals.py; files that cannot be read or written are in test_checkpoint.py.
 """
@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import losses, options, run, stop_after
+from trials import Trial
 
-from benchmarks.trials import Trial
 from objectives import SwAV
 from training import train
 from utils import checkpoint

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import losses, options
+from trials import Trial, arguments
 
 import mask_swav
 import ssl_deepcluster3D
-from benchmarks.trials import Trial, arguments
 from datasets.store import SliceStore
 from objectives import deepcluster
 from objectives.deepcluster import DeepClusterV2

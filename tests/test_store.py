@@ -327,10 +327,9 @@ def test_a_disk_that_failed_to_answer_is_asked_again(tmp_path: Path, monkeypatch
     assert len(built(tmp_path).samples) == 1
 
 
-def test_nothing_left_to_train_on_and_an_unknown_choice_are_errors(tmp_path: Path) -> None:
+def test_nothing_left_to_train_on_is_an_error(tmp_path: Path) -> None:
     save(tmp_path / "A/1.npy", np.zeros((8, 8, 8)))
     assert "no usable file" in refusal(tmp_path, on_bad="skip")
-    assert "on_bad" in refusal(tmp_path, on_bad="ignore")
 
 
 # --- several processes

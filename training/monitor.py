@@ -1,6 +1,6 @@
 """When what the clusters do is wrong, said in words with numbers and a remedy.
 
-docs/DIAGNOSTICS.md defines every quantity and says what is healthy.
+docs/TRAINING.md defines every quantity and says what is healthy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from objectives.sizes import CROWDED
 from objectives.swav import SwAV
 from utils.options import of_level
 
-# When a figure is a warning. Healthy runs stay far from all of them (docs/DIAGNOSTICS.md has what was measured).
+# When a figure is a warning. Healthy runs stay far from all of them (docs/TRAINING.md has what was measured).
 AT_CHANCE = 0.99  # loss / ln K: within 1 % of guessing
 UNIFORM = 0.9  # target entropy / ln K: the targets themselves say next to nothing
 SAME_POINT = 0.1  # embedding spread: a tenth of the sphere's

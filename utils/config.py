@@ -127,7 +127,7 @@ def _docstrings(config_class: type) -> dict[str, str]:
 def main(script: Callable[[Any], None], config_class: type, doc: str | None, args: list[str] | None = None) -> None:
     """Parse, run, and say what the user can put right in one line instead of a traceback (exit code 2).
 
-    A signal ends it with 128 + its number (docs/RUNNING.md). Any other exception, such as the loss of another
+    A signal ends it with 128 + its number (docs/TRAINING.md). Any other exception, such as the loss of another
     process, ends it with 1; torchrun then starts the processes again if it may.
     """
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"

@@ -11,9 +11,8 @@ Outside `recording` a span does nothing and costs a function call.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import wraps
 from typing import Any
 
 import torch
@@ -87,14 +86,3 @@ def span(name: str) -> AbstractContextManager[None]:
 def seconds() -> dict[str, float]:
     """`Spans.seconds` of what is being recorded; nothing outside `recording`."""
     return _current.seconds() if _current else {}
-
-
-def spanned(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, each call of which is a span."""
-
-    @wraps(function)
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        with span(name):
-            return function(*args, **kwargs)
-
-    return timed

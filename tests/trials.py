@@ -1,6 +1,6 @@
 """Training runs as processes of their own, to kill: forked from a server that has imported torch once.
 
-python -m benchmarks.trials STEPS_FILE mask_swav --epochs 2    # a script whose applied steps are noted; for torchrun
+python -m trials STEPS_FILE mask_swav --epochs 2    # a script whose applied steps are noted; for torchrun
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-STAGES = ("ssl_{}2D", "mask_{}", "ssl_{}3D")
-SCRIPTS = [stage.format(method) for method in ("swav", "deepcluster") for stage in STAGES]
+from training.scripts import SCRIPTS
 
 
 def arguments(options: dict[str, Any]) -> list[str]:
@@ -37,7 +37,7 @@ class Trial:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.began = folder, time.monotonic()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["benchmarks.trials", *SCRIPTS])
+        context.set_forkserver_preload(["trials", *SCRIPTS])
         port = free_port() if ranks > 1 else 0
         self.processes = []
         for rank in range(ranks):
@@ -84,6 +84,12 @@ def read_steps(path: Path) -> list[tuple[float, int]]:
         return []
     lines = path.read_text().splitlines()
     return [(float(when), int(processes)) for when, processes in (line.split() for line in lines)]
+
+
+def worker_of(torchrun: subprocess.Popen[bytes]) -> int:
+    """The process id of torchrun's first worker."""
+    found = subprocess.run(["pgrep", "-P", str(torchrun.pid), "-f", "trials"], capture_output=True, text=True)
+    return int(found.stdout.split()[0])
 
 
 def _forked(script: str, args: list[str], folder: Path, rank: int, environment: dict[str, str]) -> None:

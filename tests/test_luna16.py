@@ -1,0 +1,143 @@
+"""LUNA16 as crops: scans with world coordinates, which candidates hit which nodules, what is written for training."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK
+import yaml
+
+from conversion.luna16 import Config, Place, cut_cube, hit_nodules, main, read_scan
+from datasets.index import scan
+from utils.errors import UserError
+
+ORIGIN = np.array((-100.5, 20, -300))
+
+
+@pytest.fixture(scope="module")
+def luna(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three scans of 40 x 48 x 48 voxels, 2 x 1 x 1 mm, off origin; a bright ball in each, and candidates.csv with two
+    candidates in the ball and five beside it; annotations.csv has the ball and a nodule without a candidate."""
+    folder = tmp_path_factory.mktemp("luna")
+    rng = np.random.default_rng(0)
+    candidates, annotations = ["seriesuid,coordX,coordY,coordZ,class"], ["seriesuid,coordX,coordY,coordZ,diameter_mm"]
+    z, y, x = np.mgrid[:40, :48, :48]
+    for s in range(3):
+        centre = rng.integers((12, 14, 14), (28, 34, 34))  # slice, row, column
+        ball = 4 * (z - centre[0]) ** 2 + (y - centre[1]) ** 2 + (x - centre[2]) ** 2 < 36
+        image = SimpleITK.GetImageFromArray(np.where(ball, 100, -800).astype(np.int16))
+        image.SetSpacing((1, 1, 2))
+        image.SetOrigin(ORIGIN.tolist())
+        (folder / f"subset{s}").mkdir()
+        SimpleITK.WriteImage(image, str(folder / f"subset{s}/1.2.{s}.mhd"))
+        world = ORIGIN + centre[::-1] * (1, 1, 2)
+        places = [(world[0] + shift, world[1], world[2], 1) for shift in (0, 3)]
+        places += [(*(ORIGIN + corner), 0) for corner in ((4, 4, 8), (44, 4, 8), (4, 44, 8), (44, 44, 70), (4, 4, 70))]
+        candidates += [",".join(map(str, (f"1.2.{s}", *place))) for place in places]
+        annotations += [",".join(map(str, (f"1.2.{s}", *world, 12))), f"1.2.{s},-90,30,-200,8"]
+    (folder / "candidates.csv").write_text("\n".join(candidates) + "\n")
+    (folder / "annotations.csv").write_text("\n".join(annotations) + "\n")
+    return folder
+
+
+def prepare(luna: Path, out: Path, **changes: Any) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The lines of labels.csv and nodules.csv."""
+    chosen = {"candidates": str(luna / "candidates.csv"), "crop_mm": 16.0, "crop_size": 32, "crop_slices": 4}
+    main(Config(source=str(luna), dest=str(out), **(chosen | {"negatives": 3, "workers": 1} | changes)))
+    tables = []
+    for name in ("labels.csv", "nodules.csv"):
+        with open(out / name, newline="") as file:
+            tables.append(list(csv.DictReader(file)))
+    return tables[0], tables[1]
+
+
+def test_crops_are_a_prepared_tree_with_what_froc_needs(luna, tmp_path):
+    excluded = tmp_path / "excluded.csv"
+    excluded.write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\n1.2.0,-96.5,24,-292,-1\n")
+    labels, nodules = prepare(
+        luna, tmp_path / "tree/crops", annotations=str(luna / "annotations.csv"), excluded=str(excluded)
+    )
+    assert [row["nodule"] for row in labels] == [
+        "0",
+        "0",
+        "excluded",
+        *[""] * 4,
+        "2",
+        "2",
+        *[""] * 5,
+        "4",
+        "4",
+        *[""] * 5,
+    ]
+    assert nodules == [{"series": f"1.2.{k // 2}", "nodule": str(k)} for k in range(6)]
+    assert labels[0] == {"case": "1.2.0/2", "label": "nodule", "patient": "1.2.0", "series": "1.2.0", "nodule": "0"} | {
+        "test_only": "0"
+    }
+    assert [sum(row["test_only"] == "1" for row in labels if row["series"] == f"1.2.{s}") for s in range(3)] == [2] * 3
+    assert all(row["label"] == "no nodule" for row in labels if row["test_only"] == "1")
+    samples = scan(tmp_path / "tree")
+    assert sorted(s.name for s in samples) == sorted(f"crops/{row['case']}.npy" for row in labels)
+    assert {(s.height, s.width, s.slices, s.dtype, s.window) for s in samples} == {(32, 32, 4, "int16", (-1000, 400))}
+    ball = np.load(tmp_path / "tree/crops/1.2.1/9.npy")
+    assert ball[16, 16, 2] == 100
+    assert ball[0, 0, 0] == -800
+    about = yaml.safe_load((tmp_path / "tree/crops/dataset.yaml").read_text())
+    assert about["spacing_mm"] == [0.5, 0.5, 4.0]
+
+
+def test_the_same_again_cuts_nothing_and_other_options_are_refused(luna, tmp_path):
+    first, nodules = prepare(luna, tmp_path / "out")
+    assert [row["nodule"] for row in first[:3]] == ["0", "0", ""]  # grouped: the two candidates are 3 mm apart
+    assert len(nodules) == 3
+    before = (tmp_path / "out/1.2.0/2.npy").stat().st_mtime_ns
+    again, _ = prepare(luna, tmp_path / "out", negatives=0, window=[-900.0, 0.0])
+    assert (tmp_path / "out/1.2.0/2.npy").stat().st_mtime_ns == before
+    assert {row["test_only"] for row in again} == {"0"}
+    with pytest.raises(UserError, match=r"^dest: .* crops of other options"):
+        prepare(luna, tmp_path / "out", crop_mm=20.0)
+
+
+def test_a_candidate_hits_the_nearest_nodule_that_it_lies_in():
+    nodules = [Place("s", 2, (0, 0, 0), 10), Place("s", 3, (4, 0, 0), 10), Place("t", 4, (0, 0, 0), 10)]
+    points = [("s", (1, 0, 0)), ("s", (3, 0, 0)), ("s", (0, 5, 0)), ("u", (0, 0, 0))]
+    assert hit_nodules([Place(scan, 2, xyz, 1) for scan, xyz in points], nodules) == [0, 1, None, None]
+
+
+def test_world_coordinates_become_voxels_whatever_origin_spacing_and_direction(tmp_path):
+    volume = np.zeros((6, 10, 12), np.int16)
+    volume[2, 7, 3] = 500
+    image = SimpleITK.GetImageFromArray(volume)
+    image.SetSpacing((0.5, 0.75, 2.5))
+    image.SetOrigin((10.0, -20.0, 30.0))
+    image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
+    SimpleITK.WriteImage(image, str(tmp_path / "a.mhd"))
+    read, voxels, spacing = read_scan(tmp_path / "a.mhd", [(10.0 - 3 * 0.5, -20.0 - 7 * 0.75, 30.0 + 2 * 2.5)])
+    assert voxels[0] == pytest.approx([2, 7, 3])
+    assert spacing == pytest.approx([2.5, 0.75, 0.5])
+    crop = cut_cube(read, voxels[0], (1, 1, 1), 3, (3, 3, 3))  # as if voxels were 1 mm: whole voxels
+    assert crop[1, 1, 1] == crop.sum() == 500
+    border = cut_cube(np.zeros((4, 4, 4), np.int16), (0, 0, 0), (1, 1, 1), 4, (4, 4, 4))
+    assert (border[0, 0, 0], border[3, 3, 3]) == (-1000, 0)  # air outside
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("9.9.9,0,0,0,1", "names 1 scans that have no .mhd .* e.g. 9.9.9"),
+        ("1.2.0,0,zero,0,1", "line 23: could not convert string to float: 'zero'"),
+        ("1.2.0,0,0,0,2", "line 23: class must be 0 or 1, not 2"),
+        ("1.2.0,20,20,20,1", "line 23 lies outside .* must be world millimetres"),
+        ("1.2.1,-96.5,24,-292.0,0", "lines 11 and 23 are the same candidate; keep one"),
+    ],
+)
+def test_errors_in_candidates_name_line_scan_and_remedy(luna, tmp_path, capsys, line, message):
+    (tmp_path / "candidates.csv").write_text((luna / "candidates.csv").read_text() + line + "\n")
+    with pytest.raises(UserError, match=message):
+        prepare(luna, tmp_path / "out", candidates=str(tmp_path / "candidates.csv"))
+    if "9.9.9" in line or "same" in message:
+        prepare(luna, tmp_path / "out", candidates=str(tmp_path / "candidates.csv"), on_bad="skip")
+        assert "left out: the candidates of" in capsys.readouterr().out
