@@ -18,7 +18,7 @@ demo: $(READY)
 	$(VENV)/bin/python demo.py
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 4
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
