@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from conversion.table import Case
 from datasets.index import MONTAGE
-from datasets.render import robust_limits
+from datasets.render import read_grey, robust_limits
 from utils.files import whole_file
 
 TILE, TILES = 128, 48  # pixels, number
@@ -38,8 +38,7 @@ def _tiles(
     case: Case, dest: Path, window: Sequence[float] | None, shares: Sequence[float]
 ) -> Iterator[tuple[str, Image.Image]]:
     if not case.is_volume:
-        with Image.open(dest / case.file) as image:
-            grey = np.asarray(image if image.mode.startswith("I") or image.mode == "F" else image.convert("L"))
+        grey = read_grey(dest / case.file)
         yield case.id, _tile(grey, None, robust_limits(grey), (1.0, 1.0))
         return
     volume = np.load(dest / case.file, mmap_mode="r", allow_pickle=False)
