@@ -70,6 +70,8 @@ def _decode(path: Path) -> np.ndarray:
             pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
             if pages > 1:
                 raise BadFile(f"is a stack of {pages} pages; save it as a volume, height x width x {pages} .npy")
+            if image.mode == "LAB":
+                raise BadFile("is in CIELAB colours, which training cannot turn to grey; export it in grey or RGB")
             return np.asarray(image)
     except BadFile:
         raise

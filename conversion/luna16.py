@@ -35,9 +35,12 @@ import numpy as np
 import yaml
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
+from conversion.readers import read
+from conversion.volume import BadFile, Options
 from conversion.workers import outcomes
 from datasets.index import MIN_SIDE
 from utils import config
+from utils.config import read_yaml
 from utils.errors import UserError
 from utils.files import read_csv, write_csv, write_text
 
@@ -219,8 +222,10 @@ def group_positives(candidates: Sequence[Place]) -> tuple[list[int | None], list
     from scipy.spatial.distance import cdist
 
     positives = [i for i, candidate in enumerate(candidates) if candidate.value]
+    if not positives:
+        return [None] * len(candidates), []
     far = {scan: 1e6 * k for k, scan in enumerate({candidates[i].scan for i in positives})}  # mm
-    places = np.array([(*candidates[i].xyz, far[candidates[i].scan]) for i in positives]).reshape(-1, 4)
+    places = np.array([(*candidates[i].xyz, far[candidates[i].scan]) for i in positives])
     count, group = connected_components(cdist(places, places) <= SAME_NODULE_MM, directed=False)
     hit = dict(zip(positives, group.tolist(), strict=True))
     nodules = [candidates[positives[group.tolist().index(k)]] for k in range(count)]
@@ -242,8 +247,8 @@ def _describe(cfg: Config, dest: Path) -> None:
     digest = hashlib.sha256(Path(cfg.candidates).read_bytes()).hexdigest()[:16]
     crops = {"mm": cfg.crop_mm, "size": cfg.crop_size, "slices": cfg.crop_slices, "candidates_sha256": digest}
     path = dest / "dataset.yaml"
-    old = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if dest.exists() and any(dest.iterdir()) and old.get("crops") != crops:
+    old = read_yaml(path) if path.exists() else None
+    if dest.exists() and any(dest.iterdir()) and not (isinstance(old, dict) and old.get("crops") == crops):
         raise UserError(f"dest: {dest} holds something else, or crops of other options; choose another folder")
     pixel = cfg.crop_mm / cfg.crop_size
     content = {
@@ -282,18 +287,15 @@ def read_scan(path: Path, points: Sequence[Point]) -> tuple[np.ndarray, np.ndarr
     Positions and spacing are in array order (slice, row, column); a voxel's centre is at whole numbers. The image's
     origin, spacing and direction are respected. Raises UserError where the file cannot be read.
     """
-    import SimpleITK
+    import nibabel
 
     try:
-        image = SimpleITK.ReadImage(str(path))
-        volume = SimpleITK.GetArrayFromImage(image)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"{path}: cannot be read ({reason}); copy the .mhd and its .raw again") from None
-    if volume.ndim != 3:
-        raise UserError(f"{path}: is {volume.ndim}D; a scan has three dimensions")
-    voxels = [image.TransformPhysicalPointToContinuousIndex(point)[::-1] for point in points]
-    return volume, np.array(voxels).reshape(-1, 3), np.array(image.GetSpacing()[::-1])
+        volume = read("itk", (path,), Options())
+    except BadFile as error:
+        raise UserError(f"{path}: {error}") from None
+    in_ras = np.array(points).reshape(-1, 3) * (-1, -1, 1)
+    voxels = nibabel.affines.apply_affine(np.linalg.inv(volume.affine), in_ras)
+    return volume.array.T, voxels[:, ::-1], np.array(volume.spacing_mm[::-1])
 
 
 def cut_cube(

@@ -11,11 +11,11 @@ from PIL import Image, ImageDraw
 
 from conversion.table import Case
 from datasets.index import MONTAGE
+from datasets.render import read_grey, robust_limits
 from utils.files import whole_file
 
 TILE, TILES = 128, 48  # pixels, number
 CAPTION = 12  # pixels
-PERCENTILES = (0.5, 99.5)
 
 
 def montage(cases: Sequence[Case], dest: Path, window: Sequence[float] | None) -> None:
@@ -38,25 +38,18 @@ def _tiles(
     case: Case, dest: Path, window: Sequence[float] | None, shares: Sequence[float]
 ) -> Iterator[tuple[str, Image.Image]]:
     if not case.is_volume:
-        with Image.open(dest / case.file) as image:
-            grey = np.asarray(image if image.mode.startswith("I") or image.mode == "F" else image.convert("L"))
-        yield case.id, _tile(grey, None, _limits(grey), (1.0, 1.0))
+        grey = read_grey(dest / case.file)
+        yield case.id, _tile(grey, None, robust_limits(grey), (1.0, 1.0))
         return
     volume = np.load(dest / case.file, mmap_mode="r", allow_pickle=False)
     volume = volume[..., 0] if volume.ndim == 4 else volume
     label = np.load(dest / case.label, mmap_mode="r", allow_pickle=False) if case.label else None
-    limits = window or _limits(volume)
+    limits = window or robust_limits(volume)
     spacing = [float(x) for x in case.spacing_mm.split(" x ")] if case.spacing_mm else [1.0, 1.0, 1.0]
     for share in shares:
         k = int(share * volume.shape[2])
         tint = label[:, :, k] > 0 if label is not None else None
         yield f"{case.id} {k}", _tile(volume[:, :, k], tint, limits, (spacing[0], spacing[1]))
-
-
-def _limits(array: np.ndarray) -> tuple[float, float]:
-    """Percentiles of about a million values, or the extremes where these coincide."""
-    low, high = np.percentile(array.reshape(-1, order="F")[:: max(1, array.size // 10**6)].astype(float), PERCENTILES)
-    return (float(low), float(high)) if low < high else (float(array.min()), float(array.max()))
 
 
 def _tile(pixels: np.ndarray, tint: np.ndarray | None, limits: Sequence[float], mm: tuple[float, float]) -> Image.Image:

@@ -17,6 +17,7 @@ import yaml
 
 from conversion.layouts import Source, split_suffix
 from datasets.index import MONTAGE
+from utils.config import read_yaml
 from utils.errors import UserError
 from utils.files import write_csv, write_text
 
@@ -135,12 +136,7 @@ def describe(
     structures: of the label maps.
     """
     path = dest / "dataset.yaml"
-    try:
-        old = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read as YAML ({' '.join(str(error).split())}); correct or remove it"
-        ) from None
+    old = read_yaml(path) if path.exists() else {}
     old = old if isinstance(old, dict) else {}
     volumes = [case for case in cases if case.is_volume]
     new: dict[str, Any] = {"modality": ", ".join(sorted({case.modality or "unknown" for case in cases}))}

@@ -48,7 +48,7 @@ def test_other_measurements_do_not_replace_the_usual_results():
     def name(**changes) -> str:
         return timing.file_name("step", step.Config(**changes), "arch", "target_shape", "parts", "compile")
 
-    assert name(repeats=9, batch_size=3) == "step"
+    assert name(repeats=9, batch_size=3, target_shape=[64, 128, 128]) == "step"
     assert name(arch="resnet18", target_shape=(16, 32, 32)) == "step_resnet18_16_32_32"
     assert name(parts=("stage3",), compile=True) == "step_stage3_compile"
 

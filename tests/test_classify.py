@@ -213,22 +213,16 @@ def test_errors_in_the_labels_name_the_line_and_the_remedy(images, tmp_path, con
     [
         ({"classes": ["finding", "fracture"]}, r"no case in .* has the label 'fracture'; there are finding, no"),
         ({"positive": "fracture"}, "has the label 'fracture'"),
-        ({"labelled": 90}, "labelled: 90 cases were asked for"),
         ({"label_fractions": [5.0]}, "label_fractions: .* must be parts, at most 1"),
         ({"label_fractions": [0.5], "labelled": 3}, "stand without --labelled"),
         ({"label_fractions": [0.5], "mode": "finetune"}, "of --mode knn or linear"),
         ({"model": "joint", "level": "slice"}, "model: joint describes whole volumes"),
-        ({"weights": "nowhere.pth"}, r"weights: nowhere\.pth: no such file"),
         ({"data_path": "nowhere"}, "data_path: .*nowhere is not a folder"),
-        ({"split": "{tmp}/split.json"}, r"patient p5 is in two parts: x_10\.png in train, x_11\.png in test"),
     ],
 )
 @pytest.mark.parametrize("ask", [classify.run, classify.check])
 def test_wrong_options_are_named_before_anything_is_computed(images, tmp_path, ask, wrong, message, monkeypatch):
     monkeypatch.setattr(classify, "frozen_features", lambda *_: pytest.fail("encoded"))
-    names = [f"x_{i:02d}.png" for i in range(24)]
-    (tmp_path / "split.json").write_text(json.dumps({"train": names[:11], "validation": [], "test": names[11:]}))
-    wrong = {name: value.format(tmp=tmp_path) if name == "split" else value for name, value in wrong.items()}
     with pytest.raises(UserError, match=message):
         ask(config(images, tmp_path, **wrong))
 

@@ -625,7 +625,7 @@ def test_a_killed_run_leaves_no_worker_and_whole_files_only_and_the_next_one_fin
     while len(list(dest.glob("*.npy"))) < 3 and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)  # returns when nobody is left who holds its end of the pipe
+    process.communicate(timeout=300)  # returns when nobody is left who holds its end of the pipe
     assert 3 <= len(list(dest.glob("*.npy"))) < 24
     (dest / ".left.tmp").write_bytes(b"half a file")
     (source / "bad.nii").write_bytes(b"nothing")
@@ -771,6 +771,7 @@ def spoil(root: Path) -> dict[str, str]:
     grey = Image.fromarray(PATIENT[0].astype(np.uint8))
     grey.save(root / "stack.tif", save_all=True, append_images=[grey])
     Image.new("L", (30, 20)).save(root / "black.png")
+    Image.merge("LAB", [grey] * 3).save(root / "lab.tif")
     write_series(root / "nowhere", SeriesInstanceUID="1.1", ImagePositionPatient=None)
     write_series(root / "spacings", SeriesInstanceUID="1.2", PixelSpacing=lambda k: [0.75, 0.5] if k < 4 else [1.5, 1])
     first = write_series(root / "damaged", SeriesInstanceUID="1.3") / "000.dcm"
@@ -798,6 +799,7 @@ def spoil(root: Path) -> dict[str, str]:
         "flat.nii": "is 2D",
         "stack.tif": "is a stack of 2 pages",
         "black.png": "is constant",
+        "lab.tif": "is in CIELAB colours",
         "nowhere": "000.dcm: has no ImagePositionPatient, so its slices cannot be placed",
         "spacings": "several pixel spacings, 0.75 x 0.5 to 1.5 x 1 mm",
     }
