@@ -139,4 +139,4 @@ def test_names_are_those_of_the_files_that_the_batch_holds(small: SliceStore) ->
     names = loader.names(batch.index, batch.image_index)
     assert sorted(Path(n).name for n in names[:JOINT]) == [f"case_{i}.npy" for i in range(8)]
     assert sorted(Path(n).name for n in names[JOINT:]) == [f"image_{i}.png" for i in range(4)]
-    assert all(" slice " in n or n.endswith(".png") for n in image_loader(small, "paper").names(batch))
+    assert all(" slice " in n or n.endswith(".png") for n in image_loader(small, "paper").names(batch.index))
