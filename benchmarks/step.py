@@ -76,13 +76,11 @@ def updates_of(stage: int, data: Path, cfg: Config, run: Run, **options: Any) ->
     chosen = {name: getattr(cfg, name) for name in ("arch", "workers", "compile")} | options
     if stage == 3:
         chosen |= {"target_shape": cfg.target_shape, "batch_size": cfg.batch_size}
-        chosen |= {"nmb_prototypes": plain.PROTOTYPES, "nmb_prototypes_intra": plain.INTRA_PROTOTYPES}
         return Updates(training_of("ssl_swav3D", data, run, **chosen))
     side = cfg.target_shape[1]
     crops = {"size_crops": [side, side // 2], "nmb_crops": [2, 4]}
     crops |= {"min_scale_crops": [0.3, 0.05], "max_scale_crops": [1.0, 0.3]}
-    chosen |= {"batch_size": cfg.images, "nmb_prototypes": plain.INTRA_PROTOTYPES}
-    return Updates(training_of("ssl_swav2D", data, run, **chosen, **crops))
+    return Updates(training_of("ssl_swav2D", data, run, batch_size=cfg.images, **chosen, **crops))
 
 
 def stage3(data: Path, cfg: Config, run: Run) -> dict[str, Any]:

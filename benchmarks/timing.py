@@ -181,6 +181,7 @@ def file_name(name: str, cfg: Any, *options: str) -> str:
     """
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
+        value = tuple(value) if isinstance(value, list) else value  # from the command line
         if field.name in options and value != field.default:
             name += f"_{field.name}" if value is True else "_" + re.sub(r"[^\w-]+", "_", str(value)).strip("_")
     return name

@@ -170,10 +170,7 @@ def _read_coco(path: Path, root: Path, problems: list[str]) -> Read:
 
 def _read_table(path: Path, root: Path, problems: list[str]) -> Read:
     """Images, their marks, and the classes by name, of VinDr-CXR's table."""
-    lines = read_csv(path, "annotations")
-    lacking = [column for column in TABLE_COLUMNS if column not in lines[0]]
-    if lacking:
-        raise UserError(f"annotations: {path}: lacks the columns {', '.join(lacking)}; see docs/DOWNSTREAM.md")
+    lines = read_csv(path, "annotations", TABLE_COLUMNS)
     files = _by_stem(root)
     names: dict[str, str] = {}  # of a class_id
     images: dict[str, Annotated] = {}

@@ -9,6 +9,7 @@ docs/DOWNSTREAM.md shows all.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,14 @@ from downstream.encoders import load_encoder, load_joint_encoder
 from downstream.features import Cases, Features, StackEncoder, fit_logistic_regression, frozen_features, pad, vote
 from downstream.labels import Items, LabelRow, label_items, read_labels
 from downstream.options import Data, Running, Start, Training, WorkingCopy
-from downstream.scores import METRICS, Scores, classification_scores, score_intervals, validation_score
+from downstream.scores import (
+    METRICS,
+    Scores,
+    classification_scores,
+    format_table,
+    score_intervals,
+    validation_score,
+)
 from downstream.splits import choose_by_turns
 from downstream.task import Outcome, Task, fingerprint
 from models.encoder import JointEncoder
@@ -36,8 +44,8 @@ from utils.errors import UserError
 
 
 @dataclass(kw_only=True)
-class Labels(options.Group):
-    """The cases' labels, classes and patients."""
+class Classifying(options.Group):
+    """Options of classification."""
 
     labels: str | None = options.data(None, "CSV with a label per case; null: the data set that a case is of")
     classes: list[str] = options.data(
@@ -59,12 +67,6 @@ class Labels(options.Group):
     )
     size: PositiveInt = options.data(224, "side in pixels that images and slices are resized to")
     slices: NonNegativeInt = options.data(32, "evenly spaced slices of a volume that are used; 0: all")
-
-
-@dataclass(kw_only=True)
-class Model(options.Group):
-    """What is classified, and how."""
-
     mode: Literal["knn", "linear", "finetune"] = options.model(
         "linear",
         "vote of nearest neighbours or logistic regression on frozen features, or training of the whole network",
@@ -85,7 +87,7 @@ class Model(options.Group):
 
 
 @options.constants
-class Config(Running, Training, Start, Model, Labels, WorkingCopy, Data):
+class Config(Running, Training, Start, Classifying, WorkingCopy, Data):
     data_path = "Training_Data"
     fractions = [0.6, 0.2, 0.2]
     epochs = 30
@@ -133,21 +135,20 @@ class Classification(Task):
     def choose(self, train: list[str]) -> list[str]:
         """The classes by turns: the labels of a smaller fraction are the first of a larger one's."""
         items, cfg = self.items, self.cfg
-        usable = set(np.array(items.names)[~items.test_only].tolist())
-        train = [case for case in train if case in usable]
+        test_only = {name for name, only in zip(items.names, items.test_only, strict=True) if only}
+        train = [case for case in train if case not in test_only]
         if not train:
-            raise UserError(
-                "split: no labelled case is left for training; change the split, or test_only in the labels"
-            )
+            raise UserError("split: no case is left for training; change the split, or test_only in the labels")
         sizes = {f"@{share:g}": max(1, round(share * len(train))) for share in cfg.label_fractions}
         self.sizes = sizes or {"": cfg.labelled or len(train)}  # suffix of the metrics -> labelled cases
         return choose_by_turns(train, items.label_of, max(self.sizes.values()), cfg.seed)
 
     def stacks(self, cases: list[str], test: bool = False) -> np.ndarray:
         """Positions of the items of these cases."""
-        return np.flatnonzero(np.isin(self.items.names, cases) & (test | ~self.items.test_only))
+        wanted = set(cases)
+        return np.flatnonzero([name in wanted for name in self.items.names] & (test | ~self.items.test_only))
 
-    @property
+    @functools.cached_property
     def train(self) -> np.ndarray:
         """Positions of the labelled items."""
         return self.stacks(self.labelled)
@@ -178,11 +179,10 @@ class Classification(Task):
         """Nothing is left to find: every case was read when the working copy was made."""
 
     def describe(self) -> str:
-        items = self.items
-        cases = items.label_of
-        counts = ", ".join(f"{name} {list(cases.values()).count(k)}" for k, name in enumerate(items.classes))
+        labels = list(self.items.label_of.values())
+        counts = ", ".join(f"{name} {labels.count(k)}" for k, name in enumerate(self.items.classes))
         return (
-            f"{len(cases)} cases of {len(set(self.patients.values()))} patients: {counts}\n"
+            f"{len(labels)} cases of {len(set(self.patients.values()))} patients: {counts}\n"
             f"train {len(self.labelled)} (labelled), validation {len(self.split.validation)}, "
             f"test {len(self.split.test)} cases"
         )
@@ -209,8 +209,7 @@ class Classification(Task):
 
     def read(self, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
         """Stacks [B, D, S, S] and mask [B, D] of a few items."""
-        stacks = [torch.from_numpy(self.items.cases.read(i)) for i in self.items.index[chosen]]
-        volumes, mask = pad(stacks)
+        volumes, mask = pad([torch.from_numpy(self.items.cases.read(i)) for i in self.items.index[chosen]])
         return volumes.to(self.device), mask.to(self.device)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -252,9 +251,11 @@ class Classification(Task):
             reasons |= {name + suffix: why for name, why in scores.reasons.items()}
             intervals |= {name + suffix: interval for name, interval in spread.items()}
         about = {"intervals": intervals, "reasons": reasons, "patients": len(set(people)), "chosen": chosen}
+        table = format_table(values, intervals, reasons)
         if self.cfg.label_fractions:
             about["label_counts"] = self.sizes
-        return Outcome(values, self.rows(test, found), format_table(values, intervals, reasons, self.sizes), about)
+            table = "\n".join([*(f"{suffix}: {size} labelled" for suffix, size in self.sizes.items()), table])
+        return Outcome(values, self.rows(test, found), table, about)
 
     def by_features(
         self, encoder: GreyResNet | JointEncoder, test: np.ndarray
@@ -325,19 +326,6 @@ class Classifier(StackEncoder):
     def forward(self, volumes: Tensor, mask: Tensor) -> Tensor:
         parts = [F.layer_norm(part, part.shape[1:]) for part in self.parts(volumes, mask)]
         return wide(self.head(torch.cat(parts, dim=1)))
-
-
-def format_table(
-    values: dict[str, float], intervals: dict[str, tuple[float, float]], reasons: dict[str, str], sizes: dict[str, int]
-) -> str:
-    """A line per metric, with its interval and, where it is nan or leaves a class out, the reason."""
-    width = max(map(len, values)) + 2
-    lines = [f"{suffix[1:]} of the training cases: {size} labelled" for suffix, size in sizes.items() if suffix]
-    for name, value in values.items():
-        low, high = intervals.get(name, (math.nan, math.nan))
-        interval = "" if math.isnan(low) else f"   95 % [{low:.3f}, {high:.3f}]"
-        lines.append(f"{name:<{width}}{value:6.3f}{interval}{f'   ({reasons[name]})' if name in reasons else ''}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -52,10 +52,10 @@ class Cases:
             raise UserError(f"data_path: {root} is not a folder; give the one that holds the images or volumes")
         files = [file.name for file in root.iterdir() if file.is_file()]
         alone = "dataset.yaml" in files or any(without_suffix(name) != name for name in files)
-        tree, only, cache = (
-            (root.parent, root.name, cache_path or root / ".cache") if alone else (root, None, cache_path)
-        )
-        self.samples, self.store = prepare(tree, size, cache, on_bad, progress=False, only=only)
+        if alone and cache_path is None:
+            cache_path = root / ".cache"
+        tree, only = (root.parent, root.name) if alone else (root, None)
+        self.samples, self.store = prepare(tree, size, cache_path, on_bad, progress=False, only=only)
         self.size = size
         self.names = [sample.name.split("/", 1)[1] if alone else sample.name for sample in self.samples]
         items = np.asarray(Slices(self.samples, self.store, slices).items)  # [n, 2]: sample and slice, sample by sample
@@ -80,9 +80,7 @@ class StackEncoder(nn.Module):
     length; the second, of a joint encoder, f_inter's embedding of the whole stack, of unit length.
     """
 
-    def __init__(
-        self, encoder: GreyResNet | JointEncoder, features: Literal["pooled", "multi_scale"] = "pooled"
-    ) -> None:
+    def __init__(self, encoder: GreyResNet | JointEncoder, features: Features = "pooled") -> None:
         super().__init__()
         self.encoder, self.features = encoder, {"pooled": pooled, "multi_scale": multi_scale}[features]
 
@@ -169,10 +167,8 @@ def fit_logistic_regression(
     if not len(validation[1]):
         return _probabilities(fitted(1.0), test, classes), 1.0
     models = {cost: fitted(cost) for cost in COSTS}
-    scores = {
-        cost: validation_score(validation[1], _probabilities(models[cost], validation[0], classes)) for cost in COSTS
-    }
-    best = max(COSTS, key=scores.get)
+    x, truth = validation
+    best = max(COSTS, key=lambda cost: validation_score(truth, _probabilities(models[cost], x, classes)))
     return _probabilities(models[best], test, classes), float(best)
 
 

@@ -9,7 +9,7 @@ run: what `downstream.classify` wrote (its cases.csv has the test candidates and
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jsonargparse.typing import NonNegativeInt
 
-from downstream.scores import bootstrap
+from downstream.scores import bootstrap, format_table
 from downstream.splits import without_suffix
 from utils import config, options
 from utils.errors import UserError
@@ -51,37 +51,36 @@ class Candidates(NamedTuple):
 def main(cfg: Config) -> None:
     result = run(cfg)
     print(f"{result['candidates']} candidates and {result['nodules']} nodules of {result['scans']} test scans")
-    for name, value in result["metrics"].items():
-        low, high = result["intervals"].get(name, (math.nan, math.nan))
-        interval = "" if math.isnan(low) else f"   95 % [{low:.3f}, {high:.3f}]"
-        print(f"{name:<22}{value:6.3f}{interval}")
-    for why in set(result["reasons"].values()):
-        print(why)
+    print(format_table(result["metrics"], result["intervals"], result["reasons"]))
     print(f"wrote {cfg.run}/froc.json, froc.csv")
 
 
 def run(cfg: Config) -> dict[str, Any]:
     """Metrics `cpm` and `sensitivity@rate`, their intervals over scans, reasons of those that are nan; and counts."""
     candidates = read_candidates(Path(cfg.run) / "cases.csv", cfg.labels, cfg.nodules)
+    names = ["cpm", *(f"sensitivity@{rate:g}" for rate in RATES)]
 
     def values(counts: np.ndarray | None = None) -> dict[str, float]:
         curve = froc(candidates, counts)
-        names = ("cpm", *(f"sensitivity@{rate:g}" for rate in RATES))
         return dict(zip(names, [float(curve.mean()), *curve.tolist()], strict=True))
 
-    found = values()
+    found, intervals = values(), bootstrap(values, candidates.scans, cfg.bootstrap, cfg.seed)
     learnt = not np.isnan(candidates.score).any()
     why = "no nodule in the test scans" if learnt else "the classification could not learn: its cases.csv has no scores"
     result = {
         "metrics": found,
-        "intervals": bootstrap(values, candidates.scans, cfg.bootstrap, cfg.seed),
+        "intervals": intervals,
         "reasons": {name: why for name, value in found.items() if math.isnan(value)},
         "candidates": len(candidates.score),
         "nodules": len(candidates.nodule_scan),
         "scans": candidates.scans,
     }
     write_json(result, Path(cfg.run) / "froc.json")
-    write_csv([_row(rate, result) for rate in RATES], Path(cfg.run) / "froc.csv")
+    rows = []
+    for rate, name in zip(RATES, names[1:], strict=True):
+        low, high = intervals.get(name, (math.nan, math.nan))
+        rows.append({"false_positives_per_scan": rate, "sensitivity": found[name], "low": low, "high": high})
+    write_csv(rows, Path(cfg.run) / "froc.csv")
     return result
 
 
@@ -97,15 +96,15 @@ def froc(candidates: Candidates, counts: np.ndarray | None = None, rates: Sequen
     """
     score, scan, hit, nodule_scan, scans = candidates
     counts = np.ones(scans) if counts is None else counts
+    nodules = counts[nodule_scan]
+    if nodules.sum() == 0 or np.isnan(score).any():
+        return np.full(len(rates), np.nan)
     best = np.full(len(nodule_scan), -np.inf)
     found = hit >= 0
     np.maximum.at(best, hit[found], score[found])
     false = np.flatnonzero(hit == NO_NODULE)
     false = false[np.argsort(-score[false], kind="stable")]
     per_scan = np.cumsum(counts[scan[false]]) / counts.sum()
-    nodules = counts[nodule_scan]
-    if nodules.sum() == 0 or np.isnan(score).any():
-        return np.full(len(rates), np.nan)
     sensitivity = []
     for rate in rates:
         first_too_many = int(np.searchsorted(per_scan, rate + 1e-9, side="right"))
@@ -114,15 +113,15 @@ def froc(candidates: Candidates, counts: np.ndarray | None = None, rates: Sequen
     return np.array(sensitivity)
 
 
-def read_candidates(cases: Path, labels: str, nodules: str) -> Candidates:
+def read_candidates(cases: Path, labels: str | Path, nodules: str | Path) -> Candidates:
     """The test candidates in a classification's cases.csv with what the tables of LUNA16 say about them.
 
     Their score is the probability of the last class, `nodule`. Raises UserError for a column, a case or a nodule that
     is not there.
     """
-    tested = _read(cases, "run", "case")
-    rows = {row["case"]: row for row in _read(Path(labels), "labels", "case", "series", "nodule")}
-    annotated = _read(Path(nodules), "nodules", "series", "nodule")
+    tested = read_csv(cases, "run", ("case",))
+    rows = {row["case"]: row for row in read_csv(labels, "labels", ("case", "series", "nodule"))}
+    annotated = read_csv(nodules, "nodules", ("series", "nodule"))
     score_name = [name for name in tested[0] if name.startswith("p(")][-1:]
     if not score_name:
         raise UserError(f"run: {cases} has no column p(...); give the dump_path of downstream.classify")
@@ -134,9 +133,7 @@ def read_candidates(cases: Path, labels: str, nodules: str) -> Candidates:
     own = [row for row in annotated if row["series"] in scans]
     place = {row["nodule"]: k for k, row in enumerate(own)} | {"": NO_NODULE, "excluded": EXCLUDED}
     if unknown := [row["nodule"] for row in found if row["nodule"] not in place]:
-        raise UserError(
-            f"nodules: {nodules} has no nodule {unknown[0]}, which {labels} names; give both of one data set"
-        )
+        raise UserError(f"nodules: {nodules} has no nodule {unknown[0]}, which {labels} names; give those of one run")
     return Candidates(
         score=np.array([float(row[score_name[0]]) for row in tested]),
         scan=np.array([scans[row["series"]] for row in found]),
@@ -144,21 +141,6 @@ def read_candidates(cases: Path, labels: str, nodules: str) -> Candidates:
         nodule_scan=np.array([scans[row["series"]] for row in own], dtype=int),
         scans=len(scans),
     )
-
-
-def _read(path: Path, option: str, *columns: str) -> list[dict[str, str]]:
-    """The lines of a table that has these columns."""
-    rows = read_csv(path, option)
-    if lacking := [name for name in columns if name not in rows[0]]:
-        raise UserError(f"{option}: {path} has no column {', '.join(lacking)}, but {', '.join(rows[0])}")
-    return rows
-
-
-def _row(rate: float, result: Mapping[str, Any]) -> dict[str, float]:
-    """A line of froc.csv."""
-    name = f"sensitivity@{rate:g}"
-    low, high = result["intervals"].get(name, (math.nan, math.nan))
-    return {"false_positives_per_scan": rate, "sensitivity": result["metrics"][name], "low": low, "high": high}
 
 
 if __name__ == "__main__":

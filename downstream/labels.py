@@ -106,7 +106,8 @@ def label_items(
     parts = {part for label in whole for part in label.split("|")}
     for wanted, found in [*((name, whole) for name in classes), *([(positive, parts)] if positive else [])]:
         if wanted not in found:
-            raise UserError(f"classes, positive: no case in {source} has the label {wanted!r}, only {some(found)}")
+            there = ", ".join(sorted(found)[:5])
+            raise UserError(f"classes, positive: no case in {source} has the label {wanted!r}; there are {there}")
     rows = [row for row in rows if not classes or row.label in classes]
     if positive:
         labels = [int(positive in row.label.split("|")) for row in rows]
@@ -149,12 +150,6 @@ def name_patients(names: Sequence[str], pattern: str) -> list[str]:
         if match is None or not match[1]:
             raise UserError(f"patient_pattern: {pattern!r} finds no patient in the file name {Path(name).name}")
     return [match[1] for match in found]
-
-
-def some(names: Sequence[str] | set[str], count: int = 5) -> str:
-    """The first few names, for messages."""
-    listed = sorted(names)
-    return ", ".join(listed[:count]) + (", ..." if len(listed) > count else "")
 
 
 def _prepared_patients(cases: Cases) -> dict[str, str]:

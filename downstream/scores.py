@@ -106,3 +106,15 @@ def score_intervals(
         return classification_scores(truth[drawn], probability[drawn], classes).values
 
     return bootstrap(resampled, len(names), repeats, seed)
+
+
+def format_table(
+    values: Mapping[str, float], intervals: Mapping[str, tuple[float, float]], reasons: Mapping[str, str]
+) -> str:
+    """A line per metric, with its interval and, where it is nan or leaves a class out, the reason."""
+    width, lines = max(map(len, values)) + 2, []
+    for name, value in values.items():
+        low, high = intervals.get(name, (math.nan, math.nan))
+        interval = "" if math.isnan(low) else f"   95 % [{low:.3f}, {high:.3f}]"
+        lines.append(f"{name:<{width}}{value:6.3f}{interval}{f'   ({reasons[name]})' if name in reasons else ''}")
+    return "\n".join(lines)

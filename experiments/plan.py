@@ -47,9 +47,8 @@ def read_plan(files: Sequence[str | Path], out: Path) -> Plan:
     place: dict[str, int] = {}  # of the file, by the names of its recipes and comparisons
     for number, file in enumerate(files):
         content = read_yaml(Path(file)) or {}
-        for section in content:
-            if section not in SECTIONS:
-                raise UserError(f"{file}: {section!r} is not one of {', '.join(SECTIONS)}")
+        if not isinstance(content, dict) or not content.keys() <= set(SECTIONS):
+            raise UserError(f"{file}: must be a mapping with none but {', '.join(SECTIONS)}")
         for known, section in ((recipes, "recipes"), (comparisons, "comparisons")):
             for name, about in (content.get(section) or {}).items():
                 if name in place:

@@ -43,6 +43,7 @@ class Config:
 
 
 def main(cfg: Config) -> None:
+    end = time.monotonic() + 60 * cfg.minutes if cfg.minutes else float("inf")
     plan = read_plan(cfg.experiments, Path(cfg.dump_path))
     print(jobs.progress(plan.jobs), flush=True)
     if cfg.plan:
@@ -51,7 +52,6 @@ def main(cfg: Config) -> None:
     os.environ |= {"OMP_NUM_THREADS": str(cfg.threads), "MKL_NUM_THREADS": str(cfg.threads)}
     spawn = multiprocessing.get_context("spawn")
     workers = [spawn.Process(target=_work, args=(cfg,)) for _ in range(cfg.jobs)]
-    end = time.monotonic() + 60 * cfg.minutes if cfg.minutes else float("inf")
     try:
         for worker in workers:
             worker.start()

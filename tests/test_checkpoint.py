@@ -197,7 +197,7 @@ def test_a_kill_between_any_two_file_operations_leaves_a_newest_checkpoint(cut, 
 
 def test_what_killed_processes_left_is_cleared_away(tmp_path):
     save(tmp_path, 1)
-    for name in (".checkpoint.pth.1.tmp", ".checkpoint_previous.pth.2.tmp", ".other.pth.3.tmp"):
+    for name in (".checkpoint.pth.99999998.tmp", ".checkpoint_previous.pth.99999999-ab.tmp", ".other.pth.3.tmp"):
         (tmp_path / name).write_bytes(b"half")
     save(tmp_path, 2)
     assert {p.name for p in tmp_path.iterdir()} == {

@@ -18,7 +18,7 @@ from syncs import no_waiting
 from tiny import losses, run, stop_after
 from torch import Tensor
 
-from objectives import DeepClusterV2, SwAV, diagnostics
+from objectives import DeepClusterV2, SwAV
 from objectives.diagnostics import (
     Diagnostics,
     neighbour_vote,
@@ -27,6 +27,7 @@ from objectives.diagnostics import (
     perplexity,
     rankme,
 )
+from training import monitor
 from training.monitor import Level, Monitor, dominating
 from utils.distributed import rank, world_size
 
@@ -288,8 +289,8 @@ def train(out: Path, **changes) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def test_a_run_that_collapses_says_so_and_a_healthy_one_is_quiet(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(diagnostics, "SETTLING_STEPS", 26)  # so that seconds are enough
-    monkeypatch.setattr(diagnostics, "TRANSIENT_STEPS", 12)
+    monkeypatch.setattr(monitor, "SETTLING_STEPS", 26)  # so that seconds are enough
+    monkeypatch.setattr(monitor, "TRANSIENT_STEPS", 12)
     found, rows = train(tmp_path / "collapsing", base_lr=5, epsilon=1.0)  # uniform targets, and a rate that is too high
     said = capsys.readouterr().out
     assert {"intra_collapse", "intra_chance"} == set(found)

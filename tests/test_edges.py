@@ -130,7 +130,7 @@ def test_only_images_in_stage_2_is_said_as_such(data, tmp_path):
 def test_the_first_failed_step_does_not_promise_a_checkpoint(data, tmp_path, monkeypatch):
     forward = MaskedSlices.forward
     monkeypatch.setattr(
-        MaskedSlices, "forward", lambda self, **b: {k: v * float("nan") for k, v in forward(self, **b).items()}
+        MaskedSlices, "forward", lambda self, b: {k: v * float("nan") for k, v in forward(self, b).items()}
     )
     with pytest.raises(UserError, match=r"epoch 0 step 2;.*\(3 in a row.*none was saved yet") as error:
         run("mask_swav", data, tmp_path, max_bad_steps=3)

@@ -73,7 +73,7 @@ def test_files_become_jobs_seed_by_seed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"pretraining": {}}, "'pretraining' is not one of defaults, recipes"),
+        ({"pretraining": {}}, "must be a mapping with none but defaults, recipes"),
         ({"recipes": {"x": {"like": "y"}}}, "x: like: no entry before it is called 'y'"),
         ({"recipes": {"x": 3}}, "x: must be a mapping"),
         ({"recipes": {"x": {"script": "demo"}}}, "demo: is not one of the training scripts"),

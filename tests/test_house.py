@@ -51,3 +51,24 @@ def test_no_package_imports_in_a_circle(package):
 
     for module in graph:
         reaches(module, ())
+
+
+def python_files() -> list[Path]:
+    folders = [path for package in BELOW for path in (ROOT / package).rglob("*.py")]
+    return sorted([*folders, *ROOT.glob("*.py")])
+
+
+def test_files_and_functions_stay_readable():
+    for path in python_files():
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 400, f"{path.relative_to(ROOT)} has more than 400 lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= 60, f"{path.relative_to(ROOT)}: {node.name} has {length} lines"
+
+
+def test_training_scripts_fit_on_a_page():
+    scripts = [path for path in ROOT.glob("*.py") if path.name.startswith(("ssl_", "mask_"))]
+    assert len(scripts) == 6
+    assert all(path.read_text(encoding="utf-8").count("\n") < 100 for path in scripts)

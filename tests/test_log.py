@@ -16,6 +16,7 @@ import torch
 from processes import run_processes
 from tiny import losses, run, stop_after
 
+from datasets.batch import Batch
 from training import log as logs
 from training.log import Log, contact_sheet, some_views
 from utils import profile
@@ -88,11 +89,11 @@ def test_a_warning_is_printed_and_kept_and_dropped_where_the_run_goes_back(tmp_p
 
 
 def test_pictures_are_two_views_of_some_samples_middle_slices_of_volumes():
-    volumes = torch.arange(2 * 3 * 5 * 4 * 6.0).view(2, 3, 5, 4, 6)
-    assert torch.equal(some_views({"views": volumes}), volumes[:, :, 2])
+    index, volumes = torch.arange(3), torch.arange(2 * 3 * 5 * 4 * 6.0).view(2, 3, 5, 4, 6)
+    assert torch.equal(some_views(Batch(index, views=volumes)), volumes[:, :, 2])
     crops = [torch.rand(3, 12, 4, 4), torch.rand(2, 12, 2, 2)]
-    assert torch.equal(some_views({"crops": crops}), crops[0][:2, :8])
-    assert some_views({"targets": volumes}) is None
+    assert torch.equal(some_views(Batch(index, crops=crops)), crops[0][:2, :8])
+    assert some_views(Batch(index, targets=volumes)) is None
     sheet = contact_sheet(volumes[:, :, 2])
     assert sheet.shape == (1, 8, 18)
     assert (sheet.min(), sheet.max()) == (0, 1)

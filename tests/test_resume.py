@@ -16,9 +16,11 @@ import torch
 from tiny import losses, options, run, stop_after
 from trials import Trial
 
+import mask_swav
 from objectives import SwAV
-from training import train
+from training.resume import check_same_run
 from utils import checkpoint
+from utils.config import to_dict
 from utils.distributed import Run
 from utils.errors import UserError
 
@@ -56,7 +58,7 @@ def test_a_killed_run_ends_with_the_same_bytes(script, workers, data, tmp_path):
 
 
 def test_two_processes_go_on_where_one_stopped(data, tmp_path, monkeypatch):
-    """With the same batch on each: the joint batch doubles, the bank is dealt out anew, no sample comes twice."""
+    """With the same batch on each: the global batch doubles, the bank is dealt out anew, no sample comes twice."""
     script = "ssl_deepcluster3D"
     mine = chosen(script, data, tmp_path, batch_size=2, checkpoint_minutes=60)
     with monkeypatch.context() as patch:
@@ -68,7 +70,7 @@ def test_two_processes_go_on_where_one_stopped(data, tmp_path, monkeypatch):
     assert (before["epoch"], before["seen"], before["processes"]) == (1, 2, 1)
     two = Trial(script, mine, tmp_path / "two", ranks=2)
     assert two.wait() == [0, 0], two.log(0) + two.log(1)
-    assert "processes: 1 -> 2, joint batch: 2 -> 4; the order of the samples goes on" in two.log()
+    assert "processes: 1 -> 2, global batch: 2 -> 4; the order of the samples goes on" in two.log()
     assert two.steps == [2, 2]  # 6 volumes that were left, at most 4 a step
     after = checkpoint.load(folder)
     assert after["memory"]["inter"]["embeddings"].shape == before["memory"]["inter"]["embeddings"].shape
@@ -84,28 +86,21 @@ def test_two_processes_go_on_where_one_stopped(data, tmp_path, monkeypatch):
     ("before", "after", "says"),
     [
         ((4, 2), (4, 2), ""),
-        ((4, 2), (4, 1), "processes: 2 -> 1, joint batch: 8 -> 4"),
-        ((4, 2), (8, 1), "processes: 2 -> 1, joint batch: 8 -> 8"),
+        ((4, 2), (4, 1), "processes: 2 -> 1, global batch: 8 -> 4"),
+        ((4, 2), (8, 1), "processes: 2 -> 1, global batch: 8 -> 8"),
         ((4, 2), (2, 2), None),
         ((4, 2), (3, 1), None),
     ],
 )
 def test_which_batches_may_go_on(before, after, says, tmp_path):
-    options = {"batch_size": before[0], "base_lr": 0.5, "epochs": 3}
-    state = {"config": options, "processes": before[1], "data": "x", "epoch": 1, "seen": 0}
-    config = _config(**(options | {"batch_size": after[0]}))
+    old, config = (mask_swav.Config(batch_size=size, epochs=3) for size, _ in (before, after))
+    state = {"config": to_dict(old), "processes": before[1], "data": "x", "epoch": 1, "seen": 0}
     place = Run(0, after[1], torch.device("cpu"))
     if says is None:
         with pytest.raises(UserError, match=f"batch_size: {before[0]} -> {after[0]}"):
-            train._check_same_run(state, config, place, "x", tmp_path)
+            check_same_run(state, config, place, "x", tmp_path)
     else:
-        assert train._check_same_run(state, config, place, "x", tmp_path) == says
-
-
-def _config(**values):
-    from dataclasses import make_dataclass
-
-    return make_dataclass("Config", values)(**values)
+        assert check_same_run(state, config, place, "x", tmp_path) == says
 
 
 @pytest.mark.parametrize(("before", "after"), [(6, 6), (6, 4), (4, 6), (0, 4), (4, 0)])

@@ -68,23 +68,25 @@ def test_nested_regions_become_disjoint_classes():
 
 
 def test_what_prepare_data_writes_is_read_in_slice_order(tmp_path):
-    label = np.random.default_rng(0).integers(0, 3, (12, 10, 9)).astype(np.uint8)
-    for folder, array in (("imagesTr", label * 7.0), ("labelsTr", label)):
-        (tmp_path / "source" / folder).mkdir(parents=True)
-        nifti = nibabel.Nifti1Image(array.astype(np.float32), np.diag([1.5, 1.0, 2.0, 1.0]))
-        nibabel.save(nifti, tmp_path / "source" / folder / "a.nii.gz")
-    about = {"labels": {"0": "background", "1": "dim", "2": "bright"}}
-    (tmp_path / "source/dataset.json").write_text(json.dumps(about))
+    """Four channels and nested regions, as in BraTS."""
+    label = np.array([0, 1, 2, 4], np.uint8)[np.random.default_rng(0).integers(0, 4, (12, 10, 9))]
+    folder = tmp_path / "source/HGG/Brats18_1"
+    folder.mkdir(parents=True)
+    for number, kind in enumerate(("seg", "flair", "t1", "t1ce", "t2")):
+        nifti = nibabel.Nifti1Image(label + 10 * number, np.diag([1.5, 1.0, 2.0, 1.0]))
+        nibabel.save(nifti, folder / f"Brats18_1_{kind}.nii.gz")
     with pytest.raises(UserError, match=r"NIfTI files; .* prepare_data.py --source \S+source --dest Training_Data"):
         find_pairs(tmp_path / "source")
-    prepare_data.main(prepare_data.Config(source=str(tmp_path / "source"), dest=str(tmp_path / "data"), workers=1))
+    made = {"source": str(tmp_path / "source"), "dest": str(tmp_path / "data"), "preset": "brats2018", "workers": 1}
+    prepare_data.main(prepare_data.Config(**made))
     data = find_pairs(tmp_path / "data")
     [pair] = data.pairs
-    assert data.structures == {"dim": [1], "bright": [2]}
-    assert pair.shape == (9, 10, 12)
-    assert pair.spacing_mm == (2.0, 1.0, 1.5)
-    np.testing.assert_array_equal(read_image(pair)[0], 7 * read_label(pair, data.classes))
-    assert np.bincount(read_label(pair, data.classes).ravel()).tolist() == np.bincount(label.ravel()).tolist()
+    assert data.structures == {"whole tumour": [1, 2, 4], "tumour core": [1, 4], "enhancing tumour": [4]}
+    assert (pair.shape, pair.channels, pair.spacing_mm) == ((9, 10, 12), 4, (2.0, 1.0, 1.5))
+    values = np.array([0, 1, 2, 4])[read_label(pair, data.classes)]  # classes are numbered in the order of the values
+    for number, image in enumerate(read_image(pair), start=1):
+        np.testing.assert_array_equal(image, values + 10 * number)
+    assert np.bincount(values.ravel()).tolist() == np.bincount(label.ravel()).tolist()
 
 
 def test_arrays_of_several_channels_and_any_slice_axis(tmp_path):

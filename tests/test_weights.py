@@ -95,7 +95,7 @@ def test_unreadable_files_are_refused_and_run_nothing(source, tmp_path):
             weights.load_backbone(GreyResNet("resnet18"), chosen(tmp_path, name))
     assert not (tmp_path / "executed").exists()
     with pytest.raises(
-        UserError, match=r"none\.pth: no such weights file; run stage 1 first.*--resnet_pretrained none"
+        UserError, match=r"none\.pth: no such weights file; run ssl_swav2D.py or .* first.*--resnet_pretrained none"
     ):
         weights.load_backbone(GreyResNet("resnet18"), chosen(tmp_path, "none.pth"))
 

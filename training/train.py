@@ -85,8 +85,8 @@ class Training:
         config, run = self.config, self.run
         state, others = checkpoint.load(self.folder), ""
         if state:
-            others = check_same_run(state, config, run, self.data, self.folder)
             with explained(self.folder):
+                others = check_same_run(state, config, run, self.data, self.folder)
                 self.load(state)
         self.log = Log(self.folder, config, run, self.at.epoch, self.monitor.chance)
         doing = "continuing" if state else "starting"

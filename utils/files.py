@@ -75,10 +75,10 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: Path, columns: Sequence[s
     write_text(text.getvalue(), path)
 
 
-def read_csv(path: str | Path, option: str) -> list[dict[str, str]]:
+def read_csv(path: str | Path, option: str, columns: Sequence[str] = ()) -> list[dict[str, str]]:
     """Lines of a CSV file, at least one, as dictionaries of stripped texts.
 
-    option: what names the file, for the UserErrors that say what is wrong with it.
+    option: what names the file, for the UserErrors that say what is wrong with it.  columns: that it must have.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -93,7 +93,10 @@ def read_csv(path: str | Path, option: str) -> list[dict[str, str]]:
     for line, row in enumerate(rows, start=2):
         if None in row or None in row.values():
             raise UserError(f"{option}: {path}, line {line}: has not the header's {len(reader.fieldnames)} fields")
-    return [{key.strip(): value.strip() for key, value in row.items()} for row in rows]
+    rows = [{key.strip(): value.strip() for key, value in row.items()} for row in rows]
+    if lacking := [name for name in columns if name not in rows[0]]:
+        raise UserError(f"{option}: {path} has no column {', '.join(lacking)}, but {', '.join(rows[0])}")
+    return rows
 
 
 def flush_folder(folder: Path) -> None:
