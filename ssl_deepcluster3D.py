@@ -4,7 +4,7 @@
     python ssl_deepcluster3D.py --arch resnet18 --target_shape [32,48,48]  # one process, CPU
 
 L = lambda_inter * L_inter + lambda_intra * L_intra + lambda_mask * L_mask.
-Needs weights/resnet_deepcluster2D.pth from stage 1 and weights/mask_deepcluster.pth from stage 2.
+Starts from weights/resnet_deepcluster2D.pth of stage 1 and weights/mask_deepcluster.pth of stage 2 (or none).
 Result: weights/deepcluster3D.pth and weights/deepcluster3D_encoder.pth, the ResNet alone in torchvision's layout, to
 copy into downstream code.
 """
@@ -36,14 +36,14 @@ class Config(options.Joint, options.DeepCluster, options.TrainedResNet, options.
     target_shape = (64, 128, 128)  # slices, height, width
     policy = "strong"
     intra_slices = 8  # of each volume, enter L_intra
-    images_per_step = 8  # 2D images, enter L_intra
+    images_per_step = 8  # 2D images per process, enter L_intra
     lambda_inter = 1.0
     lambda_intra = 1.0
     lambda_mask = 0.0
 
     nmb_prototypes = [0, 0, 0]  # of volumes, one head each; 0: 2 * sqrt(number of volumes)
     nmb_prototypes_intra = [0, 0, 0]  # of slices and images
-    temperature = 0.1
+    temperature = 0.1  # of both levels
     kmeans_iterations = 10
     kmeans_backend = "auto"
 
@@ -56,6 +56,7 @@ class Config(options.Joint, options.DeepCluster, options.TrainedResNet, options.
 
 
 def data(cfg: Config, run: distributed.Run) -> VolumeLoader:
+    """Two views of volumes, picked slices of them, and 2D images beside them."""
     return open_volumes(
         cfg,
         run,
@@ -67,6 +68,7 @@ def data(cfg: Config, run: distributed.Run) -> VolumeLoader:
 
 
 def model(cfg: Config, counts: Counts) -> JointClustering:
+    """f_intra and f_inter (one `JointEncoder`), a projection head for slices, and an objective per level."""
     encoder = JointEncoder(cfg.arch, cfg.d_model, cfg.layers, cfg.dropout, cfg.recompute, cfg.attention)
     head = ProjectionHead(encoder.encoder.num_features, cfg.hidden_mlp, cfg.feat_dim)
     inter = DeepClusterV2.of(cfg, cfg.d_model, counts, "inter")

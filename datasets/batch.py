@@ -8,8 +8,9 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """One step's samples of this process, on its device. B volumes or images, V views, D slices of H x W pixels.
+    """One step's samples of this process, on its device.
 
+    B volumes or images, V views (2 of volumes), D slices of H x W pixels.
     Stage 1 has crops; stage 2 views or targets, mask, rows and masked; stage 3 views, mask, rows, picked, slice_index,
     and images with image_index where the data hold images, masked where L_mask is on.
     """
@@ -20,9 +21,9 @@ class Batch(NamedTuple):
     views: Tensor | None = None  # [V, B, D, H, W] in 0..1
     mask: Tensor | None = None  # [B, D] True for real slices, which come first
     rows: Tensor | None = None  # [n] places of the real slices in the flattened mask
-    picked: Tensor | None = None  # [B, S] slices that enter L_intra
+    picked: Tensor | None = None  # [B, S] real slices that enter L_intra, repeated where a volume has fewer than S
     slice_index: Tensor | None = None  # [B * S] their index over all slices of all volumes
-    images: Tensor | None = None  # [V, M, H, W] 2D images beside the volumes
+    images: Tensor | None = None  # [V, M, H, W] 2D images beside the volumes; M is the same on every process
     image_index: Tensor | None = None  # [M] their index, which goes on where that of the slices ends
     masked: Tensor | None = None  # [V, B, D] slices whose embeddings are to be predicted
     targets: Tensor | None = None  # [V, B, D, d] frozen slice embeddings, where they are known already

@@ -34,7 +34,7 @@ class JointEncoder(nn.Module):
         init_orthogonal(self.projection)
 
     def slices(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, 1, H, W] -> last-stage features [N, C4] and slice embeddings [N, d]."""
+        """[N, 1, H, W] in 0..1 -> last-stage features [N, C4] and slice embeddings [N, d]: four stages, projected."""
         stages = self.encoder(images)
         return pooled(stages), self.projection(multi_scale(stages))
 

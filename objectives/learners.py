@@ -1,9 +1,11 @@
 """What each stage learns: one module per stage that turns a batch into its loss.
 
 `forward(batch)` returns a dict of scalars, `loss` first. Its mean over the processes is that of the global batch, of
-which `batch.counts` says how many samples each process holds.
+which `batch.counts` says how many samples each process holds. In the paper's words, L_intra clusters slices and images
+(of all volumes), L_inter whole volumes.
 
-Letters: B volumes or images of this process, V views, D slices, S picked slices, M images, d = d_model.
+Letters: B volumes or images of this process, V views, D slices, S picked slices, M images, n embeddings per view, d the
+size of an embedding, C4 features of the ResNet's last stage.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class Embedded(NamedTuple):
 class Learner(nn.Module):
     """What the training loop asks of a learner, answered for all objectives it holds."""
 
-    stage: ClassVar[int]
+    stage: ClassVar[int]  # 1, 2 or 3: what the log, the report and the weights files depend on
+    encoder: nn.Module  # the ResNet in stage 1, else a JointEncoder, which holds it
 
     def objectives(self) -> Iterator[tuple[str, Objective]]:
         """(level, objective) of the levels `intra` and `inter` that the learner has."""
@@ -76,7 +79,7 @@ class Learner(nn.Module):
             objective.begin_epoch(epoch, resumed)
 
     def cancel_gradients(self, step: int) -> None:
-        """Called between the backward pass and the optimiser's step."""
+        """Called after each backward pass; step counts batches, of which an update may have several."""
         for _, objective in self.objectives():
             objective.cancel_gradients(step)
 
@@ -164,9 +167,10 @@ class MaskedSlices(Learner):
 class JointClustering(Learner):
     """Stage 3: L = lambda_inter * L_inter(volumes) + lambda_intra * L_intra(slices, images) + lambda_mask * L_mask.
 
-    A slice at the same position of two views is a positive pair. A branch whose lambda is 0 costs nothing: without
-    L_inter and L_mask only the picked slices are encoded. freeze: the ResNet stays as it is, its running statistics
-    too.
+    The views of a volume show the same slices in the same order, so a slice at the same position of two views is a
+    positive pair. A branch whose lambda is 0 costs next to nothing: without L_inter and L_mask only the picked slices
+    are encoded. L_mask trains the transformer, its token and its decoder alone. freeze: the ResNet stays as it is, its
+    running statistics too, as it does wherever no loss trains it.
     """
 
     stage = 3
@@ -199,12 +203,12 @@ class JointClustering(Learner):
             encoder.projection.requires_grad_(False)
         if not (lambda_inter or lambda_mask):
             encoder.transformer.requires_grad_(False)
-        self.freeze = freeze
+        self.freeze = freeze or not (lambda_inter or lambda_intra)
 
     def train(self, mode: bool = True) -> JointClustering:
         super().train(mode)
         if self.freeze:
-            self.encoder.encoder.eval()  # BatchNorm keeps its statistics
+            self.encoder.encoder.eval()
         return self
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -241,7 +245,7 @@ class JointClustering(Learner):
         if not self.lambda_intra:
             return tokens, None
         of_slices = features[: len(both)].unflatten(0, (V, -1))
-        if every_slice:
+        if every_slice:  # place: slice of the batch -> its row among those encoded
             place = torch.zeros(B * D, dtype=torch.long, device=views.device)
             place = place.index_copy(0, rows, torch.arange(len(rows), device=views.device))
             of_slices = of_slices[:, place[picked]]

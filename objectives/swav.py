@@ -19,15 +19,15 @@ from utils.options import of_level
 class SwAV(nn.Module):
     """Swapped prediction with an optional queue of recent embeddings.
 
-    forward: z [V, B, d] unit length, index [B] (unused), counts (B of every process; None when it is the same on
-    each) -> scalar loss of this process's share; its mean over the processes is the loss of the global batch. The first
-    `assign_crops` views get assignments, all views predict them:
+    forward: z [V, B, d] unit length, index [B] (for the observer), counts (B of every process; None when it is the same
+    on each) -> scalar loss of this process's share; its mean over the processes is the loss of the global batch. The
+    first `assign_crops` views get assignments, all views predict them:
     loss = mean over assigning crops i of mean over v != i of CE(q_i, softmax(scores_v / temperature)).
 
     dim: d.  sizes: prototypes of each head; the loss is the mean over heads.
     queue_length: embeddings per assigning crop over all processes, 0 for none. The queue is a buffer that is equal on
     all processes; it is filled from epoch `epoch_queue_starts` on and used once it is full.
-    freeze_prototypes_niters: first optimiser steps in which the prototypes stay as they are.
+    freeze_prototypes_niters: first batches in which the prototypes stay as they are.
     """
 
     fills_memory = False
@@ -69,7 +69,7 @@ class SwAV(nn.Module):
         self.queue_on = self.queue.shape[1] > 0 and epoch >= self.epoch_queue_starts
 
     def cancel_gradients(self, step: int) -> None:
-        """Called between backward and the optimiser's step."""
+        """As `Learner.cancel_gradients` says."""
         if step < self.freeze_prototypes_niters:
             for parameter in self.prototypes.parameters():
                 parameter.grad = None
@@ -97,7 +97,7 @@ class SwAV(nn.Module):
     def _assign(self, crop: int, z: Tensor, scores: list[Tensor], counts: list[int] | None) -> list[Tensor]:
         """Codes [B, K] per head for one assigning crop: z [B, d], scores per head [B, K]. Updates the queue."""
         queue = self.queue[crop]
-        # Sinkhorn does not care which process scores which row of the queue.
+        # `sinkhorn` normalises over all processes, so it does not matter which of them scores which row of the queue.
         share = queue[rank() :: world_size()] if self.queue_on else queue[:0]
         taking_part = None
         if self.queue_on:  # the last row is zero until the queue is full; asking the device would be waiting for it
@@ -110,7 +110,7 @@ class SwAV(nn.Module):
         if self.queue_on and self.training:
             newest = all_gather(z.to(queue.dtype), counts)
             longer = torch.cat([newest, queue])[: len(queue)]
-            queue.copy_(torch.where(newest.isfinite().all(), longer, queue))  # a failed step leaves no trace
+            queue.copy_(torch.where(newest.isfinite().all(), longer, queue))  # without what is not finite
         return codes
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:

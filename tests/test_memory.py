@@ -92,3 +92,14 @@ def test_a_probe_makes_updates_as_training_does(accumulate, data, tmp_path, monk
     monkeypatch.setenv(memory.PROBE, "1")
     module.main(cfg)
     assert seen == [(step, accumulate) for step in range(memory.STEPS)]
+
+
+@pytest.mark.parametrize(("script", "changes"), [("ssl_deepcluster3D", {}), ("mask_swav", {"cached_views": 1})])
+def test_a_dry_run_says_what_a_run_costs_and_leaves_no_trace(script, changes, data, tmp_path, capsys):
+    module, cfg = script_options(script, data, tmp_path, dry_run=2, **changes)
+    module.main(cfg)
+    table = capsys.readouterr().out.split("dry run: 2 updates")[1]
+    for row in ("whole run", "an update", "wait for data", "peak memory", "cache", "checkpoints", "all-reduced"):
+        assert row in table
+    assert f"{cfg.epochs} epochs of 4 updates" in table
+    assert not list(tmp_path.iterdir())

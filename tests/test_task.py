@@ -87,8 +87,7 @@ def balls(tmp_path: Path) -> tuple[type[Task], segment.Config]:
     )  # fmt: skip
 
 
-# Each makes (task, configuration of three epochs of two steps) in a folder.
-TASKS = [line, pytest.param(balls, marks=pytest.mark.slow)]
+STOPS = [("batch", 4), ("validate", 1), ("test", 1)]  # the second epoch's second step; what a resumed run does next
 
 
 def stopping(kind: type[Task], at: str, when: int) -> type[Task]:
@@ -104,11 +103,12 @@ def stopping(kind: type[Task], at: str, when: int) -> type[Task]:
     return type(kind.__name__, (kind,), {at: stopped})
 
 
-@pytest.mark.parametrize("make", TASKS)
-def test_a_run_stopped_anywhere_ends_as_one_that_was_not(make, tmp_path):
+@pytest.mark.parametrize(("make", "stops"), [(line, STOPS), pytest.param(balls, STOPS[:1], marks=pytest.mark.slow)])
+def test_a_run_stopped_anywhere_ends_as_one_that_was_not(make, stops, tmp_path):
+    """make: (task, configuration of three epochs of two steps) in a folder."""
     kind, cfg = make(tmp_path)
     whole = task.run(kind, replace(cfg, dump_path=str(tmp_path / "whole")))
-    for at, when in (("batch", 4), ("validate", 1), ("test", 1)):  # the rest of the run each time
+    for at, when in stops:
         with pytest.raises(SystemExit) as stop:
             task.run(stopping(kind, at, when), cfg)
         assert stop.value.code == 128 + signal.SIGTERM

@@ -125,6 +125,10 @@ def _existing(folder: Path) -> Path:
     return next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
 
 
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.2f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+
+
 def _table(
     training: Any, passes: list[Pass], total: float, filling: float, clustering: float, ending: float, size: int
 ) -> str:
@@ -136,7 +140,7 @@ def _table(
     cache = sum(file.stat().st_size for file in store.files if file.exists())
     updates = -(-loader.steps // config.accumulate)
     rows = [
-        ("whole run", f"{total / 3600:.2f} h", f"{config.epochs} epochs of {updates} updates"),
+        ("whole run", _duration(total), f"{config.epochs} epochs of {updates} updates"),
         ("an update", f"{main.seconds:.3f} s", f"{main.samples / main.seconds:.3g} samples/s"),
         ("wait for data", f"{main.waited / main.seconds:.0%}", f"{config.workers} workers per process"),
         (
