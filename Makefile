@@ -40,7 +40,7 @@ bench: $(READY)
 	$(VENV)/bin/python -m benchmarks.stage2
 	$(VENV)/bin/python -m benchmarks.step
 
-STEP := --precisions [bf16] --batch_size 16 --images 128 --workers 8 --volumes 320 --repeats 10 --steps 30
+STEP := --precisions [bf16] --batch_size 16 --images 128 --workers 8 --volumes 320 --repeats 20
 STAGE2 := --batch_size 16 --steps 10 --repeats 5 --workers 8
 
 # All are run, whatever becomes of the others; the status is the worst of them. TO=FOLDER: after each, results go there.

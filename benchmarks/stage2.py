@@ -18,6 +18,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,27 +73,19 @@ def main(cfg: Config) -> None:
 def encode(cfg: Config, run: Run) -> dict[str, Any]:
     """The frozen ResNet and projection on a batch of volumes, folded or not."""
     slices, height, width = cfg.target_shape
-    torch.manual_seed(0)
     encoder = JointEncoder(cfg.arch, layers=1).eval().to(run.device)
-    folded = FrozenSlices(encoder)
     volumes = torch.rand(cfg.batch_size, slices, height, width, device=run.device)
     mask = torch.ones(cfg.batch_size, slices, dtype=torch.bool, device=run.device)
+    number = Precision(cfg.precisions[-1], run.device)
 
-    def of(encode: Callable[[Tensor, Tensor], object], precision: str) -> Callable[[], None]:
-        number = Precision(precision, run.device)
+    @torch.no_grad()
+    def run_with(encode: Callable[[Tensor, Tensor], object]) -> None:
+        with number.autocast():
+            encode(volumes, mask)
 
-        @torch.no_grad()
-        def work() -> None:
-            with number.autocast():
-                encode(volumes, mask)
-
-        return work
-
-    work = {f"folded {p}": of(folded, p) for p in cfg.precisions}
-    work |= {f"unfolded {p}": of(encoder.tokens, p) for p in cfg.precisions}
-    print(f"\nencode {mask.numel()} slices, {timing.device_name(run.device)}")
-    pairs = [(f"unfolded {p}", f"folded {p}") for p in cfg.precisions]
-    return timing.compare(work, cfg.repeats, device=run.device, pairs=pairs)
+    print(f"\nencode {mask.numel()} slices, {number.name}, {timing.device_name(run.device)}")
+    work = {"folded": partial(run_with, FrozenSlices(encoder)), "unfolded": partial(run_with, encoder.tokens)}
+    return {"precision": number.name, **timing.compare(work, cfg.repeats, device=run.device)}
 
 
 def epochs(data: Path, cfg: Config, run: Run) -> dict[str, Any]:

@@ -17,7 +17,6 @@ The volumes' cache takes 4 MB for each of `volumes` below the temporary folder.
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torchvision
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
 
 from benchmarks import plain, timing
@@ -54,8 +53,6 @@ class Config(Options):
     """whether to measure the plain way, too"""
     repeats: PositiveInt = 3
     """measurements of each piece"""
-    steps: NonNegativeInt = 0
-    """steps of stage 3 in a row, for slices per second and data wait; 0: none"""
 
 
 def main(cfg: Config) -> None:
@@ -88,9 +85,7 @@ def stage3(data: Path, cfg: Config, run: Run) -> dict[str, Any]:
     reference = None
     if cfg.reference and plain.installed("torchio", "deformable_attention"):
         reference = plain.step_of(cfg.arch, cfg.target_shape, cfg.batch_size, run.device)
-    count = 2 * cfg.batch_size * slices
-    result = compare(3, data, [(count, [height, width])], reference, cfg, run)
-    return result | ({"in a row": in_a_row(data, count, cfg, run)} if cfg.steps else {})
+    return compare(3, data, [(2 * cfg.batch_size * slices, [height, width])], reference, cfg, run)
 
 
 def stage1(data: Path, cfg: Config, run: Run) -> dict[str, Any]:
@@ -121,22 +116,6 @@ def compare(
     result["added_gib"] = {name: timing.added_bytes(step, device) / 2**30 for name, step in work.items()}
     print("  GiB added: " + ", ".join(f"{name} {gib:.2f}" for name, gib in result["added_gib"].items()), flush=True)
     return result
-
-
-def in_a_row(data: Path, slices: int, cfg: Config, run: Run) -> dict[str, float]:
-    """Slices per second from the cache on, and the share of time that the host waited for data."""
-    updates = updates_of(3, data, cfg, run, precision=cfg.precisions[-1])
-    for _ in range(1 + 2 * cfg.workers):  # what workers have read ahead is used up
-        updates()
-    timing.wait(run.device)
-    began, waited = time.perf_counter(), updates.batches.waited
-    for _ in range(cfg.steps):
-        updates()
-    timing.wait(run.device)
-    seconds = time.perf_counter() - began
-    rate, share = slices * cfg.steps / seconds, (updates.batches.waited - waited) / seconds
-    print(f"  {cfg.steps} steps in a row: {rate:.0f} slices/s, {share:.1%} of the time waiting for data", flush=True)
-    return {"slices_per_second": rate, "data_wait": share}
 
 
 def bare_resnet(cfg: Config, sizes: Sizes, precision: str, device: torch.device) -> Callable[[], None]:

@@ -31,14 +31,9 @@ PACKAGES = ("torch", "torchvision", "numpy", "faiss-cpu", "torchio", "SimpleITK"
 
 
 class Timing(NamedTuple):
-    """Seconds of every repetition of one piece of work, in the order in which they were taken.
-
-    cpu_seconds: what this process computed meanwhile, over all its threads. On a machine that others use as well, and
-    with one thread, it says more than the clock on the wall; threads that wait for each other count, too.
-    """
+    """Seconds of every repetition of one piece of work, in the order in which they were taken."""
 
     seconds: Sequence[float]
-    cpu_seconds: Sequence[float]
 
     @property
     def median(self) -> float:
@@ -56,11 +51,6 @@ class Timing(NamedTuple):
         """How many times as long as `other` this takes: median over repetitions taken side by side."""
         return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
 
-    def record(self) -> dict[str, float | int]:
-        """For the results file."""
-        cpu = statistics.median(self.cpu_seconds)
-        return {"median_s": self.median, "iqr_s": self.spread, "cpu_median_s": cpu, "repeats": len(self.seconds)}
-
 
 def measure(
     work: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1, device: torch.device | str = "cpu"
@@ -69,18 +59,16 @@ def measure(
 
     The pieces take turns (ABAB...), so that what else the machine does meets all of them alike.
     """
-    for function in work.values():
-        for _ in range(warmup):
-            function()
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
-    for _ in range(repeats):
+    taken: dict[str, list[float]] = {name: [] for name in work}
+    for repeat in range(-warmup, repeats):
         for name, function in work.items():
             wait(device)
-            start, cpu_start = time.perf_counter(), time.process_time()
+            began = time.perf_counter()
             function()
             wait(device)
-            taken[name].append((time.perf_counter() - start, time.process_time() - cpu_start))
-    return {name: Timing(*zip(*pairs, strict=True)) for name, pairs in taken.items()}
+            if repeat >= 0:
+                taken[name].append(time.perf_counter() - began)
+    return {name: Timing(seconds) for name, seconds in taken.items()}
 
 
 def compare(
@@ -95,7 +83,7 @@ def compare(
     first, *others = times
     result: dict[str, Any] = {}
     for name, t in times.items():
-        result[name] = t.record()
+        result[name] = {"median_s": t.median, "iqr_s": t.spread, "repeats": repeats}
         say(f"  {name:20s} {t.median * 1e3:10.2f} ms  (IQR {t.spread * 1e3:.2f})")
     for name, other in [(name, first) for name in others] if pairs is None else pairs:
         result[f"{name} over {other}"] = ratio = times[name].over(times[other])
