@@ -24,7 +24,7 @@ from downstream import compare, jobs, recipes
 from experiments import data as layout
 from experiments import run as runner
 from experiments import summarise
-from experiments.plan import read_plan
+from experiments.run import read_plan
 from utils import config as options
 from utils import signals
 from utils.errors import UserError
@@ -154,7 +154,7 @@ def test_from_a_file_to_a_page(data: Path, tmp_path: Path) -> None:
     text = page.read_text()
     assert f"| 2D | {value['2D']:.3f} ± nan |" in text
     assert f"| 2D - random | {value['2D'] - value['random']:+.3f} [" in text
-    assert (page.parent / "results" / "kind.png").is_file()
+    assert (page.parent / "results" / "comparisons.png").is_file()
     losses = pd.read_csv(page.parent / "results" / "recipes.csv").loss.tolist()
     assert losses == [plan.recipes["flat"][0].record["last"]["loss"]]
     plan.cells[0].folder.rename(out / "gone")
