@@ -256,7 +256,7 @@ def as_text(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
 
 
 def plot(tables: Mapping[str, tuple[pd.DataFrame, str]], path: Path) -> None:
-    """A panel per title -> (table, metric): mean, standard deviation and every seed over the number of labelled cases."""
+    """A panel per title -> (table, metric): mean, deviation and every seed over the number of labelled cases."""
     from matplotlib.figure import Figure
 
     wide = min(2, len(tables))
