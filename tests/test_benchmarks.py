@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention, data, kmeans, plain, step, timing
+from benchmarks import attention, data, kmeans, step, timing
 from benchmarks.training import Updates, split, training_of, write_volumes
 from utils import config as options
 from utils.distributed import Run
@@ -115,9 +115,3 @@ def test_benchmarks_import_what_training_needs_alone_and_the_rest_where_it_is_us
             names = [node.module] if isinstance(node, ast.ImportFrom) else []
             names += [name.name for name in node.names] if isinstance(node, ast.Import) else []
             assert {name.split(".")[0] for name in names} <= needed | ours, file.name
-
-
-def test_a_reference_that_is_not_installed_is_left_out_and_named(capsys):
-    assert plain.installed("torch", "json")
-    assert not plain.installed("torch", "no_such_package")
-    assert "not installed: no_such_package" in capsys.readouterr().out

@@ -270,14 +270,10 @@ def test_folders_come_before_options_and_data_has_options_of_its_own(monkeypatch
     asked: list[Any] = []
     monkeypatch.setattr(report.config, "main", lambda main, options, doc, args: asked.append((main, options, args)))
     report.command(["a", "b c", "--map", "pca", "--data_path", "d"])
-    report.command(["--runs", "[a]"])
     report.command(["--epoch", "3", "--data=mask_swav", "--data_path", "d"])
-    (runs, _, first), (_, _, second), (views, options, third) = asked
-    assert runs is report.main
-    assert first == ['--runs=["a", "b c"]', "--map", "pca", "--data_path", "d"]
-    assert second == ["--runs", "[a]"]
-    assert (views, options.stage) == (report.views.main, 2)
-    assert third == ["--epoch", "3", "--data_path", "d"]
+    (runs, _, first), (views, options, second) = asked
+    assert (runs, first) == (report.main, ['--runs=["a", "b c"]', "--map", "pca", "--data_path", "d"])
+    assert (views, options.stage, second) == (report.views.main, 2, ["--epoch", "3", "--data_path", "d"])
     with pytest.raises(SystemExit, match="2"):
         report.command(["--data", "nothing"])
     assert "nothing: is not one of the training scripts" in capsys.readouterr().err
