@@ -22,7 +22,7 @@ from typing import Any
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from plotly.offline import get_plotlyjs
 
-from datasets.index import fingerprint
+from datasets.index import describe, fingerprint
 from reporting import embed, figures, page, views
 from reporting.embed import Level, MapMethod, Network
 from reporting.runs import STAGES, RunFolder, read_runs, read_tables
@@ -75,7 +75,7 @@ def main(cfg: Config) -> None:
         shown.append(about_run(run, cfg, thumbs))
         for note in run.notes:
             print(f"  note: {note}", flush=True)
-    same_data: dict[tuple[Any, ...], list[str]] = {}  # rows of the table -> the runs that have these data
+    same_data: dict[str, list[str]] = {}  # table of the data -> the runs that have these
     for about in shown:
         same_data.setdefault(about["data"], []).append(about["name"])
     page.render(
@@ -85,7 +85,7 @@ def main(cfg: Config) -> None:
         made=datetime.now().astimezone(),
         runs=shown,
         options=compare_options(runs),
-        data={", ".join(names): rows for rows, names in same_data.items() if rows},
+        data={", ".join(names): table for table, names in same_data.items() if table},
         curves=figures.curves(runs),
         tables=tables,
         stages=STAGES,
@@ -98,7 +98,7 @@ def main(cfg: Config) -> None:
 
 def about_run(run: RunFolder, cfg: Config, thumbs: page.Thumbnails) -> dict[str, Any]:
     """All that the page shows of one run. What cannot be shown is said in `run.notes`."""
-    about = vars(run) | dict.fromkeys(("data", "levels", "neighbours", "attention", "masked"), ())
+    about = vars(run) | dict.fromkeys(("data", "datasets", "levels", "neighbours", "attention", "masked"), ())
     about["last"] = run.metrics.iloc[-1].to_dict() if len(run.metrics) else {}
     try:
         loader = embed.open_data(run, cfg.data_path, cfg.cache_path, cfg.workers)
@@ -106,15 +106,14 @@ def about_run(run: RunFolder, cfg: Config, thumbs: page.Thumbnails) -> dict[str,
         run.notes.append(f"The data cannot be read, so there are no pictures: {error}")
         return about
     samples = loader.dataset.samples
-    about["data"] = embed.data_of(samples)
+    about["data"], about["datasets"] = describe(samples), list(dict.fromkeys(sample.dataset for sample in samples))
     if run.state is None:
         return about
     if fingerprint(samples) != run.state["data"]:
         run.notes.append(f"{samples[0].data_path} does not hold the data that the run was trained on.")
     network = Network(run, loader, cfg.seed)
-    names = list(dict.fromkeys(sample.dataset for sample in samples))
     levels = [level for level in (network.slices(cfg.slices), network.volumes(cfg.volumes)) if level]
-    about["levels"] = [about_level(level, run, cfg, thumbs, names) for level in levels]
+    about["levels"] = [about_level(level, run, cfg, thumbs, about["datasets"]) for level in levels]
     about["neighbours"] = about_neighbours(levels[-1], cfg, thumbs) if levels else []  # of volumes, where there are any
     seen, missed = network.attention(cfg.examples), network.masked_errors(cfg.examples)
     about["attention"] = [(item.sample, thumbs.strip(item), figures.attention_maps(item, maps)) for item, maps in seen]

@@ -13,7 +13,7 @@ Pieces that take turns in the same process:
              gradients that nobody uses, as in the method's released code
   cached     stage 2 from embeddings that an epoch before left on disk (`cached_views`)
 `split` says where the time of our steps goes; what the observers of the clusters cost is its `diagnostics`.
-`added_gib` is what a step allocates at its peak beside weights and optimiser, with `--recompute true` as well.
+`added_gib` is what a step allocates on a GPU at its peak beside weights and optimiser, also with `--recompute true`.
 `encode` is stage 2's frozen ResNet and projection alone: folded against not folded, both ours.
 With `torchrun --nproc_per_node=2 -m benchmarks.step` ours trains on both processes together, a core each on a CPU; what
 that costs is the ratio to the same command by python with OMP_NUM_THREADS=1.
@@ -181,9 +181,7 @@ def compare(
         recomputing = Updates(training_on(stage, data, cfg, run, precision=precision, recompute=True))
         recomputing()  # the first has no momenta of one before
         work[f"recompute {precision}"] = recomputing
-    result["added_gib"] = {name: timing.added_bytes(step, device) / 2**30 for name, step in work.items()}
-    timing.say("  GiB added: " + ", ".join(f"{name} {gib:.2f}" for name, gib in result["added_gib"].items()))
-    return result
+    return result | {"added_gib": timing.added_gib(work, device)}
 
 
 def bare_resnet(cfg: Config, sizes: Sizes, precision: str, device: torch.device) -> Callable[[], None]:
