@@ -68,7 +68,7 @@ def test_updates_train_and_their_parts_add_up(script, more, tmp_path):
     ("module", "changes", "expected"),
     [
         (attention, {"batches": (2,), "slices": 8, "d_model": 64}, "memory as in training"),
-        (kmeans, {"points": 64, "clusters": 4, "dim": 8, "iterations": 1}, "mean_cosine"),
+        (kmeans, {"points": 64, "clusters": 4, "dim": 8, "iterations": 1, "reference": False}, "mean_cosine"),
         (step, {"arch": "resnet18", "target_shape": (8, 32, 32), "images": 2, "volumes": 2}, "stage2"),
         (data, {"target_shape": (4, 16, 16), "volumes": 4, "workers": (0,)}, "loader"),
     ],
