@@ -14,7 +14,6 @@ from datasets.loaders import VolumeLoader, open_volumes
 from models.encoder import JointEncoder
 from objectives import MaskedSlices
 from training import train, weights
-from training.projection import fit_projection
 from utils import config, distributed, options
 from utils.precision import Precision
 
@@ -59,11 +58,11 @@ def main(cfg: Config) -> None:
     learner = model(cfg, loader.counts)
     weights.load_backbone(learner.resnet, cfg)
     if cfg.projection_init == "pca":
-        fit_projection(learner.encoder, loader.dataset, cfg.target_shape[1:], run)
+        weights.fit_projection(learner.encoder, loader.dataset, cfg.target_shape[1:], run)
     if cfg.cached_views:
         precision = Precision(cfg.precision, run.device)
         loader = EmbeddingLoader(loader, learner, cfg.cached_views, cfg.d_model, cfg.workers, precision)
-    train.run(learner, loader, cfg, run, weights.save_masked)
+    train.fit(learner, loader, cfg, run, weights.save_masked)
 
 
 if __name__ == "__main__":

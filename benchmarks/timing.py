@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from training.memory import peak_memory
+from training.cost import peak_memory
 from utils import files
+from utils.config import commit
 from utils.distributed import rank
 from utils.precision import Precision
-from utils.versions import commit
 
 RESULTS = Path(__file__).parent / "results"
 PEAK_RESET = Path("/proc/self/clear_refs")  # Linux
@@ -118,9 +118,9 @@ def added_bytes(work: Callable[[], object], device: torch.device) -> float:
     with contextlib.suppress(AttributeError):  # other C libraries keep less
         ctypes.CDLL(None).malloc_trim(0)  # else freed blocks would be used again unseen
     PEAK_RESET.write_text("5")  # the peak is what is resident now
-    before = peak_memory(device)[0]
+    before = peak_memory(device)
     work()
-    return peak_memory(device)[0] - before
+    return peak_memory(device) - before
 
 
 def formats(device: torch.device) -> list[str]:

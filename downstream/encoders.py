@@ -12,8 +12,8 @@ import torchvision
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet
 from training.weights import load_joint, load_resnet
-from utils.architectures import ARCHITECTURES
 from utils.errors import UserError
+from utils.options import ARCHITECTURES
 
 NAMED = ("random", "imagenet")
 REMEDY = (

@@ -7,8 +7,7 @@ from typing import Literal
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from utils.architectures import ARCHITECTURES
-from utils.options import Group, data, model, optimisation, running
+from utils.options import ARCHITECTURES, Group, data, model, optimisation, running
 
 
 @dataclass(kw_only=True)

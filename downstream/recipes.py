@@ -26,9 +26,9 @@ import torch
 from downstream import jobs
 from training.scripts import load
 from utils import config
+from utils.config import commit
 from utils.errors import UserError
 from utils.files import write_json
-from utils.versions import commit
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = {"script", "options", "start", "seeds"}

@@ -13,7 +13,7 @@ from models.folding import FrozenSlices, fold_batch_norm, slices_digest
 from models.resnet import GreyResNet
 from objectives import MaskedSlices
 from training import weights
-from utils.architectures import ARCHITECTURES
+from utils.options import ARCHITECTURES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
