@@ -222,7 +222,7 @@ def test_two_processes_learn_what_one_learns(kind: str) -> None:
         assert not name.endswith("queue") or expected[:, -1].norm() > 0  # it was full, and so was used
     for out in (two, other):
         for level, memory in one["memory"].items():
-            assert memory["seen"].any()
+            assert "swav" in kind or memory["seen"].any()
             for name, expected in memory.items():
                 close(out["memory"][level][name], expected, f"{level} {name}")
         for found, expected in zip(out["assignments"], one["assignments"], strict=True):
