@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from processes import run_processes
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -23,9 +22,8 @@ from datasets.masks import draw_masks
 from models.encoder import JointEncoder
 from models.heads import ProjectionHead
 from objectives import DeepClusterV2, ImageClustering, JointClustering, MaskedSlices, SwAV
-from objectives.kmeans import gather_rows, kmeans_torch
 from utils import distributed
-from utils.distributed import CPUSyncBatchNorm, Run, all_sum, convert_sync_batchnorm, everywhere, rank, world_size
+from utils.distributed import Run, all_sum, convert_sync_batchnorm, everywhere, rank, world_size
 from utils.errors import UserError
 from utils.optim import LARC, parameter_groups
 
@@ -258,7 +256,6 @@ def test_any_branches_train_on_two_processes(lambdas: tuple[float, float, float]
 
 # ------------------------------------------------------------------------------------------------- the parts they use
 
-POINTS = F.normalize(random(61, 8), dim=1)
 NORM_INPUT = random(7, 3, 4) * torch.tensor([1.0, 5.0, 0.1]).view(1, 3, 1) + torch.tensor([0.0, 100.0, -3.0]).view(
     1, 3, 1
 )
@@ -295,10 +292,6 @@ NORMS = {
 }
 
 
-def kmeans_start() -> Tensor:
-    return torch.cat([POINTS[:4], POINTS[:1], POINTS[:1]])  # two duplicates: empty clusters at first
-
-
 def parts_on_two_processes() -> dict[str, Any]:
     out: dict[str, Any] = {}
     out["norms"] = {}
@@ -306,16 +299,7 @@ def parts_on_two_processes() -> dict[str, Any]:
         first = 7 if name == "one has nothing" else 5
         rows = slice(0, first) if rank() == 0 else slice(first, 7)
         out["norms"][name] = normalise(nn.BatchNorm1d(3, **options), rows)
-    own = POINTS[rank() :: 2]
-    out["kmeans"] = {empty: kmeans_torch(own, kmeans_start(), 5, empty=empty) for empty in ("keep", "reseed")}
-    out["one has nothing"] = kmeans_torch(POINTS if rank() else POINTS[:0], kmeans_start(), 5)
-    out["rows"] = gather_rows(own, torch.tensor([60, 0, 7, 7, 1]))
     out["errors"] = [said(ranks) for ranks in ([], [0, 1], [1])]
-    out["gathered"] = distributed.all_gather(torch.full((2, 1), rank() + 1))
-    out["objects"] = distributed.gather_objects({"rank": rank()})
-    out["sum"] = distributed.all_sum(torch.tensor([1.0, rank()]))
-    out["max"] = distributed.all_max(torch.tensor([-1.0 - rank(), rank()]))
-    out["broadcast"] = distributed.broadcast(torch.tensor([5.0 + rank()]))
     return out
 
 
@@ -363,38 +347,6 @@ def test_synchronised_batch_norm_equals_batch_norm_of_the_joint_batch(name: str,
             assert_close(out["state"][key], value, rtol=1e-4, atol=1e-6)
     evaluated = torch.cat([first["evaluated"], second["evaluated"]])
     assert_close(evaluated, alone.eval()(x).detach(), rtol=1e-4, atol=2e-4)
-
-
-def test_conversion_shares_parameters_and_keeps_names_and_modes() -> None:
-    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), nn.BatchNorm2d(4)).train()
-    net[2].eval()
-    state, weight = net.state_dict(), net[1][0].weight
-    converted = convert_sync_batchnorm(net)
-    assert [type(m) for m in (converted[1][0], converted[2])] == [CPUSyncBatchNorm] * 2
-    assert converted[1][0].weight is weight
-    assert converted.state_dict().keys() == state.keys()
-    assert converted[1][0].training
-    assert not converted[2].training
-    x = random(3, 1, 6, 6)
-    plain = nn.BatchNorm2d(4)
-    assert_close(converted[1][0](net[0](x)), plain(net[0](x)))  # one process: BatchNorm itself
-
-
-@pytest.mark.parametrize("empty", ["keep", "reseed"])
-def test_kmeans_of_points_on_two_processes_equals_one(empty: str, parts: list) -> None:
-    expected = kmeans_torch(POINTS, kmeans_start(), 5, empty=empty)
-    for out in parts:
-        assert_close(out["kmeans"][empty], expected, rtol=0, atol=1e-6)
-    assert torch.equal(parts[0]["kmeans"][empty], parts[1]["kmeans"][empty])
-
-
-def test_collectives(parts: list) -> None:
-    for out in parts:
-        assert out["gathered"].squeeze(1).tolist() == [1, 1, 2, 2]
-        assert out["objects"] == [{"rank": 0}, {"rank": 1}]
-        assert out["sum"].tolist() == [2.0, 1.0]
-        assert out["max"].tolist() == [-1.0, 1.0]
-        assert out["broadcast"].tolist() == [5.0]
 
 
 def test_an_error_of_one_process_is_raised_on_all(parts: list) -> None:

@@ -161,13 +161,6 @@ def test_by_default_a_volume_of_any_depth_gives_the_2d_features(resnet18, images
     assert (card["inflation"], card["input"]["shape"]) == ("centre", "[N, 3, D, H, W]")
 
 
-def test_mean_inflation_spreads_a_kernel_evenly_and_leaves_the_rest_as_it_is():
-    state = {"conv.weight": torch.rand(4, 2, 7, 7), "bn.weight": torch.rand(4)}
-    deep = exports.inflate(state, "mean")
-    torch.testing.assert_close(deep["conv.weight"] * 7, state["conv.weight"].unsqueeze(2).repeat(1, 1, 7, 1, 1))
-    assert torch.equal(deep["bn.weight"], state["bn.weight"])
-
-
 @torch.no_grad()
 @pytest.mark.slow
 def test_the_exported_program_embeds_volumes_of_any_size(resnet18, tmp_path, monkeypatch):
@@ -204,12 +197,8 @@ def test_the_card_says_what_the_files_are_what_made_them_and_what_not_to_expect(
     assert (card["config"]["arch"], card["config"]["d_model"]) == ("resnet18", 32)
     assert not [key for key in card["config"] if key.endswith("_path")]  # nobody else's business
     people = (tmp_path / "third_timm.md").read_text()
-    for said in (
-        *card["use"],
-        *card["files"].values(),
-        card["commit"],
-        "and of mask_swav.pth, from which they started",
-    ):
+    assert "and of mask_swav.pth, from which they started" in people
+    for said in (*card["use"], *card["files"].values(), card["commit"]):
         assert said in people
     assert "the transformer over slices is not in this file" in people
 

@@ -17,7 +17,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.batch import Batch
-from objectives import DeepClusterV2, SwAV
 from objectives.learners import Learner
 from training.train import Training
 from utils import checkpoint, guards
@@ -141,26 +140,6 @@ def test_weights_that_are_not_finite_are_never_saved(data, tmp_path, monkeypatch
     with pytest.raises(UserError, match=r"in a row|weights are not finite"):
         run("mask_swav", data, tmp_path, epochs=2)
     assert (tmp_path / "runs" / "mask_swav" / checkpoint.LATEST).read_bytes() == good
-
-
-def test_the_queue_and_the_bank_keep_nothing_that_is_not_finite():
-    z = torch.nn.functional.normalize(torch.randn(2, 3, 4), dim=-1)
-    broken = z.clone()
-    broken[1, 2, 0] = float("nan")
-    swav = SwAV(4, [2], queue_length=6)
-    swav.begin_epoch(0)
-    swav(z)
-    queue = swav.queue.clone()
-    swav(broken)
-    assert torch.equal(swav.queue[1], queue[1])
-    assert swav.queue.isfinite().all()
-    objective = DeepClusterV2(4, [2], samples=5)
-    objective.remember(z, torch.tensor([0, 1, 2]))
-    objective.remember(broken, torch.tensor([1, 2, 3]))
-    state = objective.memory_state()
-    assert state["seen"].tolist() == [True, True, True, False, False]
-    assert torch.equal(state["embeddings"][:, [1, 2]], z[:, [0, 1]])
-    assert state["embeddings"].isfinite().all()
 
 
 # ---- processes

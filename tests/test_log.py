@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run_processes
 from tiny import losses, run, stop_after
 
 from training import log as logs
 from training.log import Log
 from utils import profile
-from utils.distributed import Run, gather_objects, rank, world_size
+from utils.distributed import Run
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,19 +56,6 @@ def test_the_bar_shows_loss_baseline_rate_speed_wait_and_the_runs_end(tmp_path, 
     for part in ("epoch 2/4", "6/10", "loss 5", "intra 4.25 (ln K 4.605)", "lr 0.3", "8 samples/s", "data 25%"):
         assert part in shown, part
     assert "run ends in 00:24" in shown  # a second per step; 4 steps of this epoch and 20 of the two others are left
-
-
-def warn_on_one(folder: str) -> list[int]:
-    """Only the second process finds something, as it may where a figure lies on the edge and hardware differs."""
-    log = new_log(Path(folder), Run(rank(), world_size(), torch.device("cpu")))
-    log.warn(0, [("inter_collapse", "by a bit")] if rank() else [])
-    return gather_objects(rank())
-
-
-@pytest.mark.slow
-def test_processes_that_disagree_about_a_warning_stay_together(tmp_path):
-    assert run_processes(2, warn_on_one, str(tmp_path), limit_s=60) == [[0, 1], [0, 1]]
-    assert not (tmp_path / "warnings.csv").exists()  # the first process decides
 
 
 def test_a_warning_is_printed_and_kept_and_dropped_where_the_run_goes_back(tmp_path, capsys):

@@ -62,22 +62,12 @@ def test_layouts(layout, source, tmp_path, capsys):
     assert "x.pth: matched 120, missing 0, unexpected" in line
 
 
-def drop(s):
-    return {k: v for k, v in s.items() if k != "layer3.0.conv2.weight"}
-
-
 @pytest.mark.parametrize(
     ("state", "says"),
     [
-        (
-            lambda s: {k: v for k, v in s.items() if k != "layer3.0.conv2.weight"},
-            r"missing 1.*layer3\.0\.conv2\.weight",
-        ),
+        (lambda s: {k: v for k, v in s.items() if k != "layer3.0.conv2.weight"}, r"missing 1.*layer3\.0\.conv2"),
         (lambda s: {"weight": torch.ones(3)}, "missing 1[02]0"),
-        (
-            lambda s: s | {"layer4.0.conv1.weight": torch.ones(1, 1, 3, 3)},
-            r"layer4\.0\.conv1\.weight is \(1, 1, 3, 3\)",
-        ),
+        (lambda s: s | {"layer4.0.conv1.weight": torch.ones(1, 1, 3, 3)}, r"layer4\.0\.conv1\.weight is \(1, 1"),
         (lambda s: s | {"layer4.2.conv1.weight": torch.ones(3)}, r"layer4\.2\.conv1\.weight has no place"),
         (lambda s: s | {"bn1.bias": torch.full((64,), torch.nan)}, r"bn1\.bias hold NaN"),
         (lambda s: [1, 2], "not a state dict"),
@@ -102,9 +92,7 @@ def test_files_that_would_run_something_or_are_missing_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"evil\.pth: cannot be read as tensors only"):
         weights.load_backbone(GreyResNet("resnet18"), chosen(tmp_path, "evil.pth"))
     assert not (tmp_path / "executed").exists()
-    with pytest.raises(
-        UserError, match=r"no\.pth: no such weights file; run ssl_swav2D.py or .*--resnet_pretrained none"
-    ):
+    with pytest.raises(UserError, match=r"no\.pth: no such weights file; run ssl_swav2D.*--resnet_pretrained none"):
         weights.load_backbone(GreyResNet("resnet18"), chosen(tmp_path, "no.pth"))
 
 
