@@ -108,9 +108,8 @@ def epochs(data: Path, cfg: Config, run: Run) -> dict[str, Any]:
 
 def cached(training: Training) -> Training:
     """The same from embeddings on disk, as mask_swav.py builds it."""
-    cfg, loader = training.config, training.loader
-    loader = EmbeddingLoader(loader, training.core, cfg.cached_views, cfg.d_model, cfg.workers, training.precision)
-    return Training(training.core, loader, cfg, training.run)
+    loader = EmbeddingLoader(training.loader, training.core, training.config)
+    return Training(training.core, loader, training.config, training.run)
 
 
 def epoch_of(training: Training) -> Callable[[], None]:

@@ -20,61 +20,18 @@ from torch.utils.data import DataLoader, Dataset
 from datasets.augment import MultiCrop, VolumeViews
 from datasets.batch import Batch, Counts
 from datasets.index import Sample, slice_offsets, volumes
-from datasets.masks import draw_masks
 from datasets.samplers import CyclingBatches, EpochBatches, Key
 from datasets.store import SliceStore, prepare
 from datasets.transforms import upload
 from utils import guards, signals
 from utils.distributed import Run
 from utils.profile import span
-from utils.seeding import INTRA_SLICES, SHARED, WINDOW, stream
+from utils.seeding import INTRA_SLICES, MASKED_SLICES, SHARED, WINDOW, stream
 
 
 def canvas_size(*sides: int) -> int:
     """Side of the square that the store keeps per slice: a quarter more than a view, so that crops can move."""
     return round(1.25 * max(sides))
-
-
-def open_images(cfg: Any, run: Run) -> ImageLoader:
-    """Stage 1's loader from its options."""
-    samples, store = prepare(
-        cfg.data_path, canvas_size(*cfg.size_crops), cfg.cache_path, cfg.on_bad, max(1, cfg.workers)
-    )
-    sizes = [(side, side) for side in cfg.size_crops]
-    scales = list(zip(cfg.min_scale_crops, cfg.max_scale_crops, strict=True))
-    crops = MultiCrop(sizes, cfg.nmb_crops, scales, cfg.policy, cfg.seed)
-    images = Slices(samples, store, cfg.slices_per_volume)
-    return ImageLoader(images, crops, cfg.batch_size, cfg.workers, cfg.seed, run, cfg.sampling_temperature)
-
-
-def open_volumes(
-    cfg: Any,
-    run: Run,
-    mask_ratio: float = 0.0,
-    intra_slices: int = 0,
-    images_per_step: int = 0,
-    min_scale_images: float = 1.0,
-) -> VolumeLoader:
-    """The loader of stages 2 and 3 from their options."""
-    slices, height, width = cfg.target_shape
-    size = canvas_size(height, width)
-    samples, store = prepare(
-        cfg.data_path, size, cfg.cache_path, cfg.on_bad, max(1, cfg.workers), target_shape=cfg.target_shape
-    )
-    return VolumeLoader(
-        VolumeWindows(samples, store, slices, cfg.seed),
-        VolumeViews(height, width, cfg.policy, cfg.seed),
-        cfg.batch_size,
-        cfg.workers,
-        cfg.seed,
-        run,
-        mask_ratio,
-        cfg.mask_style,
-        intra_slices,
-        images_per_step,
-        MultiCrop([(height, width)], [2], [(min_scale_images, 1.0)], cfg.policy, cfg.seed),
-        cfg.sampling_temperature,
-    )
 
 
 class Slices(Dataset):
@@ -150,24 +107,21 @@ class VolumeWindows(Dataset):
 
 
 class ImageLoader:
-    """Stage 1: multi-crop views of images and slices."""
+    """Stage 1, from its options: multi-crop views of images and slices."""
 
-    def __init__(
-        self,
-        dataset: Slices,
-        crops: MultiCrop,
-        batch_size: int,
-        workers: int,
-        seed: int,
-        run: Run,
-        sampling_temperature: float = 1.0,
-    ) -> None:
-        self.dataset, self.crops, self.run = dataset, crops, run
-        self.batches = EpochBatches(dataset.groups, batch_size, seed, run, "images and slices", sampling_temperature)
-        self.loader = torch_loader(dataset, self.batches, workers, run.device)
+    def __init__(self, cfg: Any, run: Run) -> None:
+        canvas = canvas_size(*cfg.size_crops)
+        samples, store = prepare(cfg.data_path, canvas, cfg.cache_path, cfg.on_bad, max(1, cfg.workers))
+        self.run, self.dataset = run, Slices(samples, store, cfg.slices_per_volume)
+        sizes = [(side, side) for side in cfg.size_crops]
+        scales = list(zip(cfg.min_scale_crops, cfg.max_scale_crops, strict=True))
+        self.crops = MultiCrop(sizes, cfg.nmb_crops, scales, cfg.policy, cfg.seed)
+        how = cfg.batch_size, cfg.seed, run, "images and slices", cfg.sampling_temperature
+        self.batches = EpochBatches(self.dataset.groups, *how)
+        self.loader = torch_loader(self.dataset, self.batches, cfg.workers, run.device)
         self.samples, self.steps = self.batches.samples, self.batches.steps
-        self.counts = Counts(len(dataset), self.batches.global_batch)
-        self.groups: dict[str, Sequence[str]] = {"intra": dataset.groups}  # level -> data set of every index
+        self.counts = Counts(len(self.dataset), self.batches.global_batch)
+        self.groups: dict[str, Sequence[str]] = {"intra": self.dataset.groups}  # level -> data set of every index
 
     @property
     def reading(self) -> list[guards.Reading]:
@@ -189,7 +143,7 @@ class ImageLoader:
 
 
 class VolumeLoader:
-    """Stages 2 and 3: two views of volumes, with what the stage's learner needs beside them (`Batch`).
+    """Stages 2 and 3, from their options: two views of volumes, with what the learner needs beside them (`Batch`).
 
     mask_ratio > 0 adds `masked` (stage 2, or stage 3 with L_mask). intra_slices > 0 adds `picked` and `slice_index`
     (stage 3). images_per_step > 0 adds `images` and `image_index` from the 2D data sets; their indices follow those of
@@ -198,43 +152,40 @@ class VolumeLoader:
 
     def __init__(
         self,
-        dataset: VolumeWindows,
-        views: VolumeViews,
-        batch_size: int,
-        workers: int,
-        seed: int,
+        cfg: Any,
         run: Run,
         mask_ratio: float = 0.0,
-        mask_style: str = "random",
         intra_slices: int = 0,
         images_per_step: int = 0,
-        image_views: MultiCrop | None = None,
-        sampling_temperature: float = 1.0,
+        min_scale_images: float = 1.0,
     ) -> None:
-        self.dataset, self.views, self.run, self.seed = dataset, views, run, seed
-        self.mask_ratio, self.mask_style, self.intra_slices = mask_ratio, mask_style, intra_slices
-        self.batches = EpochBatches(dataset.groups, batch_size, seed, run, "volumes", sampling_temperature)
+        self.run, self.seed = run, cfg.seed
+        self.mask_ratio, self.mask_style, self.intra_slices = mask_ratio, cfg.mask_style, intra_slices
+        slices, *size = cfg.target_shape
+        about = cfg.cache_path, cfg.on_bad, max(1, cfg.workers)
+        samples, store = prepare(cfg.data_path, canvas_size(*size), *about, target_shape=cfg.target_shape)
+        self.dataset = VolumeWindows(samples, store, slices, cfg.seed)
+        self.views = VolumeViews(*size, cfg.policy, cfg.seed)
+        temperature, groups = cfg.sampling_temperature, self.dataset.groups
+        self.batches = EpochBatches(groups, cfg.batch_size, cfg.seed, run, "volumes", temperature)
         self.samples, self.steps = self.batches.samples, self.batches.steps
-        self.loader = torch_loader(dataset, self.batches, workers, run.device)
-        self.slice_offsets = torch.from_numpy(slice_offsets([dataset.samples[i] for i in dataset.items]))
+        self.loader = torch_loader(self.dataset, self.batches, cfg.workers, run.device)
+        self.slice_offsets = torch.from_numpy(slice_offsets([samples[i] for i in self.dataset.items]))
         self.total_slices = int(self.slice_offsets[-1])
 
-        self.image_dataset = self.image_loader = None
-        pictures = Slices(dataset.samples, dataset.store, per_volume=None)
-        if images_per_step and len(pictures):
-            self.image_dataset, self.image_views = pictures, image_views
-            self.image_batches = CyclingBatches(
-                pictures.groups, images_per_step, seed, run, self.steps, sampling_temperature
-            )
-            self.image_loader = torch_loader(self.image_dataset, self.image_batches, workers, run.device)
-        images = pictures.groups if self.image_dataset else []
-        each = (batch_size * intra_slices + (images_per_step if images else 0)) * run.world_size
-        self.counts = Counts(self.total_slices + len(images), each, len(dataset), batch_size * run.world_size)
-        slices = np.repeat(np.array(dataset.groups, dtype=object), np.diff(self.slice_offsets.numpy()))
-        self.groups: dict[str, Sequence[str]] = {
-            "inter": dataset.groups,
-            "intra": np.concatenate([slices, np.array(images, dtype=object)]),
-        }
+        self.image_dataset = Slices(samples, store, per_volume=None)
+        images = self.image_dataset.groups if images_per_step else []
+        self.image_loader = None
+        if images:
+            self.image_views = MultiCrop([tuple(size)], [2], [(min_scale_images, 1.0)], cfg.policy, cfg.seed)
+            self.image_batches = CyclingBatches(images, images_per_step, cfg.seed, run, self.steps, temperature)
+            self.image_loader = torch_loader(self.image_dataset, self.image_batches, cfg.workers, run.device)
+        each = cfg.batch_size * intra_slices + (images_per_step if images else 0)
+        of_volumes = len(self.dataset), self.batches.global_batch
+        self.counts = Counts(self.total_slices + len(images), each * run.world_size, *of_volumes)
+        of_slices = np.repeat(np.array(groups, dtype=object), np.diff(self.slice_offsets.numpy()))
+        intra = np.concatenate([of_slices, np.array(images, dtype=object)])
+        self.groups: dict[str, Sequence[str]] = {"inter": groups, "intra": intra}  # level -> data set of every index
 
     @property
     def reading(self) -> list[guards.Reading]:
@@ -293,6 +244,27 @@ class VolumeLoader:
         if image_index is not None:
             names += [self.image_dataset.name(i) for i in (image_index - self.total_slices).tolist()]
         return names
+
+
+def draw_masks(
+    lengths: Tensor, index: Tensor, ratio: float, style: str, seed: int, epoch: int, view: int, slices: int
+) -> Tensor:
+    """[B, slices] bool, True where a slice is masked: ceil(ratio * length) real slices of every volume.
+
+    lengths [B] real slices, index [B] global sample index. style: `random` (anywhere) or `span` (one contiguous run).
+    At least one slice stays visible. A pure function of (seed, epoch, index, view).
+    """
+    masked = torch.zeros(len(lengths), slices, dtype=torch.bool)
+    for b, (length, i) in enumerate(zip(lengths.tolist(), index.tolist(), strict=True)):
+        rng = stream(seed, epoch, i, view, MASKED_SLICES)
+        # The small step down keeps 0.1 * 30 = 3.0000000000000004 from being rounded up to 4.
+        count = min(max(1, int(np.ceil(ratio * length - 1e-9))), length - 1)
+        if style == "span":
+            start = int(rng.integers(length - count + 1))
+            masked[b, start : start + count] = True
+        else:
+            masked[b, torch.from_numpy(rng.permutation(length)[:count])] = True
+    return masked
 
 
 class OneAhead:

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from datasets.batch import Counts
 from datasets.index import Sample, volumes
-from datasets.loaders import ImageLoader, Slices, VolumeLoader
-from datasets.masks import draw_masks
+from datasets.loaders import ImageLoader, Slices, VolumeLoader, draw_masks
 from datasets.store import SliceStore
 from models.resnet import pooled
 from models.transformer import AttentionMaps

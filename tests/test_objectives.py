@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from datasets.batch import Batch
-from datasets.masks import draw_masks
+from datasets.loaders import draw_masks
 from models.encoder import JointEncoder
 from objectives import DeepClusterV2, ImageClustering, JointClustering, MaskedSlices, SwAV, bank
 from objectives.deepcluster import UNASSIGNED
