@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from datasets.index import Sample, groups, inspect_tree
+from datasets.index import Sample, groups, scan
 from datasets.render import PERCENTILES, SLICES_AT_ONCE, BadSource, open_source, require_contrast, sampled
 
 FEWEST = 8  # files that make a median and a deviation worth something
@@ -37,7 +37,6 @@ SCALE_FACTOR = 8.0  # MR scanners' scales differ by small factors; 0..1 among 0.
 LEVEL_SHARE = 0.4  # of the median range: CT without its offset of -1024 moves by half of it, other anatomy by less
 BLANK = 0.2  # share of slices; scans have some blank ones at their ends, a fifth of all draws is a waste
 HU_LOWEST, HU_HIGHEST, HU_RANGE = -4096, 8192, 100  # HU; padding goes down to -3024, a 12-bit scale up to 3071
-WRAPPED_FROM, SHARE_WRAPPED = 61440, 0.001  # 65536 - 4096: where negative HU land as unsigned 16-bit numbers
 
 
 # What files of a data set have, and what to do about it. An outlier lies far from the median of its data set.
@@ -61,13 +60,9 @@ WARNINGS = {
     "in-plane size": ("another height x width than the others (median {})", "make sure that they show the same"),
     "slice count": ("another number of slices than the others (median {})", "make sure that each is one whole scan"),
     "file size": ("another number of bytes than the others (median {})", "they may be empty or not what you meant"),
-    "wrap-around": (
-        "values just below 65536 and low ones but none between: negative numbers stored as unsigned ones",
-        "read them as signed, volume.astype(np.int16), and save them again",
-    ),
     "not HU": (
         "intensities that are not Hounsfield units, although dataset.yaml says CT",
-        "apply rescale slope and intercept, or remove modality and window from dataset.yaml",
+        "apply rescale slope and intercept, read unsigned as signed numbers, or correct dataset.yaml",
     ),
     "almost constant": (
         "one value in 99 % of their pixels",
@@ -101,13 +96,7 @@ class Content:
     maximum: float
     percentiles: tuple[float, float, float]  # 0.5th, 50th, 99.5th; of a large volume over a part of its voxels
     blank: int  # slices that hold a single value
-    wrapped: bool  # looks like negative numbers stored as unsigned ones
     digest: str  # of the values as float32 [D, H, W]: blind to dtype, byte order, memory order and slice axis
-
-    def looks_like_hu(self) -> bool:
-        """Air and fat are negative, bone stays below a 12-bit scale, and tissue differs by more than noise."""
-        low, _, high = self.percentiles
-        return self.minimum < 0 and low >= HU_LOWEST and high <= HU_HIGHEST and high - low >= HU_RANGE
 
 
 def check(
@@ -122,27 +111,24 @@ def check(
     full: read all files, on `workers` threads (0: one per core); otherwise only headers.
     Raises UserError where there is no data tree.
     """
-    samples, bad_sets, bad = inspect_tree(data_path)
-    found = [Finding("error", "unusable", None, problem) for problem in bad_sets + bad]
+    samples, bad = scan(data_path)
+    found = [Finding("error", "unusable", None, problem) for problem in bad]
     contents: dict[Sample, Content] = {}
-    total = sum(s.size_bytes for s in samples)
-    with (
-        tqdm(total=total, desc="reading", unit="B", unit_scale=True, disable=not (full and progress)) as bar,
-        ThreadPoolExecutor(workers or os.cpu_count()) as pool,
-    ):
-        for sample, content in zip(samples, pool.map(_read, samples), strict=True) if full else ():
-            if isinstance(content, Content):
-                contents[sample] = content
-            else:
-                found.append(Finding("error", "content", sample.dataset, f"{sample.path}: {content}", [sample.name]))
-            bar.update(sample.size_bytes)
     if full:
-        warnings = header_findings(list(contents), target_shape) + _content_findings(contents)
-    else:
-        warnings = header_findings(samples, target_shape) + _name_twins(samples)
+        total = sum(s.size_bytes for s in samples)
+        with (
+            tqdm(total=total, desc="reading", unit="B", unit_scale=True, disable=not progress) as bar,
+            ThreadPoolExecutor(workers or os.cpu_count()) as pool,
+        ):
+            for sample, content in zip(samples, pool.map(read_content, samples), strict=True):
+                if isinstance(content, Content):
+                    contents[sample] = content
+                else:
+                    found.append(Finding("error", "content", sample.dataset, content, [sample.name]))
+                bar.update(sample.size_bytes)
+    warnings = header_findings(list(contents) if full else samples, target_shape) + _content_findings(contents)
     place = {sample.dataset: i for i, sample in enumerate(samples)}
-    found += sorted(warnings, key=lambda warning: place.get(warning.dataset, len(samples)))
-    return samples, found, contents
+    return samples, found + sorted(warnings, key=lambda f: place.get(f.dataset, len(samples))), contents
 
 
 # --- what headers make doubtful
@@ -153,7 +139,7 @@ def header_warnings(samples: Sequence[Sample], target_shape: Sequence[int] | Non
 
     target_shape: (slices, height, width) of a view, or None where no view has slices. Reads nothing.
     """
-    lines = [finding.message for finding in header_findings(samples, target_shape) + _name_twins(samples)]
+    lines = [finding.message for finding in header_findings(samples, target_shape)]
     if len(lines) > LINES:
         lines[LINES - 1 :] = [f"{len(lines) - LINES + 1} more warnings about the data; check_data.py lists all of them"]
     return lines
@@ -203,13 +189,6 @@ def _volume_findings(members: list[Sample], turned: dict[Sample, int], wanted: i
 def _turned(members: list[Sample]) -> dict[Sample, int]:
     """Volumes whose slices seem to lie along another axis than slice_axis, and along which one."""
     rows, columns = (axis for axis in range(3) if axis != members[0].slice_axis)
-    # CT in the order of SimpleITK, slices first: two axes are 512 in every file, and what is called height varies.
-    counts = {s.slices for s in members}
-    heights, widths = {s.height for s in members}, {s.width for s in members}
-    if len(members) >= FEWEST:
-        for axis, varying, other in ((rows, heights, widths), (columns, widths, heights)):
-            if len(counts) == 1 and other == counts and len(varying) > 2:
-                return dict.fromkeys(members, axis)
     turned = {}
     for s in members:
         short, long = sorted((s.height, s.width))
@@ -239,55 +218,23 @@ def _odd_sizes(members: list[Sample], without: set[Sample]) -> list[Finding]:
     return found
 
 
-def _name_twins(samples: Sequence[Sample]) -> list[Finding]:
-    """Files that are links to one, or copies that kept their time: equal in size, time and last part of the name.
-
-    A time without a fraction of a second is no evidence: archives and some file systems round.
-    """
-    keys = {s: (s.size_bytes, s.mtime_ns, s.path.name) for s in samples if s.mtime_ns % 1_000_000_000}
-    return _duplicates(keys, "probable duplicates (size, time and name agree)")
-
-
 # --- what contents make doubtful
 
 
-def read_content(sample: Sample) -> Content:
-    """Read a file once. Raises BadSource as training would."""
-    source = open_source(sample)
-    low, high = require_contrast(source, sample)
-    lowest, highest = np.empty(sample.slices), np.empty(sample.slices)
-    digest = hashlib.blake2b(repr(source.shape).encode(), digest_size=16)
-    for first in range(0, sample.slices, SLICES_AT_ONCE):
-        part = slice(first, first + SLICES_AT_ONCE)
-        block = np.ascontiguousarray(source[part])
-        lowest[part], highest[part] = block.min((1, 2)), block.max((1, 2))
-        digest.update(np.add(block, 0, dtype=np.float32, casting="unsafe"))  # + 0 turns -0 into 0
-    values = sampled(source)
-    return Content(
-        minimum=low,
-        maximum=high,
-        percentiles=tuple(np.percentile(values, (PERCENTILES[0], 50, PERCENTILES[1])).tolist()),
-        blank=int(np.count_nonzero(lowest == highest)),
-        wrapped=_looks_wrapped(values, low, high),
-        digest=digest.hexdigest(),
-    )
-
-
-def _read(sample: Sample) -> Content | BadSource:
+def read_content(sample: Sample) -> Content | str:
+    """What a file holds, or why training would refuse it."""
     try:
-        return read_content(sample)
+        source = open_source(sample)
+        low, high = require_contrast(source, sample)
     except BadSource as error:
-        return error
-
-
-def _looks_wrapped(values: np.ndarray, low: float, high: float) -> bool:
-    """Whether there are low values and values just below 65536 but hardly any between: -1000 HU became 64536."""
-    if low < 0 or not WRAPPED_FROM <= high < 65536:
-        return False
-    top = values[values >= WRAPPED_FROM]
-    between = np.count_nonzero((values > HU_HIGHEST) & (values < WRAPPED_FROM))
-    # Values that are all alike are a mask or saturated white, not air.
-    return bool(top.size > SHARE_WRAPPED * values.size and between < 0.01 * top.size and top.min() < top.max())
+        return f"{sample.path}: {error}"
+    blank, digest = 0, hashlib.blake2b(repr(source.shape).encode(), digest_size=16)
+    for first in range(0, sample.slices, SLICES_AT_ONCE):
+        block = np.ascontiguousarray(source[first : first + SLICES_AT_ONCE])
+        blank += int(np.count_nonzero(block.min((1, 2)) == block.max((1, 2))))
+        digest.update(np.add(block, 0, dtype=np.float32, casting="unsafe"))  # + 0 turns -0 into 0
+    percentiles = np.percentile(sampled(source), (PERCENTILES[0], 50, PERCENTILES[1])).tolist()
+    return Content(low, high, tuple(percentiles), blank, digest.hexdigest())
 
 
 def _content_findings(contents: dict[Sample, Content]) -> list[Finding]:
@@ -301,21 +248,25 @@ def _content_findings(contents: dict[Sample, Content]) -> list[Finding]:
         return " / ".join(f"{value:.4g}" for value in percentiles)
 
     for members in groups(contents).values():
-        wrapped = [s for s in members if contents[s].wrapped]
         is_ct = members[0].kind == "volume" and (members[0].modality or "").strip().upper() == "CT"
-        not_hu = [s for s in members if is_ct and s not in wrapped and not contents[s].looks_like_hu()]
+        not_hu = [s for s in members if is_ct and not _looks_like_hu(contents[s])]
         flat = [s for s in members if contents[s].percentiles[0] == contents[s].percentiles[2]]
-        odd = _odd_intensities([s for s in members if s not in {*wrapped, *not_hu, *flat}], contents)
+        odd = _odd_intensities([s for s in members if s not in {*not_hu, *flat}], contents)
         typical = shown(np.median([contents[s].percentiles for s in members], axis=0))
         blank = [s for s in members if s.kind == "volume" and contents[s].blank > BLANK * s.slices]
         found += [
-            *_warning(members, "wrap-around", wrapped, limits),
             *_warning(members, "not HU", not_hu, limits),
             *_warning(members, "almost constant", flat, limits),
             *_warning(members, "intensity", odd, lambda s: shown(contents[s].percentiles), typical),
             *_warning(members, "blank slices", blank, lambda s: f"{contents[s].blank} of {s.slices}"),
         ]
-    return found + _duplicates({s: content.digest for s, content in contents.items()}, "duplicates (all values agree)")
+    return found + _duplicates(contents)
+
+
+def _looks_like_hu(content: Content) -> bool:
+    """Air and fat are negative, bone stays below a 12-bit scale, and tissue differs by more than noise."""
+    low, _, high = content.percentiles
+    return content.minimum < 0 and low >= HU_LOWEST and high <= HU_HIGHEST and high - low >= HU_RANGE
 
 
 def _odd_intensities(members: list[Sample], contents: dict[Sample, Content]) -> list[Sample]:
@@ -325,6 +276,21 @@ def _odd_intensities(members: list[Sample], contents: dict[Sample, Content]) -> 
     for values in (low, high):  # the middle depends on how much air a picture shows
         odd |= outliers(values, LEVEL_SHARE * float(np.median(high - low)) if members else 0)
     return [s for s, is_odd in zip(members, odd, strict=True) if is_odd]
+
+
+def _duplicates(contents: dict[Sample, Content]) -> list[Finding]:
+    """At most one warning, about all files with the same values."""
+    same: dict[str, list[Sample]] = {}
+    for sample, content in contents.items():
+        same.setdefault(content.digest, []).append(sample)
+    sets = [members for members in same.values() if len(members) > 1]
+    files = [s for members in sets for s in members]
+    some = "; ".join(" = ".join(s.name for s in members[:NAMED]) for members in sets[:NAMED])
+    message = (
+        f"duplicates (all values agree): {len(files) - len(sets)} too many, e.g. {some}; keep one of each, or it "
+        "counts twice and may stand on both sides of a split"
+    )
+    return [Finding("warning", "duplicates", None, message, [s.name for s in files])] if files else []
 
 
 # --- findings
@@ -339,25 +305,6 @@ def outliers(values: Sequence[float], least: float) -> np.ndarray:
         return np.zeros(len(values), dtype=bool)
     away = np.abs(values - np.median(values))
     return away > max(least, DEVIATIONS * 1.4826 * float(np.median(away)))
-
-
-def _duplicates(keys: dict[Sample, Hashable], what: str) -> list[Finding]:
-    """At most one warning, about all files with the same key; `what` begins it and says how that is known."""
-    same: dict[Hashable, list[Sample]] = {}
-    for sample, key in keys.items():
-        same.setdefault(key, []).append(sample)
-    sets = [members for members in same.values() if len(members) > 1]
-    if not sets:
-        return []
-    some = "; ".join(" = ".join(s.name for s in members[:NAMED]) for members in sets[:NAMED])
-    files = [s for members in sets for s in members]
-    message = (
-        f"{what}: {len(files) - len(sets)} too many, e.g. {some}; "
-        "keep one of each, or it counts twice and may stand on both sides of a split"
-    )
-    datasets = {s.dataset for s in files}
-    dataset = datasets.pop() if len(datasets) == 1 else None
-    return [Finding("warning", "duplicates", dataset, message, [s.name for s in files])]
 
 
 def _warning(

@@ -127,7 +127,7 @@ class EmbeddingLoader:
                 raw = default_collate(self._complete(raw, epoch % self.cfg.cached_views))
             index, length = raw["index"], raw["length"]
             mask = torch.arange(self.dataset.slices) < length.unsqueeze(1)
-            masked = self.volumes.masked(index, length, epoch, VIEWS)
+            masked = self.volumes.masked(index, length, epoch)
             targets = raw["targets"].transpose(0, 1)
             index, mask, masked, targets = (upload(x, self.run.device) for x in (index, mask, masked, targets))
             yield Batch(index, counts, mask=mask, masked=masked, targets=targets)

@@ -36,7 +36,6 @@ NPY_ENTRIES = re.compile(
     rb"""(?=.*["']descr["']: *["']([<>|=]?[a-zA-Z]\d{0,9}(?:\[\w+\])?)["'])(?=.*["']shape["']: *\(([\d, ]*)\))""",
     re.DOTALL,
 )
-OnBad = Literal["error", "skip"]  # what to do with files that cannot be used
 GET_DATA = (
     "put volumes in <data_path>/<data set>/<case>.npy (height x width x slices) and images in further "
     "folders, or use the bundled example, --data_path Training_Data (git checkout -- Training_Data restores it)"
@@ -64,40 +63,24 @@ class Sample:
     channel_names: tuple[str, ...] = field(default=(), compare=False)  # of a file with a fourth axis
 
     @property
-    def channels(self) -> int:
-        """Length of the file's fourth axis; 1 where it has three."""
-        return len(self.channel_names) or 1
-
-    @property
     def data_path(self) -> Path:
         """The data tree that the sample was found in."""
         return self.path.parents[self.name.count("/")]
 
 
-def scan(data_path: str | Path, only: str | None = None, on_bad: OnBad = "error") -> tuple[list[Sample], list[str]]:
-    """(all volumes and images below data_path, problems of files that are left out).
+def scan(data_path: str | Path, only: str | None = None) -> tuple[list[Sample], list[str]]:
+    """(all good volumes and images below data_path, problems of the other files, each with its remedy).
 
     Ordered by data set and then by relative path (both as bytes). A data set is a first-level folder. Hidden files and
     folders and folders of labels are not entered. Only headers are read. only: the one data set that is looked at;
-    None: all. on_bad: `skip` leaves bad files out, unless none is good. Otherwise raises one UserError that lists the
-    first ten, each with its remedy, and counts all; so does a bad dataset.yaml, which changes good files.
-    """
-    samples, data_sets, files = inspect_tree(data_path, only)
-    if data_sets or (files and (on_bad == "error" or not samples)):
-        raise bad_files(data_sets + files, f"data_path {data_path}")
-    return samples, files
-
-
-def inspect_tree(data_path: str | Path, only: str | None = None) -> tuple[list[Sample], list[str], list[str]]:
-    """(good samples in the order of `scan`, problems of whole data sets, problems of files), each with its remedy.
-
-    Raises UserError where there is no data tree at all.
+    None: all. Raises UserError where there are no data, or a data set as a whole is not in order.
     """
     root = Path(data_path).expanduser()
     try:
         entries = [e for e in root.iterdir() if not e.name.startswith(".") and only in (None, e.name)]
     except OSError as error:
-        raise UserError(f"data_path: {root} cannot be listed ({error.strerror}); {GET_DATA}") from None
+        reason = f"does not exist or cannot be listed ({error.strerror})"
+        raise UserError(f"data_path: {root} {reason}; {GET_DATA}") from None
     entries.sort(key=lambda e: os.fsencode(e.name))
     folders = [e for e in entries if e.is_dir() and e.name.lower() not in LABEL_FOLDERS]
     bad = [
@@ -109,26 +92,17 @@ def inspect_tree(data_path: str | Path, only: str | None = None) -> tuple[list[S
         raise UserError(f"data_path: {root} holds no data set ({_found(entries)}); {GET_DATA}")
 
     samples: list[Sample] = []
-    bad_sets: list[str] = []
     with ThreadPoolExecutor(THREADS) as pool:
         for folder in folders:
-            try:
-                inspect = partial(_inspect, root=root, settings=read_settings(folder))
-                for result in pool.map(inspect, _data_files(folder)):
-                    (samples if isinstance(result, Sample) else bad).append(result)
-            except UserError as error:
-                bad_sets.append(str(error))
-    return samples, bad_sets, bad
+            inspect = partial(_inspect, root=root, settings=read_settings(folder))
+            for result in pool.map(inspect, _data_files(folder)):
+                (samples if isinstance(result, Sample) else bad).append(result)
+    return samples, bad
 
 
 def volumes(samples: Sequence[Sample]) -> list[int]:
     """Indices of the volumes."""
     return [i for i, sample in enumerate(samples) if sample.kind == "volume"]
-
-
-def slice_offsets(samples: Sequence[Sample]) -> np.ndarray:
-    """[N + 1] int64: slice s of sample i has the global slice index offsets[i] + s; the last is the total."""
-    return np.cumsum([0] + [sample.slices for sample in samples], dtype=np.int64)
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:
@@ -304,15 +278,9 @@ def _volume_header(path: Path, size_bytes: int, settings: dict[str, Any]) -> dic
             "the least; remove it, or set slice_axis in dataset.yaml if its slices lie along another axis"
         )
     window = settings.get("window")
-    return {
-        "slices": shape[axis],
-        "height": height,
-        "width": width,
-        "slice_axis": axis,
-        "window": None if window is None else (float(window[0]), float(window[1])),
-        "dtype": dtype.name,
-        "channel_names": channels,
-    }
+    limits = None if window is None else (float(window[0]), float(window[1]))
+    sizes = {"slices": shape[axis], "height": height, "width": width, "slice_axis": axis}
+    return {**sizes, "window": limits, "dtype": dtype.name, "channel_names": channels}
 
 
 def _image_header(path: Path) -> dict[str, Any]:

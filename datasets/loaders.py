@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datasets.augment import MultiCrop, VolumeViews
 from datasets.batch import Batch, Counts
-from datasets.index import Sample, slice_offsets, volumes
+from datasets.index import volumes
 from datasets.samplers import CyclingBatches, EpochBatches, Key
 from datasets.store import SliceStore, prepare
 from datasets.transforms import upload
@@ -40,10 +40,10 @@ class Slices(Dataset):
     (epoch, index) -> image [S, S] float16, extent [2] (height and width of its content), index.
     """
 
-    def __init__(self, samples: list[Sample], store: SliceStore, per_volume: int | None) -> None:
-        self.samples, self.store = samples, store
+    def __init__(self, store: SliceStore, per_volume: int | None) -> None:
+        self.store, self.samples = store, store.samples
         parts = []
-        for i, sample in enumerate(samples):
+        for i, sample in enumerate(self.samples):
             if sample.kind == "volume" and per_volume is None:
                 continue
             count = min(per_volume or sample.slices, sample.slices)
@@ -78,9 +78,9 @@ class VolumeWindows(Dataset):
     volumes of all data sets.
     """
 
-    def __init__(self, samples: list[Sample], store: SliceStore, slices: int, seed: int) -> None:
-        self.samples, self.store, self.slices, self.seed = samples, store, slices, seed
-        self.items = volumes(samples)
+    def __init__(self, store: SliceStore, slices: int, seed: int) -> None:
+        self.store, self.samples, self.slices, self.seed = store, store.samples, slices, seed
+        self.items = volumes(self.samples)
 
     @property
     def groups(self) -> list[str]:
@@ -111,8 +111,8 @@ class ImageLoader:
 
     def __init__(self, cfg: Any, run: Run) -> None:
         canvas = canvas_size(*cfg.size_crops)
-        samples, store = prepare(cfg.data_path, canvas, cfg.cache_path, cfg.on_bad, max(1, cfg.workers))
-        self.run, self.dataset = run, Slices(samples, store, cfg.slices_per_volume)
+        store = prepare(cfg.data_path, canvas, cfg.cache_path, cfg.on_bad, max(1, cfg.workers))
+        self.run, self.dataset = run, Slices(store, cfg.slices_per_volume)
         sizes = [(side, side) for side in cfg.size_crops]
         scales = list(zip(cfg.min_scale_crops, cfg.max_scale_crops, strict=True))
         self.crops = MultiCrop(sizes, cfg.nmb_crops, scales, cfg.policy, cfg.seed)
@@ -163,22 +163,24 @@ class VolumeLoader:
         self.mask_ratio, self.mask_style, self.intra_slices = mask_ratio, cfg.mask_style, intra_slices
         slices, *size = cfg.target_shape
         about = cfg.cache_path, cfg.on_bad, max(1, cfg.workers)
-        samples, store = prepare(cfg.data_path, canvas_size(*size), *about, target_shape=cfg.target_shape)
-        self.dataset = VolumeWindows(samples, store, slices, cfg.seed)
+        store = prepare(cfg.data_path, canvas_size(*size), *about, target_shape=cfg.target_shape)
+        self.dataset = VolumeWindows(store, slices, cfg.seed)
         self.views = VolumeViews(*size, cfg.policy, cfg.seed)
         temperature, groups = cfg.sampling_temperature, self.dataset.groups
         self.batches = EpochBatches(groups, cfg.batch_size, cfg.seed, run, "volumes", temperature)
         self.samples, self.steps = self.batches.samples, self.batches.steps
         self.loader = torch_loader(self.dataset, self.batches, cfg.workers, run.device)
-        self.slice_offsets = torch.from_numpy(slice_offsets([samples[i] for i in self.dataset.items]))
+        # Slice s of volume i has index slice_offsets[i] + s over all slices; the last entry is their number.
+        self.slice_offsets = torch.tensor([0, *(store.samples[i].slices for i in self.dataset.items)]).cumsum(0)
         self.total_slices = int(self.slice_offsets[-1])
 
-        self.image_dataset = Slices(samples, store, per_volume=None)
+        self.image_dataset = Slices(store, per_volume=None)
         images = self.image_dataset.groups if images_per_step else []
         self.image_loader = None
         if images:
             self.image_views = MultiCrop([tuple(size)], [2], [(min_scale_images, 1.0)], cfg.policy, cfg.seed)
-            self.image_batches = CyclingBatches(images, images_per_step, cfg.seed, run, self.steps, temperature)
+            passes = EpochBatches(images, 1, cfg.seed, Run(0, 1, run.device), "images", temperature)
+            self.image_batches = CyclingBatches(passes, images_per_step, run, self.steps)
             self.image_loader = torch_loader(self.image_dataset, self.image_batches, cfg.workers, run.device)
         each = cfg.batch_size * intra_slices + (images_per_step if images else 0)
         of_volumes = len(self.dataset), self.batches.global_batch
@@ -212,7 +214,7 @@ class VolumeLoader:
             views = self.views(volumes, mask, raw["extent"], index, epoch)
         batch = Batch(upload(index, device), counts, views=views, mask=upload(mask, device), rows=upload(rows, device))
         if self.mask_ratio:
-            batch = batch._replace(masked=upload(self.masked(index, length, epoch, len(views)), device))
+            batch = batch._replace(masked=upload(self.masked(index, length, epoch), device))
         if self.intra_slices:
             picked = self._pick(index, length, epoch)
             where = self.slice_offsets[index].unsqueeze(1) + raw["start"].unsqueeze(1) + picked
@@ -225,18 +227,18 @@ class VolumeLoader:
             views = self.image_views(image, raw["extent"], raw["index"], epoch)[0]
         return {"images": views, "image_index": index}
 
-    def masked(self, index: Tensor, length: Tensor, epoch: int, views: int) -> Tensor:
-        """[views, B, D] bool: the slices of every window that are masked in this epoch."""
+    def masked(self, index: Tensor, length: Tensor, epoch: int) -> Tensor:
+        """[2, B, D] bool: the slices of every window that are masked in this epoch, view by view."""
         D, how = self.dataset.slices, (self.mask_ratio, self.mask_style, self.seed, epoch)
-        return torch.stack([draw_masks(length, index, *how, view, D) for view in range(1, views + 1)])
+        return torch.stack([draw_masks(length, index, *how, view, D) for view in (1, 2)])
 
     def _pick(self, index: Tensor, length: Tensor, epoch: int) -> Tensor:
         """[B, intra_slices] real slices of every window, different ones as far as there are enough."""
-        rows = [
-            np.resize(stream(self.seed, epoch, i, SHARED, INTRA_SLICES).permutation(n), self.intra_slices)
+        orders = [
+            stream(self.seed, epoch, i, SHARED, INTRA_SLICES).permutation(n)
             for i, n in zip(index.tolist(), length.tolist(), strict=True)
         ]
-        return torch.from_numpy(np.stack(rows))
+        return torch.from_numpy(np.stack([np.resize(order, self.intra_slices) for order in orders]))
 
     def names(self, index: Tensor, image_index: Tensor | None = None) -> list[str]:
         """The files of a batch."""

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from datasets.cache import cache_folder, cached, is_whole, key_of, make_room
 from datasets.check import header_warnings
-from datasets.index import OnBad, Sample, bad_files, describe, fingerprint, scan
+from datasets.index import Sample, bad_files, describe, fingerprint, scan
 from datasets.render import FORMAT, BadSource, content_size, render
 from utils.distributed import everywhere, gather_objects, rank, world_size
 from utils.errors import UserError
@@ -34,13 +35,13 @@ def prepare(
     data_path: str | Path,
     size: int,
     cache_path: str | Path | None = None,
-    on_bad: OnBad = "error",
+    on_bad: Literal["error", "skip"] = "error",
     workers: int = 1,
     progress: bool = True,
     target_shape: tuple[int, int, int] | None = None,
     only: str | None = None,
-) -> tuple[list[Sample], SliceStore]:
-    """Scan data_path, check it by its headers, and build its cache: (samples, store), the same on every process.
+) -> SliceStore:
+    """Scan data_path, check it by its headers, and build its cache; what is in it is the same on every process.
 
     on_bad: what to do with files that cannot be used, by their header or by their content (NaN or Inf, no contrast,
     broken image data): `error` raises one UserError that lists them when all the good ones are done, `skip` leaves
@@ -48,24 +49,28 @@ def prepare(
     about the data (check_data.py tells more), the building and, at the end, a table of the data sets. target_shape:
     slices, height and width of a view of volumes, for these warnings. only: the one data set that is taken; None: all.
     """
-    samples, left_out = everywhere(lambda: scan(data_path, only, on_bad))
+
+    def usable(good: list[Sample], problems: list[str]) -> list[Sample]:
+        if problems and (on_bad == "error" or not good):
+            raise bad_files(problems, f"data_path {data_path}")
+        _warn([f"left out {problem}" for problem in problems])
+        return good
+
+    samples = everywhere(lambda: usable(*scan(data_path, only)))
     if len(set(gather_objects(fingerprint(samples)))) > 1:
         raise UserError(f"data_path: processes see different files below {data_path}; give all the same data")
-    _warn([f"left out {problem}" for problem in left_out])
     if progress:
-        several = {sample.dataset: sample.channel_names[0] for sample in samples if sample.channels > 1}
+        several = {sample.dataset: sample.channel_names[0] for sample in samples if sample.channel_names}
         _warn([f"pre-training reads channel 0 ({name}) of {dataset}" for dataset, name in several.items()])
         _warn(header_warnings(samples, target_shape))
     store = SliceStore(samples, size, cache_path)
     bad = store.build(workers, progress)
-    if bad and (on_bad == "error" or len(bad) == len(samples)):
-        raise bad_files(list(bad.values()), f"data_path {data_path}")
-    _warn([f"left out {problem}" for problem in bad.values()])
     if bad:
-        store = SliceStore([sample for i, sample in enumerate(samples) if i not in bad], size, cache_path)
+        samples = usable([sample for i, sample in enumerate(samples) if i not in bad], list(bad.values()))
+        store = SliceStore(samples, size, cache_path)
     if progress and rank() == 0:
-        print(describe(store.samples), flush=True)
-    return store.samples, store
+        print(describe(samples), flush=True)
+    return store
 
 
 class SliceStore:

@@ -128,7 +128,7 @@ class Network:
         prototypes = self.prototypes("intra")
         if not prototypes:
             return None
-        dataset = Slices(self.store.samples, self.store, self.config.slices_per_volume if self.stage == 1 else 0)
+        dataset = Slices(self.store, self.config.slices_per_volume if self.stage == 1 else 0)
         chosen = choose(dataset.groups, count, self.seed)
         items = [Item(self.store, i, s, s + 1) for i, s in dataset.items[chosen].tolist()]
         parts = []
