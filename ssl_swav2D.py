@@ -9,7 +9,7 @@ Result: weights/resnet_swav2D.pth, a flat torchvision ResNet state dict. Method:
 from __future__ import annotations
 
 from datasets.batch import Counts
-from datasets.loaders import ImageLoader, open_images
+from datasets.loaders import ImageLoader
 from models.heads import ProjectionHead
 from models.resnet import GreyResNet
 from objectives import ImageClustering, SwAV
@@ -44,7 +44,7 @@ class Config(options.Images, options.SwAV, options.Clustering, options.Training)
 
 
 def data(cfg: Config, run: distributed.Run) -> ImageLoader:
-    return open_images(cfg, run)
+    return ImageLoader(cfg, run)
 
 
 def model(cfg: Config, counts: Counts) -> ImageClustering:

@@ -12,7 +12,7 @@ downstream code.
 from __future__ import annotations
 
 from datasets.batch import Counts
-from datasets.loaders import VolumeLoader, open_volumes
+from datasets.loaders import VolumeLoader
 from models.encoder import JointEncoder
 from models.heads import ProjectionHead
 from objectives import JointClustering, SwAV
@@ -59,7 +59,7 @@ class Config(options.Joint, options.JointSwAV, options.Clustering, options.Train
 
 def data(cfg: Config, run: distributed.Run) -> VolumeLoader:
     """Two views of volumes, picked slices of them, and 2D images beside them."""
-    return open_volumes(
+    return VolumeLoader(
         cfg,
         run,
         mask_ratio=cfg.mask_ratio if cfg.lambda_mask else 0,

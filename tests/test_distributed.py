@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from datasets.batch import Batch
-from datasets.masks import draw_masks
+from datasets.loaders import draw_masks
 from models.encoder import JointEncoder
 from models.heads import ProjectionHead
 from objectives import DeepClusterV2, ImageClustering, JointClustering, MaskedSlices, SwAV

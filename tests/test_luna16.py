@@ -79,7 +79,7 @@ def test_crops_are_a_prepared_tree_with_what_froc_needs(luna, tmp_path):
     }
     assert [sum(row["test_only"] == "1" for row in labels if row["series"] == f"1.2.{s}") for s in range(3)] == [2] * 3
     assert all(row["label"] == "no nodule" for row in labels if row["test_only"] == "1")
-    samples = scan(tmp_path / "tree")
+    samples, _ = scan(tmp_path / "tree")
     assert sorted(s.name for s in samples) == sorted(f"crops/{row['case']}.npy" for row in labels)
     assert {(s.height, s.width, s.slices, s.dtype, s.window) for s in samples} == {(32, 32, 4, "int16", (-1000, 400))}
     ball = np.load(tmp_path / "tree/crops/1.2.1/9.npy")
