@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from downstream import compare, jobs
-from downstream.recipes import Pretraining, read_recipes
+from downstream.jobs import Pretraining, read_recipes
 from training.scripts import load
 from utils.config import read_yaml
 from utils.errors import UserError

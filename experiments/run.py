@@ -19,11 +19,12 @@ from pathlib import Path
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
 
 from downstream import compare, jobs
-from downstream.recipes import GRACE
 from experiments.plan import read_plan
 from utils import config as options
 from utils import signals
 from utils.errors import UserError
+
+GRACE = 60.0  # seconds in which a run that is told to stop may save
 
 
 @dataclass
