@@ -21,7 +21,7 @@ from downstream.metrics import bootstrap, format_scores
 from downstream.splits import without_suffix
 from utils import config, options
 from utils.errors import UserError
-from utils.files import read_csv, write_json, write_text
+from utils.files import read_csv, write_csv, write_json
 
 RATES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # false positives per scan
 NO_NODULE, EXCLUDED = -1, -2
@@ -69,10 +69,11 @@ def run(cfg: Config) -> dict[str, Any]:
         "scans": candidates.scans,
     }
     write_json(result, Path(cfg.run) / "froc.json")
-    table = pd.DataFrame(intervals, index=["low", "high"]).T.reindex(names[1:])
-    table.insert(0, "sensitivity", [found[name] for name in names[1:]])
-    table.insert(0, "false_positives_per_scan", RATES)
-    write_text(table.to_csv(index=False, na_rep="nan"), Path(cfg.run) / "froc.csv")
+    rows = []
+    for rate, name in zip(RATES, names[1:], strict=True):
+        low, high = intervals.get(name, (np.nan, np.nan))
+        rows.append({"false_positives_per_scan": rate, "sensitivity": found[name], "low": low, "high": high})
+    write_csv(rows, Path(cfg.run) / "froc.csv")
     print(f"{result['candidates']} candidates and {result['nodules']} nodules of {result['scans']} test scans")
     print(format_scores(found, intervals, result["reasons"]))
     print(f"wrote {cfg.run}/froc.json, froc.csv")

@@ -130,17 +130,17 @@ def test_fine_tuning_learns_the_squares_and_a_stopped_run_ends_as_one_that_was_n
     assert first["history"] == whole["history"]
 
 
-@pytest.mark.parametrize("mode", ["linear", pytest.param("finetune", marks=pytest.mark.slow)])
-def test_the_joint_model_classifies_volumes_with_few_slices(tree, tmp_path, mode, joint):
-    more = {"weights": joint[1], "arch": None, "model": "joint", "precision": "bf16"}
-    result = run(tree, tmp_path, mode=mode, epochs=1, batch_size=4, slices=4, **more)
+@pytest.mark.parametrize(
+    ("mode", "level", "model"),
+    [("linear", "volume", "joint"), ("finetune", "slice", "intra"), ("finetune", "volume", "joint")],
+)
+def test_volumes_and_their_slices_are_classified_by_either_model(tree, tmp_path, mode, level, model, joint):
+    more = {"weights": joint[1], "arch": None, "precision": "bf16", "epochs": 1, "steps_per_epoch": 1, "batch_size": 4}
+    result = run(tree, tmp_path, mode=mode, level=level, model=model, slices=4, **more)
     assert 0 <= result["metrics"]["accuracy"] <= 1
-
-
-def test_slices_can_be_fine_tuned_one_by_one(tree, tmp_path):
-    result = run(tree, tmp_path, mode="finetune", level="slice", epochs=1, steps_per_epoch=2, batch_size=4)
-    assert result["best_epoch"] == 1
-    assert (tmp_path / "run/cases.csv").read_text().startswith("case,patient,slice,label,p(Bright),p(Dark)\nBright/")
+    number = ",slice" if level == "slice" else ""
+    written = (tmp_path / "run/cases.csv").read_text()
+    assert written.startswith(f"case,patient{number},label,p(Bright),p(Dark)\nBright/")
 
 
 @pytest.mark.parametrize("mode", ["linear", "finetune"])
@@ -220,14 +220,6 @@ def test_weights_or_steps_that_give_nan_are_one_clear_error(images, tmp_path):
         run(images, tmp_path, mode="finetune", epochs=1, batch_size=6, base_lr=1e20)
 
 
-def test_nifti_is_refused_with_the_command_that_prepares_it(tmp_path):
-    (tmp_path / "imagesTr").mkdir()
-    (tmp_path / "imagesTr" / "a.nii.gz").touch()
-    for folder in (tmp_path, tmp_path / "imagesTr"):
-        with pytest.raises(UserError, match=r"found 1 \.nii\.gz.*with prepare_data\.py"):
-            Cases(folder, 32)
-
-
 def test_a_case_is_found_by_path_or_unique_name_with_or_without_suffix(tmp_path):
     names = ["a/one.npy", "a/two.nii.gz", "b/two.png"]
     path = tmp_path / "labels.csv"
@@ -262,7 +254,6 @@ def test_the_nearest_neighbours_vote_by_similarity():
     assert probability.sum(1) == pytest.approx(1)
     assert (probability[:, 2] == 0).all()
     everybody = vote(train, labels, test, classes=3, k=99)
-    assert everybody.argmax(1).tolist() == [0, 1]  # far ones have almost no weight
     angle = train @ test[0] / np.linalg.norm(train, axis=1) / np.linalg.norm(test[0])
     weight = np.exp(angle / 0.07)
     assert everybody[0, 1] == pytest.approx(weight[2:].sum() / weight.sum(), rel=1e-6)
@@ -343,8 +334,6 @@ def test_stored_values_are_those_of_training_from_a_tree_and_from_a_single_folde
     cases = Cases(tree, 32, slices=0, cache_path=tmp_path)
     np.testing.assert_array_equal(cases.read(2), store.read(2, 0, 5))
     assert cases.extents([2]).tolist() == [[26, 32]]  # 24 x 30
-    few = Cases(tree, 32, slices=3, cache_path=tmp_path)
-    np.testing.assert_array_equal(few.read(2), store.read(2, 0, 5)[[0, 2, 4]])
     single = Cases(tree / "Dark", 32, slices=3, cache_path=tmp_path, level="slice")
     assert single.names[:2] == ["Dark_p0_0.npy", "Dark_p0_1.npy"]
     assert single.owner[:7].tolist() == [0, 0, 0, 1, 1, 1, 2]

@@ -113,22 +113,15 @@ def test_a_vindr_table_fuses_readers_class_by_class_and_keeps_images_without_fin
         ("a", "Nodule", 8, "R1", 10, 10, 20, 20),
         ("b", "No finding", 14, "R1", "", "", "", ""),
     ]
-    (a, b), classes = read_boxes(write_table(tmp_path / "train.csv", rows), tmp_path / "train")
-    assert classes == ["Mass", "Nodule"]
-    assert a.boxes.tolist() == [[11, 10, 21, 20], [40, 10, 50, 20], [10, 10, 20, 20]]
-    assert a.labels.tolist() == [1, 1, 2]
-    assert (b.name, len(b.boxes)) == ("b", 0)
-
-
-def test_fused_boxes_are_means_that_do_not_depend_on_the_order_of_rows_and_readers_keep_their_own():
-    boxes = np.array([[0, 0, 10, 10], [1, 0, 11, 10], [0, 1, 10, 11], [30, 30, 40, 40]], dtype=float)
-    readers, order = ["R1", "R2", "R3", "R1"], [3, 2, 0, 1]
-    expected = [[1 / 3, 1 / 3, 31 / 3, 31 / 3], [30, 30, 40, 40]]
-    np.testing.assert_allclose(fuse(boxes, readers, 0.5), expected)
-    again = fuse(boxes[order], [readers[i] for i in order], 0.5)
-    np.testing.assert_allclose(sorted(again.tolist()), sorted(expected))
-    two = ((["R1", "R1"], 0.5), (["R1", "R2"], 0.5), (["R1", "R2"], 0.9))
-    assert [len(fuse(boxes[:2], who, iou)) for who, iou in two] == [2, 1, 2]
+    for given in (rows, rows[::-1]):
+        (a, b), classes = read_boxes(write_table(tmp_path / "train.csv", given), tmp_path / "train")
+        assert classes == ["Mass", "Nodule"]
+        assert a.boxes.tolist() == [[11, 10, 21, 20], [40, 10, 50, 20], [10, 10, 20, 20]]
+        assert a.labels.tolist() == [1, 1, 2]
+        assert (b.name, len(b.boxes)) == ("b", 0)
+    two = np.array([[0, 0, 10, 10], [1, 0, 11, 10]])  # overlap by 90 / 110; those of one reader stay apart
+    by = ((["R1", "R1"], 0.5), (["R1", "R2"], 0.5), (["R1", "R2"], 0.9))
+    assert [len(fuse(two, who, iou)) for who, iou in by] == [2, 1, 2]
 
 
 def test_dicom_images_are_read_as_they_are_shown_and_as_png_would_be(tmp_path):
@@ -297,22 +290,17 @@ def test_the_body_gives_the_encoders_maps_of_a_grey_image_and_heads_depend_on_th
         torch.testing.assert_close(got, stage, rtol=1e-4, atol=1e-4)
 
 
-def test_frozen_layers_and_frozen_norm(joint, tmp_path):
-    def body(trainable_layers: int, norm: bool) -> tuple[nn.Module, set[str]]:
-        encoder = copy.deepcopy(joint[0].encoder)
-        freeze(encoder, trainable_layers, norm)
-        return encoder, {name.split(".")[0] for name, p in encoder.named_parameters() if p.requires_grad}
-
-    layers = {"layer1", "layer2", "layer3", "layer4"}
-    encoder, trainable = body(5, norm=True)
-    assert trainable == layers | {"conv1"}  # bn1 is frozen: its gains are buffers
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in encoder.modules())
-    assert torch.equal(encoder.layer1[0].bn1.running_mean, joint[0].encoder.layer1[0].bn1.running_mean)
-    assert body(3, norm=True)[1] == layers - {"layer1"}
-    assert body(0, norm=True)[1] == set()
-    encoder, _ = body(2, norm=False)
+@pytest.mark.parametrize(
+    ("layers", "norm", "trained"),
+    [(5, True, "conv1 layer1 layer2 layer3 layer4"), (2, False, "layer3 layer4"), (0, True, "")],
+)
+def test_frozen_layers_and_frozen_norm(joint, layers, norm, trained):
+    encoder = copy.deepcopy(joint[0].encoder)
+    freeze(encoder, layers, norm)
+    assert {name.split(".")[0] for name, p in encoder.named_parameters() if p.requires_grad} == set(trained.split())
     assert isinstance(encoder.bn1, FrozenBatchNorm2d)
-    assert isinstance(encoder.layer4[0].bn1, nn.BatchNorm2d)
+    assert torch.equal(encoder.layer1[0].bn1.running_mean, joint[0].encoder.layer1[0].bn1.running_mean)
+    assert isinstance(encoder.layer4[0].bn1, FrozenBatchNorm2d) == norm
 
 
 def test_batches_are_a_function_of_seed_epoch_and_step_and_leave_crowds_out(tmp_path):
