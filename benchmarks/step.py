@@ -137,7 +137,7 @@ def stage2(data: Path, cfg: Config, run: Run) -> dict[str, Any]:
 def cached(training: Training) -> Training:
     """The same from embeddings on disk, as mask_swav.py builds it, and with all of them there."""
     cfg = training.config
-    loader = EmbeddingLoader(training.loader, training.core, 1, cfg.d_model, cfg.workers, training.precision)
+    loader = EmbeddingLoader(training.loader, training.core, cfg)
     for _ in loader.epoch(0):
         pass
     return Training(training.core, loader, cfg, training.run)
