@@ -32,7 +32,7 @@ from conversion.montage import montage
 from conversion.table import Case, assign_ids, clean, describe, in_order, read_table, write_table
 from conversion.volume import BadFile, Options
 from conversion.workers import outcomes
-from datasets.index import LABEL_FOLDERS, MONTAGE, inspect_tree
+from datasets.index import LABEL_FOLDERS, MONTAGE, scan
 from datasets.index import describe as describe_samples
 from utils import config
 from utils.errors import UserError
@@ -249,7 +249,7 @@ def _say_what_was_found(found: Found, places: Sequence[Path]) -> None:
 def _say_what_was_done(
     content: dict[str, Any], table: dict[str, Case], found: Found, todo: int, failed: int, dest: Path
 ) -> None:
-    print(describe_samples(inspect_tree(dest.parent, dest.name)[0]))
+    print(describe_samples(scan(dest.parent, dest.name)[0]))
     print(
         f"{dest}: {todo - failed} cases converted, {len(found.sources) - todo} there already, "
         f"problems: {len(found.problems) + failed}; look at {dest / MONTAGE}",
