@@ -25,7 +25,7 @@ lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 
 data: $(READY)
-	$(VENV)/bin/python -m conversion.phantoms --dest Training_Data --volumes_per_anatomy 10 --images 32 --seed 0
+	$(VENV)/bin/python -m conversion.phantoms --dest Training_Data --volumes 6 --images 12 --seed 0
 
 $(READY): requirements.txt requirements-tools.txt requirements-dev.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -128,7 +128,8 @@ def stage2(data: Path, cfg: Config, run: Run) -> dict[str, Any]:
         work["reference"] = Updates(theirs)
     for precision in cfg.precisions:
         work[f"ours {precision}"] = Updates(training_on(2, data, cfg, run, precision=precision))
-        work[f"cached {precision}"] = Updates(cached(training_on(2, data, cfg, run, precision=precision)))
+        from_disk = training_on(2, data, cfg, run, precision=precision, cached_views=1)
+        work[f"cached {precision}"] = Updates(cached(from_disk))
     pairs = [("reference", name) for name in work if name != "reference"] if cfg.reference else []
     result = timing.compare(work, cfg.repeats, device=run.device, pairs=pairs)
     return {**result, "encode": encode(cfg, run)}
@@ -136,11 +137,10 @@ def stage2(data: Path, cfg: Config, run: Run) -> dict[str, Any]:
 
 def cached(training: Training) -> Training:
     """The same from embeddings on disk, as mask_swav.py builds it, and with all of them there."""
-    cfg = training.config
-    loader = EmbeddingLoader(training.loader, training.core, 1, cfg.d_model, cfg.workers, training.precision)
+    loader = EmbeddingLoader(training.loader, training.core, training.config)
     for _ in loader.epoch(0):
         pass
-    return Training(training.core, loader, cfg, training.run)
+    return Training(training.core, loader, training.config, training.run)
 
 
 def encode(cfg: Config, run: Run) -> dict[str, Any]:

@@ -20,9 +20,9 @@ import torch
 from jsonargparse.typing import PositiveInt
 
 from utils import files
+from utils.config import commit
 from utils.distributed import rank, world_size
 from utils.precision import Precision
-from utils.versions import commit
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = {"torch", "torchvision", "numpy", "faiss-cpu", "torchio", "SimpleITK", "deformable-attention"}
@@ -113,7 +113,7 @@ def device_name(device: torch.device | str) -> str:
     """The model of the CPU or of the graphics card."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, TypeError):
         return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1].strip()
     return platform.machine()
 

@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
 
 from downstream import compare, jobs
-from downstream.recipes import GRACE, Pretraining, read_recipes
+from downstream.jobs import Pretraining, read_recipes
 from training.scripts import load
 from utils import config as options
 from utils import signals
 from utils.errors import UserError
 
+GRACE = 60.0  # seconds in which a run that is told to stop may save
 SECTIONS = ("defaults", "recipes", "comparisons", "differences")
 
 

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from datasets.batch import Counts
 from datasets.index import Sample, volumes
-from datasets.loaders import ImageLoader, Slices, VolumeLoader
-from datasets.masks import draw_masks
+from datasets.loaders import ImageLoader, Slices, VolumeLoader, draw_masks
 from datasets.store import SliceStore
 from models.resnet import pooled
 from models.transformer import AttentionMaps
@@ -125,7 +124,7 @@ class Network:
         prototypes = self.prototypes("intra")
         if not prototypes:
             return None
-        dataset = Slices(self.store.samples, self.store, self.config.slices_per_volume if self.stage == 1 else 0)
+        dataset = Slices(self.store, self.config.slices_per_volume if self.stage == 1 else 0)
         chosen = choose(dataset.groups, count, self.seed)
         items = [Item(self.store, i, s, s + 1) for i, s in dataset.items[chosen].tolist()]
         parts = []

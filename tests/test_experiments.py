@@ -20,7 +20,7 @@ import tiny
 import yaml
 from PIL import Image
 
-from downstream import compare, jobs, recipes
+from downstream import compare, jobs
 from experiments import data as layout
 from experiments import run as runner
 from experiments import summarise
@@ -111,8 +111,8 @@ while not (here / "saved").exists():
 def test_a_pre_training_that_is_stopped_saves_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal for this process in the middle of a script, in whose place is one that ends only when it has saved."""
     (tmp_path / "ssl_swav2D.py").write_text(TRAINING)
-    monkeypatch.setattr(recipes, "ROOT", tmp_path)
-    (run,) = recipes.read_recipes({"flat": {"script": "ssl_swav2D"}}, tmp_path / "recipes")["flat"]
+    monkeypatch.setattr(jobs, "ROOT", tmp_path)
+    (run,) = jobs.read_recipes({"flat": {"script": "ssl_swav2D"}}, tmp_path / "recipes")["flat"]
 
     def stop() -> None:
         while not (run.folder / "log.txt").is_file() or not (run.folder / "log.txt").read_text():
@@ -132,7 +132,7 @@ def test_a_pre_training_that_is_stopped_saves_and_goes_on(tmp_path: Path, monkey
 def test_from_a_file_to_a_page(data: Path, tmp_path: Path) -> None:
     """A training run, and a comparison of its weights with random ones on the same tiny tree."""
     cfg = tiny.options("ssl_swav2D", data, tmp_path, epochs=1, cache_path=str(tmp_path / "cache"))
-    flat = {"script": "ssl_swav2D", "options": {k: v for k, v in cfg.items() if k not in recipes.PLACES}}
+    flat = {"script": "ssl_swav2D", "options": {k: v for k, v in cfg.items() if k not in jobs.PLACES}}
     task = {"arch": "resnet18", "data_path": str(data), "device": "cpu", "size": 32, "bootstrap": 0}
     kind = {"task": "classify", "initialisations": ["random", "2D=flat"], "labelled": [4], "seeds": [0]}
     kind |= {"metrics": ["accuracy"], "options": task | {"cache_path": str(tmp_path / "cache")}}

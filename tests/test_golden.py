@@ -101,9 +101,8 @@ def test_faiss_finds_clusters_as_good() -> None:
     points = torch.nn.functional.normalize(tensor(np.random.default_rng(1).standard_normal((300, 6)), torch.float32))
     # In a process of its own: once SimpleITK is loaded beside it, faiss does not know its own types any more.
     (theirs,) = run_processes(1, kmeans_faiss, points, points[:9], 10)
-    found = [
-        float(assign(points, own)[1].mean()) for own in (theirs, kmeans_torch(points, points[:9], 10, empty="keep"))
-    ]
+    ours = kmeans_torch(points, points[:9], 10, empty="keep")
+    found = [float(assign(points, centroids)[1].mean()) for centroids in (theirs, ours)]
     assert found[0] == pytest.approx(found[1], rel=0.01)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from datasets.batch import Batch
-from datasets.masks import draw_masks
+from datasets.loaders import draw_masks
 from models import folding
 from models.encoder import JointEncoder
 from models.folding import FrozenSlices, fold_batch_norm, slices_digest
