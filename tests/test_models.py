@@ -273,23 +273,6 @@ def test_padded_slices_never_reach_batch_norm(encoder: JointEncoder) -> None:
         assert_close(other, seen[0], rtol=0, atol=0)
 
 
-@torch.no_grad()
-def test_holistic_embedding_has_unit_length_and_does_not_see_padding(encoder: JointEncoder) -> None:
-    encoder.eval()
-    found = []
-    for total, fill in ((5, 0.0), (12, 7.0)):
-        volumes, mask = padded_volumes(total, fill)
-        tokens = encoder.tokens(volumes, mask)[1]
-        tokens[~mask] = fill
-        found.append(encoder.holistic(tokens, mask))
-    assert_close(found[0].norm(dim=1), torch.ones(2))
-    assert_close(found[1], found[0], rtol=0, atol=1e-5)
-    volumes, mask = padded_volumes(5, 0.0)
-    context = encoder.transformer(encoder.tokens(volumes, mask)[1], mask)
-    mean = context[1, :3].mean(dim=0)
-    assert_close(found[0][1], mean / mean.norm(), rtol=1e-4, atol=1e-5)
-
-
 # ---- starts of the slice projection
 
 
