@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+import pandas as pd
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from plotly.offline import get_plotlyjs
 
@@ -146,11 +147,9 @@ def about_neighbours(level: Level, cfg: Config, thumbs: page.Thumbnails) -> list
 def compare_options(runs: list[RunFolder]) -> list[tuple[str, list[str], bool]]:
     """(option, its value in every run or -, whether the runs that have it differ), in the order of the scripts."""
     values = [config.to_dict(run.config) for run in runs]
-    rows = []
-    for name in dict.fromkeys(name for of_run in values for name in of_run):
-        texts = [json.dumps(of_run[name], ensure_ascii=False) if name in of_run else "-" for of_run in values]
-        rows.append((name, [text.strip('"') for text in texts], len(set(texts) - {"-"}) > 1))
-    return rows
+    texts = [{name: json.dumps(value, ensure_ascii=False).strip('"') for name, value in own.items()} for own in values]
+    table = pd.DataFrame(texts).fillna("-")
+    return [(name, values.tolist(), values[values != "-"].nunique() > 1) for name, values in table.items()]
 
 
 def command(given: list[str]) -> None:
