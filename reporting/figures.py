@@ -72,7 +72,7 @@ def curves(runs: Sequence[RunFolder]) -> list[tuple[str, list[Figure]]]:
             charts.setdefault(chart, []).append(rows)
     groups: dict[str, list[Figure]] = {heading: [] for heading in CHARTS}
     order = [name for known in CHARTS.values() for name in known]
-    for chart in sorted(charts, key=lambda chart: (chart[1], (order + [chart[2]]).index(chart[2]))):
+    for chart in sorted(charts, key=lambda chart: (chart[1], [*order, chart[2]].index(chart[2]))):
         groups[chart[0]].append(_curve(*chart, pd.concat(charts[chart])))
     return [(heading, figures) for heading, figures in groups.items() if figures]
 

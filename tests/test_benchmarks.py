@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from benchmarks import attention, data, kmeans, step, timing
-from benchmarks.training import Updates, split, training_of, write_volumes
 from utils import config as options
 from utils.distributed import Run
 
@@ -45,22 +44,6 @@ def test_other_commands_do_not_replace_a_result_and_the_same_one_does(tmp_path, 
     written = json.loads(file.read_text())
     assert {name: entry["results"]["value"] for name, entry in written.items()} == {"step --compile true": 2, "step": 3}
     assert written["step"]["environment"]["commit"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("script", "more"), [("ssl_swav2D", set()), ("ssl_swav3D", {"f_inter"})])
-def test_updates_train_and_their_parts_add_up(script, more, tmp_path):
-    write_volumes(tmp_path / "data", (40, 40, 8), 4)
-    crops = {"size_crops": [32], "nmb_crops": [2], "min_scale_crops": [0.3], "max_scale_crops": [1.0]}
-    of_stage = {"target_shape": (8, 32, 32)} if more else crops
-    common = {"arch": "resnet18", "batch_size": 2, "workers": 0, "nmb_prototypes": 3}
-    training = training_of(script, tmp_path / "data", RUN, **common, **of_stage)
-    weight = next(training.learner.parameters())
-    before = weight.clone()
-    parts = split(Updates(training), 3, RUN.device)  # an epoch ends meanwhile
-    assert not torch.equal(weight, before)
-    assert set(parts) == PARTS | more
-    assert sum(parts.values()) == pytest.approx(1)
 
 
 @pytest.mark.slow

@@ -168,14 +168,6 @@ def test_what_is_gone_is_said(made, tmp_path):
     assert "No run has finished an epoch yet" in html
 
 
-@pytest.mark.slow
-def test_other_data_than_those_of_the_run_are_shown_and_named(made, tmp_path):
-    few = write_data(tmp_path / "few", volumes=1, images=1)  # fewer than a batch, and than the run's memory bank
-    html = make(made, tmp_path / "p.html", "ssl_deepcluster3D", data_path=str(few))
-    assert "does not hold the data that the run was trained on" in html
-    assert html.count('class="card prototype"') > 0
-
-
 @pytest.mark.parametrize(
     ("text", "says"),
     [("epoch,loss\n0,low\n", "could not convert"), ("epoch,loss\n,1\n", "non-finite"), ("\0\1\2", "epoch")],
