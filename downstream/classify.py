@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
@@ -25,7 +26,7 @@ from datasets.augment import Ranges, VolumeViews
 from downstream import task
 from downstream.encoders import load_encoder, load_joint_encoder
 from downstream.features import Cases, Features, StackEncoder, fit_logistic_regression, frozen_features, vote
-from downstream.labels import data_set_labels, label_items, read_labels
+from downstream.labels import label_items, read_labels
 from downstream.metrics import (
     classification_intervals,
     classification_scores,
@@ -101,13 +102,13 @@ class Classification(Task):
         if cfg.level == "slice" and cfg.model == "joint":
             raise UserError("model: joint describes whole volumes; use --level volume, or --model intra for slices")
         if cfg.label_fractions and (cfg.labelled or max(cfg.label_fractions) > 1 or cfg.mode == "finetune"):
-            raise UserError(
-                f"label_fractions: {cfg.label_fractions} must be parts, at most 1, of --mode knn or linear, and stand "
-                "without --labelled, which takes a number of cases"
-            )
+            raise UserError("label_fractions: must be at most 1, of --mode knn or linear, and stand without --labelled")
         self.cases = cases = Cases(cfg.data_path, cfg.size, cfg.slices, cfg.cache_path, cfg.on_bad, cfg.level)
-        columns = cfg.case_column, cfg.label_column, cfg.patient_column
-        table = read_labels(cfg.labels, cases.names, *columns) if cfg.labels else data_set_labels(cases)
+        if cfg.labels:
+            table = read_labels(cfg.labels, cases.names, cfg.case_column, cfg.label_column, cfg.patient_column)
+        else:
+            table = pd.DataFrame({"label": [sample.dataset for sample in cases.samples]})
+            table = table.assign(place=table.index, patient=None, test_only=False)
         self.items, self.classes = label_items(cases, table, cfg.classes, cfg.positive, cfg.patient_pattern)
         self.labels, self.stack = self.items.label.to_numpy(), self.items["stack"].to_numpy()
         self.patients = dict(zip(self.items.case, self.items.patient, strict=True))

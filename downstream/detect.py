@@ -120,10 +120,7 @@ class Detection(Task):
     def examine(self) -> None:
         for part, images in self.parts.items():
             if not self.count(images):
-                raise UserError(
-                    f"{part}: none of its {len(images)} images has a box; use more images, another --split or seed, or "
-                    "--empty drop"
-                )
+                raise UserError(f"{part}: none of its {len(images)} images has a box; change --split, or --empty drop")
         self.files = prepare([image for images in self.parts.values() for image in images], self.cfg)
 
     def describe(self) -> str:
@@ -147,8 +144,9 @@ class Detection(Task):
                 *(torch.from_numpy(x[~image.crowd]) for x in (image.boxes, image.labels)),
             )
             boxes = boxes * self.scale(image)
-            if mirror[place]:
-                own, boxes = mirrored(own, boxes)
+            if mirror[place]:  # left to right
+                own, width = own.flip(-1), own.shape[-1]
+                boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1)
             pixels.append(own)
             targets.append({"boxes": boxes.to(self.device), "labels": labels.to(self.device)})
         return pixels, targets
@@ -286,12 +284,6 @@ def normalised(path: Path, size: int) -> np.ndarray:
     if not high > low:  # also where there are NaN
         raise ValueError("is constant or holds NaN; export it again or remove its annotations")
     return grey(pixels, low, high, content_size(*pixels.shape, size)).numpy()
-
-
-def mirrored(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Image [1, h, w] and its boxes, left to right."""
-    width = image.shape[-1]
-    return image.flip(-1), torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1)
 
 
 def score(found: list[dict[str, Tensor]], images: Sequence[Annotated], classes: Sequence[str]) -> dict[str, float]:

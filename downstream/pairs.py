@@ -161,10 +161,8 @@ def label_values(pair: Pair) -> tuple[float, ...]:
 def require_declared(pair: Pair, classes: Mapping[int, int]) -> None:
     """Raise UserError for a label value that `classes` does not have."""
     if unknown := sorted(set(label_values(pair)) - set(classes)):
-        raise UserError(
-            f"{pair.label}: holds label values {_some(unknown)} outside the declared {_some(sorted(classes))}; correct "
-            "the file, or declare them: --structures '{NAME: [VALUE, ...]}'"
-        )
+        values = f"{_some(unknown)} outside the declared {_some(sorted(classes))}"
+        raise UserError(f"{pair.label}: holds label values {values}; correct it, or declare them with --structures")
 
 
 @functools.cache
@@ -181,9 +179,7 @@ def intensity_limits(pair: Pair) -> tuple[tuple[float, float], ...]:
         if low == high:
             raise UserError(f"{path}: is constant (all voxels are {low:g}); remove this case")
         if window and (high <= window[0] or low >= window[1]):
-            raise UserError(
-                f"{path}: its intensities, {low:g} to {high:g}, lie outside the window {window}; correct it"
-            )
+            raise UserError(f"{path}: its intensities, {low:g} to {high:g}, lie outside the window {window}; change it")
         limits.append(window or robust_limits(array))
     return tuple(limits)
 
@@ -252,10 +248,8 @@ def _declared(root: Path, about: Mapping[str, Any]) -> Structures:
         pairs = [(value, key) if str(key).isdigit() else (key, value) for key, value in about["structures"].items()]
         lists = {str(name): [int(value) for value in np.atleast_1d(values)] for name, values in pairs}
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(
-            f"{root / 'dataset.yaml'}: nothing says what the label values mean; write there, or as --structures, "
-            "structures: {left atrium: [1]}"
-        ) from None
+        remedy = "write there, or as --structures, {left atrium: [1]}"
+        raise UserError(f"{root / 'dataset.yaml'}: structures: do not say what label values mean; {remedy}") from None
     return {name: values for name, values in lists.items() if values != [0]}
 
 

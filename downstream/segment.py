@@ -135,7 +135,20 @@ class Segmentation(task.Task):
         self.cases = {name: self.case(name) for name in [*self.labelled, *self.split.validation]}
 
     def case(self, name: str) -> Case:
-        return load_case(self.pairs[name], self.data.classes, self.cfg.size)
+        """Read, normalised, and fitted to size x size."""
+        pair, size = self.pairs[name], self.cfg.size
+        depth, height, width = pair.shape
+        h, w = content_size(height, width, size)
+        top, left = (size - h) // 2, (size - w) // 2
+        content = slice(top, top + h), slice(left, left + w)
+        images = torch.zeros(depth, pair.image.channels, size, size, dtype=torch.float16)
+        for channel, limits in enumerate(intensity_limits(pair)):
+            for place, pixels in enumerate(read_image(pair)[channel]):
+                images[place, channel, content[0], content[1]] = grey(pixels, *limits, (h, w))
+        classes = torch.zeros(depth, size, size, dtype=torch.uint8)
+        label = torch.from_numpy(read_label(pair, self.data.classes))[:, None]
+        classes[:, content[0], content[1]] = F.interpolate(label, (h, w), mode="nearest-exact")[:, 0]
+        return Case(pair, images, classes, content)
 
     def shown(self, cases: Sequence[str]) -> set[int]:
         """The structures' classes in some cases."""
@@ -229,22 +242,6 @@ def stretches(depths: tuple[int, ...], length: int, count: int, seed: int, epoch
         ]
         found += [one_pass[i] for i in random.permutation(len(one_pass))]
     return found
-
-
-def load_case(pair: Pair, classes: dict[int, int], size: int) -> Case:
-    """Read, normalise and fit to size x size. Raises UserError for unusable voxels."""
-    depth, height, width = pair.shape
-    h, w = content_size(height, width, size)
-    top, left = (size - h) // 2, (size - w) // 2
-    content = slice(top, top + h), slice(left, left + w)
-    images = torch.zeros(depth, pair.image.channels, size, size, dtype=torch.float16)
-    for channel, limits in enumerate(intensity_limits(pair)):
-        for place, pixels in enumerate(read_image(pair)[channel]):
-            images[place, channel, content[0], content[1]] = grey(pixels, *limits, (h, w))
-    canvas = torch.zeros(depth, size, size, dtype=torch.uint8)
-    labels = torch.from_numpy(read_label(pair, classes))[:, None]
-    canvas[:, content[0], content[1]] = F.interpolate(labels, (h, w), mode="nearest-exact")[:, 0]
-    return Case(pair, images, canvas, content)
 
 
 def augment(

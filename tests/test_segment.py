@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 
 import nibabel
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny import write_pairs
@@ -122,14 +122,9 @@ def test_a_patient_is_in_one_part_order_does_not_matter_and_every_part_gets_one(
     assert [len(part) for part in (few.train, few.validation, few.test)] == [1, 1, 1]
     with pytest.raises(UserError, match="2 patient"):
         make_split(list("abc"), list("xyy"), [0.98, 0.01, 0.01], seed=0)
-
-
-def test_smaller_choices_of_labelled_cases_are_within_larger_ones():
-    train = [f"c{i}" for i in range(30)]
-    chosen = [choose_labelled(train, count, seed=1) for count in (5, 10, 0)]
-    assert chosen[0] == chosen[1][:5] == chosen[2][:5]
-    assert sorted(chosen[2]) == sorted(train)
-    assert choose_labelled(train[::-1], 5, 0) == choose_labelled(train, 5, 0) != choose_labelled(train, 5, 1)
+    chosen = [choose_labelled(cases[::step], count, seed=1) for count, step in ((5, 1), (10, -1), (0, 1))]
+    assert chosen[0] == chosen[1][:5] == chosen[2][:5]  # smaller choices are within larger ones
+    assert sorted(chosen[2]) == sorted(cases)
 
 
 def named(split: Split, cases: list[str], patients: Sequence[str] = ()) -> Split:
@@ -320,9 +315,8 @@ def test_a_run_learns_and_writes_what_it_returns(balls, tmp_path):
     result = run(tiny(balls, tmp_path / "a", labelled=4, epochs=6, base_lr=0.003, overlays=1))
     assert result["history"][-1]["loss"] < 0.7 * result["history"][0]["loss"]
     assert result["metrics"]["mean"]["dice"] > 0.5
-    with open(tmp_path / "a/cases.csv", newline="") as file:
-        rows = [float(row["dice"]) for row in csv.DictReader(file) if row["structure"] == "bright"]
-    assert np.mean(rows) == pytest.approx(result["metrics"]["bright"]["dice"], rel=1e-5)
+    rows = pd.read_csv(tmp_path / "a/cases.csv")
+    assert rows[rows.structure == "bright"].dice.mean() == pytest.approx(result["metrics"]["bright"]["dice"], rel=1e-5)
     assert len(list((tmp_path / "a").glob("*.png"))) == 1
 
 
@@ -353,7 +347,7 @@ LABEL = np.zeros((24, 20, 9), np.float32)
         ("labels/c4.npy", LABEL + 7, "c4.npy: holds label values 7.0 outside the declared 0, 1, 2"),
         ("c0.npy", np.where(np.arange(9) == 3, np.nan, LABEL), "c0.npy: holds NaN or Inf"),
         ("c0.npy", LABEL, "c0.npy: is constant"),
-        ("dataset.yaml", None, "nothing says what the label values mean"),
+        ("dataset.yaml", None, "structures: do not say what label values mean"),
         ("cases.csv", "id,label,patient\nc0,labels/c0.npy,p0\n", "does not name the patient of c1, c2"),
         ("cases.csv", "id,label,spacing_mm\nc0,labels/c0.npy,1 x 2\n", "'1 x 2' is not three numbers"),
     ],
