@@ -59,10 +59,11 @@ class Annotated:
     def fill(self, classes: Sequence[str], merge_iou: float) -> None:
         """Set boxes, labels and crowd; boxes of several readers are fused class by class."""
         boxes, labels, crowd = [np.zeros((0, 4))], [], []
+        several = len({mark.reader for mark in self.marks if mark.name in classes}) > 1
         for label, name in enumerate(classes, start=1):
             own = [mark for mark in self.marks if mark.name == name]
             found, flags = np.array([mark.box for mark in own]).reshape(-1, 4), [mark.crowd for mark in own]
-            if len({mark.reader for mark in self.marks if mark.name in classes}) > 1:
+            if several:
                 found = fuse(found, [mark.reader for mark in own], merge_iou)
                 flags = [False] * len(found)
             boxes.append(found)

@@ -29,7 +29,15 @@ from datasets.render import content_size, robust_limits
 from datasets.transforms import gamma, jitter, resample
 from downstream import metrics, task
 from downstream.encoders import choose_arch, grey, has_transformer, load_encoder, load_joint_encoder
-from downstream.pairs import Pair, find_pairs, intensity_limits, label_values, read_image, read_label, require_declared
+from downstream.pairs import (
+    LabelledVolumes,
+    Pair,
+    intensity_limits,
+    label_values,
+    read_image,
+    read_label,
+    require_declared,
+)
 from models.encoder import JointEncoder
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, multi_scale
 from utils import config
@@ -103,7 +111,7 @@ class Segmentation(task.Task):
 
     def __init__(self, cfg: Config, device: torch.device) -> None:
         super().__init__(cfg, device)
-        self.data = find_pairs(cfg.data_path, cfg.structures, cfg.slice_axis, cfg.window, cfg.patients)
+        self.data = LabelledVolumes(cfg.data_path, cfg.structures, cfg.slice_axis, cfg.window, cfg.patients)
         self.pairs = {pair.case: pair for pair in self.data.pairs}
         self.patients = {case: pair.patient for case, pair in self.pairs.items()}
         self.fingerprint = task.fingerprint(path for pair in self.data.pairs for path in (pair.image.path, pair.label))

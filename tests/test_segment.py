@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import prepare_data
 from downstream import segment
 from downstream.encoders import has_transformer, load_encoder, load_joint_encoder
-from downstream.pairs import find_pairs, number_classes, read_image, read_label
+from downstream.pairs import LabelledVolumes, number_classes, read_image, read_label
 from downstream.segment import Config, Segmentation, SliceUNet, augment, predict, run
 from downstream.splits import Split, check_split, choose_labelled, draw_split, make_split, write_split
 from models.encoder import JointEncoder
@@ -74,10 +74,10 @@ def test_what_prepare_data_writes_is_read_in_slice_order(tmp_path):
         nifti = nibabel.Nifti1Image(label + 10 * number, np.diag([1.5, 1.0, 2.0, 1.0]))
         nibabel.save(nifti, folder / f"Brats18_1_{kind}.nii.gz")
     with pytest.raises(UserError, match=r"NIfTI files; .* prepare_data.py --source \S+source --dest Training_Data"):
-        find_pairs(tmp_path / "source")
+        LabelledVolumes(tmp_path / "source")
     made = {"source": str(tmp_path / "source"), "dest": str(tmp_path / "data"), "preset": "brats2018", "workers": 1}
     prepare_data.main(prepare_data.Config(**made))
-    data = find_pairs(tmp_path / "data")
+    data = LabelledVolumes(tmp_path / "data")
     [pair] = data.pairs
     assert data.structures == {"whole tumour": [1, 2, 4], "tumour core": [1, 4], "enhancing tumour": [4]}
     assert (pair.shape, pair.image.channels, pair.spacing_mm) == ((9, 10, 12), 4, (2.0, 1.0, 1.5))
@@ -99,12 +99,12 @@ def test_arrays_of_several_channels_and_any_slice_axis(tmp_path):
     )
     rows = [{"id": "b", "label": "labels/b.npy", "spacing_mm": "5 x 2 x 3"}, {"id": "d", "label": "", "spacing_mm": ""}]
     write_csv(rows, tmp_path / "cases.csv")
-    data = find_pairs(tmp_path)
+    data = LabelledVolumes(tmp_path)
     assert [pair.spacing_mm for pair in data.pairs] == [(1, 2, 3), (5, 2, 3), (1, 2, 3)]
     assert data.structures == {"all": [1]}
     assert "1 volumes without labels, which are left out" in data.notes
     np.testing.assert_array_equal(read_image(data.pairs[0]), image.transpose(3, 0, 1, 2))
-    assert find_pairs(tmp_path, {"one": [1]}, slice_axis=1).pairs[0].shape == (10, 9, 11)
+    assert LabelledVolumes(tmp_path, {"one": [1]}, slice_axis=1).pairs[0].shape == (10, 9, 11)
 
 
 # Splits
