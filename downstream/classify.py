@@ -30,7 +30,6 @@ from downstream.labels import label_items, read_labels
 from downstream.metrics import (
     classification_intervals,
     classification_scores,
-    format_scores,
     undefined,
     validation_score,
 )
@@ -158,11 +157,8 @@ class Classification(Task):
     def describe(self) -> str:
         counts = self.items.drop_duplicates("case").label.value_counts()
         listed = ", ".join(f"{name} {counts.get(k, 0)}" for k, name in enumerate(self.classes))
-        return (
-            f"{counts.sum()} cases of {self.items.patient.nunique()} patients: {listed}\n"
-            f"train {len(self.labelled)} (labelled), validation {len(self.split.validation)}, "
-            f"test {len(self.split.test)} cases"
-        )
+        shares = [f"{share}: {n} labelled" for share, n in self.sizes.items() if share]
+        return "\n".join([f"{counts.sum()} cases of {self.items.patient.nunique()} patients: {listed}", *shares])
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """The new layer learns ten times as fast."""
@@ -224,11 +220,8 @@ class Classification(Task):
             for table, part in ((values, scores), (intervals, spread), (reasons, why)):
                 table |= {name + suffix: value for name, value in part.items()}
         about = {"intervals": intervals, "reasons": reasons, "patients": len(set(people)), "chosen": chosen}
-        table = format_scores(values, intervals, reasons)
-        if self.cfg.label_fractions:
-            about["label_counts"] = self.sizes
-            table = "\n".join([*(f"{suffix}: {size} labelled" for suffix, size in self.sizes.items()), table])
-        return Outcome(values, self.rows(test, found), table, about)
+        about |= {"label_counts": self.sizes} if self.cfg.label_fractions else {}
+        return Outcome(values, self.rows(test, found), about)
 
     def by_features(
         self, encoder: GreyResNet | JointEncoder, test: np.ndarray

@@ -124,9 +124,8 @@ class Detection(Task):
         self.files = prepare([image for images in self.parts.values() for image in images], self.cfg)
 
     def describe(self) -> str:
-        table = pd.DataFrame({part: self.count(images) for part, images in self.parts.items()}, self.classes).fillna(0)
-        table.loc["images"] = {part: len(images) for part, images in self.parts.items()}
-        return table.astype(int).to_string()
+        boxes = pd.DataFrame({part: self.count(images) for part, images in self.parts.items()}, self.classes)
+        return f"boxes:\n{boxes.fillna(0).astype(int).to_string()}"
 
     def batch(self, epoch: int, step: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         """Images [1, h, w] and their boxes [n, 4] and labels [n], without crowds, at working resolution."""
@@ -162,7 +161,6 @@ class Detection(Task):
     def test(self, model: nn.Module, folder: Path) -> Outcome:
         images = self.parts["test"]
         found = self.predict(model, images)
-        scores, counts = score(found, images, self.classes), self.count(images)
         rows, boxes = [], []
         for image, own in zip(images, found, strict=True):
             counted = {"boxes": self.count([image]).total(), "found": len(own["boxes"])}
@@ -171,12 +169,7 @@ class Detection(Task):
                 line = (image.name, self.classes[label - 1], f"{value:.4f}", *(f"{x:.1f}" for x in box))
                 boxes.append(dict(zip(PREDICTIONS, line, strict=True)))
         write_csv(boxes, folder / "predictions.csv", PREDICTIONS)
-        table = pd.DataFrame(
-            {"boxes": count, "AP50": scores[f"ap50{suffix}"], "mAP": scores[f"map{suffix}"]}
-            for count, suffix in [*((counts[name], f"_{name}") for name in self.classes), (counts.total(), "")]
-        ).set_axis([*self.classes, "all"])
-        shown = table.to_string(float_format="{:.3f}".format)
-        return Outcome(scores, rows, shown, {"images": len(images), "classes": self.classes})
+        return Outcome(score(found, images, self.classes), rows, {"images": len(images), "classes": self.classes})
 
     def predict(self, model: nn.Module, images: list[Annotated]) -> list[dict[str, Tensor]]:
         """Of each image boxes [n, 4] in pixels of its file, best first, scores [n] and labels [n], on the CPU."""

@@ -163,12 +163,10 @@ class Segmentation(task.Task):
         return {self.data.classes[value] for case in cases for value in label_values(self.pairs[case])} - {0}
 
     def describe(self) -> str:
-        data, split, there = self.data, self.split, self.shown(self.labelled)
+        data, there = self.data, self.shown(self.labelled)
         absent = [name for name, members in data.members.items() if not there & set(members)]
         lines = [
             f"{data.name}: {len(data.pairs)} volumes; {', '.join(data.structures)}",
-            f"{len(self.labelled)} labelled for training, {len(split.validation)} for validation, "
-            f"{len(split.test)} for the test",
             *data.notes,
             *(f"warning: no labelled volume shows {name}; it cannot be learnt" for name in absent),
         ]
@@ -228,8 +226,7 @@ class Segmentation(task.Task):
                 rows.append({"case": name, "patient": case.pair.patient, "structure": structure, **numbers})
             if len(scores) <= self.cfg.overlays:
                 draw(case, prediction.numpy(), reference.numpy(), folder / f"{name}.png")
-        summary = metrics.summarise(scores)
-        return task.Outcome(summary, rows, metrics.format_overlaps(summary))
+        return task.Outcome(metrics.summarise(scores), rows)
 
 
 run, check = functools.partial(task.run, Segmentation), functools.partial(task.check, Segmentation)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from downstream.encoders import content_of, describe_weights
+from downstream.metrics import format_metrics
 from downstream.splits import Split, choose_labelled, draw_split, write_split
 from training.resume import explained
 from utils import checkpoint, config, distributed, signals
@@ -73,7 +74,6 @@ class Outcome:
 
     metrics: dict[str, Any]  # name -> number, or group -> name -> number
     rows: list[dict[str, Any]]  # of cases.csv
-    table: str  # printed
     about: dict[str, Any] = field(default_factory=dict)  # what else results.json says
 
 
@@ -111,7 +111,7 @@ class Task(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """What is trained and tested on, in a few lines, with warnings; printed when a run starts."""
+        """What the data show, in a few lines, with warnings; printed when a run starts."""
 
     def load(self) -> None:  # noqa: B027 - nor has every task anything to do here
         """Read into memory what training keeps there."""
@@ -217,7 +217,9 @@ class Run:
         cfg, task, folder = self.cfg, self.task, self.folder
         self.model = task.build()
         task.examine()
-        print(task.describe(), flush=True)
+        print(task.describe())
+        labelled, validation, test = (len(cases) for cases in (task.labelled, task.split.validation, task.split.test))
+        print(f"train {labelled} (labelled), validation {validation}, test {test} cases", flush=True)
         config.save_yaml(config.to_dict(cfg), folder / "config.yaml")
         write_split(task.split, folder / "split.json")
         task.load()
@@ -228,7 +230,7 @@ class Run:
             outcome = task.test(self.model, folder)
         result = {
             "metrics": outcome.metrics,
-            "cases": len(task.split.test),
+            "cases": test,
             "weights": describe_weights(cfg.weights),
             "labelled": task.labelled,
             **trained,
@@ -244,10 +246,8 @@ class Run:
         for name in (checkpoint.LATEST, checkpoint.PREVIOUS):
             (folder / name).unlink(missing_ok=True)
         best = f"; epoch {result['best_epoch']} of {task.epochs} was the best on validation" if task.epochs > 1 else ""
-        print(
-            f"{outcome.table}\n{result['cases']} test cases{best}\nwrote {folder}/results.json and cases.csv",
-            flush=True,
-        )
+        print(format_metrics(outcome.metrics, outcome.about))
+        print(f"{test} test cases{best}\nwrote {folder}/results.json and cases.csv", flush=True)
         return result
 
     def train(self) -> dict[str, Any]:

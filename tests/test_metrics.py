@@ -19,7 +19,7 @@ from downstream.metrics import (
     bootstrap,
     classification_scores,
     dice,
-    format_overlaps,
+    format_metrics,
     hd95_mm,
     iou,
     score,
@@ -99,7 +99,7 @@ def test_means_are_over_cases_then_structures_and_leave_out_absent_ones():
     }  # fmt: skip
     assert (summary["b"]["dice"], summary["b"]["present"], summary["b"]["absent"]) == (0.9, 1, 2)
     assert summary["mean"]["dice"] == pytest.approx(0.65)  # of 0.4 and 0.9, though b was there once
-    assert "0.400" in format_overlaps(summary).splitlines()[1]
+    assert "0.4" in format_metrics(summary, {}).splitlines()[1]
 
 
 def test_structures_that_overlap_are_scored_as_unions_of_classes():
