@@ -154,7 +154,7 @@ class Task(ABC):
 
 def check(kind: type[Task], cfg: Any) -> None:
     """Raise UserError for whatever would stop `run`: options, weights, split, labels, data. Nothing is trained."""
-    opened = Run(kind, cfg)
+    opened = Course(kind, cfg)
     if not opened.finished:
         with redirect_stdout(io.StringIO()):  # what was loaded is said when it is used
             opened.task.build()
@@ -169,10 +169,10 @@ def run(kind: type[Task], cfg: Any) -> dict[str, Any]:
     signal, once everything that was done is saved.
     """
     with signals.handled():
-        opened = Run(kind, cfg)
+        opened = Course(kind, cfg)
         if opened.finished:
             print(f"{cfg.dump_path} holds this run, finished; for another one choose another --dump_path", flush=True)
-        return opened.finished or opened.result()
+        return opened.finished or opened.finish()
 
 
 @dataclass
@@ -188,8 +188,8 @@ class Progress:
     seconds: float = 0.0  # of the parts of the run before this one
 
 
-class Run:
-    """One run of a task: opened and checked, trained as far as a checkpoint says, tested."""
+class Course:
+    """The course of one run: opened and checked, trained from where a checkpoint is, tested."""
 
     def __init__(self, kind: type[Task], cfg: Any) -> None:
         """Check options, data, split and weights file, and that `dump_path` holds no run with others."""
@@ -212,7 +212,7 @@ class Run:
         self.at, self.saved_at = Progress(), self.began
         self.kept: dict[str, Tensor] = {}  # weights of the best epoch
 
-    def result(self) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         """Train and test, and write what comes out."""
         cfg, task, folder = self.cfg, self.task, self.folder
         self.model = task.build()
