@@ -27,12 +27,7 @@ from downstream import task
 from downstream.encoders import load_encoder, load_joint_encoder
 from downstream.features import Cases, Features, StackEncoder, fit_logistic_regression, frozen_features, vote
 from downstream.labels import label_items, read_labels
-from downstream.metrics import (
-    classification_intervals,
-    classification_scores,
-    undefined,
-    validation_score,
-)
+from downstream.metrics import classification_intervals, classification_scores, undefined, validation_score
 from downstream.splits import choose_by_turns
 from downstream.task import Outcome, Task, fingerprint
 from models.encoder import JointEncoder
@@ -250,17 +245,15 @@ class Classification(Task):
 
     def rows(self, test: np.ndarray, found: dict[str, np.ndarray]) -> list[dict[str, Any]]:
         """Of cases.csv: a line per test item."""
-        rows = []
-        for place, item in enumerate(self.items.iloc[test].itertuples()):
-            row = {"case": item.case, "patient": item.patient}
-            if self.cfg.level == "slice":
-                row["slice"] = int(self.cases.stacks[item.stack][0, 1])
-            row["label"] = self.classes[item.label]
-            for suffix, probability in found.items():
-                values = zip(self.classes, probability[place].tolist(), strict=True)
-                row |= {f"p({name}){suffix}": f"{p:.6f}" for name, p in values}
-            rows.append(row)
-        return rows
+        items = self.items.iloc[test]
+        table = items[["case", "patient"]].copy()
+        if self.cfg.level == "slice":
+            table["slice"] = [int(self.cases.stacks[i][0, 1]) for i in items["stack"]]
+        table["label"] = [self.classes[k] for k in items.label]
+        for suffix, probability in found.items():
+            for name, column in zip(self.classes, probability.T, strict=True):
+                table[f"p({name}){suffix}"] = [f"{p:.6f}" for p in column]
+        return table.to_dict("records")
 
 
 run, check = functools.partial(task.run, Classification), functools.partial(task.check, Classification)

@@ -138,11 +138,8 @@ class Detection(Task):
         pixels, targets = [], []
         for place in range(step * per_step, (step + 1) * per_step):
             image = images[order[place]]
-            own, boxes, labels = (
-                self.read(image),
-                *(torch.from_numpy(x[~image.crowd]) for x in (image.boxes, image.labels)),
-            )
-            boxes = boxes * self.scale(image)
+            boxes, labels = (torch.from_numpy(array[~image.crowd]) for array in (image.boxes, image.labels))
+            own, boxes = self.read(image), boxes * self.scale(image)
             if mirror[place]:  # left to right
                 own, width = own.flip(-1), own.shape[-1]
                 boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1)
