@@ -120,7 +120,7 @@ def run(cfg: Config) -> dict[str, Any]:
     if not _splits_vary(cfg):
         text += "\nall seeds share their test cases: the intervals do not cover which cases these are"
     write_text(text + "\n", out / "summary.txt")
-    plot(table, metric, out / "comparison.png")
+    plot({"": (table, metric)}, out / "comparison.png")
     print(f"\n{text}\n\nwrote {out}/results.csv, summary.csv, summary.txt, comparison.png")
     return {"summary": summary, "cells": table}
 
@@ -236,25 +236,30 @@ def as_text(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
     return wide.loc[shown.name.unique(), shown["count"].unique()].rename_axis(index=None, columns=None)
 
 
-def plot(table: pd.DataFrame, metric: str, path: Path) -> None:
-    """Mean and standard deviation over the number of labelled cases, every seed as a small dot."""
+def plot(tables: Mapping[str, tuple[pd.DataFrame, str]], path: Path) -> None:
+    """A panel per title -> (table, metric): mean, deviation and every seed over the number of labelled cases."""
     from matplotlib.figure import Figure
 
-    rows = table[table.metric == metric]
+    wide = min(2, len(tables))
+    tall = -(-len(tables) // wide)
+    figure = Figure(figsize=(6 * wide, 4 * tall), layout="constrained")
+    for place, (title, (table, metric)) in enumerate(tables.items(), start=1):
+        axes = figure.add_subplot(tall, wide, place, title=title, xlabel="labelled training cases", ylabel=metric)
+        _draw(axes, table[table.metric == metric])
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+
+
+def _draw(axes: Any, rows: pd.DataFrame) -> None:
     counts = sorted(rows.labelled.unique(), key=lambda count: count or math.inf)
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
     for k, (name, own) in enumerate(rows.groupby("initialisation", sort=False)):
         place = own.labelled.map(counts.index) + 0.12 * (k - (rows.initialisation.nunique() - 1) / 2)
         spread = own.value.groupby(place).agg(["mean", "std"]).fillna({"std": 0})
         bars = axes.errorbar(spread.index, spread["mean"], spread["std"], marker="o", capsize=3, label=name)
         axes.scatter(place, own.value, s=8, alpha=0.5, color=bars[0].get_color())
     axes.set_xticks(range(len(counts)), [str(count or "all") for count in counts])
-    axes.set(xlabel="labelled training cases", ylabel=metric)
     axes.grid(alpha=0.3)
     axes.legend()
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet
 from training.weights import load_joint, load_resnet
-from utils.architectures import ARCHITECTURES
 from utils.errors import UserError
+from utils.options import ARCHITECTURES
 
 NAMED = ("random", "imagenet")
 REMEDY = (

@@ -31,9 +31,9 @@ import torch
 from downstream.encoders import content_of
 from training.scripts import load
 from utils import config
+from utils.config import commit
 from utils.errors import UserError
 from utils.files import write_json, write_text
-from utils.versions import commit
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = {"script", "options", "start", "seeds"}  # of a recipe

@@ -29,14 +29,13 @@ from downstream.metrics import format_metrics
 from downstream.splits import Split, choose_labelled, draw_split, write_split
 from training.resume import explained
 from utils import checkpoint, config, distributed, signals
-from utils.architectures import ARCHITECTURES
+from utils.config import commit
 from utils.errors import UserError
 from utils.files import write_csv, write_json
 from utils.optim import WarmupCosine, parameter_groups
-from utils.options import FREE, Group, data, model, optimisation, running
+from utils.options import ARCHITECTURES, FREE, Group, data, model, optimisation, running
 from utils.precision import Precision
 from utils.seeding import DROPOUT, stream
-from utils.versions import commit
 
 RESULTS = "results.json"  # of a run that is finished
 SAVE_SECONDS = 60.0  # between checkpoints at the end of epochs: one takes seconds, for gigabytes of weights

@@ -287,7 +287,7 @@ def test_features_do_not_depend_on_what_else_is_encoded_and_are_the_encoders(tre
 
 
 def test_stored_values_are_those_of_training_from_a_tree_and_from_a_single_folder(tree, tmp_path):
-    _, store = prepare(tree, 32, tmp_path, progress=False)
+    store = prepare(tree, 32, tmp_path, progress=False)
     cases = Cases(tree, 32, slices=0, cache_path=tmp_path)
     np.testing.assert_array_equal(cases.read(2), store.read(2, 0, 5))
     assert cases.extents([2]).tolist() == [[26, 32]]  # 24 x 30

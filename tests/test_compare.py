@@ -88,7 +88,7 @@ def test_the_summary_leaves_nan_out_counts_it_and_is_shown(tmp_path):
     text = format_tables(summary, "auc", "random")
     for part in ("0.600 ± 0.100", "0.750 ± 0.071 (2 of 3)", "+0.150 [", "5 labelled"):
         assert part in text
-    plot(cells, "auc", tmp_path / "plot.png")
+    plot({"all": (cells, "auc")}, tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as image:
         assert len(image.convert("RGB").getcolors(2**24)) > 20
 
