@@ -215,7 +215,6 @@ def intensities(path: Path) -> np.ndarray | list[np.ndarray]:
 def _decoded(path: Path, data: Any) -> np.ndarray:
     """Stored values, [H, W] or [frames, H, W]."""
     import pydicom
-    import SimpleITK
 
     if "TransferSyntaxUID" not in data.file_meta:
         data.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian  # the standard's default
@@ -224,6 +223,8 @@ def _decoded(path: Path, data: Any) -> np.ndarray:
     except (NotImplementedError, RuntimeError, AttributeError):
         if not data.file_meta.TransferSyntaxUID.is_compressed:
             raise
+    import SimpleITK
+
     # GDCM rescales some kinds of images and not others, so it is given none of the numbers to do it with.
     copy = pydicom.dcmread(path, force=True)
     for name in ("RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence", SHARED, PER_FRAME):
