@@ -153,12 +153,12 @@ def _frames(path: Path, header: Any) -> list[Frame]:
     frames = []
     for i in range(count):
         thickness = [_value(header, i, MEASURES, name) for name in ("SpacingBetweenSlices", "SliceThickness")]
-        names = ("TemporalPositionIdentifier", "EchoNumbers", "AcquisitionNumber", "InstanceNumber")
+        names = ("TemporalPositionIdentifier", "EchoTime", "AcquisitionNumber", "InstanceNumber")
         frames.append(
             Frame(
                 path=path,
                 index=i,
-                number=(*(_number(header.get(name)) for name in names), float(i)),
+                number=(*(float(header.get(name) or 0) for name in names), float(i)),
                 position=needed(i, "PlanePositionSequence", "ImagePositionPatient"),
                 orientation=needed(i, "PlaneOrientationSequence", "ImageOrientationPatient").reshape(2, 3),
                 pixel_spacing=tuple(needed(i, MEASURES, "PixelSpacing").tolist()),
@@ -178,13 +178,6 @@ def _value(header: Any, frame: int, sequence: str, name: str) -> Any:
         if found:
             return found[0].get(name)
     return None
-
-
-def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return 0.0
 
 
 def intensities(path: Path) -> np.ndarray | list[np.ndarray]:
