@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from datasets.cache import shown_size
-from datasets.check import check, measure
+from datasets.check import Content, check
 from datasets.index import Sample, groups
 from datasets.store import unused_files
 from utils import config as options
@@ -50,20 +51,19 @@ def main(cfg: Config) -> None:
         raise UserError(f"report: {Path(cfg.report).parent} is not a folder; create it or name another file")
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no text
     samples, findings, contents = check(cfg.data_path, cfg.full, cfg.target_shape, cfg.workers, sys.stderr.isatty())
-    data_sets = [
-        {
-            "data_set": dataset,
-            "kind": kind,
-            "files": len(members),
-            "dtypes": dict(Counter(sample.dtype for sample in members).most_common()),
-            "measured": measure(members, contents),
-        }
-        for (dataset, kind), members in groups(samples).items()
-    ]
+    data_sets = []
+    for (dataset, kind), members in groups(samples).items():
+        measured, dtypes = measure(members, contents), dict(Counter(s.dtype for s in members).most_common())
+        data_set = {"data_set": dataset, "kind": kind, "files": len(members), "dtypes": dtypes, "measured": measured}
+        data_sets.append(data_set)
+        types = ", ".join(dtype if len(dtypes) == 1 else f"{count} {dtype}" for dtype, count in dtypes.items())
+        size, modality = sum(s.size_bytes for s in members), members[0].modality
+        print(f"{dataset}: {_count(members, kind)}, {shown_size(size)}, {types}{f', {modality}' if modality else ''}")
+        print(f"  {'':<22}{'min':>12}{'median':>12}{'max':>12}")
+        for name, values in measured.items():
+            print(f"  {name:<22}" + "".join(f"{value:>12.4g}" for value in values.values()))
+        print()
     errors, warnings = ([f for f in findings if f.level == level] for level in ("error", "warning"))
-
-    for members, data_set in zip(groups(samples).values(), data_sets, strict=True):
-        print(f"{title(members, data_set['dtypes'])}\n{layout(data_set['measured'])}\n")
     for name, listed in (("errors: training stops at these", errors), ("warnings", warnings)):
         if listed:
             more = [f"... and {len(listed) - SHOWN} more; --report FILE.json lists all"] if len(listed) > SHOWN else []
@@ -79,6 +79,17 @@ def main(cfg: Config) -> None:
         raise SystemExit(1)
 
 
+def measure(members: Sequence[Sample], contents: dict[Sample, Content]) -> dict[str, dict[str, float]]:
+    """{measure: {"min", "median", "max"}} of a data set's volumes or images; intensities of those in contents."""
+    read = [contents[sample] for sample in members if sample in contents]
+    values = {name: [getattr(sample, name) for sample in members] for name in ("slices", "height", "width")}
+    values["file size, MB"] = [sample.size_bytes / 1e6 for sample in members]
+    for i, name in enumerate(("0.5 % of voxels below", "50 %", "99.5 %")):
+        values[name] = [content.percentiles[i] for content in read]
+    values["blank slices"] = [content.blank for content in read]
+    return {name: {"min": min(v), "median": float(np.median(v)), "max": max(v)} for name, v in values.items() if v}
+
+
 def tidy_cache(unused: Sequence[Path], delete: bool) -> None:
     """Say, or delete, what lies in the cache and no training on these data would read."""
     if not unused:
@@ -88,22 +99,7 @@ def tidy_cache(unused: Sequence[Path], delete: bool) -> None:
         for file in unused:
             file.unlink(missing_ok=True)
     done = "deleted" if delete else "of files that have changed or are gone; --clean_cache true deletes them"
-    print(f"cache: {len(unused)} working cop{'y' if len(unused) == 1 else 'ies'} ({size}) {done}")
-
-
-def title(members: Sequence[Sample], dtypes: dict[str, int]) -> str:
-    """Name, number of files, bytes and dtypes of a data set's volumes or images."""
-    first = members[0]
-    types = ", ".join(dtype if len(dtypes) == 1 else f"{count} {dtype}" for dtype, count in dtypes.items())
-    size = sum(sample.size_bytes for sample in members) / 1e6
-    modality = f", {first.modality}" if first.modality else ""
-    return f"{first.dataset}: {len(members)} {first.kind}{'s' * (len(members) > 1)}, {size:.1f} MB, {types}{modality}"
-
-
-def layout(measured: dict[str, dict[str, float]]) -> str:
-    """A line for each measure, with its minimum, median and maximum."""
-    cells = [("", "min", "median", "max")] + [(k, *(f"{x:.4g}" for x in v.values())) for k, v in measured.items()]
-    return "\n".join(f"  {name:<22}{low:>12}{middle:>12}{high:>12}" for name, low, middle, high in cells)
+    print(f"cache: {_count(unused, 'cached file')} ({size}) {done}")
 
 
 def _count(items: Sequence, name: str) -> str:

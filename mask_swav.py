@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from datasets.batch import Counts
 from datasets.embeddings import EmbeddingLoader
-from datasets.loaders import VolumeLoader, open_volumes
+from datasets.loaders import VolumeLoader
 from models.encoder import JointEncoder
 from objectives import MaskedSlices
 from training import train, weights
-from training.projection import fit_projection
 from utils import config, distributed, options
-from utils.precision import Precision
 
 
 @options.constants
@@ -46,7 +44,7 @@ class Config(options.Masked, options.Training):
 
 
 def data(cfg: Config, run: distributed.Run) -> VolumeLoader:
-    return open_volumes(cfg, run, mask_ratio=cfg.mask_ratio)
+    return VolumeLoader(cfg, run, mask_ratio=cfg.mask_ratio)
 
 
 def model(cfg: Config, counts: Counts) -> MaskedSlices:
@@ -59,11 +57,10 @@ def main(cfg: Config) -> None:
     learner = model(cfg, loader.counts)
     weights.load_backbone(learner.resnet, cfg)
     if cfg.projection_init == "pca":
-        fit_projection(learner.encoder, loader.dataset, cfg.target_shape[1:], run)
+        weights.fit_projection(learner.encoder, loader.dataset, cfg.target_shape[1:], run)
     if cfg.cached_views:
-        precision = Precision(cfg.precision, run.device)
-        loader = EmbeddingLoader(loader, learner, cfg.cached_views, cfg.d_model, cfg.workers, precision)
-    train.run(learner, loader, cfg, run, weights.save_masked)
+        loader = EmbeddingLoader(loader, learner, cfg)
+    train.fit(learner, loader, cfg, run, weights.save_masked)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from conversion.montage import montage
 from conversion.table import Case, assign_ids, describe, in_order, read_table, write_table
 from conversion.volume import BadFile, Options
 from conversion.workers import outcomes
-from datasets.index import LABEL_FOLDERS, MONTAGE, inspect_tree
+from datasets.index import LABEL_FOLDERS, MONTAGE, scan
 from datasets.index import describe as describe_samples
 from utils import config
 from utils.errors import UserError
@@ -89,7 +89,7 @@ def main(cfg: Config) -> None:
             asked = "keep" if cfg.window == "keep" else window
             content = describe(in_order(table), dest, cfg.spacing_mm, asked, found.description.about, structures)
             montage(in_order(table), dest, content.get("window"))
-            samples, *_ = inspect_tree(dest.parent, dest.name)
+            samples, _ = scan(dest.parent, dest.name)
             print(
                 f"{describe_samples(samples)}\n{dest}: {len(todo) - len(problems)} cases converted, "
                 f"{len(sources) - len(todo)} there already, problems: {len(found.problems) + len(problems)}; look at "

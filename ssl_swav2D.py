@@ -9,7 +9,7 @@ Result: weights/resnet_swav2D.pth, a flat torchvision ResNet state dict. Method:
 from __future__ import annotations
 
 from datasets.batch import Counts
-from datasets.loaders import ImageLoader, open_images
+from datasets.loaders import ImageLoader
 from models.heads import ProjectionHead
 from models.resnet import GreyResNet
 from objectives import ImageClustering, SwAV
@@ -18,7 +18,7 @@ from utils import config, distributed, options
 
 
 @options.constants
-class Config(options.Images, options.SwAV, options.TrainedResNet, options.Training):
+class Config(options.Images, options.SwAV, options.Clustering, options.Training):
     resnet_pretrained = "none"
     checkpoint_name = "resnet_swav2D.pth"
     dump_path = "runs/swav2D"
@@ -44,7 +44,7 @@ class Config(options.Images, options.SwAV, options.TrainedResNet, options.Traini
 
 
 def data(cfg: Config, run: distributed.Run) -> ImageLoader:
-    return open_images(cfg, run)
+    return ImageLoader(cfg, run)
 
 
 def model(cfg: Config, counts: Counts) -> ImageClustering:
@@ -58,7 +58,7 @@ def main(cfg: Config) -> None:
     loader = data(cfg, run)
     learner = model(cfg, loader.counts)
     weights.load_backbone(learner.resnet, cfg)
-    train.run(learner, loader, cfg, run, weights.save_resnet)
+    train.fit(learner, loader, cfg, run, weights.save_resnet)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,8 @@ from conversion.layouts import Source
 from conversion.readers import read
 from conversion.table import LABELS, Case
 from conversion.volume import BadFile, Options, Volume, arrange, by
-from datasets.cache import BadSource
 from datasets.index import IMAGE_FORMATS, MAX_IMAGE_PIXELS, MIN_SIDE
-from datasets.render import read_grey
+from datasets.render import BadSource, read_grey
 from utils.files import whole_file
 
 VERSION = 3  # raise it when the content of converted files changes, so that they are made again

@@ -1,111 +1,75 @@
-"""The one cache on disk: files named by what their content depends on, each made once and never half there."""
+"""The one cache on disk: NPY files named by what their content depends on, each made once and never half there."""
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import math
 import os
 import shutil
-import time
 import uuid
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from datasets.index import npy_header
 from utils.errors import UserError
 
-CHECKED = (".npy", ".npz")  # files that say themselves how long they are; others are flushed to the disk
-WAIT = 0.05  # seconds between two looks at a file that another process makes
-
-
-class BadSource(ValueError):
-    """A source file cannot be used: what is wrong with it and what to do, without its name (files are moved).
-
-    lasting: whether that is so until the file changes, and not a disk that failed to answer.
-    """
-
-    def __init__(self, reason: str, lasting: bool = True) -> None:
-        super().__init__(reason)
-        self.lasting = lasting
-
 
 def is_whole(path: Path, shape: tuple[int, ...] | None = None) -> bool:
-    """Whether a file is there and as long as an NPY's header says, or with the directory that ends an NPZ.
+    """Whether an NPY is there and as long as its header says. shape: also whether this is its array's.
 
-    shape: also whether the NPY holds an array of this shape. Raises UserError where the folder cannot be read.
+    Raises UserError where the folder cannot be read.
     """
     try:
-        if path.suffix == ".npy":
-            found, dtype, offset = npy_header(path)
-            size = offset + dtype.itemsize * math.prod(found)
-            return path.stat().st_size == size and found == (shape or found)
-        return zipfile.is_zipfile(path) if path.suffix == ".npz" else path.exists()
+        found, dtype, offset = npy_header(path)
+        return path.stat().st_size == offset + dtype.itemsize * math.prod(found) and found == (shape or found)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
     except OSError as error:
-        raise cannot_write(path.parent, error) from None
+        raise _cannot_write(path.parent, error) from None
 
 
-def cannot_write(folder: Path, error: OSError) -> UserError:
-    return UserError(
-        f"{folder}: the cache cannot be written ({error.strerror or error}); free some space, or name another folder "
-        "with --cache_path"
-    )
-
-
-def cached(
-    folder: Path,
-    key: str,
-    make: Callable[[Path], Any],
-    suffix: str = ".npy",
-    whole: Callable[[Path], bool] = is_whole,
-    wait: bool = True,
-) -> Path | None:
-    """The whole file `<folder>/<key><suffix>`; where there is none, `make(temporary)` writes it under another name.
+def cached(folder: Path, key: str, make: Callable[[Path], Any], shape: tuple[int, ...] | None = None) -> Path:
+    """The whole file `<folder>/<key>.npy` with an array of this shape; where there is none, `make(temporary)` saves it.
 
     key: changes with everything that the content depends on; see `key_of`.  make: e.g. `lambda temporary:
-    np.savez(temporary, **arrays)`; an OSError of its own counts as one of writing.  whole: whether a file is good; one
-    that a power failure has spoilt is made again.
+    np.save(temporary, array)`; an OSError of its own counts as one of writing.
 
-    One thread of one process makes a file; others wait for it or, unless `wait`, get None. Raises what `make` does: a
-    BadSource that lasts is remembered in `<key>.bad` and raised again without a call of `make`. Raises UserError where
-    the folder cannot be written.
+    One thread of one process makes a file and others wait for it. The lock lies on the temporary file, and the system
+    ends it with its process, however that dies. Raises what `make` does, and UserError where the folder cannot be
+    written.
     """
-    path = folder / f"{key}{suffix}"
+    path, temporary = folder / f"{key}.npy", folder / f".{key}.tmp.npy"
     try:
-        while not whole(path):
+        while not is_whole(path, shape):
             folder.mkdir(parents=True, exist_ok=True)
-            with _claimed(folder, key, suffix) as temporary:
-                if temporary and not whole(path):  # not made since
-                    _make(make, temporary, path, folder / f"{key}.bad")
-                    return path
-            if not wait:
-                return None
-            time.sleep(WAIT)
+            with open(temporary, "ab") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                    mine = temporary
+                except OSError:  # a file system without locks: several may do the same work
+                    mine = folder / f".{key}.{uuid.uuid4().hex}.tmp.npy"
+                if mine == temporary and not _is_at(temporary, file.fileno()):
+                    continue  # its owner has renamed or removed it meanwhile
+                try:
+                    if not is_whole(path, shape):
+                        make(mine)
+                        os.replace(mine, path)
+                finally:
+                    mine.unlink(missing_ok=True)
+                    temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise cannot_write(folder, error) from None
+        raise _cannot_write(folder, error) from None
     return path
 
 
-def _make(make: Callable[[Path], Any], temporary: Path, path: Path, verdict: Path) -> None:
-    """Make a file, or what is to be said about its source."""
-    if verdict.exists():
-        raise BadSource(verdict.read_text(encoding="utf-8"))
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the open file still has this name."""
     try:
-        make(temporary)
-    except BadSource as error:
-        if error.lasting:
-            temporary.write_text(str(error), encoding="utf-8")
-            os.replace(temporary, verdict)
-        raise
-    if path.suffix not in CHECKED:
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-    os.replace(temporary, path)
+        return os.path.samefile(path, descriptor)
+    except FileNotFoundError:
+        return False
 
 
 def key_of(*parts: Any) -> str:
@@ -126,18 +90,12 @@ def make_room(folder: Path, need: int, what: str, remedy: str = "") -> str:
     """Make a folder for `need` more bytes, and say how much that is. Raises UserError where the disk has less.
 
     what: needs them, e.g. "prepared slices".  remedy: what to do beside freeing space, e.g. "lower --n, ".
-    Removes what killed processes left there: temporary files that nobody locks.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        names = [entry.path for entry in os.scandir(folder) if entry.name.startswith(".") and ".tmp" in entry.name]
-        for name in names:
-            with contextlib.suppress(OSError), open(name, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(name)
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise cannot_write(folder, error) from None
+        raise _cannot_write(folder, error) from None
     if need > free:
         raise UserError(
             f"{what} need {shown_size(need)} more in {folder}, but only {shown_size(free)} are free; {remedy}free some "
@@ -150,34 +108,8 @@ def shown_size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-@contextlib.contextmanager
-def _claimed(folder: Path, key: str, suffix: str) -> Iterator[Path | None]:
-    """The temporary file in which this thread alone may write, gone at the end; None: another is at it.
-
-    The lock lies on that file, and the system ends it with its process, however that dies. On a file system without
-    locks everybody gets a file of their own, at the price of work done twice.
-    """
-    mine: Path | None = folder / f".{key}.tmp{suffix}"  # with its suffix, which np.save and np.savez would append
-    descriptor = os.open(mine, os.O_CREAT | os.O_RDWR, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = mine if _is_open_at(descriptor, mine) else None
-        except BlockingIOError:
-            mine = None
-        except OSError:
-            mine.unlink(missing_ok=True)
-            mine = folder / f".{key}.{uuid.uuid4().hex}.tmp{suffix}"
-        yield mine
-    finally:
-        if mine:
-            mine.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _is_open_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file still has this name: its owner may have finished and renamed it before the lock was won."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
+def _cannot_write(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{folder}: the cache cannot be written ({error.strerror or error}); free some space, or name another folder "
+        "with --cache_path"
+    )

@@ -1,6 +1,8 @@
-"""Everything that can be said about data before training on them: what would be refused, and what looks odd.
+"""What can be said about data before training on them: errors, which training refuses, and warnings to look at.
 
-An error is what training would refuse; a warning is what it would accept and somebody should look at.
+Warnings from headers alone are printed by every training script before it begins. Statistics are robust (medians and
+median absolute deviations) and taken within a data set and kind of file, because what is normal in one data set is
+not in another.
 """
 
 from __future__ import annotations
@@ -8,25 +10,82 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
-from datasets.cache import BadSource
-from datasets.headers import Finding, duplicates, header_findings, name_twins, outliers, warning
-from datasets.index import Sample, groups, inspect_tree
-from datasets.render import PERCENTILES, SLICES_AT_ONCE, open_source, require_contrast, sampled
+from datasets.index import Sample, groups, scan
+from datasets.render import PERCENTILES, SLICES_AT_ONCE, BadSource, open_source, require_contrast, sampled
+
+FEWEST = 8  # files that make a median and a deviation worth something
+DEVIATIONS = 5.0  # robust standard deviations: of normal values fewer than one in a million lie further out
+NAMED, LINES = 3, 12  # files that a message names; lines that the start of a training run may print
+
+THINNER = 2.0  # a plane in which the two sides differ so much holds the slice axis, if a third axis is as long
+THINNER_EQUAL = 1.6  # less is enough where the other two are equal: 300 x 512 x 512, but not a head of 160 x 256 x 256
+LONGER = 8.0  # slices per in-plane pixel; a whole-body PET has 6.5 (1,100 slices of 168 pixels)
+DOMINATES = 0.9  # share of the files: all other data sets together give one sample in ten
 
 SCALE_FACTOR = 8.0  # MR scanners' scales differ by small factors; 0..1 among 0..1000 differs by 1000
 LEVEL_SHARE = 0.4  # of the median range: CT without its offset of -1024 moves by half of it, other anatomy by less
 BLANK = 0.2  # share of slices; scans have some blank ones at their ends, a fifth of all draws is a waste
 HU_LOWEST, HU_HIGHEST, HU_RANGE = -4096, 8192, 100  # HU; padding goes down to -3024, a 12-bit scale up to 3071
-WRAPPED_FROM, SHARE_WRAPPED = 61440, 0.001  # 65536 - 4096: where negative HU land as unsigned 16-bit numbers
+
+
+# What files of a data set have, and what to do about it. An outlier lies far from the median of its data set.
+WARNINGS = {
+    "few slices": (
+        "fewer slices than a view ({}), and will be padded",
+        "lower the first number of --target_shape, or leave them out if they are fragments",
+    ),
+    "slice axis": (
+        "slices along axis {} by dataset.yaml or default, which does not look right",
+        "if all lie along axis {}, write it into dataset.yaml (slice_axis), otherwise turn them (np.moveaxis)",
+    ),
+    "mixed dtypes": (
+        "another dtype than the others ({})",
+        "make sure that all hold the same kind of values, not raw ones beside rescaled ones",
+    ),
+    "window": (
+        "an unsigned dtype, but window {} of dataset.yaml begins below 0",
+        "correct the window, or convert the volumes to HU again",
+    ),
+    "in-plane size": ("another height x width than the others (median {})", "make sure that they show the same"),
+    "slice count": ("another number of slices than the others (median {})", "make sure that each is one whole scan"),
+    "file size": ("another number of bytes than the others (median {})", "they may be empty or not what you meant"),
+    "not HU": (
+        "intensities that are not Hounsfield units, although dataset.yaml says CT",
+        "apply rescale slope and intercept, read unsigned as signed numbers, or correct dataset.yaml",
+    ),
+    "almost constant": (
+        "one value in 99 % of their pixels",
+        "look at them; where that is meant (vessels alone), training scales by minimum and maximum",
+    ),
+    "intensity": (
+        "intensities far from the others' (0.5 / 50 / 99.5 % percentiles, median {})",
+        "look whether modality, scale or offset differ; a scale alone does no harm, as training scales each file by "
+        "its own percentiles, unless dataset.yaml gives a window",
+    ),
+    "blank slices": (f"more than {BLANK:.0%} blank slices", "crop the volumes to their content"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report: what is wrong, with which files, and what to do."""
+
+    level: Literal["error", "warning"]
+    check: str
+    dataset: str | None  # None: concerns several data sets
+    message: str
+    files: list[str] = field(default_factory=list)  # all of them; the message names the first
 
 
 @dataclass(frozen=True)
@@ -37,13 +96,7 @@ class Content:
     maximum: float
     percentiles: tuple[float, float, float]  # 0.5th, 50th, 99.5th; of a large volume over a part of its voxels
     blank: int  # slices that hold a single value
-    wrapped: bool  # looks like negative numbers stored as unsigned ones
     digest: str  # of the values as float32 [D, H, W]: blind to dtype, byte order, memory order and slice axis
-
-    def looks_like_hu(self) -> bool:
-        """Air and fat are negative, bone stays below a 12-bit scale, and tissue differs by more than noise."""
-        low, _, high = self.percentiles
-        return self.minimum < 0 and low >= HU_LOWEST and high <= HU_HIGHEST and high - low >= HU_RANGE
 
 
 def check(
@@ -55,119 +108,138 @@ def check(
 ) -> tuple[list[Sample], list[Finding], dict[Sample, Content]]:
     """(samples with a good header, everything found with the errors first, contents of the samples that were read).
 
-    full: read all files, on `workers` threads; otherwise only headers.
+    full: read all files, on `workers` threads (0: one per core); otherwise only headers.
     Raises UserError where there is no data tree.
     """
-    samples, bad_sets, bad = inspect_tree(data_path)
-    found = [Finding("error", "unusable", None, problem) for problem in bad_sets + bad]
+    samples, bad = scan(data_path)
+    found = [Finding("error", "unusable", None, problem) for problem in bad]
     contents: dict[Sample, Content] = {}
     if full:
-        contents, refused = _read_all(samples, workers, progress)
-        found += [Finding("error", "content", s.dataset, f"{s.path}: {why}", [s.name]) for s, why in refused.items()]
-        warnings = header_findings(list(contents), target_shape) + content_findings(contents)
-    else:
-        warnings = header_findings(samples, target_shape) + name_twins(samples)
+        total = sum(s.size_bytes for s in samples)
+        with (
+            tqdm(total=total, desc="reading", unit="B", unit_scale=True, disable=not progress) as bar,
+            ThreadPoolExecutor(workers or os.cpu_count()) as pool,
+        ):
+            for sample, content in zip(samples, pool.map(read_content, samples), strict=True):
+                if isinstance(content, Content):
+                    contents[sample] = content
+                else:
+                    found.append(Finding("error", "content", sample.dataset, content, [sample.name]))
+                bar.update(sample.size_bytes)
+    warnings = header_findings(list(contents) if full else samples, target_shape) + _content_findings(contents)
     place = {sample.dataset: i for i, sample in enumerate(samples)}
-    found += sorted(warnings, key=lambda warning: place.get(warning.dataset, len(samples)))
-    return samples, found, contents
+    return samples, found + sorted(warnings, key=lambda f: place.get(f.dataset, len(samples))), contents
 
 
-def measure(members: Sequence[Sample], contents: dict[Sample, Content]) -> dict[str, dict[str, float]]:
-    """{measure: {"min", "median", "max"}} of a data set's volumes or images; intensities of those in contents."""
-    is_volume = members[0].kind == "volume"
-    read = [(sample, contents[sample]) for sample in members if sample in contents]
-    values = {"slices": [sample.slices for sample in members]} if is_volume else {}
-    values["height"] = [sample.height for sample in members]
-    values["width"] = [sample.width for sample in members]
-    values["file size, MB"] = [sample.size_bytes / 1e6 for sample in members]
-    if read:
-        for i, name in enumerate(("0.5 % of voxels below", "50 %", "99.5 %")):
-            values[name] = [content.percentiles[i] for _, content in read]
-        if is_volume:
-            values["blank slices, %"] = [100 * content.blank / sample.slices for sample, content in read]
-    return {name: {"min": min(v), "median": float(np.median(v)), "max": max(v)} for name, v in values.items()}
+# --- what headers make doubtful
 
 
-def read_content(sample: Sample) -> Content:
-    """Read a file once. Raises BadSource as training would."""
-    source = open_source(sample)
-    low, high = require_contrast(source, sample)
-    lowest, highest = np.empty(sample.slices), np.empty(sample.slices)
-    digest = hashlib.blake2b(repr(source.shape).encode(), digest_size=16)
-    for first in range(0, sample.slices, SLICES_AT_ONCE):
-        part = slice(first, first + SLICES_AT_ONCE)
-        block = np.ascontiguousarray(source[part])
-        lowest[part], highest[part] = block.min((1, 2)), block.max((1, 2))
-        digest.update(np.add(block, 0, dtype=np.float32, casting="unsafe"))  # + 0 turns -0 into 0
-    values = sampled(source)
-    return Content(
-        minimum=low,
-        maximum=high,
-        percentiles=tuple(np.percentile(values, (PERCENTILES[0], 50, PERCENTILES[1])).tolist()),
-        blank=int(np.count_nonzero(lowest == highest)),
-        wrapped=_looks_wrapped(values, low, high),
-        digest=digest.hexdigest(),
-    )
+def header_warnings(samples: Sequence[Sample], target_shape: Sequence[int] | None = None) -> list[str]:
+    """Lines to print before training: what the headers alone make doubtful, a line per check and data set, 12 at most.
+
+    target_shape: (slices, height, width) of a view, or None where no view has slices. Reads nothing.
+    """
+    lines = [finding.message for finding in header_findings(samples, target_shape)]
+    if len(lines) > LINES:
+        lines[LINES - 1 :] = [f"{len(lines) - LINES + 1} more warnings about the data; check_data.py lists all of them"]
+    return lines
 
 
-def _looks_wrapped(values: np.ndarray, low: float, high: float) -> bool:
-    """Whether there are low values and values just below 65536 but hardly any between: -1000 HU became 64536."""
-    if low < 0 or not WRAPPED_FROM <= high < 65536:
-        return False
-    top = values[values >= WRAPPED_FROM]
-    between = np.count_nonzero((values > HU_HIGHEST) & (values < WRAPPED_FROM))
-    # Values that are all alike are a mask or saturated white, not air.
-    return bool(top.size > SHARE_WRAPPED * values.size and between < 0.01 * top.size and top.min() < top.max())
-
-
-def _read_all(
-    samples: Sequence[Sample], workers: int, progress: bool
-) -> tuple[dict[Sample, Content], dict[Sample, BadSource]]:
-    """What the files hold, and why training would refuse the others; both in the order of the samples."""
-    contents: dict[Sample, Content] = {}
-    refused: dict[Sample, BadSource] = {}
-
-    def read(sample: Sample) -> Content | BadSource:
-        try:
-            return read_content(sample)
-        except BadSource as error:
-            return error
-
-    total = sum(s.size_bytes for s in samples)
-    with (
-        tqdm(total=total, desc="reading", unit="B", unit_scale=True, disable=not progress) as bar,
-        ThreadPoolExecutor(workers or os.cpu_count()) as pool,
-    ):
-        for sample, result in zip(samples, pool.map(read, samples), strict=True):
-            (refused if isinstance(result, BadSource) else contents)[sample] = result
-            bar.update(sample.size_bytes)
-    return contents, refused
-
-
-def content_findings(contents: dict[Sample, Content]) -> list[Finding]:
-    """Warnings about intensities, blank slices and equal content."""
+def header_findings(samples: Sequence[Sample], target_shape: Sequence[int] | None = None) -> list[Finding]:
+    """Warnings about sizes, slice axes, dtypes and the balance of the data sets."""
     found: list[Finding] = []
-    for members in groups(contents).values():
-        found += _intensity_findings(members, contents)
-        found += warning(
-            members,
-            "blank slices",
-            [s for s in members if s.kind == "volume" and contents[s].blank > BLANK * s.slices],
-            f"more than {BLANK:.0%} blank slices",
-            "crop the volumes to their content; blank slices teach nothing",
-            lambda s: f"{contents[s].blank} of {s.slices}",
-        )
-    digests = {sample: content.digest for sample, content in contents.items()}
-    return found + duplicates(digests, "duplicates (all values agree)")
+    for members in groups(samples).values():
+        turned: dict[Sample, int] = {}
+        if members[0].kind == "volume":
+            turned = _turned(members)
+            found += _volume_findings(members, turned, target_shape[0] if target_shape else 0)
+        found += _odd_sizes(members, set(turned))
+    for kind in ("volume", "image"):
+        counts = Counter(s.dataset for s in samples if s.kind == kind)
+        for name, count in counts.items():
+            if len(counts) > 1 and count > DOMINATES * counts.total():
+                message = (
+                    f"{name}: has {count} of {counts.total()} {kind}s of {len(counts)} data sets; "
+                    "--sampling_temperature 2 draws the others more often"
+                )
+                found.append(Finding("warning", "balance", name, message))
+    return found
 
 
-def _intensity_findings(members: list[Sample], contents: dict[Sample, Content]) -> list[Finding]:
-    """Files whose intensities are not what they should be; a file is reported by the first that catches it."""
-    wrapped = [s for s in members if contents[s].wrapped]
-    is_ct = members[0].kind == "volume" and (members[0].modality or "").strip().upper() == "CT"
-    not_hu = [s for s in members if is_ct and s not in wrapped and not contents[s].looks_like_hu()]
-    flat = [s for s in members if contents[s].percentiles[0] == contents[s].percentiles[2]]
-    odd = _odd_intensities([s for s in members if s not in {*wrapped, *not_hu, *flat}], contents)
+def _volume_findings(members: list[Sample], turned: dict[Sample, int], wanted: int) -> list[Finding]:
+    """What is odd about slices, their axis and the dtypes of a data set's volumes. wanted: slices of a view."""
+    few = sorted((s for s in members if s.slices < wanted), key=lambda s: s.slices)
+    dtypes = Counter(s.dtype for s in members).most_common()
+    mixed = [s for s in members if s.dtype != dtypes[0][0]]
+    unsigned = [s for s in members if s.window and s.window[0] < 0 and s.dtype.startswith("u")]
+    likely = " or ".join(map(str, sorted(set(turned.values()))))
+
+    def shape(s: Sample) -> str:
+        return " x ".join(map(str, np.insert([s.height, s.width], s.slice_axis, s.slices)))
+
+    warn = partial(_warning, members)
+    return [
+        *warn("few slices", few, lambda s: str(s.slices), wanted),
+        *warn("slice axis", list(turned), shape, members[0].slice_axis, likely),
+        *warn("mixed dtypes", mixed, lambda s: s.dtype, ", ".join(f"{count} {dtype}" for dtype, count in dtypes)),
+        *warn("window", unsigned, lambda s: s.dtype, members[0].window),
+    ]
+
+
+def _turned(members: list[Sample]) -> dict[Sample, int]:
+    """Volumes whose slices seem to lie along another axis than slice_axis, and along which one."""
+    rows, columns = (axis for axis in range(3) if axis != members[0].slice_axis)
+    turned = {}
+    for s in members:
+        short, long = sorted((s.height, s.width))
+        thinner = THINNER_EQUAL if s.slices == long else THINNER
+        if s.slices > LONGER * long or min(s.slices, long) > thinner * short:
+            turned[s] = rows if s.height <= s.width else columns
+    return turned
+
+
+def _odd_sizes(members: list[Sample], without: set[Sample]) -> list[Finding]:
+    """Outliers of in-plane size, slice count and file size; a file is reported by the first that catches it."""
+    found = []
+    # An outlier must also differ from the median by a factor that matters: where all agree, the deviation is 0.
+    for check, names, factor in (
+        ("in-plane size", ("height", "width"), 2.0),  # slices are fitted to one canvas
+        ("slice count", ("slices",), 3.0),  # a chest has 100 slices of 3 mm or 300 of 1 mm
+        ("file size", ("size_bytes",), 8.0),  # a black image takes a hundredth of the bytes of a full one
+    ):
+        values = np.array([[getattr(s, name) for s in members] for name in names])
+        far = np.any([outliers(np.log(column), math.log(factor)) for column in values], axis=0)
+        odd = {
+            s: column for s, column, is_far in zip(members, values.T, far, strict=True) if is_far and s not in without
+        }
+        median = " x ".join(f"{value:.0f}" for value in np.median(values, axis=1))
+        found += _warning(members, check, list(odd), lambda s, odd=odd: " x ".join(map(str, odd[s])), median)
+        without = without | set(odd)
+    return found
+
+
+# --- what contents make doubtful
+
+
+def read_content(sample: Sample) -> Content | str:
+    """What a file holds, or why training would refuse it."""
+    try:
+        source = open_source(sample)
+        low, high = require_contrast(source, sample)
+    except BadSource as error:
+        return f"{sample.path}: {error}"
+    blank, digest = 0, hashlib.blake2b(repr(source.shape).encode(), digest_size=16)
+    for first in range(0, sample.slices, SLICES_AT_ONCE):
+        block = np.ascontiguousarray(source[first : first + SLICES_AT_ONCE])
+        blank += int(np.count_nonzero(block.min((1, 2)) == block.max((1, 2))))
+        digest.update(np.add(block, 0, dtype=np.float32, casting="unsafe"))  # + 0 turns -0 into 0
+    percentiles = np.percentile(sampled(source), (PERCENTILES[0], 50, PERCENTILES[1])).tolist()
+    return Content(low, high, tuple(percentiles), blank, digest.hexdigest())
+
+
+def _content_findings(contents: dict[Sample, Content]) -> list[Finding]:
+    """Warnings about intensities, blank slices and equal content; a file's intensities are reported once."""
+    found: list[Finding] = []
 
     def limits(s: Sample) -> str:
         return f"{contents[s].minimum:.4g} to {contents[s].maximum:.4g}"
@@ -175,48 +247,79 @@ def _intensity_findings(members: list[Sample], contents: dict[Sample, Content]) 
     def shown(percentiles: Iterable[float]) -> str:
         return " / ".join(f"{value:.4g}" for value in percentiles)
 
-    warn = partial(warning, members)
-    typical = shown(np.median([contents[s].percentiles for s in members], axis=0))
-    return [
-        *warn(
-            "wrap-around",
-            wrapped,
-            "values just below 65536 and low ones but none between: negative numbers stored as unsigned ones",
-            "read them as signed, volume.astype(np.int16), and save them again",
-            limits,
-        ),
-        *warn(
-            "not HU",
-            not_hu,
-            "intensities that are not Hounsfield units, although dataset.yaml says CT",
-            "apply rescale slope and intercept, or remove modality and window from dataset.yaml",
-            limits,
-        ),
-        *warn(
-            "almost constant",
-            flat,
-            f"one value in 99 % of their {'voxels' if members[0].kind == 'volume' else 'pixels'}",
-            "look at them; where that is meant (vessels alone), training scales by minimum and maximum",
-            limits,
-        ),
-        *warn(
-            "intensity",
-            odd,
-            f"intensities far from the others' (0.5 / 50 / 99.5 % percentiles, median {typical})",
-            "look whether modality, scale or offset differ; a scale alone does no harm, as training scales each "
-            "file by its own percentiles, unless dataset.yaml gives a window",
-            lambda s: shown(contents[s].percentiles),
-        ),
-    ]
+    for members in groups(contents).values():
+        is_ct = members[0].kind == "volume" and (members[0].modality or "").strip().upper() == "CT"
+        not_hu = [s for s in members if is_ct and not _looks_like_hu(contents[s])]
+        flat = [s for s in members if contents[s].percentiles[0] == contents[s].percentiles[2]]
+        odd = _odd_intensities([s for s in members if s not in {*not_hu, *flat}], contents)
+        typical = shown(np.median([contents[s].percentiles for s in members], axis=0))
+        blank = [s for s in members if s.kind == "volume" and contents[s].blank > BLANK * s.slices]
+        found += [
+            *_warning(members, "not HU", not_hu, limits),
+            *_warning(members, "almost constant", flat, limits),
+            *_warning(members, "intensity", odd, lambda s: shown(contents[s].percentiles), typical),
+            *_warning(members, "blank slices", blank, lambda s: f"{contents[s].blank} of {s.slices}"),
+        ]
+    return found + _duplicates(contents)
+
+
+def _looks_like_hu(content: Content) -> bool:
+    """Air and fat are negative, bone stays below a 12-bit scale, and tissue differs by more than noise."""
+    low, _, high = content.percentiles
+    return content.minimum < 0 and low >= HU_LOWEST and high <= HU_HIGHEST and high - low >= HU_RANGE
 
 
 def _odd_intensities(members: list[Sample], contents: dict[Sample, Content]) -> list[Sample]:
     """Files whose range has another scale than the others', or whose outer percentiles lie elsewhere."""
-    if not members:
-        return []
-    percentiles = np.array([contents[s].percentiles for s in members])
-    ranges = percentiles[:, 2] - percentiles[:, 0]
-    odd = outliers(np.log(ranges), math.log(SCALE_FACTOR))
-    for values in (percentiles[:, 0], percentiles[:, 2]):  # the middle depends on how much air a picture shows
-        odd |= outliers(values, LEVEL_SHARE * float(np.median(ranges)))
+    low, _, high = np.array([contents[s].percentiles for s in members]).reshape(-1, 3).T
+    odd = outliers(np.log(high - low), math.log(SCALE_FACTOR))
+    for values in (low, high):  # the middle depends on how much air a picture shows
+        odd |= outliers(values, LEVEL_SHARE * float(np.median(high - low)) if members else 0)
     return [s for s, is_odd in zip(members, odd, strict=True) if is_odd]
+
+
+def _duplicates(contents: dict[Sample, Content]) -> list[Finding]:
+    """At most one warning, about all files with the same values."""
+    same: dict[str, list[Sample]] = {}
+    for sample, content in contents.items():
+        same.setdefault(content.digest, []).append(sample)
+    sets = [members for members in same.values() if len(members) > 1]
+    files = [s for members in sets for s in members]
+    some = "; ".join(" = ".join(s.name for s in members[:NAMED]) for members in sets[:NAMED])
+    message = (
+        f"duplicates (all values agree): {len(files) - len(sets)} too many, e.g. {some}; keep one of each, or it "
+        "counts twice and may stand on both sides of a split"
+    )
+    return [Finding("warning", "duplicates", None, message, [s.name for s in files])] if files else []
+
+
+# --- findings
+
+
+def outliers(values: Sequence[float], least: float) -> np.ndarray:
+    """Which values lie more than `least`, and more than five robust standard deviations, from their median.
+
+    Of fewer than eight values none does.
+    """
+    if len(values) < FEWEST:
+        return np.zeros(len(values), dtype=bool)
+    away = np.abs(values - np.median(values))
+    return away > max(least, DEVIATIONS * 1.4826 * float(np.median(away)))
+
+
+def _warning(
+    members: list[Sample], check: str, which: list[Sample], show: Callable[[Sample], str], *about: object
+) -> list[Finding]:
+    """`data set: n of N volumes have what: first names (shown value); remedy`; nothing where there are none.
+
+    about: what WARNINGS leaves open of the check's message, in order.
+    """
+    if not which:
+        return []
+    dataset, kind = members[0].dataset, members[0].kind
+    names = [f"{s.name.removeprefix(f'{dataset}/')} ({show(s)})" for s in which[:NAMED]]
+    more = " ..." if len(which) > NAMED else ""
+    have = f"{len(which)} of {len(members)} {kind}s {'has' if len(which) == 1 else 'have'}"
+    what, remedy = "\n".join(WARNINGS[check]).format(*about).split("\n")
+    message = f"{dataset}: {have} {what}: {', '.join(names)}{more}; {remedy}"
+    return [Finding("warning", check, dataset, message, [s.name for s in which])]

@@ -6,9 +6,8 @@ Version v of a volume is what epoch v sees of it without this cache: its window 
 from __future__ import annotations
 
 import hashlib
-import io
-import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,13 +24,11 @@ from datasets.samplers import Key
 from datasets.store import NPY_HEADER
 from datasets.transforms import upload
 from utils.distributed import everywhere
-from utils.errors import UserError
 from utils.guards import Reading
 from utils.precision import Precision
 
 LAYOUT = 1  # of the files; a new number makes all of them anew
 VIEWS = 2
-SEAL_BYTES = 4  # CRC-32 of what precedes it, at the end of each file
 
 
 class Embedder(Protocol):
@@ -53,86 +50,67 @@ class Embeddings(Dataset):
 
     def __init__(self, windows: VolumeWindows, versions: int, width: int, dtype: torch.dtype, folder: Path) -> None:
         self.windows, self.versions, self.width, self.dtype, self.folder = windows, versions, width, dtype, folder
+        self.name = windows.name
 
     def __len__(self) -> int:
         return len(self.windows)
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         epoch, index = key
-        version, length = epoch % self.versions, self.length(index)
-        path = self.path(version, index)
-        found = read(path)
-        if found is None:
+        version, shape = epoch % self.versions, self.shape(index)
+        try:
+            found = torch.from_numpy(np.load(self.path(version, index), allow_pickle=False))
+        except (OSError, ValueError, EOFError):  # not there, or not the whole of it (a power failure, a full disk)
+            found = None
+        if found is None or (found.dtype, found.shape) != (self.dtype, shape):
             return self.windows[version, index]
-        if (found.dtype, found.shape) != (self.dtype, (VIEWS, length, self.width)):
-            raise UserError(f"{path}: holds {found.dtype} {tuple(found.shape)}, no such embeddings; delete its folder")
         targets = found.new_zeros(VIEWS, self.windows.slices, self.width)
-        targets[:, :length] = found
-        return {"targets": targets, "length": length, "index": index}
+        targets[:, : shape[1]] = found
+        return {"targets": targets, "length": shape[1], "index": index}
 
-    def name(self, index: int) -> str:
-        return self.windows.name(index)
-
-    def length(self, index: int) -> int:
-        return min(self.windows.samples[self.windows.items[index]].slices, self.windows.slices)
+    def shape(self, index: int) -> tuple[int, int, int]:
+        """Of what is on disk for a volume: real slices only."""
+        length = min(self.windows.samples[self.windows.items[index]].slices, self.windows.slices)
+        return VIEWS, length, self.width
 
     def path(self, version: int, index: int) -> Path:
         """The name begins as that of the volume's file in the store and so changes with the volume, too."""
         source = self.windows.store.files[self.windows.items[index]].stem
         return self.folder / f"{source}_{index}_{version}.npy"
 
-    def sizes(self) -> dict[str, int]:
-        """Bytes of every file, by its name."""
-        slice_bytes = VIEWS * self.width * self.dtype.itemsize
-        return {
-            self.path(version, index).name: NPY_HEADER + self.length(index) * slice_bytes + SEAL_BYTES
-            for index in range(len(self))
-            for version in range(self.versions)
-        }
+    def write(self, version: int, index: int, targets: Tensor) -> None:
+        """Keep embeddings [2, D, d] of a volume. Raises UserError where that fails."""
+        path, (_, length, _) = self.path(version, index), self.shape(index)
+        save = partial(np.save, arr=targets[:, :length].numpy())
+        cached(self.folder, path.stem, save, self.shape(index))
 
-
-def read(path: Path) -> Tensor | None:
-    """The array of a file; None where there is no file or not the whole of it (a power failure, a full disk)."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); delete it, then start again") from None
-    body, seal = content[:-SEAL_BYTES], content[-SEAL_BYTES:]
-    if not body or zlib.crc32(body).to_bytes(SEAL_BYTES, "little") != seal:
-        return None
-    return torch.from_numpy(np.load(io.BytesIO(body), allow_pickle=False))
-
-
-def write(array: Tensor, path: Path) -> None:
-    """The opposite of `read`, unless the file is there; np.load reads it, too. Raises UserError where that fails."""
-    buffer = io.BytesIO()
-    np.save(buffer, array.numpy(), allow_pickle=False)
-    sealed = buffer.getvalue() + zlib.crc32(buffer.getvalue()).to_bytes(SEAL_BYTES, "little")
-    cached(path.parent, path.stem, lambda temporary: temporary.write_bytes(sealed), whole=lambda p: read(p) is not None)
+    def prepare_folder(self) -> tuple[str, str]:
+        """Make the folder; (bytes of all files, of those to be made). UserError where there is no room for these."""
+        made = {file.name for file in self.folder.glob("*.npy")}
+        total = missing = 0
+        for index in range(len(self)):
+            size = NPY_HEADER + int(np.prod(self.shape(index))) * self.dtype.itemsize
+            total += size * self.versions
+            missing += size * sum(self.path(version, index).name not in made for version in range(self.versions))
+        what = f"cached_views: {self.versions} versions of {len(self)} volumes"
+        return shown_size(total), make_room(self.folder, missing, what, "lower --cached_views, ")
 
 
 class EmbeddingLoader:
     """Stage 2 from cached embeddings: a `VolumeLoader`'s batches with `targets` [2, B, D, d] in place of `views`.
 
-    versions: n > 0; epoch e sees version e mod n of every volume, with fresh masked slices.  width: d.
-    precision: what the embeddings are computed in. They are stored in float32 where that is fp32, otherwise in float16,
-    which holds bf16 and fp16 results: nothing is lost.
-    What is not on disk yet is computed when its turn comes and written: by any process, for all and for later runs.
-    So nothing depends on what was there, on the number of workers and processes, or on interruptions.
+    With cached_views n > 0, epoch e sees version e mod n of every volume, with fresh masked slices. Embeddings are
+    stored in float32 where they are computed in it, otherwise in float16, which holds bf16 and fp16 results: nothing
+    is lost. What is not on disk yet is computed when its turn comes and written: by any process, for all and for later
+    runs. So nothing depends on what was there, on the number of workers and processes, or on interruptions.
     """
 
-    def __init__(
-        self, volumes: VolumeLoader, embedder: Embedder, versions: int, width: int, workers: int, precision: Precision
-    ) -> None:
-        self.volumes, self.embedder, self.versions, self.width = volumes, embedder, versions, width
-        self.workers, self.precision, self.run = workers, precision, volumes.run
-        self.dtype = torch.float32 if precision.dtype == torch.float32 else torch.float16
+    def __init__(self, volumes: VolumeLoader, embedder: Embedder, cfg: Any) -> None:
+        self.volumes, self.embedder, self.cfg, self.run = volumes, embedder, cfg, volumes.run
+        self.precision = Precision(cfg.precision, self.run.device)
         self.batches, self.samples, self.steps = volumes.batches, volumes.samples, volumes.steps
-        self.dataset, self.views, self.names = volumes.dataset, volumes.views, volumes.names
+        self.dataset, self.names = volumes.dataset, volumes.names
         self.counts, self.groups = volumes.counts, volumes.groups
-        self.cache: Embeddings | None = None
         self.loader: DataLoader | None = None
 
     @property
@@ -146,10 +124,10 @@ class EmbeddingLoader:
         self.batches.begin(epoch, seen)
         for raw, (_, counts) in zip(self.loader, self.batches.plan(seen), strict=True):
             if isinstance(raw, list):
-                raw = default_collate(self._complete(raw, epoch % self.versions))
+                raw = default_collate(self._complete(raw, epoch % self.cfg.cached_views))
             index, length = raw["index"], raw["length"]
             mask = torch.arange(self.dataset.slices) < length.unsqueeze(1)
-            masked = self.volumes.masked(index, length, epoch, VIEWS)
+            masked = self.volumes.masked(index, length, epoch)
             targets = raw["targets"].transpose(0, 1)
             index, mask, masked, targets = (upload(x, self.run.device) for x in (index, mask, masked, targets))
             yield Batch(index, counts, mask=mask, masked=masked, targets=targets)
@@ -161,20 +139,12 @@ class EmbeddingLoader:
         depends_on = (LAYOUT, windows.slices, windows.seed, store.size, *of_views, self.precision.name)
         digest = hashlib.sha256(repr((*depends_on, self.embedder.targets_digest())).encode()).hexdigest()[:16]
         folder = store.folder.parent / f"embeddings_{digest}_v{FORMAT}"
-        self.cache = Embeddings(windows, self.versions, self.width, self.dtype, folder)
-        everywhere(lambda: self._prepare_folder(folder))
-        self.loader = torch_loader(self.cache, self.batches, self.workers, self.run.device, collate=_collate)
-
-    def _prepare_folder(self, folder: Path) -> None:
-        """Make the folder and say how much will lie there; UserError where the disk has no room for it."""
-        there = {file.name for file in folder.glob("*.npy")}
-        sizes = self.cache.sizes()
-        need = sum(size for name, size in sizes.items() if name not in there)
-        what = f"{self.versions} versions of {self.samples} volumes"
-        left = make_room(folder, need, f"cached_views: {what}", "lower --cached_views, ")
+        dtype = torch.float32 if self.precision.dtype == torch.float32 else torch.float16
+        self.cache = Embeddings(windows, self.cfg.cached_views, self.cfg.d_model, dtype, folder)
+        total, left = everywhere(self.cache.prepare_folder)
         if self.run.is_main:
-            total = shown_size(sum(sizes.values()))
-            print(f"cached_views: embeddings of {what}, {total} in {folder}; still to be made: {left}", flush=True)
+            print(f"cached_views: embeddings, {total} in {folder}; still to be made: {left}", flush=True)
+        self.loader = torch_loader(self.cache, self.batches, self.cfg.workers, self.run.device, collate=_collate)
 
     def _complete(self, samples: list[dict[str, Any]], version: int) -> list[dict[str, Any]]:
         """The samples with embeddings; those of the ones that came without are computed and written."""
@@ -187,12 +157,12 @@ class EmbeddingLoader:
             raw = default_collate(part)
             mask = torch.arange(self.dataset.slices) < raw["length"].unsqueeze(1)
             volumes, real = upload(raw["volume"], self.run.device), upload(mask, self.run.device)
-            views = self.views(volumes, mask, raw["extent"], raw["index"], version)
+            views = self.volumes.views(volumes, mask, raw["extent"], raw["index"], version)
             with self.precision.autocast():
-                targets = self.embedder.targets(views, real).to("cpu", self.dtype)
+                targets = self.embedder.targets(views, real).to("cpu", self.cache.dtype)
             for sample, own in zip(part, targets.unbind(1), strict=True):
                 sample["targets"] = own
-                write(own[:, : sample["length"]], self.cache.path(version, sample["index"]))
+                self.cache.write(version, sample["index"], own)
         return [{name: sample[name] for name in ("targets", "length", "index")} for sample in samples]
 
 

@@ -9,9 +9,10 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +36,6 @@ NPY_ENTRIES = re.compile(
     rb"""(?=.*["']descr["']: *["']([<>|=]?[a-zA-Z]\d{0,9}(?:\[\w+\])?)["'])(?=.*["']shape["']: *\(([\d, ]*)\))""",
     re.DOTALL,
 )
-YAML_KEYS = ("modality", "window", "spacing_mm", "slice_axis", "channels", "structures")
 GET_DATA = (
     "put volumes in <data_path>/<data set>/<case>.npy (height x width x slices) and images in further "
     "folders, or use the bundled example, --data_path Training_Data (git checkout -- Training_Data restores it)"
@@ -63,43 +63,24 @@ class Sample:
     channel_names: tuple[str, ...] = field(default=(), compare=False)  # of a file with a fourth axis
 
     @property
-    def channels(self) -> int:
-        """Length of the file's fourth axis; 1 where it has three."""
-        return len(self.channel_names) or 1
-
-    @property
     def data_path(self) -> Path:
         """The data tree that the sample was found in."""
         return self.path.parents[self.name.count("/")]
 
 
-def scan(data_path: str | Path, only: str | None = None) -> list[Sample]:
-    """All volumes and images below data_path, ordered by data set and then by relative path (both as bytes).
+def scan(data_path: str | Path, only: str | None = None) -> tuple[list[Sample], list[str]]:
+    """(all good volumes and images below data_path, problems of the other files, each with its remedy).
 
-    A data set is a first-level folder. Hidden files and folders and folders of labels are not entered. Only
-    headers are read. only: the one data set that is looked at; None: all. Raises one UserError that lists the first
-    ten bad files, each with its remedy, and counts all of them.
-    """
-    samples, data_sets, files = inspect_tree(data_path, only)
-    if data_sets or files:
-        raise bad_files(data_sets + files, f"data_path {Path(data_path).expanduser()}")
-    return samples
-
-
-def inspect_tree(data_path: str | Path, only: str | None = None) -> tuple[list[Sample], list[str], list[str]]:
-    """(good samples in the order of `scan`, problems of whole data sets, problems of files), each with its remedy.
-
-    Raises UserError where there is no data tree at all.
+    Ordered by data set and then by relative path (both as bytes). A data set is a first-level folder. Hidden files and
+    folders and folders of labels are not entered. Only headers are read. only: the one data set that is looked at;
+    None: all. Raises UserError where there are no data, or a data set as a whole is not in order.
     """
     root = Path(data_path).expanduser()
-    if not root.exists():
-        raise UserError(f"data_path: {root} does not exist; {GET_DATA}")
-    if not root.is_dir():
-        raise UserError(f"data_path: {root} is a file, not a folder; {GET_DATA}")
     try:
         entries = [e for e in root.iterdir() if not e.name.startswith(".") and only in (None, e.name)]
     except OSError as error:
-        raise UserError(f"data_path: {root} cannot be listed ({error}); change its permissions") from None
+        reason = f"does not exist or cannot be listed ({error.strerror})"
+        raise UserError(f"data_path: {root} {reason}; {GET_DATA}") from None
     entries.sort(key=lambda e: os.fsencode(e.name))
     folders = [e for e in entries if e.is_dir() and e.name.lower() not in LABEL_FOLDERS]
     bad = [
@@ -111,29 +92,17 @@ def inspect_tree(data_path: str | Path, only: str | None = None) -> tuple[list[S
         raise UserError(f"data_path: {root} holds no data set ({_found(entries)}); {GET_DATA}")
 
     samples: list[Sample] = []
-    bad_sets: list[str] = []
     with ThreadPoolExecutor(THREADS) as pool:
         for folder in folders:
-            try:
-                settings = read_settings(folder)
-            except UserError as error:
-                settings = {}
-                bad_sets.append(str(error))
-            files, problems = _data_files(folder)
-            bad_sets += problems
-            for result in pool.map(lambda file, settings=settings: _inspect(file, root, settings), files):
+            inspect = partial(_inspect, root=root, settings=read_settings(folder))
+            for result in pool.map(inspect, _data_files(folder)):
                 (samples if isinstance(result, Sample) else bad).append(result)
-    return samples, bad_sets, bad
+    return samples, bad
 
 
 def volumes(samples: Sequence[Sample]) -> list[int]:
     """Indices of the volumes."""
     return [i for i, sample in enumerate(samples) if sample.kind == "volume"]
-
-
-def slice_offsets(samples: Sequence[Sample]) -> np.ndarray:
-    """[N + 1] int64: slice s of sample i has the global slice index offsets[i] + s; the last is the total."""
-    return np.cumsum([0] + [sample.slices for sample in samples], dtype=np.int64)
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:
@@ -153,16 +122,14 @@ def groups(samples: Iterable[Sample]) -> dict[tuple[str, str], list[Sample]]:
     return found
 
 
-def describe(samples: Sequence[Sample]) -> str:
-    """A short table: for each data set and kind its counts and the range of in-plane sizes in pixels."""
-    rows = [("data set", "kind", "files", "slices", "height x width")]
+def describe(samples: Iterable[Sample]) -> str:
+    """A line for each data set and kind: its counts and the range of in-plane sizes in pixels."""
+    lines = []
     for (dataset, kind), members in groups(samples).items():
+        slices = f", {sum(s.slices for s in members)} slices" if kind == "volume" else ""
         size = f"{_range(s.height for s in members)} x {_range(s.width for s in members)}"
-        rows.append((dataset, kind, str(len(members)), str(sum(s.slices for s in members)), size))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    return "\n".join(
-        f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}" for a, b, c, d, e in rows
-    )
+        lines.append(f"{dataset}: {len(members)} {kind}{'s' * (len(members) > 1)}{slices}, {size} pixels")
+    return "\n".join(lines)
 
 
 def bad_files(problems: Sequence[str], where: str) -> UserError:
@@ -184,19 +151,16 @@ def npy_header(path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
         head = file.read(HEADER_BYTES)
     if not head:
         raise ValueError("is empty (0 bytes); remove it or copy it again")
-    if head.startswith(b"PK\x03\x04"):
-        raise ValueError("is a zip archive (.npz); take the array out and write it with np.save")
     if not head.startswith(b"\x93NUMPY"):
-        raise ValueError(f"is not an NPY file (it starts with {head[:8]!r}); write it with np.save or remove it")
+        zipped = "a zip archive (.npz)" if head.startswith(b"PK\x03\x04") else "not an NPY file"
+        raise ValueError(f"is {zipped}, it starts with {head[:8]!r}; write a single array with np.save or remove it")
     start = 10 if head[6:7] == b"\x01" else 12
     end = start + int.from_bytes(head[8:start], "little")
     entries = NPY_ENTRIES.match(head[start:end])
-    if entries is None or end > len(head):
-        raise ValueError("has a damaged NPY header, or several columns; write one array of numbers with np.save")
     try:
         return tuple(map(int, re.findall(rb"\d+", entries[2]))), np.dtype(entries[1].decode()), end
-    except TypeError as error:
-        raise ValueError(f"has a damaged NPY header ({error}); write it again with np.save") from None
+    except TypeError:  # no entries, or no such type
+        raise ValueError("has a damaged NPY header, or several columns; write one array with np.save") from None
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -210,34 +174,44 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f"{path}: must be a mapping, e.g. 'window: [-1000, 400]', not a {type(settings).__name__}")
     # People keep notes of their own in this file, so other keys are fine, but a slip of the pen is not.
-    for key in settings:
-        close = difflib.get_close_matches(str(key).lower(), YAML_KEYS, n=1, cutoff=0.75)
-        if key not in YAML_KEYS and close:
+    for key, value in settings.items():
+        close = difflib.get_close_matches(str(key).lower(), SETTINGS, n=1, cutoff=0.75)
+        if key not in SETTINGS and close:
             raise UserError(f"{path}: unknown key {key!r}; did you mean {close[0]!r}?")
-    rules = {
-        "window": (lambda v: _numbers(v, 2) and v[0] < v[1], "two increasing numbers, e.g. [-1000, 400]"),
-        "spacing_mm": (
-            lambda v: _numbers(v, 3) and min(v) > 0,
-            "three positive numbers (mm, in the order of the file's axes)",
-        ),
-        "slice_axis": (lambda v: type(v) is int and 0 <= v <= 2, "0, 1 or 2"),
-        "modality": (lambda v: isinstance(v, str), "a name, e.g. CT or MR"),
-        "channels": (
-            lambda v: isinstance(v, list) and v and all(isinstance(name, str) for name in v),
-            "a list of names, one for each place along the files' fourth axis, e.g. [t1, t2]",
-        ),
-    }
-    for key, (good, wanted) in rules.items():
-        if settings.get(key) is not None and not good(settings[key]):
-            raise UserError(f"{path}: {key}: {settings[key]!r} is not {wanted}")
+        good, wanted = SETTINGS.get(key, (None, ""))
+        if good and value is not None and not good(value):
+            raise UserError(f"{path}: {key}: {value!r} is not {wanted}")
     return settings
 
 
-def _data_files(folder: Path) -> tuple[list[str], list[str]]:
-    """(data files of a data set in order, problems of the whole data set)."""
+def _numbers(value: Any, count: int) -> bool:
+    """Whether value is a list of this many finite numbers."""
+    right = isinstance(value, list) and len(value) == count
+    return right and all(type(x) in (int, float) and math.isfinite(x) for x in value)
+
+
+# Keys of dataset.yaml: what is a good value, in code and in words.
+SETTINGS: dict[str, tuple[Callable[[Any], bool] | None, str]] = {
+    "window": (lambda v: _numbers(v, 2) and v[0] < v[1], "two increasing numbers, e.g. [-1000, 400]"),
+    "spacing_mm": (lambda v: _numbers(v, 3) and min(v) > 0, "three positive numbers (mm, in the order of the axes)"),
+    "slice_axis": (lambda v: type(v) is int and 0 <= v <= 2, "0, 1 or 2"),
+    "modality": (lambda v: isinstance(v, str), "a name, e.g. CT or MR"),
+    "channels": (
+        lambda v: isinstance(v, list) and bool(v) and all(isinstance(name, str) for name in v),
+        "a list of names, one for each place along the files' fourth axis, e.g. [t1, t2]",
+    ),
+    "structures": (None, ""),
+}
+
+
+def _data_files(folder: Path) -> list[str]:
+    """The data files of a data set in order. Raises UserError where there are none or they cannot be listed."""
+
+    def unlisted(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be listed ({error.strerror}); change its permissions")
+
     files, others, seen = [], [], set()
-    failed: list[OSError] = []
-    for parent, subfolders, names in os.walk(folder, followlinks=True, onerror=failed.append):
+    for parent, subfolders, names in os.walk(folder, followlinks=True, onerror=unlisted):
         real = os.path.realpath(parent)
         if real in seen:  # a link that leads back up, or a second way to the same files
             subfolders.clear()
@@ -248,31 +222,26 @@ def _data_files(folder: Path) -> tuple[list[str], list[str]]:
         for name in names:
             if not name.startswith(".") and not (name == MONTAGE and parent == str(folder)):
                 (files if _kind(name) else others).append(os.path.join(parent, name))
-    problems = [f"{e.filename}: cannot be listed ({e.strerror}); change its permissions" for e in failed]
-    if not files and not failed:
-        problems.append(
+    if not files:
+        raise UserError(
             f"{folder}: this data set has neither .npy volumes nor images ({_found(map(Path, others))}); convert its "
             "volumes to NPY, height x width x slices, with prepare_data.py, or add images (.png .jpg .tif), or remove "
             "the folder"
         )
-    return sorted(files, key=os.fsencode), problems
+    return sorted(files, key=os.fsencode)
 
 
 def _inspect(file: str, root: Path, settings: dict[str, Any]) -> Sample | str:
     """The sample that a file holds, or what is wrong with the file."""
     path = Path(file)
-    name = path.relative_to(root).as_posix()
     try:
         status = os.stat(file)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("is not a regular file; remove it")
-        if status.st_size == 0:
-            raise ValueError("is empty (0 bytes); remove it or copy it again")
-        kind = _kind(name)
+        kind, name = _kind(file), path.relative_to(root).as_posix()
         layout = _volume_header(path, status.st_size, settings) if kind == "volume" else _image_header(path)
-        dataset, modality = name.split("/")[0], settings.get("modality")
-        own = {"size_bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "modality": modality}
-        return Sample(path, name, dataset, kind, **layout, **own)
+        about = {"size_bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "modality": settings.get("modality")}
+        return Sample(path, name, name.split("/")[0], kind, **layout, **about)
     except ValueError as error:
         return f"{path}: {error}"
     except OSError as error:
@@ -283,56 +252,46 @@ def _inspect(file: str, root: Path, settings: dict[str, Any]) -> Sample | str:
 def _volume_header(path: Path, size_bytes: int, settings: dict[str, Any]) -> dict[str, Any]:
     """What the header of an NPY volume and dataset.yaml say: fields of a Sample. Raises ValueError."""
     shape, dtype, offset = npy_header(path)
-    if dtype.hasobject:
-        raise ValueError("holds Python objects (a pickle), which are never loaded; save a plain numeric array")
-    if dtype.kind == "c":
-        raise ValueError(f"is complex ({dtype}): k-space or raw MR data; save the magnitude, np.abs(volume)")
-    if dtype.kind not in "iuf" or dtype.itemsize > 8:
-        raise ValueError(f"has dtype {dtype}; save intensities, e.g. volume.astype(np.float32)")
+    if dtype.kind not in "iuf" or dtype.itemsize > 8:  # objects would have to be unpickled
+        raise ValueError(
+            f"has dtype {dtype}; save intensities, e.g. volume.astype(np.float32), of complex ones the magnitude, "
+            "np.abs(volume), and never Python objects"
+        )
     found = " x ".join(map(str, shape)) or "a single number"
     channels = tuple(settings.get("channels") or ()) if len(shape) == 4 else ()
     if len(shape) != 3 and not channels:
-        remedy = {
-            2: "save it as an image (.png), or stack the slices of a volume",
-            4: "pick one channel or time point, e.g. volume[..., 0], or name them all in dataset.yaml, e.g. "
-            "channels: [t1, t2]",
-        }.get(len(shape), "save one volume per file")
-        raise ValueError(f"is {len(shape)}D ({found}) where height x width x slices is needed; {remedy}")
+        raise ValueError(
+            f"is {len(shape)}D ({found}) where height x width x slices is needed; save 2D slices as images (.png), one "
+            "volume per file, or name the channels of a fourth axis in dataset.yaml, e.g. channels: [t1, t2]"
+        )
     if channels and len(channels) != shape[3]:
         raise ValueError(f"has {shape[3]} channels ({found}) where dataset.yaml names {len(channels)}; correct either")
-    if min(shape) < 1:
-        raise ValueError(f"has an axis of length {min(shape)} ({found}); remove it or export it again")
     expected = offset + dtype.itemsize * math.prod(shape)
     if size_bytes != expected:
         what = "is truncated" if size_bytes < expected else "has trailing bytes"
         raise ValueError(f"{what}: {size_bytes} bytes where {found} {dtype} needs {expected}; copy it again")
     axis = 2 if settings.get("slice_axis") is None else settings["slice_axis"]
     height, width = (length for i, length in enumerate(shape[:3]) if i != axis)
-    if min(height, width) < MIN_SIDE:
+    if min(height, width) < MIN_SIDE or not shape[axis]:
         raise ValueError(
-            f"has slices of {height} x {width} pixels ({found}, slices along axis {axis}), below "
-            f"{MIN_SIDE}; remove it, or set slice_axis in dataset.yaml if its slices lie along another axis"
+            f"has {shape[axis]} slices of {height} x {width} pixels along axis {axis} ({found}), where {MIN_SIDE} are "
+            "the least; remove it, or set slice_axis in dataset.yaml if its slices lie along another axis"
         )
     window = settings.get("window")
-    return {
-        "slices": shape[axis],
-        "height": height,
-        "width": width,
-        "slice_axis": axis,
-        "window": None if window is None else (float(window[0]), float(window[1])),
-        "dtype": dtype.name,
-        "channel_names": channels,
-    }
+    limits = None if window is None else (float(window[0]), float(window[1]))
+    sizes = {"slices": shape[axis], "height": height, "width": width, "slice_axis": axis}
+    return {**sizes, "window": limits, "dtype": dtype.name, "channel_names": channels}
 
 
 def _image_header(path: Path) -> dict[str, Any]:
     """What the header of an image says: fields of a Sample. Raises ValueError. A window is for HU, never for these."""
+    too_large = ValueError(f"has more than {MAX_IMAGE_PIXELS} pixels; reduce it or remove it")
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             (width, height), mode = image.size, image.mode
             pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError(f"claims more than {MAX_IMAGE_PIXELS} pixels; reduce it or remove it") from None
+        raise too_large from None
     except PermissionError:
         raise
     except Exception:  # decoders fail in many ways on arbitrary bytes
@@ -340,7 +299,7 @@ def _image_header(path: Path) -> dict[str, Any]:
     if pages > 1:
         raise ValueError(f"is a stack of {pages} pages; save it as a volume, height x width x {pages} .npy")
     if width * height > MAX_IMAGE_PIXELS:
-        raise ValueError(f"has {height} x {width} pixels, above {MAX_IMAGE_PIXELS}; reduce it or remove it")
+        raise too_large
     if min(height, width) < MIN_SIDE:
         raise ValueError(f"has {height} x {width} pixels, below {MIN_SIDE} in one direction; remove it")
     return {"slices": 1, "height": height, "width": width, "slice_axis": 2, "window": None, "dtype": mode}
@@ -351,23 +310,10 @@ def _kind(name: str) -> Literal["volume", "image"] | None:
     return "volume" if suffix == ".npy" else "image" if suffix in IMAGE_SUFFIXES else None
 
 
-def _numbers(value: Any, count: int) -> bool:
-    """Whether value is a list of this many finite numbers."""
-    return (
-        isinstance(value, list)
-        and len(value) == count
-        and all(type(x) in (int, float) and math.isfinite(x) for x in value)
-    )
-
-
 def _found(paths: Iterable[Path]) -> str:
-    """What lies there instead of data, e.g. `found 12 .nii.gz, 1 .json`, files that only stand beside data last."""
-    kinds = Counter(
-        f"folder {path.name}" if path.is_dir() else re.search(r"(\.\w+)?(\.gz)?$", path.name)[0] or "without suffix"
-        for path in paths
-    )
-    order = sorted(kinds, key=lambda kind: (kind in SIDE_FILES, -kinds[kind]))
-    return "found " + (", ".join(f"{kinds[kind]} {kind}" for kind in order[:5]) or "nothing")
+    """What lies there instead of data, e.g. `found 12 .nii.gz, 1 .json`."""
+    kinds = Counter(re.search(r"(\.\w+)?(\.gz)?$", path.name)[0] or "without suffix" for path in paths)
+    return "found " + (", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)) or "nothing")
 
 
 def _range(values: Iterable[int]) -> str:

@@ -19,62 +19,19 @@ from torch.utils.data import DataLoader, Dataset
 
 from datasets.augment import MultiCrop, VolumeViews
 from datasets.batch import Batch, Counts
-from datasets.index import Sample, slice_offsets, volumes
-from datasets.masks import draw_masks
+from datasets.index import volumes
 from datasets.samplers import CyclingBatches, EpochBatches, Key
 from datasets.store import SliceStore, prepare
 from datasets.transforms import upload
 from utils import guards, signals
 from utils.distributed import Run
 from utils.profile import span
-from utils.seeding import INTRA_SLICES, SHARED, WINDOW, stream
+from utils.seeding import INTRA_SLICES, MASKED_SLICES, SHARED, WINDOW, stream
 
 
 def canvas_size(*sides: int) -> int:
     """Side of the square that the store keeps per slice: a quarter more than a view, so that crops can move."""
     return round(1.25 * max(sides))
-
-
-def open_images(cfg: Any, run: Run) -> ImageLoader:
-    """Stage 1's loader from its options."""
-    samples, store = prepare(
-        cfg.data_path, canvas_size(*cfg.size_crops), cfg.cache_path, cfg.on_bad, max(1, cfg.workers)
-    )
-    sizes = [(side, side) for side in cfg.size_crops]
-    scales = list(zip(cfg.min_scale_crops, cfg.max_scale_crops, strict=True))
-    crops = MultiCrop(sizes, cfg.nmb_crops, scales, cfg.policy, cfg.seed)
-    images = Slices(samples, store, cfg.slices_per_volume)
-    return ImageLoader(images, crops, cfg.batch_size, cfg.workers, cfg.seed, run, cfg.sampling_temperature)
-
-
-def open_volumes(
-    cfg: Any,
-    run: Run,
-    mask_ratio: float = 0.0,
-    intra_slices: int = 0,
-    images_per_step: int = 0,
-    min_scale_images: float = 1.0,
-) -> VolumeLoader:
-    """The loader of stages 2 and 3 from their options."""
-    slices, height, width = cfg.target_shape
-    size = canvas_size(height, width)
-    samples, store = prepare(
-        cfg.data_path, size, cfg.cache_path, cfg.on_bad, max(1, cfg.workers), target_shape=cfg.target_shape
-    )
-    return VolumeLoader(
-        VolumeWindows(samples, store, slices, cfg.seed),
-        VolumeViews(height, width, cfg.policy, cfg.seed),
-        cfg.batch_size,
-        cfg.workers,
-        cfg.seed,
-        run,
-        mask_ratio,
-        cfg.mask_style,
-        intra_slices,
-        images_per_step,
-        MultiCrop([(height, width)], [2], [(min_scale_images, 1.0)], cfg.policy, cfg.seed),
-        cfg.sampling_temperature,
-    )
 
 
 class Slices(Dataset):
@@ -83,10 +40,10 @@ class Slices(Dataset):
     (epoch, index) -> image [S, S] float16, extent [2] (height and width of its content), index.
     """
 
-    def __init__(self, samples: list[Sample], store: SliceStore, per_volume: int | None) -> None:
-        self.samples, self.store = samples, store
+    def __init__(self, store: SliceStore, per_volume: int | None) -> None:
+        self.store, self.samples = store, store.samples
         parts = []
-        for i, sample in enumerate(samples):
+        for i, sample in enumerate(self.samples):
             if sample.kind == "volume" and per_volume is None:
                 continue
             count = min(per_volume or sample.slices, sample.slices)
@@ -121,9 +78,9 @@ class VolumeWindows(Dataset):
     volumes of all data sets.
     """
 
-    def __init__(self, samples: list[Sample], store: SliceStore, slices: int, seed: int) -> None:
-        self.samples, self.store, self.slices, self.seed = samples, store, slices, seed
-        self.items = volumes(samples)
+    def __init__(self, store: SliceStore, slices: int, seed: int) -> None:
+        self.store, self.samples, self.slices, self.seed = store, store.samples, slices, seed
+        self.items = volumes(self.samples)
 
     @property
     def groups(self) -> list[str]:
@@ -150,24 +107,21 @@ class VolumeWindows(Dataset):
 
 
 class ImageLoader:
-    """Stage 1: multi-crop views of images and slices."""
+    """Stage 1, from its options: multi-crop views of images and slices."""
 
-    def __init__(
-        self,
-        dataset: Slices,
-        crops: MultiCrop,
-        batch_size: int,
-        workers: int,
-        seed: int,
-        run: Run,
-        sampling_temperature: float = 1.0,
-    ) -> None:
-        self.dataset, self.crops, self.run = dataset, crops, run
-        self.batches = EpochBatches(dataset.groups, batch_size, seed, run, "images and slices", sampling_temperature)
-        self.loader = torch_loader(dataset, self.batches, workers, run.device)
+    def __init__(self, cfg: Any, run: Run) -> None:
+        canvas = canvas_size(*cfg.size_crops)
+        store = prepare(cfg.data_path, canvas, cfg.cache_path, cfg.on_bad, max(1, cfg.workers))
+        self.run, self.dataset = run, Slices(store, cfg.slices_per_volume)
+        sizes = [(side, side) for side in cfg.size_crops]
+        scales = list(zip(cfg.min_scale_crops, cfg.max_scale_crops, strict=True))
+        self.crops = MultiCrop(sizes, cfg.nmb_crops, scales, cfg.policy, cfg.seed)
+        how = cfg.batch_size, cfg.seed, run, "images and slices", cfg.sampling_temperature
+        self.batches = EpochBatches(self.dataset.groups, *how)
+        self.loader = torch_loader(self.dataset, self.batches, cfg.workers, run.device)
         self.samples, self.steps = self.batches.samples, self.batches.steps
-        self.counts = Counts(len(dataset), self.batches.global_batch)
-        self.groups: dict[str, Sequence[str]] = {"intra": dataset.groups}  # level -> data set of every index
+        self.counts = Counts(len(self.dataset), self.batches.global_batch)
+        self.groups: dict[str, Sequence[str]] = {"intra": self.dataset.groups}  # level -> data set of every index
 
     @property
     def reading(self) -> list[guards.Reading]:
@@ -189,7 +143,7 @@ class ImageLoader:
 
 
 class VolumeLoader:
-    """Stages 2 and 3: two views of volumes, with what the stage's learner needs beside them (`Batch`).
+    """Stages 2 and 3, from their options: two views of volumes, with what the learner needs beside them (`Batch`).
 
     mask_ratio > 0 adds `masked` (stage 2, or stage 3 with L_mask). intra_slices > 0 adds `picked` and `slice_index`
     (stage 3). images_per_step > 0 adds `images` and `image_index` from the 2D data sets; their indices follow those of
@@ -198,43 +152,42 @@ class VolumeLoader:
 
     def __init__(
         self,
-        dataset: VolumeWindows,
-        views: VolumeViews,
-        batch_size: int,
-        workers: int,
-        seed: int,
+        cfg: Any,
         run: Run,
         mask_ratio: float = 0.0,
-        mask_style: str = "random",
         intra_slices: int = 0,
         images_per_step: int = 0,
-        image_views: MultiCrop | None = None,
-        sampling_temperature: float = 1.0,
+        min_scale_images: float = 1.0,
     ) -> None:
-        self.dataset, self.views, self.run, self.seed = dataset, views, run, seed
-        self.mask_ratio, self.mask_style, self.intra_slices = mask_ratio, mask_style, intra_slices
-        self.batches = EpochBatches(dataset.groups, batch_size, seed, run, "volumes", sampling_temperature)
+        self.run, self.seed = run, cfg.seed
+        self.mask_ratio, self.mask_style, self.intra_slices = mask_ratio, cfg.mask_style, intra_slices
+        slices, *size = cfg.target_shape
+        about = cfg.cache_path, cfg.on_bad, max(1, cfg.workers)
+        store = prepare(cfg.data_path, canvas_size(*size), *about, target_shape=cfg.target_shape)
+        self.dataset = VolumeWindows(store, slices, cfg.seed)
+        self.views = VolumeViews(*size, cfg.policy, cfg.seed)
+        temperature, groups = cfg.sampling_temperature, self.dataset.groups
+        self.batches = EpochBatches(groups, cfg.batch_size, cfg.seed, run, "volumes", temperature)
         self.samples, self.steps = self.batches.samples, self.batches.steps
-        self.loader = torch_loader(dataset, self.batches, workers, run.device)
-        self.slice_offsets = torch.from_numpy(slice_offsets([dataset.samples[i] for i in dataset.items]))
+        self.loader = torch_loader(self.dataset, self.batches, cfg.workers, run.device)
+        # Slice s of volume i has index slice_offsets[i] + s over all slices; the last entry is their number.
+        self.slice_offsets = torch.tensor([0, *(store.samples[i].slices for i in self.dataset.items)]).cumsum(0)
         self.total_slices = int(self.slice_offsets[-1])
 
-        self.image_dataset = self.image_loader = None
-        pictures = Slices(dataset.samples, dataset.store, per_volume=None)
-        if images_per_step and len(pictures):
-            self.image_dataset, self.image_views = pictures, image_views
-            self.image_batches = CyclingBatches(
-                pictures.groups, images_per_step, seed, run, self.steps, sampling_temperature
-            )
-            self.image_loader = torch_loader(self.image_dataset, self.image_batches, workers, run.device)
-        images = pictures.groups if self.image_dataset else []
-        each = (batch_size * intra_slices + (images_per_step if images else 0)) * run.world_size
-        self.counts = Counts(self.total_slices + len(images), each, len(dataset), batch_size * run.world_size)
-        slices = np.repeat(np.array(dataset.groups, dtype=object), np.diff(self.slice_offsets.numpy()))
-        self.groups: dict[str, Sequence[str]] = {
-            "inter": dataset.groups,
-            "intra": np.concatenate([slices, np.array(images, dtype=object)]),
-        }
+        self.image_dataset = Slices(store, per_volume=None)
+        images = self.image_dataset.groups if images_per_step else []
+        self.image_loader = None
+        if images:
+            self.image_views = MultiCrop([tuple(size)], [2], [(min_scale_images, 1.0)], cfg.policy, cfg.seed)
+            passes = EpochBatches(images, 1, cfg.seed, Run(0, 1, run.device), "images", temperature)
+            self.image_batches = CyclingBatches(passes, images_per_step, run, self.steps)
+            self.image_loader = torch_loader(self.image_dataset, self.image_batches, cfg.workers, run.device)
+        each = cfg.batch_size * intra_slices + (images_per_step if images else 0)
+        of_volumes = len(self.dataset), self.batches.global_batch
+        self.counts = Counts(self.total_slices + len(images), each * run.world_size, *of_volumes)
+        of_slices = np.repeat(np.array(groups, dtype=object), np.diff(self.slice_offsets.numpy()))
+        intra = np.concatenate([of_slices, np.array(images, dtype=object)])
+        self.groups: dict[str, Sequence[str]] = {"inter": groups, "intra": intra}  # level -> data set of every index
 
     @property
     def reading(self) -> list[guards.Reading]:
@@ -261,7 +214,7 @@ class VolumeLoader:
             views = self.views(volumes, mask, raw["extent"], index, epoch)
         batch = Batch(upload(index, device), counts, views=views, mask=upload(mask, device), rows=upload(rows, device))
         if self.mask_ratio:
-            batch = batch._replace(masked=upload(self.masked(index, length, epoch, len(views)), device))
+            batch = batch._replace(masked=upload(self.masked(index, length, epoch), device))
         if self.intra_slices:
             picked = self._pick(index, length, epoch)
             where = self.slice_offsets[index].unsqueeze(1) + raw["start"].unsqueeze(1) + picked
@@ -274,18 +227,18 @@ class VolumeLoader:
             views = self.image_views(image, raw["extent"], raw["index"], epoch)[0]
         return {"images": views, "image_index": index}
 
-    def masked(self, index: Tensor, length: Tensor, epoch: int, views: int) -> Tensor:
-        """[views, B, D] bool: the slices of every window that are masked in this epoch."""
+    def masked(self, index: Tensor, length: Tensor, epoch: int) -> Tensor:
+        """[2, B, D] bool: the slices of every window that are masked in this epoch, view by view."""
         D, how = self.dataset.slices, (self.mask_ratio, self.mask_style, self.seed, epoch)
-        return torch.stack([draw_masks(length, index, *how, view, D) for view in range(1, views + 1)])
+        return torch.stack([draw_masks(length, index, *how, view, D) for view in (1, 2)])
 
     def _pick(self, index: Tensor, length: Tensor, epoch: int) -> Tensor:
         """[B, intra_slices] real slices of every window, different ones as far as there are enough."""
-        rows = [
-            np.resize(stream(self.seed, epoch, i, SHARED, INTRA_SLICES).permutation(n), self.intra_slices)
+        orders = [
+            stream(self.seed, epoch, i, SHARED, INTRA_SLICES).permutation(n)
             for i, n in zip(index.tolist(), length.tolist(), strict=True)
         ]
-        return torch.from_numpy(np.stack(rows))
+        return torch.from_numpy(np.stack([np.resize(order, self.intra_slices) for order in orders]))
 
     def names(self, index: Tensor, image_index: Tensor | None = None) -> list[str]:
         """The files of a batch."""
@@ -293,6 +246,27 @@ class VolumeLoader:
         if image_index is not None:
             names += [self.image_dataset.name(i) for i in (image_index - self.total_slices).tolist()]
         return names
+
+
+def draw_masks(
+    lengths: Tensor, index: Tensor, ratio: float, style: str, seed: int, epoch: int, view: int, slices: int
+) -> Tensor:
+    """[B, slices] bool, True where a slice is masked: ceil(ratio * length) real slices of every volume.
+
+    lengths [B] real slices, index [B] global sample index. style: `random` (anywhere) or `span` (one contiguous run).
+    At least one slice stays visible. A pure function of (seed, epoch, index, view).
+    """
+    masked = torch.zeros(len(lengths), slices, dtype=torch.bool)
+    for b, (length, i) in enumerate(zip(lengths.tolist(), index.tolist(), strict=True)):
+        rng = stream(seed, epoch, i, view, MASKED_SLICES)
+        # The small step down keeps 0.1 * 30 = 3.0000000000000004 from being rounded up to 4.
+        count = min(max(1, int(np.ceil(ratio * length - 1e-9))), length - 1)
+        if style == "span":
+            start = int(rng.integers(length - count + 1))
+            masked[b, start : start + count] = True
+        else:
+            masked[b, torch.from_numpy(rng.permutation(length)[:count])] = True
+    return masked
 
 
 class OneAhead:

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from datasets.cache import BadSource
 from datasets.index import IMAGE_FORMATS, Sample
 
 FORMAT = 2  # of the cache files; raise it when their content changes, so that old ones are not used
@@ -18,7 +17,10 @@ PERCENTILES = (0.5, 99.5)
 SAMPLED_VOXELS = 2**20  # the 0.5th percentile of so many is off by 0.007 percentage points (one standard deviation)
 SLICES_AT_ONCE = 8  # of a conversion in float: what they take stays in the processor's cache
 TURNED_AT_ONCE = 2**28  # bytes of a file with interleaved slices that are brought into slice order in one go
-CHANGED = "has changed since it was scanned; start again"
+
+
+class BadSource(ValueError):
+    """A source file cannot be used: what is wrong with it and what to do, without its name."""
 
 
 def content_size(height: int, width: int, size: int) -> tuple[int, int]:
@@ -57,24 +59,22 @@ def open_source(sample: Sample) -> np.ndarray:
 
     Raises BadSource where it cannot be read or is no longer what the scan found.
     """
-    try:
-        array = _open_volume(sample) if sample.kind == "volume" else read_grey(sample.path)[None]
-        if array.shape != (sample.slices, sample.height, sample.width):
-            raise BadSource(CHANGED, lasting=False)
-        if min(array.strides) == array.strides[0] and array.nbytes <= TURNED_AT_ONCE:
-            array = np.ascontiguousarray(array)  # a slice alone touches every page of such a file
-    except OSError as error:
-        raise BadSource(f"cannot be read ({error}); copy it again or remove it", lasting=False) from None
-    return array
-
-
-def _open_volume(sample: Sample) -> np.ndarray:
-    """[D, H, W] memory map."""
-    try:
-        array = np.load(sample.path, mmap_mode="r", allow_pickle=False)
-        return np.moveaxis(array[..., 0] if sample.channel_names else array, sample.slice_axis, 0)
-    except ValueError:  # also where an axis is missing
-        raise BadSource(CHANGED, lasting=False) from None
+    changed = BadSource("has changed since it was scanned; start again")
+    if sample.kind == "image":
+        array = read_grey(sample.path)[None]
+    else:
+        try:
+            array = np.load(sample.path, mmap_mode="r", allow_pickle=False)
+            array = np.moveaxis(array[..., 0] if sample.channel_names else array, sample.slice_axis, 0)
+        except OSError as error:
+            raise BadSource(f"cannot be read ({error}); copy it again or remove it") from None
+        except (ValueError, IndexError):
+            raise changed from None
+    if array.shape != (sample.slices, sample.height, sample.width):
+        raise changed
+    # A slice alone touches every page of a file with interleaved ones.
+    interleaved = min(array.strides) == array.strides[0] and array.nbytes <= TURNED_AT_ONCE
+    return np.ascontiguousarray(array) if interleaved else array
 
 
 def read_grey(path: Path) -> np.ndarray:
@@ -90,27 +90,20 @@ def read_grey(path: Path) -> np.ndarray:
 
 def require_contrast(source: np.ndarray, sample: Sample) -> tuple[float, float]:
     """(minimum, maximum) of [D, H, W]. Raises BadSource where training would learn nothing from it."""
-    unit = "voxels" if sample.kind == "volume" else "pixels"
     low, high = float(source.min()), float(source.max())  # NaN if any is
     if not (math.isfinite(low) and math.isfinite(high)):
         count = source.size - int(np.count_nonzero(np.isfinite(source)))
-        raise BadSource(
-            f"{count} of {source.size} {unit} are NaN or Inf; replace them (np.nan_to_num) "
-            "or remove the file, or leave such files out with --on_bad skip"
-        )
-    if low == high:
-        raise BadSource(
-            f"is constant (all {unit} are {low:g}), so there is nothing to learn from it; "
-            "remove it, or leave such files out with --on_bad skip"
-        )
-    if high - low > 1e38:  # near the end of float32, where the scaling would overflow
-        raise BadSource(f"its range, {low:g} to {high:g}, is too wide; clip it or remove the file")
-    if sample.window and (high <= sample.window[0] or low >= sample.window[1]):
-        raise BadSource(
-            f"its intensities, {low:g} to {high:g}, lie outside the window {sample.window} "
-            "of dataset.yaml; correct the window, or leave such files out with --on_bad skip"
-        )
-    return low, high
+        problem, remedy = f"{count} of {source.size} values are NaN or Inf", "replace them (np.nan_to_num)"
+    elif low == high:
+        problem, remedy = f"is constant (all values are {low:g})", "remove it"
+    elif high - low > 1e38:  # near the end of float32, where the scaling would overflow
+        problem, remedy = f"its range, {low:g} to {high:g}, is too wide", "clip it"
+    elif sample.window and (high <= sample.window[0] or low >= sample.window[1]):
+        problem = f"its intensities, {low:g} to {high:g}, lie outside the window {sample.window} of dataset.yaml"
+        remedy = "correct the window"
+    else:
+        return low, high
+    raise BadSource(f"{problem}; {remedy}, or leave such files out with --on_bad skip")
 
 
 def robust_limits(array: np.ndarray) -> tuple[float, float]:

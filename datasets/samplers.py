@@ -38,18 +38,18 @@ class EpochBatches:
         what: str = "samples",
         sampling_temperature: float = 1.0,
     ) -> None:
-        global_batch = batch_size * run.world_size
+        self.samples, self.global_batch, self.seed, self.run = len(groups), batch_size * run.world_size, seed, run
         if not sampling_temperature >= 1:
             raise UserError(f"sampling_temperature: {sampling_temperature:g} is below 1, every sample once; raise it")
-        if not len(groups):
-            raise UserError(f"data_path: there are no {what} in it, which this stage trains on")
-        if len(groups) < global_batch:
+        if self.samples < self.global_batch:
             raise UserError(
-                f"batch_size: {batch_size} per process x {run.world_size} process(es) need {global_batch} {what}, but "
-                f"the data hold {len(groups)}; lower --batch_size, start fewer processes or add data"
+                f"batch_size: {batch_size} per process x {run.world_size} process(es) need {self.global_batch} {what}, "
+                f"but the data hold {self.samples}; lower --batch_size, start fewer processes or add data"
             )
-        self.samples, self.global_batch, self.seed, self.run = len(groups), global_batch, seed, run
-        self.members = _members(groups)
+        members: dict[Hashable, list[int]] = {}  # of each data set, in the order in which they first appear
+        for i, group in enumerate(groups):
+            members.setdefault(group, []).append(i)
+        self.members = [np.array(indices) for indices in members.values()]
         self.quotas = _quotas([len(m) for m in self.members], sampling_temperature)
         self.steps = self.steps_after(0)
         self.epoch, self.seen = 0, 0
@@ -103,21 +103,11 @@ class EpochBatches:
 class CyclingBatches:
     """Batch sampler for what accompanies an epoch: `batch_size` samples per process and step, pass after pass.
 
-    Arguments as in `EpochBatches`; steps: of an epoch.
+    passes: over all samples, with a global batch of one.  steps: of an epoch.
     """
 
-    def __init__(
-        self,
-        groups: Sequence[Hashable],
-        batch_size: int,
-        seed: int,
-        run: Run,
-        steps: int,
-        sampling_temperature: float = 1.0,
-    ) -> None:
-        self.batch_size, self.run, self.steps = batch_size, run, steps
-        alone = Run(0, 1, run.device)
-        self.passes = EpochBatches(groups, 1, seed, alone, sampling_temperature=sampling_temperature)
+    def __init__(self, passes: EpochBatches, batch_size: int, run: Run, steps: int) -> None:
+        self.passes, self.batch_size, self.run, self.steps = passes, batch_size, run, steps
         self.epoch, self.first_step = 0, 0
 
     def begin(self, epoch: int, first_step: int) -> None:
@@ -133,14 +123,6 @@ class CyclingBatches:
 
     def __len__(self) -> int:
         return self.steps - self.first_step
-
-
-def _members(groups: Sequence[Hashable]) -> list[np.ndarray]:
-    """Indices of each group, groups in the order in which they first appear."""
-    found: dict[Hashable, list[int]] = {}
-    for i, group in enumerate(groups):
-        found.setdefault(group, []).append(i)
-    return [np.array(indices) for indices in found.values()]
 
 
 def _quotas(sizes: list[int], temperature: float) -> list[int]:

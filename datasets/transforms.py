@@ -9,8 +9,8 @@ Parameters stay on the CPU: which samples to work on is then known without waiti
 reads from it. Pixels are worked on by operations that give the same bits however many threads share them out; matrix
 products, whose rounding depends on the threads, are avoided.
 
-Where `length` [B] is taken, it is the number of real slices of each sample, which come first; they do not depend on
-how many padded ones follow, and those come out zero. None means that all slices are real.
+`length` [B] is the number of real slices of each sample, which come first; None: all. They do not depend on padded
+slices, in which anything may stand afterwards (`only_real` clears them).
 """
 
 from __future__ import annotations
@@ -48,31 +48,44 @@ def resample(x: Tensor, theta: Tensor, height: int, width: int) -> Tensor:
     Returns [B, D, height, width] float32.
 
     A window of whole pixels, mirrored or not, is copied and not interpolated, so it is exact. A sample that shrinks by
-    2 or more along an axis is interpolated at several points of every output pixel, no closer than an input pixel, and
-    their mean taken: this keeps fine detail from turning into false patterns, and, unlike a blur before sampling, it
-    reads nothing outside the window. For whole factors without rotation it is the mean over the pixel's area.
+    2 or more along an axis is interpolated at several points of every output pixel, and their mean taken: this keeps
+    fine detail from turning into false patterns, and, unlike a blur before sampling, reads nothing outside the window.
     """
     groups = defaultdict(list)  # samples that the same operations serve
     for sample, matrix in enumerate(theta.tolist()):
-        window = _whole_pixel_window(matrix, x.shape[-2:], (height, width))
-        groups[window or _points(matrix, x.shape[-2:], (height, width))].append(sample)
+        groups[_plan(matrix, x.shape[-1], height, width)].append(sample)
     if len(groups) == 1:
         return _resample_alike(x, theta, height, width, *groups)
     out = x.new_empty(*x.shape[:2], height, width, dtype=torch.float32)
-    for key, samples in groups.items():
+    for plan, samples in groups.items():
         rows = torch.tensor(samples)
         there = upload(rows, x.device)
-        out.index_copy_(0, there, _resample_alike(x.index_select(0, there), theta[rows], height, width, key))
+        out.index_copy_(0, there, _resample_alike(x.index_select(0, there), theta[rows], height, width, plan))
     return out
 
 
-def _resample_alike(x: Tensor, theta: Tensor, height: int, width: int, key: tuple) -> Tensor:
-    """`resample` of samples that share a window of whole pixels or the points per output pixel."""
-    if len(key) == 3:
-        top, left, mirrored = key
+def _plan(matrix: list[list[float]], S: int, height: int, width: int) -> tuple:
+    """(top, left, axes to mirror) of a window of whole pixels where theta is no more than that, else (down, across).
+
+    The latter is how many points per output pixel, along its rows and columns, are an input pixel or more apart.
+    """
+    (xx, xy, x0), (yx, yy, y0) = matrix
+    top, left = ((y0 + 1) * S - height) / 2, ((x0 + 1) * S - width) / 2
+    errors = (abs(yy) * S - height, abs(xx) * S - width, yx * S, xy * S, top - round(top), left - round(left))
+    inside = 0 <= round(top) <= S - height and 0 <= round(left) <= S - width
+    if inside and max(map(abs, errors)) <= 1e-3:  # pixels; theta in float32 carries about 1e-5
+        return round(top), round(left), (-2,) * (yy < 0) + (-1,) * (xx < 0)
+    down, across = math.hypot(xy * S, yy * S) / height, math.hypot(xx * S, yx * S) / width
+    return max(1, int(down + 1e-3)), max(1, int(across + 1e-3))
+
+
+def _resample_alike(x: Tensor, theta: Tensor, height: int, width: int, plan: tuple) -> Tensor:
+    """`resample` of samples of one plan."""
+    if len(plan) == 3:
+        top, left, mirrored = plan
         window = x[:, :, top : top + height, left : left + width]
         return (window.flip(mirrored) if mirrored else window).float()
-    down, across = key
+    down, across = plan
     grid = _grid(upload(theta.float(), x.device), height * down, width * across)
     out = F.grid_sample(x.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return F.avg_pool2d(out, (down, across)) if down * across > 1 else out
@@ -86,47 +99,13 @@ def _grid(theta: Tensor, height: int, width: int) -> Tensor:
     return torch.stack((columns * xx + rows * xy + x0, columns * yx + rows * yy + y0), dim=-1)
 
 
-def _points(matrix: list[list[float]], canvas: tuple[int, int], output: tuple[int, int]) -> tuple[int, int]:
-    """How many points per output pixel, along its rows and columns, are an input pixel or more apart."""
-    (xx, xy, _), (yx, yy, _) = matrix
-    down = math.hypot(xy * canvas[1], yy * canvas[0]) / output[0]
-    across = math.hypot(xx * canvas[1], yx * canvas[0]) / output[1]
-    return max(1, int(down + 1e-3)), max(1, int(across + 1e-3))
-
-
-def _whole_pixel_window(
-    matrix: list[list[float]], canvas: tuple[int, int], output: tuple[int, int]
-) -> tuple[int, int, tuple[int, ...]] | None:
-    """(top, left, axes of [..., H, W] to mirror), if this is all that theta does; None otherwise."""
-    (xx, xy, x0), (yx, yy, y0) = matrix
-    top, left = ((y0 + 1) * canvas[0] - output[0]) / 2, ((x0 + 1) * canvas[1] - output[1]) / 2
-    errors = (
-        abs(yy) * canvas[0] - output[0],
-        abs(xx) * canvas[1] - output[1],
-        yx * canvas[0],
-        xy * canvas[1],
-        top - round(top),
-        left - round(left),
-    )
-    if max(map(abs, errors)) > 1e-3:  # pixels; theta in float32 carries about 1e-5
-        return None
-    top, left = round(top), round(left)
-    if not (0 <= top <= canvas[0] - output[0] and 0 <= left <= canvas[1] - output[1]):
-        return None
-    return top, left, (-2,) * (yy < 0) + (-1,) * (xx < 0)
-
-
 def blur(x: Tensor, std: Tensor, length: Tensor | None = None) -> Tensor:
     """Gaussian blur; std [B, 3] in voxels along slices, rows and columns, 0 (neutral) leaves an axis alone.
 
     Defined as in scipy.ndimage, and so in TorchIO: the kernel ends after 4 standard deviations, and what lies beyond
     the first and the last real voxel mirrors what lies before.
     """
-    for axis in (SLICES, ROWS, COLUMNS):
-        along = std[:, axis - 1].double()
-        x = _apply(partial(_blur_axis, axis=axis), _blur_radius(along) > 0, x, along, _sizes(x, axis, length))
-        x = only_real(x, length) if axis == SLICES else x
-    return x
+    return _by_axis(_blur_axis, lambda std: _blur_radius(std) > 0, x, std, length)
 
 
 def _blur_radius(std: Tensor) -> Tensor:
@@ -161,11 +140,7 @@ def anisotropy(x: Tensor, factor: Tensor, length: Tensor | None = None) -> Tenso
     As in TorchIO: floor(n / factor) coarse voxels, centred on the n real ones, take the value of the nearest voxel,
     and are interpolated linearly. Departs: voxels beyond the coarse ones repeat the outermost, where TorchIO has 0.
     """
-    for axis in (SLICES, ROWS, COLUMNS):
-        along = factor[:, axis - 1].double()
-        x = _apply(partial(_coarsen_axis, axis=axis), along > 1, x, along, _sizes(x, axis, length))
-        x = only_real(x, length) if axis == SLICES else x
-    return x
+    return _by_axis(_coarsen_axis, lambda factor: factor > 1, x, factor, length)
 
 
 def _coarsen_axis(x: Tensor, factor: Tensor, size: Tensor, axis: int) -> Tensor:
@@ -181,19 +156,18 @@ def _coarsen_axis(x: Tensor, factor: Tensor, size: Tensor, axis: int) -> Tensor:
     return low.lerp_(high, share.view(len(x), *(-1 if a == axis else 1 for a in (SLICES, ROWS, COLUMNS))))
 
 
-def bias_field(x: Tensor, coefficients: Tensor, length: Tensor | None = None, keep_mean: bool = False) -> Tensor:
+def bias_field(x: Tensor, coefficients: Tensor, length: Tensor | None = None) -> Tensor:
     """Smooth change of brightness, as of a receive coil: x * exp(polynomial of order 3 in the coordinates).
 
     coefficients: [B, 20] in the order of BIAS_EXPONENTS, all 0 is neutral.  Coordinates run from -1 at the first
-    voxel of an axis to 1 at the last, along the slice axis from the first to the last real slice.
-    keep_mean: scale the result so that a sample's mean stays what it was; padded slices must be zero then.
+    voxel of an axis to 1 at the last, along the slice axis from the first to the last real slice. Departs from TorchIO:
+    the field, which may reach several times 1, is scaled so that a sample's mean stays what it was; padded slices must
+    be zero for that.
     """
-    function = partial(_multiply_field, keep_mean=keep_mean)
-    x = _apply(function, (coefficients != 0).any(1), x, coefficients, _sizes(x, SLICES, length))
-    return only_real(x, length)
+    return _apply(_multiply_field, (coefficients != 0).any(1), x, coefficients, _sizes(x, SLICES, length))
 
 
-def _multiply_field(x: Tensor, coefficients: Tensor, size: Tensor, keep_mean: bool) -> Tensor:
+def _multiply_field(x: Tensor, coefficients: Tensor, size: Tensor) -> Tensor:
     cube = torch.zeros(len(x), *3 * (BIAS_ORDER + 1,))
     i, j, k = torch.tensor(BIAS_EXPONENTS).T
     cube[:, i, j, k] = coefficients.float()
@@ -206,7 +180,7 @@ def _multiply_field(x: Tensor, coefficients: Tensor, size: Tensor, keep_mean: bo
     by_slice = _polynomial(cube[..., None].unbind(1), slices[:, None, None])  # [B, 4, 4, D]
     field = _polynomial(upload(by_slice[..., None], x.device).unbind(1), upload(rows, x.device))  # [B, 4, D, H]
     field = _polynomial(field[..., None].unbind(1), upload(columns, x.device)).exp_().mul_(x)  # [B, D, H, W]
-    return field.mul_(_mean(x) / _mean(field).clamp_min(1e-12)) if keep_mean else field
+    return field.mul_(_mean(x) / _mean(field).clamp_min(1e-12))
 
 
 def _polynomial(coefficients: tuple[Tensor, ...], t: Tensor) -> Tensor:
@@ -241,13 +215,13 @@ def jitter(x: Tensor, brightness: Tensor, contrast: Tensor) -> Tensor:
     return _apply(change, (brightness != 0) | (contrast != 0), x, brightness, contrast)
 
 
-def noise(x: Tensor, std: Tensor, seeds: Tensor, length: Tensor | None = None) -> Tensor:
+def noise(x: Tensor, std: Tensor, seeds: Tensor) -> Tensor:
     """Adds Gaussian noise; std [B], 0 is neutral; seeds [B] int64, of which `normal` makes each sample's noise."""
 
     def add(x: Tensor, std: Tensor, seeds: Tensor) -> Tensor:
         return torch.addcmul(x, normal(seeds, *x.shape[1:], x.device), _per_sample(std, x))
 
-    return only_real(_apply(add, std > 0, x, std, seeds), length)
+    return _apply(add, std > 0, x, std, seeds)
 
 
 def normal(seeds: Tensor, slices: int, height: int, width: int, device: torch.device) -> Tensor:
@@ -288,6 +262,14 @@ def _apply(function: Callable[..., Tensor], chosen: Tensor, x: Tensor, *paramete
         return function(x, *parameters)
     there = upload(rows, x.device)
     return x.index_copy(0, there, function(x.index_select(0, there), *(p[rows] for p in parameters)))
+
+
+def _by_axis(function: Callable, chosen: Callable, x: Tensor, values: Tensor, length: Tensor | None) -> Tensor:
+    """x after function(x, value [B], real voxels [B], axis=) along each axis, of samples whose values are chosen."""
+    for axis in (SLICES, ROWS, COLUMNS):
+        along = values[:, axis - 1].double()
+        x = _apply(partial(function, axis=axis), chosen(along), x, along, _sizes(x, axis, length))
+    return x
 
 
 def _take(x: Tensor, axis: int, index: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""datasets/transforms.py against other implementations, and what datasets/augment.py promises about its draws."""
+"""What datasets/augment.py promises about views and crops."""
 
 from dataclasses import replace
 
@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import gaussian_filter, map_coordinates
-from scipy.stats import kstest
 from torch import Tensor
 from torch.testing import assert_close
 
-from datasets import augment, transforms
+from datasets import augment
 from datasets.augment import RANGES, MultiCrop, VolumeViews
 from utils.seeding import stream
 
@@ -27,145 +25,6 @@ def batch(B: int = 3, D: int = 6, S: int = 20, seed: int = 0) -> tuple[Tensor, T
     """Random volumes that fill the canvas, all slices real, with the global indices 10, 11, ..."""
     x = torch.from_numpy(np.random.default_rng(seed).random((B, D, S, S), dtype=np.float32))
     return x, torch.ones(B, D, dtype=torch.bool), torch.full((B, 2), S), torch.arange(10, 10 + B)
-
-
-def smooth(S: int = 40) -> Tensor:
-    """[1, 1, S, S] picture without fine detail, zero near its border."""
-    y, x = torch.meshgrid(torch.linspace(-1, 1, S), torch.linspace(-1, 1, S), indexing="ij")
-    bump = torch.exp(-((y - 0.15) ** 2 + (x + 0.1) ** 2) * 8)
-    return (bump * (1 + 0.5 * torch.sin(4 * x + 2 * y)))[None, None]
-
-
-def theta(canvas: int, centre, window, degrees: float = 0.0, flips=(False, False)) -> Tensor:
-    """`window_theta` of a single sample."""
-    centre, window, flips = (np.array([v]) for v in (centre, window, flips))
-    return torch.from_numpy(augment.window_theta(canvas, centre, window, np.array([degrees]), flips))
-
-
-# --- transforms, each against a second way to compute it ---
-
-
-def test_identity_theta_and_whole_pixel_windows_are_copied_exactly():
-    x = batch()[0]
-    assert torch.equal(transforms.resample(x, torch.eye(2, 3).expand(3, 2, 3), 20, 20), x)
-    shifted = theta(20, (4 + 8, 1 + 6), (16, 12)).expand(3, 2, 3)
-    assert torch.equal(transforms.resample(x, shifted, 16, 12), x[:, :, 4:20, 1:13])
-
-
-def test_resampling_equals_map_coordinates():
-    x, (top, left, side), degrees = smooth(), (6, 3, 25), 20.0
-    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    steps = (np.arange(30) + 0.5) * side / 30 - side / 2  # input pixels from the middle of the window
-    v, u = np.meshgrid(steps, steps, indexing="ij")
-    rows = top + side / 2 + s * u + c * v - 0.5
-    columns = left + side / 2 + c * u - s * v - 0.5
-    theirs = map_coordinates(x[0, 0].numpy(), [rows, columns], order=1, mode="grid-constant")
-    ours = transforms.resample(x, theta(40, (top + side / 2, left + side / 2), (side, side), degrees), 30, 30)
-    assert_close(ours[0, 0], torch.from_numpy(theirs).float(), atol=1e-4, rtol=0)
-
-
-def test_shrinking_takes_the_mean_over_the_area():
-    x = batch(B=2, S=24)[0]
-    shrunk = transforms.resample(x, theta(24, (12, 12), (24, 24)).expand(2, 2, 3), 8, 12)
-    assert_close(shrunk, F.interpolate(x, (8, 12), mode="area"), atol=1e-5, rtol=0)
-    turned = transforms.resample(x, theta(24, (12, 12), (24, 24), 90.0).expand(2, 2, 3), 8, 12)
-    assert_close(turned, F.interpolate(x.rot90(1, (-2, -1)), (8, 12), mode="area"), atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("length", [21, 13, 5, 1])
-def test_blur_equals_scipy_up_to_the_border_of_the_real_slices(length):
-    x = batch(B=3, D=21, S=20)[0]
-    std = torch.tensor([[1.5, 0.7, 2.0], [0.0, 1.2, 0.0], [3.0, 0.1, 0.13]])
-    ours = transforms.blur(x, std, torch.tensor([length, 21, length]))
-    for b, n in enumerate((length, 21, length)):
-        theirs = gaussian_filter(x[b, :n].double().numpy(), std[b].tolist())
-        assert_close(ours[b, :n], torch.from_numpy(theirs).float(), atol=1e-6, rtol=0)
-
-
-def test_anisotropy_samples_coarsely_and_interpolates_between():
-    x = batch(B=1, D=9, S=8)[0]
-    out = transforms.anisotropy(x, torch.tensor([[3.0, 1.0, 1.0]]))
-    assert torch.equal(out[:, [1, 4, 7]], x[:, [1, 4, 7]])  # centres of thirds
-    assert_close(out[:, 2], x[:, 1] * 2 / 3 + x[:, 4] / 3)
-    assert torch.equal(out[:, [0, 8]], x[:, [1, 7]])
-
-
-@pytest.mark.parametrize("keep_mean", [False, True])
-def test_bias_field_equals_the_polynomial(keep_mean):
-    x = batch(B=2, D=7, S=6)[0]
-    x[1, 5:] = 0
-    coefficients = np.random.default_rng(1).uniform(-0.5, 0.5, (2, 20))
-    lengths = torch.tensor([7, 5])
-    ours = transforms.bias_field(x, torch.from_numpy(coefficients), lengths, keep_mean).numpy()
-    for b, D in enumerate((7, 5)):
-        d, h, w = np.meshgrid(*(np.linspace(-1, 1, n) for n in (D, 6, 6)), indexing="ij")
-        terms = zip(coefficients[b], transforms.BIAS_EXPONENTS, strict=True)
-        theirs = x[b, :D].numpy() * np.exp(sum(c * d**i * h**j * w**k for c, (i, j, k) in terms))
-        theirs *= x[b, :D].numpy().mean() / theirs.mean() if keep_mean else 1
-        np.testing.assert_allclose(ours[b, :D], theirs, rtol=1e-5)
-        assert (ours[b, D:] == 0).all()
-    assert len(set(transforms.BIAS_EXPONENTS)) == 20
-    assert max(map(sum, transforms.BIAS_EXPONENTS)) == 3
-
-
-def test_jitter_equals_numpy():
-    x, b, c = batch()[0], np.array([0.4, -0.3, 0.0]), np.array([-0.2, 0.4, 0.0])
-    bright = x.numpy() * (1 + b)[:, None, None, None]
-    mean = bright.mean((1, 2, 3), keepdims=True)
-    theirs = np.clip(mean + (bright - mean) * (1 + c)[:, None, None, None], 0, 1)
-    ours = transforms.jitter(x, torch.from_numpy(b), torch.from_numpy(c))
-    np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-6)
-
-
-def test_noise_has_the_asked_std_and_leaves_its_input_alone():
-    x = torch.zeros(3, 8, 40, 40)
-    out = transforms.noise(x, torch.tensor([0.1, 0.2, 0.0]), torch.tensor([5, 5, 2**52]))
-    assert out[0].std().item() == pytest.approx(0.1, rel=0.03)
-    assert_close(out[1], 2 * out[0])
-    assert (out[2] == 0).all()
-    assert (x == 0).all()
-
-
-def test_normal_numbers_are_a_function_of_seed_slice_and_pixel():
-    seeds, cpu = torch.tensor([3, 2**53 - 1]), torch.device("cpu")
-    golden = [
-        [[[-0.0279, -0.8026, -1.2243]], [[-1.0805, 0.6848, -1.4936]]],
-        [[[-0.1613, -1.8547, -0.8031]], [[0.7924, 1.4920, 0.5180]]],
-    ]
-    assert_close(transforms.normal(seeds, 2, 1, 3, cpu), torch.tensor(golden), atol=1e-4, rtol=0)
-    assert torch.equal(transforms.normal(seeds, 9, 5, 4, cpu)[1:, :3], transforms.normal(seeds[1:], 3, 5, 4, cpu))
-
-
-def test_normal_numbers_are_normal_and_uncorrelated():
-    x = transforms.normal(torch.tensor([0, 1, 2, 2**52]), 16, 128, 128, torch.device("cpu")).double()
-    for sample in x:
-        assert kstest(sample.flatten().numpy(), "norm").pvalue > 1e-3
-        assert 4 < sample.abs().max() < 6.6
-    # Neighbours along each axis, the partners of Box-Muller, samples of neighbouring seeds, and their squares.
-    halves = x.flatten(2).unflatten(2, (2, -1)).unbind(2)
-    pairs = [(x.narrow(a, 1, x.shape[a] - 1), x.narrow(a, 0, x.shape[a] - 1)) for a in range(4)] + [halves]
-    for a, b in [*pairs, (x[:, :, :-1, :-1], x[:, :, 1:, 1:]), (x[0], x[3])]:
-        for power in (1, 2):
-            correlation = np.corrcoef((a**power).flatten(), (b**power).flatten())[0, 1]
-            assert abs(correlation) < 4.5 / a.numel() ** 0.5
-
-
-def test_neutral_parameters_return_the_input_exactly():
-    x, zero = batch()[0], torch.zeros(3)
-    assert torch.equal(transforms.anisotropy(x, torch.ones(3, 3)), x)
-    assert torch.equal(transforms.blur(x, torch.zeros(3, 3)), x)
-    assert torch.equal(transforms.bias_field(x, torch.zeros(3, 20)), x)
-    assert torch.equal(transforms.gamma(x, zero), x)
-    assert torch.equal(transforms.jitter(x, zero, zero), x)
-    assert torch.equal(transforms.noise(x, zero, zero.long()), x)
-    # ... also beside a sample that is not neutral, and the rest of a batch does not change the result of that one.
-    std = torch.tensor([[0.0] * 3, [1.0] * 3, [0.0] * 3])
-    out = transforms.blur(x, std)
-    assert torch.equal(out[[0, 2]], x[[0, 2]])
-    assert_close(out[1:2], transforms.blur(x[1:2], std[1:2]))
-
-
-# --- draws ---
 
 
 def mixed_batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -207,10 +66,10 @@ def test_a_batch_at_once_as_on_a_gpu_gives_what_one_by_one_gives(policy):
     x, mask, extents, index = mixed_batch()
     views = VolumeViews(63, 67, policy, 0)
     expected, length = views(x, mask, extents, index, 0, 7), mask.sum(1)
-    draws = views.draws(80, extents.numpy().astype(float), length.numpy(), index.tolist(), 0, 7)
-    for one, p in zip(expected, draws, strict=True):
+    draws = views.draws(80, extents.double().numpy(), length.numpy(), index.tolist(), 0, 7)
+    for one, drawn in zip(expected, draws, strict=True):
         out = torch.empty_like(one)
-        augment._transform_part(x, {name: torch.from_numpy(value) for name, value in p.items()}, out, length)
+        augment._transform(x, drawn, out, length, together=len(x))
         assert_close(out, one, atol=1e-6, rtol=0)
 
 
@@ -244,19 +103,32 @@ def test_a_gpu_gives_the_views_of_a_cpu_and_is_never_waited_for():
 
 
 def test_paper_gives_the_first_seven_views_seven_different_transforms():
-    make = VolumeViews(16, 16, "paper", 3)
-    orders = make._orders(2, range(500))
-    assert (np.sort(orders, axis=1) == np.arange(7)).all()
-    pairs = np.unique(orders[:, :2], axis=0, return_counts=True)[1]
+    content, slices = np.full((300, 2), 20.0), np.full(300, 6)
+    views = list(VolumeViews(16, 16, "paper", 3).draws(20, content, slices, range(300), epoch=2, views=8))
+    kinds = np.array([applied(p).argmax(0) for p in views])  # [8, 300]
+    assert (np.sort(kinds[:7], axis=0) == np.arange(7)[:, None]).all()
+    assert (kinds[7] == kinds[0]).all()
+    pairs = np.unique(kinds[:2], axis=1, return_counts=True)[1]
     assert len(pairs) == 42  # ordered pairs of different ones
-    assert pairs.max() < 30  # binomial of mean 12, std 3.4
-    x, mask, extents, index = batch(B=8)
-    views = make(x, mask, extents, index, 2, views=8)
-    plain = x[:, :, 2:18, 2:18]
-    mirrored = [plain.flip(dims) for dims in ((-2,), (-1,), (-2, -1))]
-    flipped = [[any(torch.equal(view[b], m[b]) for m in mirrored) for b in range(8)] for view in views]
-    order = make._orders(2, index.tolist())
-    assert flipped == [[order[b, v % 7] == 0 for b in range(8)] for v in range(8)]
+    assert pairs.max() < 20  # binomial of mean 7, std 2.6
+
+
+def applied(p: dict[str, np.ndarray]) -> np.ndarray:
+    """[7, B] which of the seven transforms the draws of `paper` apply, of views of 16 pixels from 20."""
+    diagonal = p["theta"][:, [0, 1], [0, 1]]
+    upright = (p["theta"][:, 0, 1] == 0) & (p["theta"][:, 1, 0] == 0)
+    mirrored = upright & (diagonal < 0).any(1) & (abs(diagonal) == 0.8).all(1)
+    return np.stack(
+        [
+            mirrored,
+            ~upright,
+            (p["downsampling"] > 1).any(1),
+            (p["blur_std"] > 0).any(1),
+            p["noise_std"] > 0,
+            (p["bias"] != 0).any(1),
+            p["log_gamma"] != 0,
+        ]
+    )
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -314,23 +186,9 @@ def test_single_slices_and_empty_volumes_work():
 def test_paper_applies_exactly_one_transform_each_as_often_in_torchios_ranges():
     content, slices = np.full((1400, 2), 20.0), np.full(1400, 6)
     (p,) = VolumeViews(16, 16, "paper", 0).draws(20, content, slices, range(1400), epoch=0, views=1)
-    plain = theta(20, (10, 10), (16, 16)).numpy()
-    upright = (p["theta"][:, 0, 1] == 0) & (p["theta"][:, 1, 0] == 0)
-    negative = (p["theta"][:, 0, 0] < 0) | (p["theta"][:, 1, 1] < 0)
-    mirrored = negative & (np.abs(p["theta"]) == np.abs(plain)).all((1, 2))
-    applied = {
-        "flip": mirrored,
-        "affine": ~upright,
-        "anisotropy": (p["downsampling"] > 1).any(1),
-        "blur": (p["blur_std"] > 0).any(1),
-        "noise": p["noise_std"] > 0,
-        "bias": (p["bias"] != 0).any(1),
-        "gamma": p["log_gamma"] != 0,
-    }
-    applied = np.stack(list(applied.values()))
-    assert (applied.sum(0) == 1).all()
-    assert (abs(applied.sum(1) - 200) < 55).all()  # binomial, std 13
-    assert (p["theta"][~(mirrored | ~upright)] == plain).all()
+    which = applied(p)
+    assert (which.sum(0) == 1).all()
+    assert (abs(which.sum(1) - 200) < 55).all()  # binomial, std 13
     assert ((p["downsampling"] > 1).sum(1) <= 1).all()
     degrees = np.degrees(np.arctan2(p["theta"][:, 1, 0], abs(p["theta"][:, 0, 0])))
     sides = np.hypot(p["theta"][:, 0, 0], p["theta"][:, 1, 0]) / 0.8
@@ -380,16 +238,17 @@ def test_crops_without_rotation_stay_in_the_content(extent, size):
     mask = torch.ones(len(x), 1, dtype=torch.bool)
     strong = VolumeViews(*size, "strong", 0, replace(RANGES["strong"], **STILL))
     assert_close(strong(x[:, None], mask, extents, index, 0), torch.full((2, 32, 1, *size), 0.25), atol=1e-4, rtol=0)
-    still = replace(RANGES["strong"], **STILL_CROPS)
     for policy in POLICIES:
-        (crops,) = MultiCrop([size], [2], [(0.05, 1.0)], policy, 0, still)(x, extents, index, 0)
+        make = MultiCrop([size], [2], [(0.05, 1.0)], policy, 0)
+        make.ranges = replace(RANGES["strong"], **STILL_CROPS)
+        (crops,) = make(x, extents, index, 0)
         assert_close(crops, torch.full((2, 32, *size), 0.25), atol=1e-4, rtol=0)
 
 
 def test_crops_reach_all_of_the_content_with_the_asked_area_and_aspect():
     u = augment.Uniforms(0, 0, range(2000), 1)
     content, ones, zeros = np.full((2000, 2), 40.0), np.ones((2000, 2)), np.zeros(2000)
-    t = augment.crop_theta(u, 50, content, (24, 24), (0.1, 0.5), (3 / 4, 4 / 3), ones, zeros, ones < 0)
+    t = augment.crop_theta(u, 50, content, (24, 24), (0.1, 0.5), ones, zeros, ones < 0)
     columns, rows = t[:, 0, 0] * 50, t[:, 1, 1] * 50
     area = rows * columns / 1600
     assert 0.1 <= area.min() < 0.105

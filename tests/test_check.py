@@ -13,8 +13,7 @@ import pytest
 from PIL import Image
 
 import check_data
-from datasets.check import check, read_content
-from datasets.headers import Finding, header_findings, header_warnings, outliers
+from datasets.check import Finding, check, header_findings, header_warnings, outliers, read_content
 from datasets.index import Sample, scan
 from datasets.store import prepare
 from utils import config
@@ -100,7 +99,7 @@ def test_outliers_are_far_in_robust_deviations_and_in_what_matters() -> None:
         ({"height": 200, "width": 200}, "in-plane size", "200 x 200"),
         ({"slices": 400}, "slice count", "400"),
         ({"slices": 8}, "slice count", "8"),
-        ({"size_bytes": 10**9}, "file size", "1000000000 bytes"),
+        ({"size_bytes": 10**9}, "file size", "1000000000"),
     ],
 )
 def test_a_file_of_another_size_is_named_once(odd: dict, name: str, shown: str) -> None:
@@ -109,32 +108,24 @@ def test_a_file_of_another_size_is_named_once(odd: dict, name: str, shown: str) 
     assert f"odd.npy ({shown})" in finding.message
 
 
-SECOND = 1_500_000_000_123_456_789  # with a fraction, which archives do not keep
-
-
 @pytest.mark.parametrize(
     ("samples", "line"),
     [
         (
             [*some(9), sample("A/short.npy", 20), sample("A/shortest.npy", 14)],
-            "A: 2 of 11 volumes have fewer slices than a view (32) and will be padded: shortest.npy (14), short.npy",
+            "A: 2 of 11 volumes have fewer slices than a view (32), and will be padded: shortest.npy (14), short.npy",
         ),
         (
             [*some(3), sample("A/f.npy", dtype="float32"), *some(9, "B", dtype="float32")],
-            "A: 1 of 4 volumes has another dtype than the others (3 int16, 1 float32): f.npy; make sure",
+            "A: 1 of 4 volumes has another dtype than the others (3 int16, 1 float32): f.npy (float32); make sure",
         ),
         (
             some(2, dtype="uint16", window=(-1000.0, 400.0)) + some(2, "B", window=(-1000.0, 400.0)),
-            "A: 2 of 2 volumes have an unsigned dtype, but window [-1000.0, 400.0] of dataset.yaml begins below 0",
+            "A: 2 of 2 volumes have an unsigned dtype, but window (-1000.0, 400.0) of dataset.yaml begins below 0",
         ),
-        (some(91) + some(9, "B"), "A: has 91 of 100 volumes, 1 other data set the rest; --sampling_temperature 2"),
-        (
-            [sample(name, mtime_ns=SECOND) for name in ("A/1.npy", "B/1.npy", "B/2.npy")] + some(1, "C"),
-            "probable duplicates (size, time and name agree): 1 file too many: A/1.npy = B/1.npy; keep one",
-        ),
+        (some(91) + some(9, "B"), "A: has 91 of 100 volumes of 2 data sets; --sampling_temperature 2"),
         (some(90) + some(10, "B"), None),
         (some(91) + [sample(f"C/{i}.png", 1) for i in range(5)], None),  # images are drawn beside volumes
-        ([sample("A/1.npy"), sample("B/1.npy")], None),
     ],
 )
 def test_training_prints_one_line_per_doubt(samples: list[Sample], line: str | None) -> None:
@@ -168,19 +159,11 @@ def test_slices_along_a_long_axis_beside_a_short_one_are_suspected(shape: tuple,
 def test_the_slice_axis_that_dataset_yaml_gives_is_believed_where_it_fits() -> None:
     turned = [sample(f"A/{i}.npy", 512, 40, 512) for i in range(3)]  # 40 x 512 x 512 read along axis 2
     (finding,) = header_findings(turned)
-    assert "slice_axis: 0" in finding.message
+    assert "if all lie along axis 0" in finding.message
     assert "0.npy (40 x 512 x 512)" in finding.message
     assert header_findings([sample(f"A/{i}.npy", 40, 512, 512, slice_axis=0) for i in range(3)]) == []
     (finding,) = header_findings(turned + some(20))
     assert finding.message.startswith("A: 3 of 23 volumes")
-    assert "slice_axis:" not in finding.message  # it would turn the others
-
-
-def test_a_data_set_in_simpleitk_order_is_known_by_the_side_that_varies() -> None:
-    heights = [330, 350, 400, 420, 512, 600, 700, 800]  # slice counts that are no sign, one by one
-    (finding,) = header_findings([sample(f"A/{i}.npy", 512, h, 512) for i, h in enumerate(heights)])
-    assert (finding.check, len(finding.files)) == ("slice axis", 8)
-    assert header_findings([sample(f"A/{i}.npy", h, 512, 512) for i, h in enumerate(heights)]) == []
 
 
 def test_a_training_run_prints_few_lines() -> None:
@@ -200,80 +183,48 @@ def test_measures_are_numpys_however_the_file_lies(tmp_path: Path, order: str) -
     volume = blob().astype(np.float32)
     volume[:, :, 3], volume[:, :, 9] = 5, 0
     save(tmp_path / "A/1.npy", np.asarray(volume, order=order))
-    content = read_content(scan(tmp_path)[0])
-    assert (content.minimum, content.maximum) == (volume.min(), volume.max())
+    content = read_content(scan(tmp_path)[0][0])
+    assert (content.minimum, content.maximum, content.blank) == (volume.min(), volume.max(), 2)
     assert content.percentiles == pytest.approx(np.percentile(volume.astype(float), [0.5, 50, 99.5]))
-    assert content.blank == 2
-    assert not content.wrapped
 
 
-def digest(path: Path, array: np.ndarray, settings: str = "") -> str:
-    folder = path / str(len(list(path.iterdir())))
-    save(folder / "A/1.npy", array)
-    (folder / "A/dataset.yaml").write_text(settings)
-    return read_content(scan(folder)[0]).digest
-
-
-def test_the_digest_changes_with_values_and_not_with_how_they_are_stored(tmp_path: Path) -> None:
+def test_equal_content_is_found_however_it_is_stored(tmp_path: Path) -> None:
     volume = ct((16, 16, 16))
     volume[:5] = 0
-    plain = digest(tmp_path, volume)
-    for same in (
-        *(np.asfortranarray(volume), volume.astype(">i2"), volume.astype(">f8"), np.asfortranarray(volume, "<f4")),
-        *(volume.astype("<i8"), np.where(volume == 0, -0.0, volume)),
-    ):
-        assert digest(tmp_path, same) == plain
-    assert digest(tmp_path, np.moveaxis(volume, 2, 0), "slice_axis: 0") == plain
+    same = [np.asfortranarray(volume), volume.astype(">f8"), np.where(volume == 0, -0.0, volume), volume.astype("<i8")]
     changed = volume.copy()
     changed[7, 8, 9] += 1
-    others = [changed, volume[::-1], volume[:, ::-1], volume[:, :, ::-1], volume.transpose(1, 0, 2), volume.T]
-    assert len({plain, *(digest(tmp_path, other) for other in others)}) == 1 + len(others)
-
-
-def test_equal_content_is_found_across_data_sets_and_types(tmp_path: Path) -> None:
-    volume = ct()
-    save(tmp_path / "A/1.npy", volume)
-    save(tmp_path / "A/2.npy", ct())
-    save(tmp_path / "B/copy.npy", np.asfortranarray(volume.astype(">f8")))
+    for i, array in enumerate([volume, *same, changed, volume[::-1], volume[:, :, ::-1], volume.transpose(1, 0, 2)]):
+        save(tmp_path / f"A{i}/1.npy", array)
+    save(tmp_path / "B/turned.npy", np.moveaxis(volume, 2, 0))
+    (tmp_path / "B/dataset.yaml").write_text("slice_axis: 0")
     image = RNG.integers(0, 255, (20, 30)).astype(np.uint8)
     save(tmp_path / "C/1.png", image)
     save(tmp_path / "D/2.bmp", image)
-    (finding,) = found(tmp_path)
-    assert finding.message.startswith("duplicates (all values agree): 2 files too many: A/1.npy = B/copy.npy; C/1.png")
-    assert finding.files == ["A/1.npy", "B/copy.npy", "C/1.png", "D/2.bmp"]
+    (finding,) = [f for f in found(tmp_path) if f.check == "duplicates"]
+    assert finding.message.startswith("duplicates (all values agree): 6 too many, e.g. A0/1.npy = A1/1.npy = A2/1.npy;")
+    assert finding.files == [*(f"A{i}/1.npy" for i in range(5)), "B/turned.npy", "C/1.png", "D/2.bmp"]
 
 
 def test_errors_are_exactly_what_training_refuses(tmp_path: Path) -> None:
     root = tmp_path / "tree"
     good = blob().astype(np.float32)
-    for i, (value, place) in enumerate([(np.nan, 0), (np.inf, 1), (-np.inf, 2), (2e38, 3)]):
+    for i, (value, place) in enumerate([(np.nan, 0), (-np.inf, 2), (2e38, 3)]):
         bad = good.copy()
         bad[place, 3, 3] = value
         bad[4, 4, 4] = -value if value == 2e38 else bad[4, 4, 4]
         save(root / f"A/bad_{i}.npy", bad)
     save(root / "A/good.npy", good)
-    save(root / "B/constant.npy", np.full((9, 9, 9), 3, np.uint8))
     save(root / "C/window.npy", ct())
     save(root / "C/fits.npy", ct() + np.int16(6000))
     (root / "C/dataset.yaml").write_text("window: [4000, 7000]")
-    cut = save(root / "D/cut.png", RNG.integers(0, 255, (50, 50)).astype(np.uint8))
-    cut.write_bytes(cut.read_bytes()[:900])
-    errors = [finding for finding in found(root) if finding.level == "error"]
+    one, four = (found(root, workers=workers) for workers in (1, 4))
+    assert one == four
+    errors = [finding for finding in one if finding.level == "error"]
     with pytest.raises(UserError) as caught:
         prepare(root, 16, tmp_path / "cache", progress=False)
     assert [error.message for error in errors] == [line.strip() for line in str(caught.value).splitlines()[1:]]
-    assert len(errors) == 7
-    kept, _ = prepare(root, 16, tmp_path / "cache", on_bad="skip", progress=False)
-    assert {error.files[0] for error in errors} == {s.name for s in scan(root)} - {s.name for s in kept}
-
-
-def test_any_number_of_workers_finds_the_same(tmp_path: Path) -> None:
-    for i in range(12):
-        save(tmp_path / f"A/{i}.npy", blob(1 if i == 5 else 1000))
-    save(tmp_path / "A/constant.npy", np.ones((9, 9, 9)))
-    one, four = (found(tmp_path, workers=workers) for workers in (1, 4))
-    assert one == four
-    assert checks(one) == ["content", "intensity"]
+    assert [error.files for error in errors] == [[f"A/bad_{i}.npy"] for i in range(3)] + [["C/window.npy"]]
 
 
 # --- intensities
@@ -301,7 +252,7 @@ def test_a_volume_on_another_scale_or_without_its_offset_is_named(tmp_path: Path
         (lambda hu: hu + 1024, False),
         (lambda hu: hu / 1000.0, False),
         (lambda hu: (hu.clip(-1000, 400) + 1000) / 1400 * 255, False),
-        (lambda hu: hu * 16.0, False),
+        (lambda hu: hu.astype(np.int16).view(np.uint16), False),  # -1000 became 64536
     ],
 )
 def test_ct_must_look_like_hounsfield_units(tmp_path: Path, change, is_hu: bool) -> None:
@@ -309,22 +260,6 @@ def test_ct_must_look_like_hounsfield_units(tmp_path: Path, change, is_hu: bool)
     assert "not HU" not in checks(found(tmp_path))  # nobody said that it is CT
     (tmp_path / "A/dataset.yaml").write_text("modality: CT")
     assert ("not HU" in checks(found(tmp_path))) == (not is_hu)
-
-
-def test_negative_numbers_stored_as_unsigned_are_recognised(tmp_path: Path) -> None:
-    save(tmp_path / "A/wrapped.npy", ct().view(np.uint16))
-    save(tmp_path / "A/wrapped_float.npy", ct().view(np.uint16).astype(np.float32))
-    for i in range(10):
-        save(tmp_path / f"A/{i}.npy", ct())
-    ramp = np.linspace(0, 65535, 24 * 20 * 10).reshape(24, 20, 10)
-    save(tmp_path / "B/ramp.npy", ramp.astype(np.uint16))
-    save(tmp_path / "C/white.npy", np.where(blob() > 500, 65535, ramp / 3).astype(np.uint16))
-    save(tmp_path / "D/mask.npy", np.where(blob() > 500, 65535, 0).astype(np.uint16))
-    dtypes, wrapped, *others = found(tmp_path)  # and no line that calls the intensities of A odd
-    assert dtypes.check == "mixed dtypes"
-    assert (wrapped.check, wrapped.files) == ("wrap-around", ["A/wrapped.npy", "A/wrapped_float.npy"])
-    assert "np.int16" in wrapped.message
-    assert {finding.dataset for finding in others} <= {"D"}  # the mask has blank slices
 
 
 def test_blank_slices_and_almost_constant_volumes_are_named(tmp_path: Path) -> None:
@@ -386,7 +321,6 @@ def test_the_report_names_every_file_and_the_screen_the_first(tmp_path, capsys) 
     volumes, images = report["data_sets"]
     assert (volumes["data_set"], volumes["kind"], volumes["files"]) == ("MR", "volume", 3)
     assert volumes["measured"]["slices"] == {"min": 12, "median": 16, "max": 40}
-    assert "0.5 % of voxels below" in volumes["measured"]
     assert "99.5 %" not in images["measured"]  # none of them is good
 
 
@@ -398,7 +332,7 @@ def test_working_copies_of_changed_files_are_told_and_deleted_on_demand(tmp_path
     assert "cache" not in run(capsys, *options)[1]
     (tmp_path / "A/0.npy").unlink()
     save(tmp_path / "A/1.npy", blob(shape=(16, 16, 90)))
-    assert "cache: 2 working copies (0.1 MB) of files that have changed or are gone" in run(capsys, *options)[1]
+    assert "cache: 2 cached files (0.1 MB) of files that have changed or are gone" in run(capsys, *options)[1]
     assert "deleted" in run(capsys, *options, "--clean_cache", "true")[1]
     assert len(list((tmp_path / ".cache").rglob("*.npy"))) == 1
 

@@ -146,7 +146,7 @@ def test_radiographs_become_grey_images_dark_where_they_are_shown_dark(tmp_path)
     dest = convert(tmp_path / "in", tmp_path / "tree/xray")
     np.testing.assert_array_equal(np.asarray(Image.open(dest / "plain.png")), pixels)
     np.testing.assert_array_equal(np.asarray(Image.open(dest / "inverted.png")), pixels.max() - pixels)
-    assert {s.kind for s in scan(tmp_path / "tree")} == {"image"}
+    assert {s.kind for s in scan(tmp_path / "tree")[0]} == {"image"}
 
 
 def test_a_real_series_lies_where_simpleitk_puts_it(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,39 +12,33 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import options
 from torch import Tensor
 
-from datasets.augment import MultiCrop, VolumeViews
+import ssl_swav2D
+import ssl_swav3D
 from datasets.batch import Batch
-from datasets.loaders import ImageLoader, Slices, VolumeLoader, VolumeWindows
-from datasets.store import SliceStore, prepare
+from datasets.loaders import ImageLoader, VolumeLoader
+from datasets.samplers import CyclingBatches, EpochBatches
 from utils.distributed import Run
+from utils.errors import UserError
+from utils.seeding import FILLING
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-POLICIES = ("paper", "strong")
 JOINT = 8  # samples per step over all processes
 
 
-def volume_loader(store: SliceStore, policy: str, workers: int = 0, rank: int = 0, world: int = 1) -> VolumeLoader:
-    return VolumeLoader(
-        VolumeWindows(store.samples, store, 10, seed=3),
-        VolumeViews(24, 20, policy, seed=3),
-        JOINT // world,
-        workers,
-        3,
-        Run(rank, world, torch.device("cpu")),
-        mask_ratio=0.2,
-        intra_slices=3,
-        images_per_step=4 // world,
-        image_views=MultiCrop([(24, 24)], [2], [(0.3, 1.0)], policy, seed=3),
-        sampling_temperature=2,
-    )
+def volume_loader(root: Path, policy: str, workers: int = 0, rank: int = 0, world: int = 1) -> VolumeLoader:
+    changes = {"target_shape": [10, 24, 20], "sampling_temperature": 2.0, "batch_size": JOINT // world, "seed": 3}
+    chosen = options("ssl_swav3D", root, root, policy=policy, workers=workers, **changes)
+    parts = {"mask_ratio": 0.2, "intra_slices": 3, "images_per_step": 4 // world, "min_scale_images": 0.3}
+    return VolumeLoader(ssl_swav3D.Config(**chosen), Run(rank, world, torch.device("cpu")), **parts)
 
 
-def image_loader(store: SliceStore, policy: str, workers: int = 0, rank: int = 0, world: int = 1) -> ImageLoader:
-    crops = MultiCrop([(24, 24), (12, 12)], [2, 2], [(0.3, 1.0), (0.1, 0.3)], policy, seed=3)
-    run = Run(rank, world, torch.device("cpu"))
-    return ImageLoader(Slices(store.samples, store, per_volume=2), crops, JOINT // world, workers, 3, run)
+def image_loader(root: Path, policy: str, workers: int = 0, rank: int = 0, world: int = 1) -> ImageLoader:
+    changes = {"size_crops": [24, 12], "nmb_crops": [2, 2], "batch_size": JOINT // world, "seed": 3}
+    chosen = options("ssl_swav2D", root, root, policy=policy, workers=workers, **changes)
+    return ImageLoader(ssl_swav2D.Config(**chosen), Run(rank, world, torch.device("cpu")))
 
 
 def tensors(batch: Batch) -> dict[str, Tensor]:
@@ -70,7 +66,7 @@ def same(found: Iterator[dict[str, Tensor]], expected: list[dict[str, Tensor]]) 
 
 
 @pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> SliceStore:
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty small volumes, two large ones, six images: three data sets of very different shape and size."""
     root, rng = tmp_path_factory.mktemp("mixed"), np.random.default_rng(0)
     for name, count, (low, high) in (("small", 20, (24, 50)), ("large", 2, (90, 120)), ("images", 6, (100, 140))):
@@ -82,24 +78,17 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> SliceStore:
                 Image.fromarray(pixels).save(root / name / f"image_{i}.png")
             else:
                 np.save(root / name / f"case_{i}.npy", rng.normal(size=shape).astype(np.float32))
-    return prepare(root, 30, progress=False)[1]
+    return root
 
 
-@pytest.fixture(scope="module")
-def small(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SliceStore:
-    """The tiny tree, whose 8 volumes make one step."""
-    return prepare(data, 30, tmp_path_factory.mktemp("cache"), progress=False)[1]
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("make", [volume_loader, image_loader])
-@pytest.mark.parametrize("data_set", ["small", "mixed"])
-def test_batches_do_not_depend_on_the_processes(data_set: str, make: Any, policy: str, request) -> None:
-    store = request.getfixturevalue(data_set)
-    expected = [joined([batch]) for batch in make(store, policy).epoch(2)]
-    assert len(expected) >= (3 if data_set == "mixed" else 1)
+@pytest.mark.parametrize(
+    ("make", "policy"), [(volume_loader, "paper"), (volume_loader, "strong"), (image_loader, "strong")]
+)
+def test_batches_do_not_depend_on_the_processes(make: Any, policy: str, mixed: Path) -> None:
+    expected = [joined([batch]) for batch in make(mixed, policy).epoch(2)]
+    assert len(expected) >= 3
     for world in (2, 4):
-        loaders = [make(store, policy, rank=r, world=world) for r in range(world)]
+        loaders = [make(mixed, policy, rank=r, world=world) for r in range(world)]
         steps = list(zip(*(loader.epoch(2) for loader in loaders), strict=True))
         for parts in steps:
             assert all(part.counts == parts[0].counts for part in parts)
@@ -107,17 +96,16 @@ def test_batches_do_not_depend_on_the_processes(data_set: str, make: Any, policy
         same(map(joined, steps), expected)
 
 
-@pytest.mark.parametrize("workers", [1, 4])
 @pytest.mark.parametrize("make", [volume_loader, image_loader])
-def test_batches_do_not_depend_on_the_workers(workers: int, make: Any, small: SliceStore) -> None:
-    expected = [joined([batch]) for batch in make(small, "strong").epoch(1)]
-    loader = make(small, "strong", workers=workers)
+def test_batches_do_not_depend_on_the_workers(make: Any, data: Path) -> None:
+    expected = [joined([batch]) for batch in make(data, "strong").epoch(1)]
+    loader = make(data, "strong", workers=2)
     same((joined([batch]) for batch in loader.epoch(1)), expected)
     same((joined([batch]) for batch in loader.epoch(1)), expected)  # workers that live on begin anew
 
 
 @pytest.mark.parametrize("make", [volume_loader, image_loader])
-def test_an_epoch_goes_on_in_the_middle(make: Any, mixed: SliceStore) -> None:
+def test_an_epoch_goes_on_in_the_middle(make: Any, mixed: Path) -> None:
     loader = make(mixed, "strong")
     whole = [joined([batch]) for batch in loader.epoch(1)]
     places = [seen for seen, _ in loader.batches.plan()]
@@ -127,7 +115,7 @@ def test_an_epoch_goes_on_in_the_middle(make: Any, mixed: SliceStore) -> None:
     assert not torch.equal(other[0]["index"], whole[0]["index"])
 
 
-def test_images_of_a_step_follow_those_of_the_step_before(mixed: SliceStore) -> None:
+def test_images_of_a_step_follow_those_of_the_step_before(mixed: Path) -> None:
     loader = volume_loader(mixed, "paper")
     shown = torch.cat([batch.image_index for batch in loader.epoch(0)]) - loader.total_slices
     assert len(shown) == 4 * loader.steps
@@ -135,10 +123,153 @@ def test_images_of_a_step_follow_those_of_the_step_before(mixed: SliceStore) -> 
         assert sorted(shown[start : start + 6].tolist()) == list(range(6))  # pass after pass
 
 
-def test_names_are_those_of_the_files_that_the_batch_holds(small: SliceStore) -> None:
-    loader = volume_loader(small, "paper")
+def test_names_are_those_of_the_files_that_the_batch_holds(data: Path) -> None:
+    loader = volume_loader(data, "paper")
     batch = next(loader.epoch(0))
     names = loader.names(batch.index, batch.image_index)
     assert sorted(Path(n).name for n in names[:JOINT]) == [f"case_{i}.npy" for i in range(8)]
     assert sorted(Path(n).name for n in names[JOINT:]) == [f"image_{i}.png" for i in range(4)]
-    assert all(" slice " in n or n.endswith(".png") for n in image_loader(small, "paper").names(batch.index))
+    assert all(" slice " in n or n.endswith(".png") for n in image_loader(data, "paper").names(batch.index))
+
+
+# --- samplers: nothing lost, nothing twice, the same whatever the processes and stops
+
+
+def run(rank: int, world: int) -> Run:
+    return Run(rank, world, torch.device("cpu"))
+
+
+def samplers(samples: int, batch_size: int, world: int, seed: int = 3) -> list[EpochBatches]:
+    return [EpochBatches([0] * samples, batch_size, seed, run(r, world)) for r in range(world)]
+
+
+def drawn(batches: EpochBatches, epoch: int, seen: int = 0) -> list[list[int]]:
+    """Indices of every step of one process."""
+    batches.begin(epoch, seen)
+    steps = list(batches)
+    assert len(steps) == len(batches) == batches.steps_after(seen)
+    assert {e for step in steps for e, _ in step} <= {epoch}
+    return [[i for _, i in step] for step in steps]
+
+
+def joint(several: list[EpochBatches], epoch: int, seen: int = 0) -> list[list[int]]:
+    """Indices of every global batch."""
+    return [list(chain(*shares)) for shares in zip(*(drawn(b, epoch, seen) for b in several), strict=True)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("samples", [24, 25, 26, 35, 47, 48])
+def test_an_epoch_holds_every_sample_exactly_once(samples: int, world: int) -> None:
+    several = samplers(samples, 12 // world, world)
+    for epoch in (0, 5):
+        batches = joint(several, epoch)
+        assert sorted(chain(*batches)) == list(range(samples))
+        assert len(batches) == -(-samples // 12)
+        sizes = [len(batch) for batch in batches]
+        assert max(sizes) <= 12
+        assert max(sizes) - min(sizes) <= 1
+        shares = [[len(share) for share in drawn(b, epoch)] for b in several]
+        assert np.ptp(shares, axis=0).max() <= 1
+        assert np.min(shares) >= 1
+        assert shares == [[counts[r] for _, counts in several[0].plan()] for r in range(world)]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_global_batches_do_not_depend_on_the_number_of_processes(world: int) -> None:
+    (alone,) = samplers(47, 12, 1)
+    assert joint(samplers(47, 12 // world, world), 3) == joint([alone], 3)
+    assert joint([alone], 3) != joint([alone], 4)
+    assert joint(samplers(47, 12, 1, seed=4), 3) != joint([alone], 3)
+
+
+def test_an_epoch_goes_on_at_any_step_as_if_it_had_not_stopped() -> None:
+    several = samplers(47, 4, 3)
+    whole = joint(several, 1)
+    places = [seen for seen, _ in several[0].plan()]
+    for step, seen in enumerate(places):
+        assert several[0].step_at(seen) == step
+        assert joint(several, 1, seen) == whole[step:]
+    assert joint(several, 1, 47) == []
+
+
+@pytest.mark.parametrize("samples", [25, 47, 64])
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4), (1, 3), (3, 1)])
+def test_another_number_of_processes_goes_on_in_the_same_order(samples: int, before: int, after: int) -> None:
+    first, second = samplers(samples, 3, before), samplers(samples, 3, after)
+    order = list(first[0].order(7))
+    for seen, _ in list(first[0].plan())[1:]:
+        rest = list(chain(*joint(second, 7, seen)))
+        left_out = samples - seen - len(rest)
+        assert rest == order[seen : samples - left_out]
+        assert left_out == 0 or samples - seen < after  # too few for one each
+        assert 0 <= second[0].step_at(seen) <= second[0].steps
+
+
+def test_too_few_samples_are_an_error_with_the_numbers() -> None:
+    with pytest.raises(UserError, match=r"4 per process x 3 process\(es\) need 12 samples.*hold 11"):
+        samplers(11, 4, 3)
+    with pytest.raises(UserError, match="need 4 volumes, but the data hold 0"):
+        EpochBatches([], 4, 0, run(0, 1), "volumes")
+
+
+GROUPS = ["small"] * 4 + ["large"] * 400 + ["middle"] * 40  # 444 samples
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.99, float("nan")])
+def test_a_temperature_below_one_is_refused(temperature: float) -> None:
+    with pytest.raises(UserError, match=r"^sampling_temperature: .* is below 1"):
+        EpochBatches(GROUPS, 8, 3, run(0, 1), sampling_temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "shares"),
+    # 4, 400 and 40 to the power of 1 / T, as shares of 444; at T = 2: 2, 20 and 6.32 of 28.32.
+    [(1, (4, 400, 40)), (2, (31, 314, 99)), (1e12, (148, 148, 148))],
+)
+def test_the_temperature_balances_data_sets(temperature: float, shares: tuple[int, ...]) -> None:
+    several = [EpochBatches(GROUPS, 8, 3, run(r, 2), "volumes", temperature) for r in range(2)]
+    for epoch in range(3):
+        indices = list(chain(*joint(several, epoch)))
+        counts = Counter(GROUPS[i] for i in indices)
+        assert tuple(counts[name] for name in ("small", "large", "middle")) == shares
+
+
+def test_balanced_data_sets_take_their_samples_in_turns() -> None:
+    batches = EpochBatches(GROUPS, 8, 3, run(0, 1), sampling_temperature=2)
+    total: Counter[int] = Counter()
+    for epoch in range(40):
+        total.update(chain(*drawn(batches, epoch)))
+        for name in set(GROUPS):  # no sample comes again before every other of its data set
+            times = [total[i] for i, group in enumerate(GROUPS) if group == name]
+            assert max(times) - min(times) <= 1
+    assert min(total[i] for i in range(len(GROUPS))) > 0
+
+
+def test_the_pass_that_fills_a_memory_bank_sees_every_sample_however_data_sets_are_balanced() -> None:
+    batches = EpochBatches(GROUPS, 8, 3, run(0, 1), sampling_temperature=5)
+    assert sorted(chain(*drawn(batches, FILLING))) == list(range(len(GROUPS)))
+
+
+@pytest.mark.parametrize(("samples", "steps"), [(7, 5), (3, 4), (50, 6)])
+def test_cycling_batches_pass_over_all_samples_again_and_again(samples: int, steps: int) -> None:
+    def cycling(rank: int, world: int, batch_size: int, epoch: int, first_step: int = 0) -> list[list[int]]:
+        passes = EpochBatches([0] * samples, 1, 3, run(0, 1))
+        batches = CyclingBatches(passes, batch_size, run(rank, world), steps)
+        batches.begin(epoch, first_step)
+        found = list(batches)
+        assert len(found) == len(batches)
+        assert {e for step in found for e, _ in step} <= {epoch}
+        return [[i for _, i in step] for step in found]
+
+    alone = [cycling(0, 1, 4, epoch) for epoch in range(4)]
+    indices = list(chain(*chain(*alone)))
+    assert len(indices) == 4 * steps * 4
+    for start in range(0, len(indices) - samples + 1, samples):
+        assert sorted(indices[start : start + samples]) == list(range(samples))
+    for epoch in range(4):
+        shares = [cycling(r, 2, 2, epoch) for r in range(2)]
+        assert [list(chain(*step)) for step in zip(*shares, strict=True)] == alone[epoch]
+        assert cycling(1, 2, 2, epoch, 2) == shares[1][2:]
+    if samples == 7:
+        passes = np.array(indices[: len(indices) // 7 * 7]).reshape(-1, 7)
+        assert len({tuple(p) for p in passes}) > 1  # another order every time

@@ -62,7 +62,7 @@ def test_crops_are_a_prepared_tree_with_what_froc_needs(luna, tmp_path):
     assert labels.iloc[0].tolist() == ["1.2.0/2", "nodule", "1.2.0", "1.2.0", "0", "0"]
     late = labels[labels.test_only == "1"]
     assert (set(late.label), late.series.value_counts().tolist()) == ({"no nodule"}, [2, 2, 2])
-    samples = scan(tmp_path / "tree")
+    samples, _ = scan(tmp_path / "tree")
     assert sorted(s.name for s in samples) == sorted(f"crops/{case}.npy" for case in labels.case)
     assert {(s.height, s.width, s.slices, s.dtype, s.window) for s in samples} == {(32, 32, 4, "int16", (-1000, 400))}
     ball = np.load(tmp_path / "tree/crops/1.2.1/9.npy")

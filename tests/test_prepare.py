@@ -169,12 +169,12 @@ def test_a_named_window_is_for_ct_and_training_applies_it(tmp_path, capsys):
     assert "for CT only" in refused(capsys, file, dest, window="lung", modality="MRI")
     assert "-500 to 579, lie outside the window" in refused(capsys, file, dest, window=[-900.0, -600.0])
     convert(file, dest, window="brain", modality="CT")
-    assert scan(tmp_path / "tree")[0].window == (0, 80)
+    assert scan(tmp_path / "tree")[0][0].window == (0, 80)
     convert(file, dest, modality="CT")
     assert settings(dest)["window"] == [0, 80]
     convert(file, dest, modality="CT", window=[-200.0, 300.0])
-    samples, store = prepare(tmp_path / "tree", size=12, progress=False)
-    shown = store.read(0, 0, samples[0].slices)[:, :, 1:11]
+    store = prepare(tmp_path / "tree", size=12, progress=False)
+    shown = store.read(0, 0, store.samples[0].slices)[:, :, 1:11]
     np.testing.assert_allclose(shown, ((AXIAL - 500 + 200) / 500).clip(0, 1).transpose(2, 0, 1), atol=1e-3)
     convert(file, dest, modality="CT", window="none")
     assert "window" not in settings(dest)
@@ -277,7 +277,7 @@ def test_images_are_copied_byte_for_byte(tmp_path, capsys):
     assert "not converted: 1 .txt" in capsys.readouterr().out
     for name in ("a.png", "labels/a.png"):
         assert (tmp_path / "tree/out" / name).read_bytes() == (tmp_path / "in" / name).read_bytes()
-    assert [s.name for s in scan(tmp_path / "tree")] == ["out/B.jpg", "out/a.png", "out/c.tiff"]
+    assert [s.name for s in scan(tmp_path / "tree")[0]] == ["out/B.jpg", "out/a.png", "out/c.tiff"]
 
 
 def test_wrong_options_are_named(tmp_path, capsys):
@@ -356,7 +356,7 @@ def test_every_bad_file_is_told_and_the_good_ones_are_kept(tmp_path, capsys):
     assert f"problems: {len(expected)}," in said
     for name, message in expected.items():
         assert [line for line in said.splitlines() if f"/in/{name}: " in line and message in line], name
-    assert [s.name for s in scan(tmp_path / "tree")] == ["out/damaged.npy"]
+    assert [s.name for s in scan(tmp_path / "tree")[0]] == ["out/damaged.npy"]
     np.testing.assert_array_equal(load(tmp_path / "tree/out"), AXIAL[:, :, 1:])
 
 
@@ -365,5 +365,5 @@ def test_real_nifti_is_turned_as_simpleitk_turns_it_and_can_be_trained_on(tmp_pa
     dest = convert(file, tmp_path / "tree/Brain")
     image = sitk.DICOMOrient(sitk.ReadImage(str(file)), "LPS")
     np.testing.assert_array_equal(load(dest), sitk.GetArrayFromImage(image).transpose(1, 2, 0))
-    samples, store = prepare(tmp_path / "tree", size=32, progress=False)
-    assert store.read(0, 0, samples[0].slices).std() > 0.1
+    store = prepare(tmp_path / "tree", size=32, progress=False)
+    assert store.read(0, 0, store.samples[0].slices).std() > 0.1

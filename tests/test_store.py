@@ -1,10 +1,15 @@
-"""The slice store: what a cache file holds, when it is rebuilt, and what it refuses."""
+"""The cache and the slice store: what a cache file holds, that it is made once and whole, when it is rebuilt."""
 
 from __future__ import annotations
 
+import fcntl
+import multiprocessing
 import os
 import shutil
+import signal
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -16,6 +21,7 @@ from PIL import Image
 from processes import run_processes
 
 from datasets import render as render_module
+from datasets.cache import cached, key_of
 from datasets.index import scan
 from datasets.render import content_size, render, robust_limits
 from datasets.store import SliceStore, prepare, unused_files
@@ -24,6 +30,7 @@ from utils.errors import UserError
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 RNG = np.random.default_rng(5)
+ARRAY = np.arange(12.0).reshape(3, 4)
 HALF = 2**-11  # largest rounding error of float16 in 0..1
 
 
@@ -43,7 +50,7 @@ def tree(root: Path, volumes: int = 1, shape: tuple[int, int, int] = (8, 8, 8)) 
 
 
 def built(root: Path, size: int = 8, **options) -> SliceStore:
-    return prepare(root, size, progress=False, **options)[1]
+    return prepare(root, size, progress=False, **options)
 
 
 def cache_files(folder: Path) -> dict[Path, int]:
@@ -93,8 +100,7 @@ def test_of_several_channels_the_first_is_read_and_that_is_said_once(tmp_path: P
         save(tmp_path / f"four/Brain/{i}.npy", volume)
         save(tmp_path / f"one/Brain/{i}.npy", np.ascontiguousarray(volume[..., 0]))
     (tmp_path / "four/Brain/dataset.yaml").write_text("channels: [t1, t1ce, t2, flair]")
-    samples, store = prepare(tmp_path / "four", 12)
-    assert [sample.channels for sample in samples] == [4, 4]
+    store = prepare(tmp_path / "four", 12)
     assert capsys.readouterr().err.count("pre-training reads channel 0 (t1) of Brain") == 1
     plain = built(tmp_path / "one", 12)
     for i in range(2):
@@ -152,20 +158,12 @@ def test_images_of_every_mode_are_grey_in_0_to_1(tmp_path: Path) -> None:
 # --- geometry
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "expected"),
-    [(100, 50, (64, 32)), (50, 100, (32, 64)), (31, 31, (64, 64)), (512, 515, (64, 64)), (8, 4000, (1, 64))],
-)
-def test_longer_side_fills_the_canvas_and_aspect_is_kept(height: int, width: int, expected: tuple[int, int]) -> None:
-    assert content_size(height, width, 64) == expected
-
-
 def test_extents_say_where_the_content_is(tmp_path: Path) -> None:
     save(tmp_path / "A/1.npy", np.arange(40 * 20 * 3).reshape(40, 20, 3) % 251 + 1000)
     save(tmp_path / "B/1.png", (np.arange(10 * 30) % 251).reshape(10, 30).astype(np.uint8))
     store = built(tmp_path, 64)
-    assert store.extents.dtype == np.int32
     assert store.extents.tolist() == [[64, 32], [21, 64]]
+    assert content_size(8, 4000, 64) == (1, 64)
     for i, sample in enumerate(store.samples):
         rows, columns = np.nonzero(store.read(i, 0, sample.slices).max(axis=0))
         h, w = store.extents[i]
@@ -195,7 +193,7 @@ def test_cache_is_reused_lies_in_the_data_tree_unseen_and_moves_with_it(tmp_path
     (tmp_path / "old").rename(tmp_path / "new")
     before = cache_files(tmp_path / "new/.cache")
     assert len(before) == 3
-    assert len(built(tmp_path / "new").samples) == 3
+    built(tmp_path / "new")
     assert cache_files(tmp_path / "new/.cache") == before
     built(tmp_path / "new", 16)
     assert len(cache_files(tmp_path / "new/.cache")) == 6
@@ -286,10 +284,10 @@ def test_more_threads_make_the_same_cache_and_torch_keeps_its_own(tmp_path: Path
 def test_unused_files_are_those_of_changed_and_removed_sources(tmp_path: Path) -> None:
     tree(tmp_path, 3)
     old = [built(tmp_path, size) for size in (8, 16)]
-    assert unused_files(scan(tmp_path)) == []
+    assert unused_files(scan(tmp_path)[0]) == []
     (tmp_path / "A/0.npy").unlink()
     save(tmp_path / "A/1.npy", RNG.random((8, 8, 9)))
-    assert set(unused_files(scan(tmp_path))) == {store.files[i] for store in old for i in (0, 1)}
+    assert set(unused_files(scan(tmp_path)[0])) == {store.files[i] for store in old for i in (0, 1)}
 
 
 def test_an_interrupted_build_goes_on_and_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +306,6 @@ def test_an_interrupted_build_goes_on_and_leaves_no_trace(tmp_path: Path, monkey
             built(tmp_path)
     before = cache_files(tmp_path / ".cache")
     assert 2 <= len(before) < 5
-    next(iter(before)).with_name(".killed.tmp.npy").touch()
     store = built(tmp_path)
     after = cache_files(tmp_path / ".cache")
     assert sorted(after) == sorted(store.files)
@@ -317,19 +314,103 @@ def test_an_interrupted_build_goes_on_and_leaves_no_trace(tmp_path: Path, monkey
         np.testing.assert_array_equal(store.read(i, 0, 8, half=True), render(sample, 8))
 
 
-# --- bad content
-
-
 def test_a_disk_that_failed_to_answer_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(render_module, "_open_volume", mock.Mock(side_effect=OSError(5, "Input/output error")))
+        patch.setattr(np, "load", mock.Mock(side_effect=OSError(5, "Input/output error")))
         assert "Input/output error" in refusal(tree(tmp_path))
     assert len(built(tmp_path).samples) == 1
 
 
-def test_nothing_left_to_train_on_is_an_error(tmp_path: Path) -> None:
-    save(tmp_path / "A/1.npy", np.zeros((8, 8, 8)))
-    assert "no usable file" in refusal(tmp_path, on_bad="skip")
+# --- cached
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def never(temporary: Path) -> None:
+    raise AssertionError("the file is there")
+
+
+@pytest.mark.parametrize("left", [0, 40, -1])
+def test_an_array_is_made_once_and_anew_where_it_is_cut_short(tmp_path: Path, left: int) -> None:
+    path = cached(tmp_path / "deep/cache", "k", lambda temporary: np.save(temporary, ARRAY))
+    assert cached(path.parent, "k", never) == path
+    good = path.read_bytes()
+    path.write_bytes(good[:left])
+    assert cached(path.parent, "k", lambda temporary: np.save(temporary, ARRAY)).read_bytes() == good
+    assert files(path.parent) == ["k.npy"]
+
+
+def test_a_key_changes_with_every_part() -> None:
+    keys = {key_of(*parts) for parts in ((1, "a"), (2, "a"), (1, "b"), ("1", "a"), (1, "a", None), ((1, "a"),))}
+    assert len(keys) == 6
+
+
+def test_a_failure_leaves_nothing_and_a_full_disk_names_the_folder_and_the_option(tmp_path: Path) -> None:
+    def fails(error: Exception) -> None:
+        def make(temporary: Path) -> None:
+            temporary.write_bytes(b"half")
+            raise error
+
+        cached(tmp_path, "k", make)
+
+    with pytest.raises(UserError, match=rf"{tmp_path}: .* \(No space left on device\); .* --cache_path"):
+        fails(OSError(28, "No space left on device"))
+    with pytest.raises(ZeroDivisionError):
+        fails(ZeroDivisionError())
+    assert files(tmp_path) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--cache_path"):
+        cached(tmp_path / "file", "k", never)
+
+
+def test_of_many_threads_one_makes_the_file_and_after_a_failure_the_next(tmp_path: Path) -> None:
+    calls = []
+
+    def make(temporary: Path) -> None:
+        calls.append(temporary)
+        time.sleep(0.05)
+        if len(calls) < 3:
+            raise ZeroDivisionError
+        np.save(temporary, ARRAY)
+
+    with ThreadPoolExecutor(8) as pool:
+        jobs = [pool.submit(cached, tmp_path, "k", make) for _ in range(8)]
+        failed = [job.exception() for job in jobs if job.exception()]
+    assert len(failed) == 2
+    assert len(calls) == 3
+    assert files(tmp_path) == ["k.npy"]
+
+
+def _die(temporary: Path) -> None:
+    temporary.write_bytes(b"half a file")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_leaves_its_work_to_others(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=cached, args=(tmp_path, "k", _die))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert files(tmp_path) == [".k.tmp.npy"]
+    np.testing.assert_array_equal(np.load(cached(tmp_path, "k", lambda t: np.save(t, ARRAY))), ARRAY)
+    assert files(tmp_path) == ["k.npy"]
+
+
+def test_a_file_system_without_locks_still_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(37, "No locks available")))
+    inner = []
+
+    def make(temporary: Path) -> None:
+        inner.append(temporary)
+        if len(inner) < 3:  # several at once, each with a file of its own
+            cached(tmp_path, "k", make)
+        np.save(temporary, ARRAY)
+
+    np.testing.assert_array_equal(np.load(cached(tmp_path, "k", make)), ARRAY)
+    assert len(set(inner)) == 3
+    assert files(tmp_path) == ["k.npy"]
 
 
 # --- several processes
@@ -354,9 +435,9 @@ def prepare_in_two(folder: Path) -> dict[str, dict]:
         alone = mock.patch.object(dist, "is_initialized", return_value=False) if job == "two runs" else mock.MagicMock()
         try:
             with alone:
-                samples, store = prepare(root, 32, folder / cache, on_bad, progress=False)
-            sums = [float(store.read(i, 0, s.slices).sum()) for i, s in enumerate(samples)]
-            results[job] = {"names": [s.name for s in samples], "sums": sums}
+                store = prepare(root, 32, folder / cache, on_bad, progress=False)
+            sums = [float(store.read(i, 0, s.slices).sum()) for i, s in enumerate(store.samples)]
+            results[job] = {"names": [s.name for s in store.samples], "sums": sums}
         except UserError as error:
             results[job] = {"error": str(error)}
     return results
