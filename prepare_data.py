@@ -174,8 +174,6 @@ def _only_run(dest: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for leftover in [*dest.glob(".*.tmp"), *dest.glob("labels/.*.tmp")]:  # of killed runs
-                leftover.unlink(missing_ok=True)
         except BlockingIOError:
             raise UserError(f"dest: another prepare_data.py is writing to {dest}; wait for it") from None
         except OSError:  # a file system without locks

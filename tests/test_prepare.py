@@ -157,10 +157,17 @@ def test_resampling_keeps_a_linear_ramp_and_the_extent(tmp_path):
     assert settings(dest)["spacing_mm"] == [1, 2, 1]
     for corner, world in (([-0.5, -0.5, -0.5], [0.5, 0.5, -0.5]), ([11.5, 7.5, 9.5], [-15.5, -11.5, 9.5])):
         np.testing.assert_allclose(nibabel.affines.apply_affine(affine, corner), world)
-    turned = write_nifti(tmp_path / "b.nii", ramp.transpose(1, 2, 0), np.diag([-1, -1, 1, 1]))
-    out = load(convert(turned, tmp_path / "slices", spacing_mm=[0, 0, 2]))
-    assert out.shape == (10, 12, 8)
-    np.testing.assert_allclose(out[5, 5, 1:-1], np.arange(2.5, 14, 2)[:6], atol=1e-5)
+
+
+def test_resampled_label_maps_hold_no_new_values_and_stay_on_their_image(tmp_path):
+    blob = np.zeros((24, 20, 16), np.uint8)
+    blob[4:14, 6:12, 5:11] = 4
+    for folder, array in (("imagesTr", blob * 25.0 + 1), ("labelsTr", blob)):
+        write_nifti(tmp_path / f"in/{folder}/a.nii.gz", array, np.diag([-1, -1, 1, 1]))
+    dest = convert(tmp_path / "in", tmp_path / "out", spacing_mm=[0.7, 1.5, 0.5])
+    image, label = load(dest) > 51, load(dest / "labels")
+    assert set(np.unique(label)) == {0, 4}
+    assert 2 * (image & (label > 0)).sum() / (image.sum() + (label > 0).sum()) > 0.97
 
 
 def test_a_named_window_is_for_ct_and_training_applies_it(tmp_path, capsys):
@@ -222,7 +229,6 @@ def test_a_killed_run_leaves_no_worker_and_whole_files_only_and_the_next_one_fin
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=300)  # returns when nobody is left who holds its end of the pipe
     assert 3 <= len(list(dest.glob("*.npy"))) < 24
-    (dest / ".left.tmp").write_bytes(b"half a file")
     (source / "bad.nii").write_bytes(b"nothing")
     monkeypatch.setattr(workers, "POOL_AFTER_SECONDS", -1.0)
     convert(source, dest, workers=2, on_error="skip")
