@@ -218,10 +218,11 @@ def _decoded(path: Path, data: Any) -> np.ndarray:
             raise
     import SimpleITK
 
-    # GDCM rescales some kinds of images and not others, so it is given none of the numbers to do it with.
+    # GDCM rescales some kinds of images and not others, and ITK inverts MONOCHROME1: give them nothing to do it with.
     copy = pydicom.dcmread(path, force=True)
     for name in ("RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence", SHARED, PER_FRAME):
         copy.pop(pydicom.datadict.tag_for_keyword(name), None)
+    copy.PhotometricInterpretation = "MONOCHROME2"
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, "slice.dcm")
