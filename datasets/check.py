@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -31,7 +30,6 @@ NAMED, LINES = 3, 12  # files that a message names; lines that the start of a tr
 THINNER = 2.0  # a plane in which the two sides differ so much holds the slice axis, if a third axis is as long
 THINNER_EQUAL = 1.6  # less is enough where the other two are equal: 300 x 512 x 512, but not a head of 160 x 256 x 256
 LONGER = 8.0  # slices per in-plane pixel; a whole-body PET has 6.5 (1,100 slices of 168 pixels)
-DOMINATES = 0.9  # share of the files: all other data sets together give one sample in ten
 
 SCALE_FACTOR = 8.0  # MR scanners' scales differ by small factors; 0..1 among 0..1000 differs by 1000
 LEVEL_SHARE = 0.4  # of the median range: CT without its offset of -1024 moves by half of it, other anatomy by less
@@ -100,11 +98,7 @@ class Content:
 
 
 def check(
-    data_path: str | Path,
-    full: bool = False,
-    target_shape: Sequence[int] | None = None,
-    workers: int = 1,
-    progress: bool = True,
+    data_path: str, full: bool, target_shape: Sequence[int], workers: int = 1, progress: bool = False
 ) -> tuple[list[Sample], list[Finding], dict[Sample, Content]]:
     """(samples with a good header, everything found with the errors first, contents of the samples that were read).
 
@@ -146,7 +140,7 @@ def header_warnings(samples: Sequence[Sample], target_shape: Sequence[int] | Non
 
 
 def header_findings(samples: Sequence[Sample], target_shape: Sequence[int] | None = None) -> list[Finding]:
-    """Warnings about sizes, slice axes, dtypes and the balance of the data sets."""
+    """Warnings about sizes, slice axes and dtypes. target_shape: as in `header_warnings`."""
     found: list[Finding] = []
     for members in groups(samples).values():
         turned: dict[Sample, int] = {}
@@ -154,15 +148,6 @@ def header_findings(samples: Sequence[Sample], target_shape: Sequence[int] | Non
             turned = _turned(members)
             found += _volume_findings(members, turned, target_shape[0] if target_shape else 0)
         found += _odd_sizes(members, set(turned))
-    for kind in ("volume", "image"):
-        counts = Counter(s.dataset for s in samples if s.kind == kind)
-        for name, count in counts.items():
-            if len(counts) > 1 and count > DOMINATES * counts.total():
-                message = (
-                    f"{name}: has {count} of {counts.total()} {kind}s of {len(counts)} data sets; "
-                    "--sampling_temperature 2 draws the others more often"
-                )
-                found.append(Finding("warning", "balance", name, message))
     return found
 
 

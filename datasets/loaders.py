@@ -145,9 +145,8 @@ class ImageLoader:
 class VolumeLoader:
     """Stages 2 and 3, from their options: two views of volumes, with what the learner needs beside them (`Batch`).
 
-    mask_ratio > 0 adds `masked` (stage 2, or stage 3 with L_mask). intra_slices > 0 adds `picked` and `slice_index`
-    (stage 3). images_per_step > 0 adds `images` and `image_index` from the 2D data sets; their indices follow those of
-    all slices of all volumes.
+    mask_ratio > 0 adds `masked`, intra_slices > 0 `picked` and `slice_index`, images_per_step > 0 `images` and
+    `image_index` from the 2D data sets; their indices follow those of all slices of all volumes.
     """
 
     def __init__(

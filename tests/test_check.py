@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,7 +68,7 @@ def ct(shape: tuple[int, int, int] = (24, 20, 10)) -> np.ndarray:
 
 
 def found(root: Path, full: bool = True, **options) -> list[Finding]:
-    return check(root, full, progress=False, **options)[1]
+    return check(root, full, (8, 8, 8), **options)[1]
 
 
 # --- by headers
@@ -123,9 +122,7 @@ def test_a_file_of_another_size_is_named_once(odd: dict, name: str, shown: str) 
             some(2, dtype="uint16", window=(-1000.0, 400.0)) + some(2, "B", window=(-1000.0, 400.0)),
             "A: 2 of 2 volumes have an unsigned dtype, but window (-1000.0, 400.0) of dataset.yaml begins below 0",
         ),
-        (some(91) + some(9, "B"), "A: has 91 of 100 volumes of 2 data sets; --sampling_temperature 2"),
         (some(90) + some(10, "B"), None),
-        (some(91) + [sample(f"C/{i}.png", 1) for i in range(5)], None),  # images are drawn beside volumes
     ],
 )
 def test_training_prints_one_line_per_doubt(samples: list[Sample], line: str | None) -> None:
@@ -164,15 +161,6 @@ def test_the_slice_axis_that_dataset_yaml_gives_is_believed_where_it_fits() -> N
     assert header_findings([sample(f"A/{i}.npy", 40, 512, 512, slice_axis=0) for i in range(3)]) == []
     (finding,) = header_findings(turned + some(20))
     assert finding.message.startswith("A: 3 of 23 volumes")
-
-
-def test_a_training_run_prints_few_lines() -> None:
-    samples = [s for i in range(30) for s in some(3, f"Set_{i:02}", slices=9)]
-    assert len(header_findings(samples, (32, 64, 64))) == 30
-    lines = header_warnings(samples, (32, 64, 64))
-    assert len(lines) == 12
-    assert lines[-1].startswith("19 more warnings")
-    assert max(map(len, lines)) < 400
 
 
 # --- by content
@@ -335,15 +323,3 @@ def test_working_copies_of_changed_files_are_told_and_deleted_on_demand(tmp_path
     assert "cache: 2 cached files (0.1 MB) of files that have changed or are gone" in run(capsys, *options)[1]
     assert "deleted" in run(capsys, *options, "--clean_cache", "true")[1]
     assert len(list((tmp_path / ".cache").rglob("*.npy"))) == 1
-
-
-def test_names_that_are_not_utf8_are_shown_all_the_same(tmp_path, capsys) -> None:
-    try:
-        (tmp_path / "D").mkdir()
-        with open(os.fsencode(tmp_path) + b"/D/M\xfcller.png", "wb") as file:
-            file.write(b"no image")
-    except OSError:
-        pytest.skip("this file system takes UTF-8 only")
-    code, out = run(capsys, "--data_path", tmp_path)
-    assert code == 1
-    assert "/D/M\\udcfcller.png: is not a readable" in out

@@ -115,14 +115,6 @@ def test_an_epoch_goes_on_in_the_middle(make: Any, mixed: Path) -> None:
     assert not torch.equal(other[0]["index"], whole[0]["index"])
 
 
-def test_images_of_a_step_follow_those_of_the_step_before(mixed: Path) -> None:
-    loader = volume_loader(mixed, "paper")
-    shown = torch.cat([batch.image_index for batch in loader.epoch(0)]) - loader.total_slices
-    assert len(shown) == 4 * loader.steps
-    for start in range(0, len(shown) - 5, 6):
-        assert sorted(shown[start : start + 6].tolist()) == list(range(6))  # pass after pass
-
-
 def test_names_are_those_of_the_files_that_the_batch_holds(data: Path) -> None:
     loader = volume_loader(data, "paper")
     batch = next(loader.epoch(0))
@@ -158,7 +150,7 @@ def joint(several: list[EpochBatches], epoch: int, seen: int = 0) -> list[list[i
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("samples", [24, 25, 26, 35, 47, 48])
+@pytest.mark.parametrize("samples", [24, 25, 35, 47])
 def test_an_epoch_holds_every_sample_exactly_once(samples: int, world: int) -> None:
     several = samplers(samples, 12 // world, world)
     for epoch in (0, 5):
