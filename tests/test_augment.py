@@ -84,24 +84,6 @@ def test_nothing_reads_from_the_device(policy):
     assert all(c.is_meta for c in crops(x[:, 0].to("meta"), extents, index, 0))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_gives_the_views_of_a_cpu_and_is_never_waited_for():
-    x, mask, extents, index = mixed_batch()
-    there, images = x.cuda(), x[:, 0].contiguous().cuda()
-    for policy in POLICIES:
-        views, crops = VolumeViews(63, 67, policy, 0), MultiCrop([(30, 40)], [3], [(0.05, 1.0)], policy, 0)
-        views(there, mask, extents, index, 0)  # loads what loading waits for
-        crops(images, extents, index, 0)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            found = [(views(there, mask, extents, index, e, 3), crops(images, extents, index, e)[0]) for e in range(4)]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        for e, (view, crop) in enumerate(found):
-            assert_close(view.cpu(), views(x, mask, extents, index, e, 3), atol=1e-4, rtol=0)
-            assert_close(crop.cpu(), crops(x[:, 0], extents, index, e)[0], atol=1e-4, rtol=0)
-
-
 def test_paper_gives_the_first_seven_views_seven_different_transforms():
     content, slices = np.full((300, 2), 20.0), np.full(300, 6)
     views = list(VolumeViews(16, 16, "paper", 3).draws(20, content, slices, range(300), epoch=2, views=8))

@@ -20,7 +20,6 @@ from datasets.loaders import VolumeLoader
 from datasets.store import unused_files
 from objectives import MaskedSlices
 from utils.distributed import Run
-from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 JOINT = 4  # volumes per step over all processes
@@ -162,20 +161,6 @@ def test_what_embeddings_depend_on_names_their_folder(place):
 
 
 # ---- files
-
-
-def test_a_disk_without_room_and_a_folder_that_cannot_be_made_are_the_users_to_put_right(place, monkeypatch):
-    _, loader = loaders(place, Rows())
-    usage = shutil.disk_usage("/")
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-        with pytest.raises(UserError, match=r"cached_views: 2 versions of 8 volumes need .* lower --cached_views"):
-            next(loader.epoch(0))
-    next(loader.epoch(0))
-    shutil.rmtree(loader.cache.folder)
-    loader.cache.folder.write_bytes(b"a file in its place")
-    with pytest.raises(UserError, match=r"cannot be written .*--cache_path"):
-        next(loaders(place, Rows())[1].epoch(0))
 
 
 # ---- runs

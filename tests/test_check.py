@@ -12,11 +12,10 @@ import pytest
 from PIL import Image
 
 import check_data
-from datasets.check import Finding, check, header_findings, header_warnings, outliers, read_content
+from datasets.check import Finding, check, header_findings, header_warnings, read_content
 from datasets.index import Sample, scan
 from datasets.store import prepare
 from utils import config
-from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,17 +78,6 @@ def test_like_files_and_natural_variation_raise_no_warning() -> None:
     counts = RNG.lognormal(math.log(150), 0.5, 200).astype(int).clip(40)
     varied = [sample(f"A/{i}.npy", int(n), *RNG.integers(400, 600, 2).tolist()) for i, n in enumerate(counts)]
     assert header_findings(varied) == []
-
-
-def test_outliers_are_far_in_robust_deviations_and_in_what_matters() -> None:
-    values = [8, 9, 10, 10, 11, 12, 13, 40]  # median 10.5, absolute deviations' median 1.5: five are 11.12
-    assert outliers(values, 0).tolist() == [False] * 7 + [True]
-    assert not outliers([*values[:-1], 21.6], 0).any()
-    assert outliers([*values[:-1], 21.7], 0).any()
-    assert not outliers(values, 30).any()
-    assert outliers([5] * 7 + [6], 0.5).any()  # no deviation at all: the least difference decides
-    assert not outliers([5] * 7 + [6], 1.5).any()
-    assert not outliers([5] * 6 + [600], 0.5).any()  # seven files are too few
 
 
 @pytest.mark.parametrize(
@@ -192,27 +180,6 @@ def test_equal_content_is_found_however_it_is_stored(tmp_path: Path) -> None:
     (finding,) = [f for f in found(tmp_path) if f.check == "duplicates"]
     assert finding.message.startswith("duplicates (all values agree): 6 too many, e.g. A0/1.npy = A1/1.npy = A2/1.npy;")
     assert finding.files == [*(f"A{i}/1.npy" for i in range(5)), "B/turned.npy", "C/1.png", "D/2.bmp"]
-
-
-def test_errors_are_exactly_what_training_refuses(tmp_path: Path) -> None:
-    root = tmp_path / "tree"
-    good = blob().astype(np.float32)
-    for i, (value, place) in enumerate([(np.nan, 0), (-np.inf, 2), (2e38, 3)]):
-        bad = good.copy()
-        bad[place, 3, 3] = value
-        bad[4, 4, 4] = -value if value == 2e38 else bad[4, 4, 4]
-        save(root / f"A/bad_{i}.npy", bad)
-    save(root / "A/good.npy", good)
-    save(root / "C/window.npy", ct())
-    save(root / "C/fits.npy", ct() + np.int16(6000))
-    (root / "C/dataset.yaml").write_text("window: [4000, 7000]")
-    one, four = (found(root, workers=workers) for workers in (1, 4))
-    assert one == four
-    errors = [finding for finding in one if finding.level == "error"]
-    with pytest.raises(UserError) as caught:
-        prepare(root, 16, tmp_path / "cache", progress=False)
-    assert [error.message for error in errors] == [line.strip() for line in str(caught.value).splitlines()[1:]]
-    assert [error.files for error in errors] == [[f"A/bad_{i}.npy"] for i in range(3)] + [["C/window.npy"]]
 
 
 # --- intensities

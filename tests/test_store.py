@@ -20,9 +20,8 @@ from processes import run_processes
 
 from datasets import render as render_module
 from datasets.cache import cached
-from datasets.index import scan
-from datasets.render import content_size, render, robust_limits
-from datasets.store import SliceStore, prepare, unused_files
+from datasets.render import content_size, robust_limits
+from datasets.store import SliceStore, prepare
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,9 +58,6 @@ def refusal(root: Path, size: int = 16, **options) -> str:
     with pytest.raises(UserError) as caught:
         built(root, size, **options)
     return str(caught.value)
-
-
-# --- intensities
 
 
 @pytest.mark.parametrize("dtype", ["u1", ">i2", "<u2", ">i4", "<u8", "<f2", ">f4", "<f8"])
@@ -152,9 +148,6 @@ def test_images_of_every_mode_are_grey_in_0_to_1(tmp_path: Path) -> None:
     assert found[[2, 10], 4] == pytest.approx([0.299 / 0.587, 0.114 / 0.587], abs=0.01)  # luminance, green is 1
 
 
-# --- geometry
-
-
 def test_extents_say_where_the_content_is(tmp_path: Path) -> None:
     save(tmp_path / "A/1.npy", np.arange(40 * 20 * 3).reshape(40, 20, 3) % 251 + 1000)
     save(tmp_path / "B/1.png", (np.arange(10 * 30) % 251).reshape(10, 30).astype(np.uint8))
@@ -179,9 +172,6 @@ def test_shrinking_averages_and_growing_interpolates(tmp_path: Path) -> None:
     (tmp_path / "B/dataset.yaml").write_text("window: [0, 15]\n")
     found = built(tmp_path, 32).read(1, 0, 1)[0, 2:-2, 7] * 15
     np.testing.assert_allclose(found, (np.arange(32) + 0.5)[2:-2] / 2 - 0.5, atol=15 * HALF)
-
-
-# --- the cache
 
 
 def test_cache_is_reused_lies_in_the_data_tree_unseen_and_moves_with_it(tmp_path: Path) -> None:
@@ -260,39 +250,6 @@ def test_the_size_of_the_cache_is_told_in_advance_and_refused_where_there_is_no_
     assert capsys.readouterr().out.startswith(told)
     prepare(tmp_path, 64)
     assert "preparing" not in capsys.readouterr().out  # nothing is left to make
-
-
-def test_unused_files_are_those_of_changed_and_removed_sources(tmp_path: Path) -> None:
-    tree(tmp_path, 3)
-    old = [built(tmp_path, size) for size in (8, 16)]
-    assert unused_files(scan(tmp_path)[0]) == []
-    (tmp_path / "A/0.npy").unlink()
-    save(tmp_path / "A/1.npy", RNG.random((8, 8, 9)))
-    assert set(unused_files(scan(tmp_path)[0])) == {store.files[i] for store in old for i in (0, 1)}
-
-
-def test_an_interrupted_build_goes_on_and_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tree(tmp_path, 5)
-    made = []
-
-    def interrupted(sample, size):
-        made.append(sample)
-        if len(made) == 3:
-            raise KeyboardInterrupt
-        return render(sample, size)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("datasets.store.render", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            built(tmp_path)
-    before = cache_files(tmp_path / ".cache")
-    assert 2 <= len(before) < 5
-    store = built(tmp_path)
-    after = cache_files(tmp_path / ".cache")
-    assert sorted(after) == sorted(store.files)
-    assert before.items() <= after.items()
-    for i, sample in enumerate(store.samples):
-        np.testing.assert_array_equal(store.read(i, 0, 8, half=True), render(sample, 8))
 
 
 # --- cached
@@ -384,10 +341,8 @@ def prepare_in_two(folder: Path) -> dict[str, dict]:
         "two runs": (good, "shared", "error"),
         "skip": (bad, "skip", "skip"),
         "error": (bad, "skip", "error"),
-        "two disks": (good, f"disk{rank}", "error"),
         "one bad disk": (good, ("disk2", "file")[rank], "error"),
         "different data": ((good, bad)[rank], "disk3", "error"),
-        "no data": (folder / "nowhere", "disk3", "error"),
     }
     results = {}
     for job, (root, cache, on_bad) in jobs.items():
@@ -416,15 +371,13 @@ def test_two_processes_share_the_work_and_agree_on_what_is_wrong(tmp_path: Path)
     alone = built(tmp_path / "good", 32, cache_path=tmp_path / "alone")
     sums = [float(alone.read(i, 0, 6).sum()) for i in range(19)]
     names = [f"A/{i:02}.npy" for i in range(20) if i != 10]
-    for job in ("two runs", "skip", "two disks"):
+    for job in ("two runs", "skip"):
         assert first[job] == second[job] == {"names": names, "sums": sums}
-    for cache in ("shared", "disk0", "disk1"):
-        assert len(cache_files(tmp_path / cache)) == 19  # and no temporary file
+    assert len(cache_files(tmp_path / "shared")) == 19  # and no temporary file
     for job, wanted in (
         ("error", "A/10.npy: is constant"),
         ("one bad disk", "--cache_path"),
         ("different data", "processes see different files"),
-        ("no data", "does not exist"),
     ):
         assert wanted in first[job]["error"]
         assert wanted in second[job]["error"]
