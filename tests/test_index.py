@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import save
 
 from datasets.check import check
 from datasets.index import Sample, describe, fingerprint, scan, volumes
@@ -20,16 +21,12 @@ from datasets.store import prepare
 from utils.errors import UserError
 
 
-def save_volume(path: Path, shape: tuple[int, ...] = (10, 12, 4), dtype: str = "i2") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, (np.arange(np.prod(shape)) % 120).reshape(shape).astype(dtype))
-    return path
+def save_volume(path: Path, shape: tuple[int, ...] = (10, 12, 4)) -> Path:
+    return save(path, (np.arange(np.prod(shape)) % 120).reshape(shape).astype("i2"))
 
 
 def save_image(path: Path, height: int = 20, width: int = 30) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((np.arange(height * width) % 256).reshape(height, width).astype(np.uint8)).save(path)
-    return path
+    return save(path, (np.arange(height * width) % 256).reshape(height, width).astype(np.uint8))
 
 
 def problems(root: Path) -> list[str]:

@@ -17,6 +17,7 @@ import pytest
 import torch.distributed as dist
 from PIL import Image
 from processes import run_processes
+from tiny import save
 
 from datasets import render as render_module
 from datasets.cache import cached
@@ -29,15 +30,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 RNG = np.random.default_rng(5)
 ARRAY = np.arange(12.0).reshape(3, 4)
 HALF = 2**-11  # largest rounding error of float16 in 0..1
-
-
-def save(path: Path, array: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".npy":
-        np.save(path, array)
-    else:
-        Image.fromarray(array).save(path)
-    return path
 
 
 def tree(root: Path, volumes: int = 1, shape: tuple[int, int, int] = (8, 8, 8)) -> Path:
