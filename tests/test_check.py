@@ -99,7 +99,7 @@ def test_a_file_of_another_size_is_named_once(odd: dict, name: str, shown: str) 
         ),
         (
             some(2, dtype="uint16", window=(-1000.0, 400.0)) + some(2, "B", window=(-1000.0, 400.0)),
-            "A: 2 of 2 volumes have an unsigned dtype, but window (-1000.0, 400.0) of dataset.yaml begins below 0",
+            "A: 2 of 2 volumes have an unsigned dtype where the window (-1000.0, 400.0) begins below 0: usual_000.npy",
         ),
         (some(90) + some(10, "B"), None),
     ],
@@ -125,7 +125,7 @@ def test_slices_along_a_long_axis_beside_a_short_one_are_suspected(shape: tuple[
 def test_the_slice_axis_that_dataset_yaml_gives_is_believed_where_it_fits() -> None:
     turned = [sample(f"A/{i}.npy", 512, 40, 512) for i in range(3)]  # 40 x 512 x 512 read along axis 2
     (finding,) = header_findings(turned)
-    assert "if all lie along axis 0" in finding.message
+    assert "set slice_axis (0?)" in finding.message
     assert "0.npy (40 x 512 x 512)" in finding.message
     assert header_findings([sample(f"A/{i}.npy", 40, 512, 512, slice_axis=0) for i in range(3)]) == []
     (finding,) = header_findings(turned + some(20))
@@ -176,7 +176,6 @@ def test_a_volume_on_another_scale_or_without_its_offset_is_named(tmp_path: Path
     scale, offset = found(tmp_path)
     assert (scale.check, scale.files) == ("intensity", ["MR/rescaled.npy"])
     assert (offset.check, offset.files) == ("intensity", ["Other/raw.npy"])
-    assert "own percentiles" in scale.message
 
 
 @pytest.mark.parametrize(
