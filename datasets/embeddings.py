@@ -103,11 +103,7 @@ class EmbeddingLoader:
         self.dataset, self.names = volumes.dataset, volumes.names
         self.counts, self.groups = volumes.counts, volumes.groups
         self.loader: DataLoader | None = None
-
-    @property
-    def reading(self) -> list[Reading]:
-        """What the data-loading workers are at."""
-        return [self.loader.dataset] if self.loader else []
+        self.reading: list[Reading] = []
 
     def epoch(self, epoch: int, seen: int = 0) -> Iterator[Batch]:
         if self.loader is None:
@@ -136,6 +132,7 @@ class EmbeddingLoader:
         if self.run.is_main:
             print(f"cached_views: embeddings, {total} in {folder}; still to be made: {left}", flush=True)
         self.loader = torch_loader(self.cache, self.batches, self.cfg.workers, self.run.device, collate=_collate)
+        self.reading = [self.loader.dataset]
 
     def _complete(self, samples: list[dict[str, Any]], version: int) -> list[dict[str, Any]]:
         """The samples with embeddings; those of the ones that came without are computed and written."""

@@ -83,7 +83,7 @@ class SliceStore:
         self.samples, self.size = samples, size
         self.folder = cache_folder(samples[0].data_path, cache_path) / f"slices_{size}px_v{FORMAT}"
         self.files = [self.folder / f"{_key(sample)}.npy" for sample in samples]
-        self.extents = np.array([content_size(s.height, s.width, size) for s in samples], dtype=np.int32)
+        self.extents = np.array([content_size(s.height, s.width, size) for s in samples])
 
     def read(self, index: int, start: int, stop: int, half: bool = False) -> np.ndarray:
         """Slices start..stop-1 of a sample: [stop - start, S, S] float32 in 0..1, centred, zeros around them.

@@ -166,18 +166,6 @@ def test_empty_dataset_yaml_means_the_defaults_and_yml_is_not_silently_ignored(t
     assert "rename it to dataset.yaml" in problem(tmp_path)
 
 
-def test_a_fourth_axis_needs_the_names_of_its_channels(tmp_path: Path) -> None:
-    save_volume(tmp_path / "A/1.npy", (9, 10, 11, 2))
-    assert "is 4D (9 x 10 x 11 x 2)" in problem(tmp_path)
-    assert "channels: [t1, t2]" in problem(tmp_path)
-    (tmp_path / "A/dataset.yaml").write_text("channels: [t1, t2]\nslice_axis: 0")
-    (sample,) = scan(tmp_path)[0]
-    assert (sample.slices, sample.height, sample.width) == (9, 10, 11)
-    assert sample.channel_names == ("t1", "t2")
-    (tmp_path / "A/dataset.yaml").write_text("channels: [t1, t2, flair]")
-    assert "name all channels" in problem(tmp_path)
-
-
 # --- NPY headers
 
 
@@ -285,7 +273,7 @@ def broken() -> dict[str, tuple[bytes, str, str]]:
         "tiny.npy": (npy(good[:5, :4, :3]), "5 x 4 pixels", "remove it, or set slice_axis"),
         "trailing.npy": (npy(good) + b"0", "has trailing bytes", copy),
         "truncated.npy": (npy(good)[:33_000], "is truncated", copy),
-        "volume_4d.npy": (npy(np.stack([good, good], axis=-1)), "is 4D", "channels: [t1, t2]"),
+        "volume_4d.npy": (npy(np.stack([good, good], axis=-1)), "is 4D (30 x 28 x 20 x 2)", "channels: [t1, t2]"),
         "zero_axis.npy": (npy(good[:, :, :0]), "has 0 slices", "remove it"),
         "CONSTANT.npy": (npy(np.full((16, 16, 16), 42, np.int16)), "is constant", "--on_bad skip"),
         "NAN_INF.npy": (npy(partly), "3 of 16800 values are NaN or Inf", "np.nan_to_num"),
