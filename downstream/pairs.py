@@ -46,6 +46,10 @@ class Pair:
         """Slices, rows, columns."""
         return self.image.slices, self.image.height, self.image.width
 
+    @property
+    def channels(self) -> int:
+        return len(self.image.channel_names) or 1
+
 
 def number_classes(structures: Mapping[str, Sequence[int]]) -> dict[int, int]:
     """Classes 0, 1, ... of the label values: values that belong to the same structures share one; in none: class 0.
@@ -85,11 +89,11 @@ class LabelledVolumes:
         labels = {path.stem: path for path in sorted((root / LABELS).glob("[!.]*.npy"))}
         if not labels:
             raise UserError(_no_pairs(root))
-        found = scan(root.parent, only=root.name)
+        found, problems = scan(root.parent, only=root.name)
         images = {s.path.stem: s for s in found if s.kind == "volume" and s.path.parent == root}
         about, table = read_settings(root), {row["id"]: row for row in read_cases(root, "id")}
         people = _patients(patients, table, [case for case in images if case in labels])
-        problems = [f"{labels[case]}: has no image {root / case}.npy; add it" for case in labels if case not in images]
+        problems += [f"{labels[case]}: has no image {root / case}.npy; add it" for case in labels if case not in images]
         self.pairs, notes = [], Counter()
         for case, sample in images.items():
             row = table.get(case, {})
@@ -110,7 +114,7 @@ class LabelledVolumes:
                 mm = list(map(float, spacing or (1, 1, 1)))
                 mm.insert(0, mm.pop(image.slice_axis))
                 self.pairs.append(Pair(case, people.get(case, case), image, labels[case], tuple(mm), written))
-        if len({pair.image.channels for pair in self.pairs}) > 1:
+        if len({pair.channels for pair in self.pairs}) > 1:
             problems.append(f"{root}: some volumes have more channels than others; keep those of one kind")
         if problems:
             raise bad_files(problems, f"data_path {root}")
