@@ -85,11 +85,11 @@ class LabelledVolumes:
         labels = {path.stem: path for path in sorted((root / LABELS).glob("[!.]*.npy"))}
         if not labels:
             raise UserError(_no_pairs(root))
-        found = scan(root.parent, only=root.name)
+        found, problems = scan(root.parent, only=root.name)
         images = {s.path.stem: s for s in found if s.kind == "volume" and s.path.parent == root}
         about, table = read_settings(root), {row["id"]: row for row in read_cases(root, "id")}
         people = _patients(patients, table, [case for case in images if case in labels])
-        problems = [f"{labels[case]}: has no image {root / case}.npy; add it" for case in labels if case not in images]
+        problems += [f"{labels[case]}: has no image {root / case}.npy; add it" for case in labels if case not in images]
         self.pairs, notes = [], Counter()
         for case, sample in images.items():
             row = table.get(case, {})
