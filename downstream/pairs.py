@@ -48,6 +48,7 @@ class Pair:
 
     @property
     def channels(self) -> int:
+        """Of the image."""
         return len(self.image.channel_names) or 1
 
 
