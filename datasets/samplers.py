@@ -39,6 +39,8 @@ class EpochBatches:
         self.samples, self.global_batch, self.seed, self.run = len(groups), batch_size * run.world_size, seed, run
         if not sampling_temperature >= 1:
             raise UserError(f"sampling_temperature: {sampling_temperature:g} is below 1, every sample once; raise it")
+        if not self.samples:
+            raise UserError(f"data_path: there are no {what} in it, which this stage trains on")
         if self.samples < self.global_batch:
             raise UserError(
                 f"batch_size: {batch_size} per process x {run.world_size} process(es) need {self.global_batch} {what}, "
