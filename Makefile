@@ -25,7 +25,7 @@ lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 
 data: $(READY)
-	$(VENV)/bin/python -m conversion.phantoms --dest Training_Data --volumes_per_anatomy 10 --images 32 --seed 0
+	$(VENV)/bin/python -m conversion.phantoms --dest Training_Data --volumes 6 --images 12 --seed 0
 
 $(READY): requirements.txt requirements-tools.txt requirements-dev.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -37,21 +37,21 @@ $(READY): requirements.txt requirements-tools.txt requirements-dev.txt constrain
 bench: $(READY)
 	$(VENV)/bin/python -m benchmarks.attention
 	$(VENV)/bin/python -m benchmarks.kmeans
-	$(VENV)/bin/python -m benchmarks.stage2
 	$(VENV)/bin/python -m benchmarks.step
 
-STEP := --precisions [bf16] --batch_size 16 --images 128 --workers 8 --volumes 320 --repeats 20
-STAGE2 := --batch_size 16 --steps 10 --repeats 5 --workers 8
+STEP := --batch_size 16 --workers 8 --repeats 20
+BF16 := --precisions [bf16] --images 128 --volumes 320
 
 # All are run, whatever becomes of the others; the status is the worst of them. TO=FOLDER: after each, results go there.
 bench-gpu:
 	@set -f; worst=0; \
-	for of in "step $(STEP)" "attention" "kmeans --reference false" "stage2 $(STAGE2)" "augmentation" \
-		"step --compile true --parts [stage3] --reference false $(STEP)"; do \
+	for of in "step $(STEP) $(BF16) --parts [stage3,stage1]" "attention" "kmeans --reference false" \
+		"step $(STEP) --volumes 160 --parts [stage2]" "data --parts [views]" \
+		"step $(STEP) $(BF16) --parts [stage3] --compile true --reference false"; do \
 		echo "$(PYTHON) -m benchmarks.$$of --device cuda"; \
 		$(PYTHON) -m benchmarks.$$of --device cuda; code=$$?; \
 		test $$code -le $$worst || worst=$$code; \
-		test -z "$(TO)" || { mkdir -p "$(TO)"; cp benchmarks/results/*_nvidia*.json "$(TO)"; }; \
+		test -z "$(TO)" || { mkdir -p "$(TO)"; cp benchmarks/results/nvidia*.json "$(TO)"; }; \
 	done; exit $$worst
 
 SHARED ?= ../shared/data

@@ -33,8 +33,8 @@ from utils import config as options
 Cases = tuple[Tensor, np.ndarray]  # images [N, D, H, W] in 0..1, which structures each slice shows [N, D, structures]
 ARCH, SHAPE = "resnet18", (32, 40, 40)  # slices, height, width
 IMAGES = "--size_crops [40] --nmb_crops [2] --min_scale_crops [0.25] --max_scale_crops [1.0] --slices_per_volume 16 "
-IMAGES += "--batch_size 64 --epochs 5 --base_lr 2"
-VOLUMES = "--target_shape [32,40,40] --d_model 128 --batch_size 5 --epochs 3"
+IMAGES += "--batch_size 64 --epochs 10 --base_lr 2"
+VOLUMES = "--target_shape [32,40,40] --d_model 128 --batch_size 5 --epochs 6"
 RUNS = (  # script, its options, row of the table, weights in it
     ("ssl_swav2D", IMAGES, "swav stage 1 (2D)", "resnet_swav2D.pth"),
     ("mask_swav", VOLUMES, None, None),

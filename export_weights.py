@@ -93,19 +93,6 @@ FORMATS = {
 PROGRAMS = ("joint", "onnx")  # which normalise and compute by themselves
 
 CARD = Path(__file__).parent / "reporting/templates/card.md"
-LICENCE = (
-    "The project's code is under the MIT licence. Weights are bound by the terms of the data they learned from"
-    "{before}; see the data below before you pass them on."
-)
-NOT_TO_EXPECT = [
-    "A diagnosis. Nothing here was tested on patients' outcomes and no output is a finding; fine-tune, and "
-    "validate on your own patients, before anything depends on it.",
-    "Knowledge of anything but the data named in this card: other organs, modalities, scanners and populations "
-    "were not seen, nor was colour.",
-    "Features that serve as they are: they were learned without labels, by telling images apart. Fine-tune them.",
-    "A gain on every task: compare with random and ImageNet weights on yours (python -m downstream.compare).",
-]
-NO_TRANSFORMER = "Relations between slices: the transformer over slices is not in this file, the ResNet alone is."
 
 
 class Source(NamedTuple):
@@ -120,36 +107,42 @@ class Source(NamedTuple):
 def main(cfg: Config) -> None:
     source = read(cfg.weights, cfg.arch)
     for name in FORMATS if cfg.format == "all" else [cfg.format]:
-        if reason := impossible(name, source, cfg.half):
-            if cfg.format != "all":
-                raise UserError(f"format: {reason}")
+        if not (reason := impossible(name, source, cfg.half)):
+            write(name, source, cfg)
+        elif cfg.format == "all":
             print(f"{name}: left out; {reason}", flush=True)
-            continue
-        stem = Path(cfg.dest, f"{source.path.stem}_{name}{'_fp16' * cfg.half}")
-        channels = FORMATS[name].channels if name in PROGRAMS else cfg.channels or FORMATS[name].channels
-        contents = {Path(f"{stem}{suffix}"): data for suffix, data in encoded(name, source, channels, cfg).items()}
-        for path, data in contents.items():
-            with files.whole_file(path) as temporary:
-                temporary.write_bytes(data)
-                for card in (".json", ".md"):  # of the file that is replaced
-                    Path(f"{stem}{card}").unlink(missing_ok=True)
-        checksums = {path.name: hashlib.sha256(data).hexdigest() for path, data in contents.items()}
-        card = card_of(name, source, stem.name, channels, checksums, cfg)
-        files.write_text(for_people(card, stem.name), Path(f"{stem}.md"))
-        files.write_text(json.dumps(card, indent=2) + "\n", Path(f"{stem}.json"))
-        print(f"wrote {', '.join(map(str, contents))}", flush=True)
+        else:
+            raise UserError(f"format: {reason}")
+
+
+def write(name: str, source: Source, cfg: Config) -> None:
+    """The files of a format, then their cards; a card that is there is of no other files."""
+    stem = Path(cfg.dest, f"{source.path.stem}_{name}{'_fp16' * cfg.half}")
+    channels = FORMATS[name].channels if name in PROGRAMS else cfg.channels or FORMATS[name].channels
+    contents = {Path(f"{stem}{suffix}"): data for suffix, data in encoded(name, source, channels, cfg).items()}
+    for path, data in contents.items():
+        with files.whole_file(path) as temporary:
+            temporary.write_bytes(data)
+            for card in (".json", ".md"):  # of the file that is replaced
+                Path(f"{stem}{card}").unlink(missing_ok=True)
+    checksums = {path.name: hashlib.sha256(data).hexdigest() for path, data in contents.items()}
+    card = card_of(name, source, stem.name, channels, checksums, cfg)
+    imports = [m for m in dict.fromkeys(("torch", card["library"])) if any(f"{m}." in line for line in card["use"])]
+    template = Template(CARD.read_text(encoding="utf-8"), undefined=StrictUndefined, trim_blocks=True)
+    files.write_text(template.render(card, file=stem.name, imports=imports), Path(f"{stem}.md"))
+    files.write_text(json.dumps(card, indent=2) + "\n", Path(f"{stem}.json"))
+    print(f"wrote {', '.join(map(str, contents))}", flush=True)
 
 
 def read(weights: str, arch: str | None = None) -> Source:
     """The networks in a weights file of this project. Raises UserError where the file or its `.json` is not right."""
     path, about = Path(weights), Path(weights).with_suffix(".json")
-    if not path.is_file():
-        raise UserError(f"weights: {path}: no such file; train one with ssl_*2D.py, mask_*.py or ssl_*3D.py")
-    if not about.is_file():
-        raise UserError(
-            f"{about}: missing, so {path.name} was not written by this project's scripts, or was copied without it; "
-            "a model card must say what made the weights. Copy both files"
-        )
+    for file in (path, about):
+        if not file.is_file():
+            raise UserError(
+                f"weights: {file}: missing; name a file of ssl_*2D.py, mask_*.py or ssl_*3D.py with the .json that "
+                "was written beside it: a model card must say what made the weights"
+            )
     try:
         record = json.loads(about.read_text(encoding="utf-8"))
         checksum, *_ = record["sha256"], record["config"]["arch"], record["data"]["summary"], record["commit"]
@@ -205,8 +198,6 @@ def card_of(
     if name == "torchvision" and channels == 1:
         use.insert(1, GREY_STEM)
     outside = f"outside: give (grey - {GREY_MEAN}) / {GREY_STD}" + ", the same in each channel" * (channels == 3)
-    starts = [config.get(key, "none") for key in ("resnet_pretrained", "trans_pretrained")]
-    before = ", ".join(start for start in starts if start != "none")
     card = {
         "format": name,
         "library": form.library,
@@ -222,20 +213,10 @@ def card_of(
             "grey_std": GREY_STD,
             "normalise": "inside: give grey values in 0..1" if name in PROGRAMS else outside,
         },
-        "licence": LICENCE.format(before=f" and of the weights they started from ({before})" if before else ""),
-        "not_to_expect": NOT_TO_EXPECT + [NO_TRANSFORMER] * (name not in PROGRAMS and "d_model" in config),
         **({"inflation": cfg.inflation} if name == "monai3d" else {}),
     }
     card |= {key: value for key, value in source.record.items() if key not in card and key != "sha256"}
     return card | {"config": {key: value for key, value in config.items() if not key.endswith("_path")}}
-
-
-def for_people(card: dict[str, Any], file: str) -> str:
-    """The card as Markdown."""
-    modules = dict.fromkeys(("torch", card["library"]))
-    imports = [module for module in modules if any(f"{module}." in line for line in card["use"])]
-    template = Template(CARD.read_text(encoding="utf-8"), undefined=StrictUndefined, trim_blocks=True)
-    return template.render(card, file=file, imports=imports)
 
 
 if __name__ == "__main__":

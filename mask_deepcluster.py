@@ -14,7 +14,6 @@ from datasets.loaders import VolumeLoader
 from models.encoder import JointEncoder
 from objectives import MaskedSlices
 from training import train, weights
-from training.projection import fit_projection
 from utils import config, distributed, options
 
 
@@ -58,10 +57,10 @@ def main(cfg: Config) -> None:
     learner = model(cfg, loader.counts)
     weights.load_backbone(learner.resnet, cfg)
     if cfg.projection_init == "pca":
-        fit_projection(learner.encoder, loader.dataset, cfg.target_shape[1:], run)
+        weights.fit_projection(learner.encoder, loader.dataset, cfg.target_shape[1:], run)
     if cfg.cached_views:
         loader = EmbeddingLoader(loader, learner, cfg)
-    train.run(learner, loader, cfg, run, weights.save_masked)
+    train.fit(learner, loader, cfg, run, weights.save_masked)
 
 
 if __name__ == "__main__":

@@ -27,13 +27,13 @@ from jsonargparse.typing import NonNegativeInt
 from tqdm import tqdm
 
 from conversion.convert import Window, attempt, outside, source_key
-from conversion.description import PRESETS
-from conversion.layouts import Found, Source, find
+from conversion.layouts import PRESETS, Found, Source, find
 from conversion.montage import montage
-from conversion.table import CASES, Case, assign_ids, clean, describe, in_order, read_table, summary, write_table
+from conversion.table import Case, assign_ids, clean, describe, in_order, read_table, write_table
 from conversion.volume import BadFile, Options
 from conversion.workers import outcomes
-from datasets.index import LABEL_FOLDERS, MONTAGE
+from datasets.index import LABEL_FOLDERS, MONTAGE, scan
+from datasets.index import describe as describe_samples
 from utils import config
 from utils.errors import UserError
 
@@ -73,7 +73,7 @@ def main(cfg: Config) -> None:
     places, dest = _check(cfg)
     window, preset = _window(cfg.window), PRESETS.get(cfg.preset)
     images = [cfg.images] if isinstance(cfg.images, str) else cfg.images
-    found = find(places, images, cfg.labels, cfg.modality, cfg.channel, preset, _bar)
+    found = find(places, images, cfg.labels, cfg.modality, cfg.channel, preset)
     _say_what_was_found(found, places)
     _check_window(cfg.window, found.sources)
     try:
@@ -81,28 +81,24 @@ def main(cfg: Config) -> None:
             table = read_table(dest)
             sources = assign_ids(found.sources, {name: case.id for name, case in table.items()})
             todo, problems = _compare(sources, table, dest, cfg, window)
-            done = outcomes(
-                {s.name: s for s in todo}, partial(attempt, dest=dest, options=cfg, window=window), cfg.workers
-            )
-            problems = [*found.problems, *problems, *_keep(done, table, dest)]
-            cases = in_order(table)
-            if not cases:
+            one = partial(attempt, dest=dest, options=cfg, window=window)
+            problems += _keep(outcomes({s.name: s for s in todo}, one, cfg.workers), table, dest)
+            if not table:
                 raise UserError("nothing was converted, for the reasons above")
             structures = preset.structures if preset else found.description.structures
             asked = "keep" if cfg.window == "keep" else window
-            content = describe(cases, dest, cfg.spacing_mm, asked, found.description.about, structures)
-            montage(cases, dest, content.get("window"))
-            print(summary(cases))
-            _say_what_was_done(content, table, found, todo, problems, dest)
+            content = describe(in_order(table), dest, cfg.spacing_mm, asked, found.description.about, structures)
+            montage(in_order(table), dest, content.get("window"))
+            _say_what_was_done(content, table, found, len(todo), len(problems), dest)
     except PermissionError as error:
         raise UserError(f"dest: {dest} cannot be written ({error.strerror}); choose another folder") from None
     except SystemExit:  # Ctrl-C or SIGTERM, see utils/signals.py
         print(f"\nstopped; the same command goes on from what is in {dest}", file=sys.stderr)
         raise
-    if problems and cfg.on_error == "error":
+    if (count := len(found.problems) + len(problems)) and cfg.on_error == "error":
         raise UserError(
-            f"problems: {len(problems)}, listed above; everything else was converted. Correct them and run the same "
-            "command again, or leave them out with --on_error skip"
+            f"problems: {count}, listed above; everything else was converted. Correct them and run the same command "
+            "again, or leave them out with --on_error skip"
         )
 
 
@@ -114,36 +110,34 @@ def _check(cfg: Config) -> tuple[list[Path], Path]:
     places, dest = [Path(source).expanduser() for source in sources], Path(cfg.dest).expanduser()
     if dest.name.startswith(".") or dest.name.lower() in LABEL_FOLDERS:
         raise UserError(f"dest: training never reads a folder called {dest.name}; choose another name")
-    if dest.exists() and not dest.is_dir():
-        raise UserError(f"dest: {dest} is a file; name a folder")
-    for place in places:
-        if dest.resolve() == place.resolve() or place.resolve() in dest.resolve().parents:
+    for place in (place.resolve() for place in places):
+        if dest.resolve().is_relative_to(place):
             raise UserError(f"dest: {dest} lies inside source {place}, and would be converted again; choose another")
-        if dest.resolve() in place.resolve().parents:
+        if place.is_relative_to(dest.resolve()):
             raise UserError(f"source: {place} lies inside dest {dest}, where results may replace it; move it elsewhere")
     if cfg.spacing_mm and len(cfg.spacing_mm) != 3:
         raise UserError(f"spacing_mm: {cfg.spacing_mm} are not three numbers: rows, columns, slices")
-    sides = sorted(min(pair) for pair in ("LR", "AP", "IS") for code in cfg.orientation if code in pair)
-    if cfg.orientation and (sides != ["A", "I", "L"] or len(cfg.orientation) != 3):
+    sides = sorted("RAS".find(code) % 3 if code in "RAS" else "LPI".find(code) for code in cfg.orientation)
+    if cfg.orientation and sides != [0, 1, 2]:
         raise UserError(f"orientation: {cfg.orientation!r} is not one each of R or L, A or P, S or I, e.g. LPS")
-    if cfg.labels and cfg.labels.count("*") != 1:
-        raise UserError(f"labels: {cfg.labels!r} needs one '*', which stands for what image and label map share")
-    if isinstance(cfg.images, list) and any(pattern.count("*") != 1 for pattern in cfg.images):
-        raise UserError(f"images: {cfg.images} need one '*' each, which stands for what the channels of a case share")
+    patterns = {
+        "labels": [cfg.labels] if cfg.labels else [],
+        "images": [] if isinstance(cfg.images, str) else cfg.images,
+    }
+    for option, texts in patterns.items():
+        if any(text.count("*") != 1 for text in texts):
+            raise UserError(f"{option}: {texts} need one '*' each, which stands for what files of a case share")
     return places, dest
 
 
-def _window(window: str | list[float]) -> tuple[float, float] | None:
+def _window(window: str | list[float]) -> Window:
     """The window asked for, None for none and keep."""
-    if isinstance(window, str):
-        if window in ("keep", "none"):
-            return None
-        if window not in WINDOWS_HU:
-            raise UserError(f"window: {window!r} is not one of {', '.join(WINDOWS_HU)}, none, keep or two numbers")
-        return WINDOWS_HU[window]
-    if len(window) != 2 or not window[0] < window[1]:
-        raise UserError(f"window: {window} are not two increasing numbers, e.g. [-1000, 400]")
-    return window[0], window[1]
+    if window in ("keep", "none"):
+        return None
+    limits = WINDOWS_HU.get(window) if isinstance(window, str) else window
+    if limits is None or len(limits) != 2 or not limits[0] < limits[1]:
+        raise UserError(f"window: {window!r} is not one of {', '.join(WINDOWS_HU)}, none, keep or two growing numbers")
+    return limits[0], limits[1]
 
 
 def _check_window(window: str | list[float], sources: Sequence[Source]) -> None:
@@ -154,13 +148,11 @@ def _check_window(window: str | list[float], sources: Sequence[Source]) -> None:
     if not found:
         raise UserError("window: is for volumes, of which there are none; images are scaled by their percentiles")
     text = ", ".join(f"{count} of modality {name}" for name, count in found.most_common())
-    if isinstance(window, str) and set(found) != {"CT"}:
+    if len(found) > 1 or (isinstance(window, str) and set(found) != {"CT"}):
         raise UserError(
-            f"window: {window} is in Hounsfield units, which only CT has, but there are {text}; say --modality CT "
-            "if they are CT, or convert each modality into a data set of its own"
+            f"window: {window} holds for one modality, a named one for CT only, but there are {text}; say --modality "
+            "CT if they are CT, or convert each modality into a data set of its own"
         )
-    if len(found) > 1:
-        raise UserError(f"window: one window for {text}; convert each modality into a data set of its own")
 
 
 @contextlib.contextmanager
@@ -193,9 +185,8 @@ def _compare(
     sources: Sequence[Source], table: dict[str, Case], dest: Path, options: Options, window: Window
 ) -> tuple[list[Source], list[str]]:
     """(sources that are not there yet as they should be, problems)."""
-    fresh = [s for s in sources if s.name not in table and s.id != clean(s.stem)]
-    _note([f"{s.name} gets the id {s.id}, since {clean(s.stem)} is not unique" for s in fresh])
-    todo, changed, problems = [], [], []
+    todo, problems, notes = [], [], []
+    ours = {case.id for case in table.values()}
     for source in sources:
         case = table.get(source.name)
         try:
@@ -209,11 +200,12 @@ def _compare(
             continue
         todo.append(source)
         if case and case.key != key:
-            changed.append(f"{source.name} or the options have changed, and {case.file} is made again")
-    _note(changed)
-    ours = {case.id for case in table.values()}
-    replaced = [s.id for s in todo if s.id not in ours and (dest / f"{s.id}.npy").exists()]
-    _note([f"{name}.npy is there but not in {CASES} (a killed run's, or yours) and is replaced" for name in replaced])
+            notes.append(f"{source.name} or the options have changed, and {case.file} is made again")
+        elif not case and source.id != clean(source.stem):
+            notes.append(f"{source.name} gets the id {source.id}, since {clean(source.stem)} is not unique")
+        if source.id not in ours and (dest / f"{source.id}.npy").exists():
+            notes.append(f"{source.id}.npy is there but not in cases.csv (a killed run's, or yours) and is replaced")
+    _note(notes)
     return todo, problems
 
 
@@ -255,12 +247,12 @@ def _say_what_was_found(found: Found, places: Sequence[Path]) -> None:
 
 
 def _say_what_was_done(
-    content: dict[str, Any], table: dict[str, Case], found: Found, todo: list[Source], problems: list[str], dest: Path
+    content: dict[str, Any], table: dict[str, Case], found: Found, todo: int, failed: int, dest: Path
 ) -> None:
-    failed = len(problems) - len(found.problems)
+    print(describe_samples(scan(dest.parent, dest.name)[0]))
     print(
-        f"{dest}: {len(todo) - failed} cases converted, {len(found.sources) - len(todo)} there already, "
-        f"problems: {len(problems)}; look at {dest / MONTAGE}",
+        f"{dest}: {todo - failed} cases converted, {len(found.sources) - todo} there already, "
+        f"problems: {len(found.problems) + failed}; look at {dest / MONTAGE}",
         flush=True,
     )
     gone = [table[name].id for name in table.keys() - {source.name for source in found.sources}]
@@ -274,15 +266,11 @@ def _say_what_was_done(
 
 
 def _note(notes: Sequence[str]) -> None:
-    """A few of many like notes; those on cases stand in cases.csv."""
-    for note in notes[:3]:
+    """A few of many notes; those on cases stand in cases.csv."""
+    for note in notes[:5]:
         print(f"note: {note}")
-    if len(notes) > 3:
-        print(f"note: and {len(notes) - 3} more like this")
-
-
-def _bar(items: Iterable[Path]) -> Iterable[Path]:
-    return tqdm(items, desc="reading DICOM headers", unit="file", disable=not sys.stderr.isatty())
+    if len(notes) > 5:
+        print(f"note: and {len(notes) - 5} more like these")
 
 
 if __name__ == "__main__":

@@ -23,11 +23,10 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from plotly.offline import get_plotlyjs
 
 from datasets.index import fingerprint
-from reporting import clusters, embed, figures, page, results, views
-from reporting.clusters import MapMethod
-from reporting.embed import Level, Network
-from reporting.runs import STAGES, RunFolder, read_runs
-from utils import config, options
+from reporting import embed, figures, page, views
+from reporting.embed import Level, MapMethod, Network
+from reporting.runs import STAGES, RunFolder, read_runs, read_tables
+from utils import config
 from utils.errors import UserError
 
 
@@ -68,7 +67,7 @@ class Config:
 def main(cfg: Config) -> None:
     output = page.check_output(cfg.output)
     runs = read_runs(cfg.runs)
-    tables = results.read_tables(cfg.downstream)
+    tables = read_tables(cfg.downstream)
     thumbs = page.Thumbnails()
     shown = []
     for run in runs:
@@ -100,7 +99,6 @@ def main(cfg: Config) -> None:
 def about_run(run: RunFolder, cfg: Config, thumbs: page.Thumbnails) -> dict[str, Any]:
     """All that the page shows of one run. What cannot be shown is said in `run.notes`."""
     about = vars(run) | dict.fromkeys(("data", "levels", "neighbours", "attention", "masked"), ())
-    about["method"] = method_of(run.config)
     about["last"] = run.metrics.iloc[-1].to_dict() if len(run.metrics) else {}
     try:
         loader = embed.open_data(run, cfg.data_path, cfg.cache_path, cfg.workers)
@@ -118,13 +116,9 @@ def about_run(run: RunFolder, cfg: Config, thumbs: page.Thumbnails) -> dict[str,
     levels = [level for level in (network.slices(cfg.slices), network.volumes(cfg.volumes)) if level]
     about["levels"] = [about_level(level, run, cfg, thumbs, names) for level in levels]
     about["neighbours"] = about_neighbours(levels[-1], cfg, thumbs) if levels else []  # of volumes, where there are any
-    about["attention"] = [
-        (item.sample, thumbs.strip(item), figures.attention_maps(item, maps))
-        for item, maps in network.attention(cfg.examples)
-    ]
-    about["masked"] = [
-        (item.sample, figures.masked_error(item, errors)) for item, errors in network.masked_errors(cfg.examples)
-    ]
+    seen, missed = network.attention(cfg.examples), network.masked_errors(cfg.examples)
+    about["attention"] = [(item.sample, thumbs.strip(item), figures.attention_maps(item, maps)) for item, maps in seen]
+    about["masked"] = [(item.sample, figures.masked_error(item, errors)) for item, errors in missed]
     return about
 
 
@@ -133,40 +127,21 @@ def about_level(level: Level, run: RunFolder, cfg: Config, thumbs: page.Thumbnai
     if level.prototypes:
         if cfg.head >= len(level.prototypes):
             raise UserError(f"head: {run.path} has {len(level.prototypes)} head(s) of prototypes; use less than that")
-        found, about["of"], about["unused"] = clusters.prototypes_of(level, cfg.head, cfg.prototypes, cfg.pictures)
-        for prototype in found:
-            rows = [("nearest of all", prototype.nearest), ("least typical members", prototype.farthest)]
-            about["prototypes"].append(
-                {
-                    "index": prototype.index,
-                    "members": len(prototype.members),
-                    "parts": Counter(level.datasets[i] for i in prototype.members).most_common(),
-                    "rows": [(title, pictures(level, row, thumbs)) for title, row in rows if row],
-                }
-            )
-    if len(level.items) >= clusters.FEWEST_TO_MAP:
-        places, axes = clusters.flatten(level.z, cfg.map, cfg.seed)
+        found, about["of"], about["unused"] = embed.prototypes_of(level, cfg.head, cfg.prototypes, cfg.pictures)
+        for index, members, nearest, farthest in found:
+            rows = {"nearest of all": thumbs.row(level, nearest), "least typical members": thumbs.row(level, farthest)}
+            parts = Counter(level.datasets[i] for i in members).most_common()
+            about["prototypes"].append({"index": index, "members": len(members), "parts": parts, "rows": rows})
+    if len(level.items) >= embed.FEWEST_TO_MAP:
+        places, axes = embed.flatten(level.z, cfg.map, cfg.seed)
         about["map"] = figures.map_of(level, places, axes, [thumbs.add(item) for item in level.items], names)
     return about
 
 
-def about_neighbours(level: Level, cfg: Config, thumbs: page.Thumbnails) -> list[dict[str, Any]]:
-    """A row for every query: the query, then its nearest neighbours."""
-    rows = []
-    for query in embed.choose(level.datasets, cfg.queries, cfg.seed):
-        found = clusters.neighbours(level, query, cfg.pictures)
-        rows.append({"level": level.name, "pictures": pictures(level, [(query, None), *found], thumbs)})
-    return rows
-
-
-def pictures(level: Level, found: list[tuple[int, float | None]], thumbs: page.Thumbnails) -> list[dict[str, Any]]:
-    return [thumbs.shown(level.items[i], cosine) for i, cosine in found]
-
-
-def method_of(cfg: Any) -> str:
-    """Stage 2 is the same for both methods."""
-    known = {options.SwAV: "SwAV", options.DeepCluster: "DeepCluster-v2"}
-    return next((name for kind, name in known.items() if isinstance(cfg, kind)), "either method")
+def about_neighbours(level: Level, cfg: Config, thumbs: page.Thumbnails) -> list[list[dict[str, Any]]]:
+    """A row of pictures for every query: the query, then its nearest neighbours."""
+    queries = embed.choose(level.datasets, cfg.queries, cfg.seed)
+    return [thumbs.row(level, [(query, None), *embed.neighbours(level, query, cfg.pictures)]) for query in queries]
 
 
 def compare_options(runs: list[RunFolder]) -> list[tuple[str, list[str], bool]]:

@@ -18,7 +18,7 @@ from utils import config, distributed, options
 
 
 @options.constants
-class Config(options.Images, options.DeepCluster, options.TrainedResNet, options.Training):
+class Config(options.Images, options.DeepCluster, options.Clustering, options.Training):
     resnet_pretrained = "none"
     checkpoint_name = "resnet_deepcluster2D.pth"
     dump_path = "runs/deepcluster2D"
@@ -57,7 +57,7 @@ def main(cfg: Config) -> None:
     loader = data(cfg, run)
     learner = model(cfg, loader.counts)
     weights.load_backbone(learner.resnet, cfg)
-    train.run(learner, loader, cfg, run, weights.save_resnet)
+    train.fit(learner, loader, cfg, run, weights.save_resnet)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from utils import config, distributed, options
 
 
 @options.constants
-class Config(options.Joint, options.DeepCluster, options.TrainedResNet, options.Training):
+class Config(options.Joint, options.DeepCluster, options.Clustering, options.Training):
     resnet_pretrained = "resnet_deepcluster2D.pth"  # stage 1
     trans_pretrained = "mask_deepcluster.pth"  # stage 2
     checkpoint_name = "deepcluster3D.pth"
@@ -84,7 +84,7 @@ def main(cfg: Config) -> None:
     weights.load_transformer(learner.encoder, cfg)
     if cfg.lambda_mask:
         weights.load_mask_head(learner, cfg)
-    train.run(learner, loader, cfg, run, weights.save_joint)
+    train.fit(learner, loader, cfg, run, weights.save_joint)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from utils import config, distributed, options
 
 
 @options.constants
-class Config(options.Joint, options.JointSwAV, options.TrainedResNet, options.Training):
+class Config(options.Joint, options.JointSwAV, options.Clustering, options.Training):
     resnet_pretrained = "resnet_swav2D.pth"  # stage 1
     trans_pretrained = "mask_swav.pth"  # stage 2
     checkpoint_name = "swav3D.pth"
@@ -86,7 +86,7 @@ def main(cfg: Config) -> None:
     weights.load_transformer(learner.encoder, cfg)
     if cfg.lambda_mask:
         weights.load_mask_head(learner, cfg)
-    train.run(learner, loader, cfg, run, weights.save_joint)
+    train.fit(learner, loader, cfg, run, weights.save_joint)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks import plain, timing
 from models.transformer import DeformableAttention1D
@@ -32,13 +32,10 @@ from utils import distributed
 from utils.precision import Precision
 
 HEADS = 8
-Attention = Callable[[Tensor, Tensor], Tensor]  # x [B, D, d], mask [B, D] -> [B, D, d]
 
 
 @dataclass
-class Config:
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where to measure"""
+class Config(timing.Options):
     batches: tuple[PositiveInt, ...] = (2, 8, 16, 64)
     """volumes of a batch, each view counted"""
     slices: PositiveInt = 64
@@ -49,58 +46,52 @@ class Config:
     """number formats; none: fp32, and bf16 where the device computes in it"""
     package_up_to: NonNegativeInt = 0
     """largest batch that the package gets; 0: 8 on a CPU, 64 on a GPU"""
-    repeats: PositiveInt = 7
-    """measurements of each"""
 
 
 def main(cfg: Config) -> None:
-    package = plain.installed("deformable_attention")
     results: dict[str, Any] = {"slices": cfg.slices, "d_model": cfg.d_model}
     if cfg.device == "cpu" or not torch.cuda.is_available():
-        results["memory as in a plain script"] = measure_all(cfg, torch.device("cpu"), package)
+        results["memory as in a plain script"] = measure_all(cfg, torch.device("cpu"))
     device = distributed.start(cfg.device).device  # from here on, a CPU's memory is kept
-    results["memory as in training"] = measure_all(cfg, device, package)
-    timing.write(timing.file_name("attention", cfg, "batches", "slices", "d_model"), results, device)
+    results["memory as in training"] = measure_all(cfg, device)
+    timing.write(results, device)
 
 
-def measure_all(cfg: Config, device: torch.device, package: bool) -> dict[str, Any]:
+def measure_all(cfg: Config, device: torch.device) -> dict[str, Any]:
     """All precisions and batches under one way of allocating memory."""
+    package = plain.installed("deformable_attention")
     up_to = cfg.package_up_to or (64 if device.type == "cuda" else 8)
     found = {}
     for precision in cfg.precisions or timing.formats(device):
         for batch in cfg.batches:
             print(f"\n{batch} volumes of {cfg.slices} slices, {precision}, {timing.device_name(device)}")
-            found[f"{precision}, {batch} volumes"] = measure(cfg, precision, batch, device, package and batch <= up_to)
+            work = layers(cfg, precision, batch, device, package and batch <= up_to)
+            found[f"{precision}, {batch} volumes"] = timing.compare(work, cfg.repeats, warmup=2, device=device)
     return found
 
 
-def measure(cfg: Config, precision: str, batch: int, device: torch.device, with_package: bool) -> dict[str, Any]:
+def layers(cfg: Config, precision: str, batch: int, device: torch.device, with_package: bool) -> timing.Work:
+    """Forward and backward of each kind of attention on the same batch."""
     torch.manual_seed(0)
     x = torch.randn(batch, cfg.slices, cfg.d_model, device=device, requires_grad=True)
     mask = torch.ones(batch, cfg.slices, dtype=torch.bool, device=device)
-    kinds = attentions(cfg, with_package, device)
-    autocast = Precision(precision, device).autocast
-
-    def step(attend: Attention) -> None:
-        with autocast():
-            out = attend(x, mask)
-        out.sum().backward()
-
-    work = {name: lambda attend=attend: step(attend) for name, attend in kinds.items()}
-    return timing.compare(work, cfg.repeats, warmup=2, device=device)
-
-
-def attentions(cfg: Config, with_package: bool, device: torch.device) -> dict[str, Attention]:
     ours = DeformableAttention1D(cfg.d_model, heads=HEADS, groups=HEADS).to(device)
     ordinary = nn.MultiheadAttention(cfg.d_model, HEADS, batch_first=True).to(device)
-    kinds: dict[str, Attention] = {
-        "ours": ours,
-        "ordinary": lambda x, mask: ordinary(x, x, x, key_padding_mask=~mask, need_weights=False)[0],
+    kinds: dict[str, Callable[[], torch.Tensor]] = {
+        "ours": lambda: ours(x, mask),
+        "ordinary": lambda: ordinary(x, x, x, key_padding_mask=~mask, need_weights=False)[0],
     }
     if with_package:
         package = plain.released_attention(cfg.slices).to(device)
-        kinds["package"] = lambda x, mask: package(x)
-    return kinds
+        kinds["package"] = lambda: package(x)
+    number = Precision(precision, device)
+
+    def step(attend: Callable[[], torch.Tensor]) -> None:
+        with number.autocast():
+            out = attend()
+        out.sum().backward()
+
+    return {name: lambda attend=attend: step(attend) for name, attend in kinds.items()}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +30,10 @@ from utils.distributed import Run
 from utils.errors import UserError
 
 MADE_AT_ONCE = 2**14
-Clustering = Callable[[], Tensor]  # -> centroids [K, d]
 
 
 @dataclass
-class Config:
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where torch clusters"""
+class Config(timing.Options):
     points: NonNegativeInt = 0
     """points of all processes; 0: 100,000 on a CPU, 1,000,000 on a GPU"""
     clusters: PositiveInt = 3000
@@ -47,8 +44,6 @@ class Config:
     """random centres that the points lie around"""
     iterations: NonNegativeInt = 0
     """iterations of each; 0: 3 on a CPU, 10 on a GPU"""
-    repeats: PositiveInt = 3
-    """measurements of each"""
     reference: bool = True
     """whether to measure faiss, too"""
 
@@ -63,7 +58,7 @@ def main(cfg: Config) -> None:
     start = points[:: n // cfg.clusters][: cfg.clusters].clone()
     own = points[run.rank :: run.world_size].to(run.device)
     products = fast_products(n * cfg.clusters, run.device)
-    work: dict[str, Clustering] = {
+    work: dict[str, Callable[[], Tensor]] = {
         "torch": lambda: kmeans_torch(own, start.to(own), iterations, products=products),
         "torch_float32": lambda: kmeans_torch(own, start.to(own), iterations),
     }
@@ -73,30 +68,22 @@ def main(cfg: Config) -> None:
         f"{n:,} points, {cfg.dim} dimensions, {cfg.clusters:,} clusters, {iterations} iterations,\n"
         f"{timing.device_name(run.device)}, {run.world_size} process(es), {torch.get_num_threads()} thread(s) each"
     )
-    results = {
-        **{"points": n, "clusters": cfg.clusters, "dim": cfg.dim, "iterations": iterations},
-        "processes": run.world_size,
-        "products": str(products or torch.float32).removeprefix("torch."),
-        **measure(work, own, cfg, run),
-    }
-    if run.is_main:
-        name = timing.file_name("kmeans", cfg, "points", "clusters", "dim")
-        name += f"_{run.world_size}_processes" if run.world_size > 1 else ""
-        timing.write(name, results, run.device)
+    about = {"points": n, "clusters": cfg.clusters, "dim": cfg.dim, "iterations": iterations}
+    about |= {"products": str(products or torch.float32).removeprefix("torch.")}
+    timing.write(about | measure(work, own, cfg, run), run.device)
     distributed.stop()
 
 
-def measure(work: dict[str, Clustering], own: Tensor, cfg: Config, run: Run) -> dict[str, Any]:
-    """Times, mean cosine of each, memory, and whether torch gives the same bits twice."""
+def measure(work: dict[str, Callable[[], Tensor]], own: Tensor, cfg: Config, run: Run) -> dict[str, Any]:
+    """Memory, times and the mean cosine of each."""
+    extra = timing.added_bytes(work["torch"], run.device) / 2**20
+    timing.say(f"  {extra:.0f} MiB beside the points")
     found: dict[str, Tensor] = {}
-    extra = timing.added_bytes(lambda: found.update(torch=work["torch"]()), run.device) / 2**20
-    same_bits = torch.equal(found["torch"], work["torch"]())
     keeping = {name: lambda name=name: found.update({name: work[name]()}) for name in work}
     times = timing.compare(keeping, cfg.repeats, warmup=0, device=run.device)
     cosine = {name: mean_cosine(own, centroids.to(own)) for name, centroids in found.items()}
     timing.say("  mean cosine: " + ", ".join(f"{name} {value:.6f}" for name, value in cosine.items()))
-    timing.say(f"  {extra:.0f} MiB beside the points, {'the same' if same_bits else 'OTHER'} bits when run twice")
-    return {"memory_beside_points_mib": extra, "same_bits_twice": same_bits, "mean_cosine": cosine, "times": times}
+    return {"memory_beside_points_mib": extra, "mean_cosine": cosine, "times": times}
 
 
 def make_points(n: int, dim: int, centres: int) -> Tensor:

@@ -1,21 +1,26 @@
-"""The plain way to write a training step of stage 3 with public packages: what `benchmarks.step` compares ours with.
+"""The plain way to write training steps of stages 2 and 3: what `benchmarks.step` compares ours with.
 
 torchvision's three-channel ResNet, channels first in float32; four layers of the `deformable-attention` package along
-the feature axis, as the method's released code calls it; TorchIO on the CPU; SwAV's swapped prediction; LARC with a
-loop over parameters.
+the feature axis, as the method's released code calls it; TorchIO on the CPU. Objectives are ours, and the optimiser is
+plain SGD: beside a ResNet they take no time.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
+from models.encoder import JointEncoder
 from models.heads import ProjectionHead
+from models.resnet import multi_scale
+from objectives import MaskedSlices, SwAV
 
 D_MODEL, FEAT_DIM, INTRA_SLICES = 640, 128, 8
 PROTOTYPES, INTRA_PROTOTYPES = 16, 300  # few: their cost does not show beside a ResNet
@@ -51,33 +56,6 @@ def released_attention(slices: int) -> nn.Module:
     return DeformableAttention1D(dim=slices, downsample_factor=4, offset_scale=2, offset_kernel_size=6)
 
 
-def larc(parameters: list[nn.Parameter], lr: float) -> Callable[[], None]:
-    """LARC and momentum as a loop over parameters."""
-    momenta = [torch.zeros_like(p) for p in parameters]
-
-    @torch.no_grad()
-    def update() -> None:
-        for p, m in zip(parameters, momenta, strict=True):
-            w, g = p.norm(), p.grad.norm()
-            rate = 0.001 * w / (g + 1e-6 * w + 1e-8) if w > 0 and g > 0 else 1.0
-            m.mul_(0.9).add_((p.grad + 1e-6 * p) * rate)
-            p.add_(m, alpha=-lr)
-            p.grad = None
-
-    return update
-
-
-def swav(scores: Tensor) -> Tensor:
-    """scores [2, B, K] -> the swapped prediction of two views, three Sinkhorn iterations."""
-    with torch.no_grad():
-        codes = torch.exp(scores / 0.05)
-        for _ in range(3):
-            codes = codes / codes.sum(dim=1, keepdim=True) / codes.shape[2]
-            codes = codes / codes.sum(dim=2, keepdim=True) / codes.shape[1]
-        codes = codes * codes.shape[1]
-    return -0.5 * sum((codes[i] * F.log_softmax(scores[1 - i] / 0.1, dim=1)).sum(dim=1).mean() for i in range(2))
-
-
 def step_of(arch: str, shape: tuple[int, int, int], batch_size: int, device: torch.device) -> Callable[[], None]:
     """A step on random volumes; shape: slices, height, width of a view."""
     import torchio as tio
@@ -89,9 +67,9 @@ def step_of(arch: str, shape: tuple[int, int, int], batch_size: int, device: tor
     features, net.fc = net.fc.in_features, nn.Identity()
     project, head = nn.Linear(features, D_MODEL), ProjectionHead(features)
     layers = nn.ModuleList(released_attention(slices) for _ in range(4))
-    inter, intra = nn.Linear(D_MODEL, PROTOTYPES, bias=False), nn.Linear(FEAT_DIM, INTRA_PROTOTYPES, bias=False)
+    inter, intra = SwAV(D_MODEL, [PROTOTYPES]), SwAV(FEAT_DIM, [INTRA_PROTOTYPES])
     modules = nn.ModuleList([net, project, head, layers, inter, intra]).to(device).train()
-    update = larc(list(modules.parameters()), 0.3)
+    optimizer = torch.optim.SGD(modules.parameters(), 0.3, 0.9)
 
     def step() -> None:
         views = torch.stack([torch.stack([augment(v) for v in volumes]) for _ in range(2)]).to(device)
@@ -101,7 +79,27 @@ def step_of(arch: str, shape: tuple[int, int, int], batch_size: int, device: tor
             tokens = layer(tokens) + tokens
         z = F.normalize(tokens.mean(dim=1), dim=1)
         w = F.normalize(head(pooled), dim=1).view(2, -1, FEAT_DIM)[:, : INTRA_SLICES * batch_size]
-        (swav(inter(z).view(2, batch_size, -1)) + swav(intra(w))).backward()
-        update()
+        (inter(z.view(2, batch_size, -1)) + intra(w)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
     return step
+
+
+class PlainMasked(MaskedSlices):
+    """Stage 2: the frozen network unfolded, in one graph with the transformer, whose part alone is used."""
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(JointEncoder(cfg.arch, cfg.d_model))
+        resnet = torchvision.models.get_model(cfg.arch, weights=None)
+        self.plain = create_feature_extractor(resnet, [f"layer{k}" for k in (1, 2, 3, 4)]).requires_grad_(False)
+
+    def train(self, mode: bool = True) -> PlainMasked:
+        super().train(mode)
+        self.plain.eval()
+        return self
+
+    def targets(self, views: Tensor, mask: Tensor, rows: Tensor | None = None) -> Tensor:
+        self.plain.zero_grad(set_to_none=True)
+        stages = self.plain(views.flatten(0, 2).unsqueeze(1).repeat(1, 3, 1, 1))
+        return self.encoder.projection(multi_scale([*stages.values()])).unflatten(0, views.shape[:3])

@@ -1,16 +1,22 @@
-"""A training step of stages 1 and 3: against the bare ResNet and the plain way to write it, and where time goes.
+"""A training step of each stage: against the bare ResNet and the plain way to write it, and where time goes.
 
-    python -m benchmarks.step                                        # CPU, (64, 128, 128), 2 views: about 6 minutes
+    python -m benchmarks.step                                        # CPU, (64, 128, 128), 2 views: about 10 minutes
     python -m benchmarks.step --device cuda --batch_size 16 --workers 8 --volumes 640
+    python -m benchmarks.step --parts [stage2] --arch resnet18 --target_shape [16,64,64]     # to try it: seconds
 
 Pieces that take turns in the same process:
-  ours       an update of ssl_swav3D.py or ssl_swav2D.py with all that training does in one, its diagnostics too
+  ours       an update of SwAV's script of that stage with all that training does in one, its diagnostics too
   bare       torchvision's three-channel ResNet, forward and backward on the same number of slices, tuned the same way
              (channels-last, the same precision): what trains a ResNet on these slices can hardly be faster
-  reference  the plain way with public packages (benchmarks/plain.py), stage 3 alone
+  reference  the plain way with public packages (benchmarks/plain.py), stages 2 and 3; in stage 2 it trains the same
+             transformer on the same views, but the frozen ResNet is not folded, in float32, channels first, and gets
+             gradients that nobody uses, as in the method's released code
+  cached     stage 2 from embeddings that an epoch before left on disk (`cached_views`)
 `split` says where the time of our steps goes; what the observers of the clusters cost is its `diagnostics`.
 `added_gib` is what a step allocates at its peak beside weights and optimiser, with `--recompute true` as well.
-`ranks` compares two processes that train together (gloo, a core each) with two that know nothing of each other.
+`encode` is stage 2's frozen ResNet and projection alone: folded against not folded, both ours.
+With `torchrun --nproc_per_node=2 -m benchmarks.step` ours trains on both processes together, a core each on a CPU; what
+that costs is the ratio to the same command by python with OMP_NUM_THREADS=1.
 The volumes' cache takes 4 MB for each of `volumes` below the temporary folder.
 """
 
@@ -18,37 +24,52 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torchvision
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from benchmarks import plain, timing
-from benchmarks.training import Options, Updates, recorded, shares, training_of, write_volumes
+from benchmarks.training import Updates, split, training_of, write_volumes
+from datasets.embeddings import EmbeddingLoader
+from models.encoder import JointEncoder
+from models.folding import FrozenSlices
+from training.train import Training
 from utils import config as options
 from utils import distributed
 from utils.distributed import Run
 from utils.precision import Precision
 
-PARTS = ("stage3", "stage1", "ranks")
+PARTS = ("stage3", "stage2", "stage1")
+SCRIPTS = {1: "ssl_swav2D", 2: "mask_swav", 3: "ssl_swav3D"}
 Sizes = list[tuple[int, list[int]]]  # number, height and width of images
 
 
 @dataclass
-class Config(Options):
+class Config(timing.Options):
     parts: tuple[Literal[PARTS], ...] = PARTS
     """what to measure"""
+    arch: str = "resnet50"
+    """torchvision ResNet"""
+    target_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = (64, 128, 128)
+    """slices, height and width of a view"""
+    batch_size: PositiveInt = 1
+    """volumes per step; a GPU wants 16"""
     images: PositiveInt = 16
     """images per step of stage 1; a GPU wants 128"""
     volumes: PositiveInt = 16
     """volumes of an epoch"""
+    workers: NonNegativeInt = 0
+    """data-loading processes"""
+    precisions: tuple[Literal["fp32", "bf16"], ...] = ()
+    """number formats; none: fp32, and bf16 where the device computes in it"""
     compile: bool = False
-    """ours and bare with torch.compile"""
+    """ours and bare with torch.compile, stages 1 and 3"""
     reference: bool = True
     """whether to measure the plain way, too"""
     repeats: PositiveInt = 3
@@ -60,24 +81,28 @@ def main(cfg: Config) -> None:
     cfg.precisions = cfg.precisions or timing.formats(run.device)
     results: dict[str, Any] = {"arch": cfg.arch, "view": list(cfg.target_shape), "compile": cfg.compile}
     with tempfile.TemporaryDirectory(prefix="benchmark_step_") as folder:
-        data = Path(folder, "data")
-        write_volumes(data, (160, 160, 72), cfg.volumes)
+        data = Path(distributed.broadcast_object(folder, 0), "data")
+        distributed.on_main(lambda: write_volumes(data, (160, 160, 72), cfg.volumes))
         for part in cfg.parts:
-            print(f"\n{part}, {timing.device_name(run.device)}", flush=True)
-            results[part] = {"stage3": stage3, "stage1": stage1, "ranks": ranks}[part](data, cfg, run)
-    timing.write(timing.file_name("step", cfg, "arch", "target_shape", "parts", "compile"), results, run.device)
+            timing.say(f"\n{part}, {timing.device_name(run.device)}, {run.world_size} process(es)")
+            results[part] = {"stage3": stage3, "stage2": stage2, "stage1": stage1}[part](data, cfg, run)
+        distributed.barrier()  # before the volumes go
+    timing.write(results, run.device)
+    distributed.stop()
 
 
-def updates_of(stage: int, data: Path, cfg: Config, run: Run, **options: Any) -> Updates:
-    """Updates of SwAV's script of a stage."""
-    chosen = {name: getattr(cfg, name) for name in ("arch", "workers", "compile")} | options
-    if stage == 3:
+def training_on(stage: int, data: Path, cfg: Config, run: Run, **options: Any) -> Training:
+    """What SwAV's script of a stage trains with."""
+    chosen = {"arch": cfg.arch, "workers": cfg.workers}
+    if stage == 1:
+        side = cfg.target_shape[1]
+        chosen |= {"size_crops": [side, side // 2], "nmb_crops": [2, 4], "batch_size": cfg.images}
+        chosen |= {"min_scale_crops": [0.3, 0.05], "max_scale_crops": [1.0, 0.3]}
+    else:
         chosen |= {"target_shape": cfg.target_shape, "batch_size": cfg.batch_size}
-        return Updates(training_of("ssl_swav3D", data, run, **chosen))
-    side = cfg.target_shape[1]
-    crops = {"size_crops": [side, side // 2], "nmb_crops": [2, 4]}
-    crops |= {"min_scale_crops": [0.3, 0.05], "max_scale_crops": [1.0, 0.3]}
-    return Updates(training_of("ssl_swav2D", data, run, batch_size=cfg.images, **chosen, **crops))
+    if stage != 2:
+        chosen |= {"compile": cfg.compile}
+    return training_of(SCRIPTS[stage], data, run, **chosen, **options)
 
 
 def stage3(data: Path, cfg: Config, run: Run) -> dict[str, Any]:
@@ -93,28 +118,71 @@ def stage1(data: Path, cfg: Config, run: Run) -> dict[str, Any]:
     return compare(1, data, [(2 * cfg.images, [side] * 2), (4 * cfg.images, [side // 2] * 2)], None, cfg, run)
 
 
+def stage2(data: Path, cfg: Config, run: Run) -> dict[str, Any]:
+    """Steps from views, from cached embeddings and the plain way; encoding alone."""
+    work: dict[str, Callable[[], object]] = {}
+    if cfg.reference:
+        theirs = training_on(2, data, cfg, run, precision="fp32")
+        theirs = Training(plain.PlainMasked(theirs.config), theirs.loader, theirs.config, run)
+        theirs.core.plain.requires_grad_(True)  # not to be trained, but to be differentiated
+        work["reference"] = Updates(theirs)
+    for precision in cfg.precisions:
+        work[f"ours {precision}"] = Updates(training_on(2, data, cfg, run, precision=precision))
+        work[f"cached {precision}"] = Updates(cached(training_on(2, data, cfg, run, precision=precision)))
+    pairs = [("reference", name) for name in work if name != "reference"] if cfg.reference else []
+    result = timing.compare(work, cfg.repeats, device=run.device, pairs=pairs)
+    return {**result, "encode": encode(cfg, run)}
+
+
+def cached(training: Training) -> Training:
+    """The same from embeddings on disk, as mask_swav.py builds it, and with all of them there."""
+    cfg = training.config
+    loader = EmbeddingLoader(training.loader, training.core, cfg)
+    for _ in loader.epoch(0):
+        pass
+    return Training(training.core, loader, cfg, training.run)
+
+
+def encode(cfg: Config, run: Run) -> dict[str, Any]:
+    """The frozen ResNet and projection on a batch of volumes, folded or not."""
+    encoder = JointEncoder(cfg.arch, layers=1).eval().to(run.device)
+    volumes = torch.rand(cfg.batch_size, *cfg.target_shape, device=run.device)
+    mask = torch.ones(volumes.shape[:2], dtype=torch.bool, device=run.device)
+    number = Precision(cfg.precisions[-1], run.device)
+
+    @torch.no_grad()
+    def run_with(encode: Callable[[Tensor, Tensor], object]) -> None:
+        with number.autocast():
+            encode(volumes, mask)
+
+    timing.say(f"  encode {mask.numel()} slices, {number.name}")
+    work = {"folded": partial(run_with, FrozenSlices(encoder)), "unfolded": partial(run_with, encoder.tokens)}
+    return {"precision": number.name, **timing.compare(work, cfg.repeats, device=run.device)}
+
+
 def compare(
     stage: int, data: Path, sizes: Sizes, reference: Callable[[], None] | None, cfg: Config, run: Run
 ) -> dict[str, Any]:
     """Times and ratios of pieces that take turns, their memory, and where the time of our steps goes."""
-    work, calls, pairs, device = {}, {}, [], run.device
+    work, pairs, device = {}, [], run.device
     for precision in cfg.precisions:
         ours, bare = f"ours {precision}", f"bare {precision}"
-        work[ours], calls[ours] = recorded(updates_of(stage, data, cfg, run, precision=precision), device)
+        work[ours] = Updates(training_on(stage, data, cfg, run, precision=precision))
         work[bare] = bare_resnet(cfg, sizes, precision, device)
         pairs.append((ours, bare))
     if reference:
-        pairs += [("reference", ours) for ours in calls]
+        pairs += [("reference", ours) for ours, _ in pairs]
         work["reference"] = reference
     result = {"images": sizes, **timing.compare(work, cfg.repeats, device=device, pairs=pairs)}
-    result["split"] = {name: shares(parts[1:]) for name, parts in calls.items()}  # without the warm-up
-    for name, split in result["split"].items():
-        print(f"  {name}: " + ", ".join(f"{part} {share:.1%}" for part, share in split.items()), flush=True)
+    result["split"] = {f"ours {of}": split(work[f"ours {of}"], cfg.repeats, device) for of in cfg.precisions}
+    for name, parts in result["split"].items():
+        timing.say(f"  {name}: " + ", ".join(f"{part} {share:.1%}" for part, share in parts.items()))
     for precision in cfg.precisions:
-        work[f"recompute {precision}"] = updates_of(stage, data, cfg, run, precision=precision, recompute=True)
-        work[f"recompute {precision}"]()
+        recomputing = Updates(training_on(stage, data, cfg, run, precision=precision, recompute=True))
+        recomputing()  # the first has no momenta of one before
+        work[f"recompute {precision}"] = recomputing
     result["added_gib"] = {name: timing.added_bytes(step, device) / 2**30 for name, step in work.items()}
-    print("  GiB added: " + ", ".join(f"{name} {gib:.2f}" for name, gib in result["added_gib"].items()), flush=True)
+    timing.say("  GiB added: " + ", ".join(f"{name} {gib:.2f}" for name, gib in result["added_gib"].items()))
     return result
 
 
@@ -136,38 +204,6 @@ def bare_resnet(cfg: Config, sizes: Sizes, precision: str, device: torch.device)
         net.zero_grad(set_to_none=True)
 
     return step
-
-
-def ranks(data: Path, cfg: Config, run: Run) -> dict[str, Any]:
-    """Median step of two processes that train one model, over that of two that train one each; a core each.
-
-    Times are those of the slower process, and of the faster of two runs.
-    """
-    if run.device.type != "cpu":
-        print("  compares processes on CPU cores, not run on a GPU")
-        return {}
-    cfg = replace(cfg, workers=0)  # a core each
-    found: dict[str, list[float]] = {"apart": [], "together": []}
-    for _ in range(2):
-        for name, seconds in found.items():
-            with tempfile.TemporaryDirectory() as folder:
-                torch.multiprocessing.spawn(_one_rank, (data, cfg, name == "together", folder), nprocs=2)
-                seconds.append(max(float(file.read_text()) for file in Path(folder).glob("seconds*")))
-    best = {name: min(seconds) for name, seconds in found.items()}
-    ratio = best["together"] / best["apart"]
-    print(f"  {cfg.precisions[-1]}: together {best['together']:.2f} s, apart {best['apart']:.2f} s, {ratio:.2f} x")
-    return {"precision": cfg.precisions[-1], "seconds": found, "together over apart": ratio}
-
-
-def _one_rank(rank: int, data: Path, cfg: Config, together: bool, folder: str) -> None:
-    torch.set_num_threads(1)
-    run = distributed.start("cpu")
-    if together:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-        run = Run(rank, 2, run.device)
-    times = timing.measure({"step": updates_of(3, data, cfg, run, precision=cfg.precisions[-1])}, cfg.repeats)
-    Path(folder, f"seconds{rank}").write_text(str(times["step"].median))
-    distributed.stop()
 
 
 if __name__ == "__main__":

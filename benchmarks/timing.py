@@ -4,58 +4,47 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
+import json
 import math
 import os
 import platform
 import re
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from jsonargparse.typing import PositiveInt
 
-from training.memory import peak_memory
+from training.cost import peak_memory
 from utils import files
-from utils.distributed import rank
+from utils.config import commit
+from utils.distributed import rank, world_size
 from utils.precision import Precision
-from utils.versions import commit
 
 RESULTS = Path(__file__).parent / "results"
 PEAK_RESET = Path("/proc/self/clear_refs")  # Linux
-PACKAGES = ("torch", "torchvision", "numpy", "faiss-cpu", "torchio", "SimpleITK", "deformable-attention")
+PACKAGES = {"torch", "torchvision", "numpy", "faiss-cpu", "torchio", "SimpleITK", "deformable-attention"}
+Work = Mapping[str, Callable[[], object]]  # pieces of work that are compared
 
 
-class Timing(NamedTuple):
-    """Seconds of every repetition of one piece of work, in the order in which they were taken."""
+@dataclass
+class Options:
+    """Options of every benchmark."""
 
-    seconds: Sequence[float]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def spread(self) -> float:
-        """Inter-quartile range; 0 of a single repetition."""
-        if len(self.seconds) < 2:
-            return 0.0
-        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return high - low
-
-    def over(self, other: Timing) -> float:
-        """How many times as long as `other` this takes: median over repetitions taken side by side."""
-        return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to measure"""
+    repeats: PositiveInt = 5
+    """measurements of each piece"""
 
 
-def measure(
-    work: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1, device: torch.device | str = "cpu"
-) -> dict[str, Timing]:
-    """Seconds that each piece of work takes, waiting for the device before and after every repetition.
+def measure(work: Work, repeats: int, warmup: int = 1, device: torch.device | str = "cpu") -> dict[str, np.ndarray]:
+    """Seconds of every repetition of each piece of work, waiting for the device before and after.
 
     The pieces take turns (ABAB...), so that what else the machine does meets all of them alike.
     """
@@ -68,25 +57,29 @@ def measure(
             wait(device)
             if repeat >= 0:
                 taken[name].append(time.perf_counter() - began)
-    return {name: Timing(seconds) for name, seconds in taken.items()}
+    return {name: np.array(seconds) for name, seconds in taken.items()}
 
 
 def compare(
-    work: Mapping[str, Callable[[], object]],
+    work: Work,
     repeats: int,
     warmup: int = 1,
     device: torch.device | str = "cpu",
     pairs: Sequence[tuple[str, str]] | None = None,
 ) -> dict[str, Any]:
-    """`measure`, as records and printed, with the ratio of every pair; by default of all others over the first."""
-    times = measure(work, repeats, warmup, device)
-    first, *others = times
+    """`measure`, as records and printed, with the ratio of every pair; by default of all others over the first.
+
+    A ratio is the median of the ratios of repetitions that were taken side by side.
+    """
+    seconds = measure(work, repeats, warmup, device)
     result: dict[str, Any] = {}
-    for name, t in times.items():
-        result[name] = {"median_s": t.median, "iqr_s": t.spread, "repeats": repeats}
-        say(f"  {name:20s} {t.median * 1e3:10.2f} ms  (IQR {t.spread * 1e3:.2f})")
+    for name, own in seconds.items():
+        low, median, high = np.quantile(own, (0.25, 0.5, 0.75)).tolist()
+        result[name] = {"median_s": median, "iqr_s": high - low, "repeats": repeats}
+        say(f"  {name:20s} {median * 1e3:10.2f} ms  (IQR {(high - low) * 1e3:.2f})")
+    first, *others = seconds
     for name, other in [(name, first) for name in others] if pairs is None else pairs:
-        result[f"{name} over {other}"] = ratio = times[name].over(times[other])
+        result[f"{name} over {other}"] = ratio = float(np.median(seconds[name] / seconds[other]))
         say(f"  {name} takes {ratio:.2f} x {other}")
     return result
 
@@ -118,28 +111,35 @@ def added_bytes(work: Callable[[], object], device: torch.device) -> float:
     with contextlib.suppress(AttributeError):  # other C libraries keep less
         ctypes.CDLL(None).malloc_trim(0)  # else freed blocks would be used again unseen
     PEAK_RESET.write_text("5")  # the peak is what is resident now
-    before = peak_memory(device)[0]
+    before = peak_memory(device)
     work()
-    return peak_memory(device)[0] - before
+    return peak_memory(device) - before
 
 
-def formats(device: torch.device) -> list[str]:
+def formats(device: torch.device) -> tuple[str, ...]:
     """Number formats worth a measurement: float32, and bf16 where the device computes in it."""
-    return ["fp32"] + ["bf16"] * (Precision("auto", device).name == "bf16")
+    return ("fp32",) + ("bf16",) * (Precision("auto", device).name == "bf16")
 
 
-def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+def device_name(device: torch.device | str) -> str:
+    """The model of the CPU or of the graphics card."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError, AttributeError):
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1].strip()
+    return platform.machine()
+
+
+def environment(device: torch.device | str) -> dict[str, Any]:
     """What a figure depends on beside the code: machine, threads, load, versions, commit."""
     found = {
         "device": device_name(device),
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average_1min": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "versions": {own.name: own.version for own in metadata.distributions() if own.name in PACKAGES},
         "commit": commit(),
-        "command": " ".join(["python -m benchmarks." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
         "date_utc": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
     }
     if torch.device(device).type == "cuda":
@@ -148,43 +148,14 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     return found
 
 
-def device_name(device: torch.device | str) -> str:
-    """`cpu`, or the name of the graphics card."""
-    device = torch.device(device)
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def write(name: str, results: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
-    """Results and environment as `results/<name>_<device>.json`, replacing an older file."""
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    path = RESULTS / f"{name}_{slug}.json"
-    files.write_json({"environment": environment(device), "results": results}, path)
+def write(results: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
+    """Results and environment into the file of this machine, in place of older ones of the same command."""
+    if rank():
+        return
+    path = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', device_name(device).lower()).strip('-')}.json"
+    command = " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]])
+    command += f" ({world_size()} processes)" if world_size() > 1 else ""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    content[command] = {"environment": environment(device), "results": results}
+    files.write_json(content, path)
     print(f"\nwrote {os.path.relpath(path)}")
-
-
-def file_name(name: str, cfg: Any, *options: str) -> str:
-    """Of a results file: with the values of these options where they are not the defaults.
-
-    Measurements of something else do not replace the usual ones.
-    """
-    for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        value = tuple(value) if isinstance(value, list) else value  # from the command line
-        if field.name in options and value != field.default:
-            name += f"_{field.name}" if value is True else "_" + re.sub(r"[^\w-]+", "_", str(value)).strip("_")
-    return name
-
-
-def _cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from datasets.loaders import OneAhead
 from training import scripts
@@ -21,24 +19,6 @@ from utils import profile
 from utils.distributed import Run
 
 DISTINCT = 8  # volumes of a tree that differ; the others are further names (hard links) of these
-
-
-@dataclass
-class Options:
-    """Options of every benchmark of training."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where to measure"""
-    arch: str = "resnet50"
-    """torchvision ResNet"""
-    target_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = (64, 128, 128)
-    """slices, height and width of a view"""
-    batch_size: PositiveInt = 1
-    """volumes per step; a GPU wants 16"""
-    workers: NonNegativeInt = 0
-    """data-loading processes"""
-    precisions: tuple[Literal["fp32", "bf16"], ...] = ()
-    """number formats; none: fp32, and bf16 where the device computes in it"""
 
 
 def write_volumes(root: Path, shape: tuple[int, int, int], count: int, dtype: str = "int16") -> None:
@@ -87,19 +67,10 @@ class Updates:
         self.done += 1
 
 
-def recorded(step: Callable[[], object], device: torch.device) -> tuple[Callable[[], None], list[dict[str, float]]]:
-    """The step, and a list to which each of its calls adds the seconds of its parts (spans of `utils.profile`)."""
-    calls: list[dict[str, float]] = []
-
-    def work() -> None:
-        with profile.recording(device) as spans:
+def split(step: Callable[[], object], repeats: int, device: torch.device) -> dict[str, float]:
+    """Part of a step -> its share of the time of so many of them (spans of `utils.profile`)."""
+    with profile.recording(device) as spans:
+        for _ in range(repeats):
             step()
-        calls.append(spans.seconds())
-
-    return work, calls
-
-
-def shares(calls: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Part -> its share of the time of these calls."""
-    total = sum(sum(parts.values()) for parts in calls)
-    return {part: sum(parts[part] for parts in calls) / total for part in sorted(calls[0])}
+    seconds = spans.seconds()
+    return {part: seconds[part] / sum(seconds.values()) for part in sorted(seconds)}

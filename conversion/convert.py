@@ -5,41 +5,32 @@
     <dest>/cases.csv         a line per case with the columns of conversion.table.Case
     <dest>/dataset.yaml      what holds for all cases; a key is missing where nothing is known or cases differ
 
-dataset.yaml: modality; window (two intensities that become 0 and 1); slice_axis (always 2); plane and orientation
-(sides towards which rows, columns and slices grow, such as PLS); spacing_mm (rows, columns, slices); channels (names,
-in the order of the fourth axis); structures ({name: [label values]}, which may overlap, background left out); source.
-
-cases.csv, beside what its names say: `patient` is empty where the source does not tell it. `channels` are joined by
-", ". `affine` takes voxels of the stored array to millimetres: the first three rows of the 4 x 4 matrix, row by row,
-as 12 numbers with spaces between: (row, column, slice, 1) -> (to the right, to the front, to the head), nibabel's RAS,
-a voxel's centre at whole numbers. So a mask of the array's shape is put back on the scan's grid by
-
-    affine = np.vstack([np.array(case["affine"].split(), float).reshape(3, 4), [0, 0, 0, 1]])
-    nibabel.Nifti1Image(mask, affine)
-
-A volume is turned to one of three planes as radiologists view them, by permuting and flipping its axes (never by
-interpolation), resampled if asked, and written slice by slice in the smallest type that holds its intensities.
+docs/DATA.md describes both tables. A volume is turned to one of three planes as radiologists view them, by permuting
+and flipping its axes (never by interpolation), and resampled if asked.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from conversion.images import convert_image
+from conversion.dicom import read_dicom_image
 from conversion.layouts import Source
 from conversion.readers import read
 from conversion.table import LABELS, Case
-from conversion.volume import BadFile, Options, Volume, arrange, by, channel_index
-from conversion.write import resample, stored_range, type_to_write, write_npy
-from datasets.index import MIN_SIDE
+from conversion.volume import BadFile, Options, Volume, arrange, by
+from datasets.index import IMAGE_FORMATS, MAX_IMAGE_PIXELS, MIN_SIDE
+from datasets.render import BadSource, read_grey
+from utils.files import whole_file
 
-VERSION = 2  # raise it when the content of converted files changes, so that they are made again
+VERSION = 3  # raise it when the content of converted files changes, so that they are made again
 SPACING_TOLERANCE = 0.02  # of a label map against its image, as a share
 
 Window = tuple[float, float] | None
@@ -50,16 +41,18 @@ def attempt(source: Source, dest: Path, options: Options, window: Window = None)
 
     window: intensities that will become 0 and 1; a volume outside of it would be all black or all white.
     """
+    case = Case(id=source.id, source=source.name, modality=source.modality, patient=source.patient)
+    case.original_files = str(len(source.files))
     try:
-        key = source_key(source, options)
-        image = source.format in ("image", "dicom_image")
-        case = convert_image(source, dest) if image else _volume(source, dest, options, window)
+        case.key = source_key(source, options)
+        if source.format in ("image", "dicom_image"):
+            _image(source, case, dest)
+        else:
+            _volume(source, case, dest, options, window)
     except BadFile as error:
         return f"{source.path}: {error}"
     except MemoryError:
         return f"{source.path}: does not fit into memory; use fewer --workers"
-    case.key, case.original_files = key, str(len(source.files))
-    case.modality, case.patient = source.modality, source.patient
     return case
 
 
@@ -80,49 +73,35 @@ def outside(low: float, high: float, window: Window) -> bool:
     return window is not None and (high <= window[0] or low >= window[1])
 
 
-def _volume(source: Source, dest: Path, options: Options, window: Window) -> Case:
+def _volume(source: Source, case: Case, dest: Path, options: Options, window: Window) -> None:
     volume = _read(source, options)
     view = arrange(volume, options.slice_axis)
     if min(view.array.shape[:2]) < MIN_SIDE:
-        side = " x ".join(map(str, view.array.shape[:2]))
+        side = by(view.array.shape[:2])
         raise BadFile(f"has slices of {side} pixels, below {MIN_SIDE}; remove it, or choose another --slice_axis")
     label = _read_label(source, volume, view, options)
-    low, high = _range(view, options)
+    low, high = _range(view)
     if outside(low, high, window):
         raise BadFile(
             f"its intensities, {low:g} to {high:g}, lie outside the window {list(window)}; correct --window, or "
             "convert it into a data set of its own"
         )
-    original = volume.array.dtype.newbyteorder("=")
-    dtype = type_to_write(original, volume.slope, volume.intercept, low, high)
-    shape, affine = _grid(view, options.spacing_mm)
-    case = Case(
-        id=source.id,
-        source=source.name,
-        file=f"{source.id}.npy",
-        channels=", ".join(_channel_names(source, volume)),
-        plane=view.plane,
-        orientation=view.codes,
-        spacing_mm=by(replace(view, affine=affine).spacing_mm),
-        affine="" if affine is None else " ".join(f"{x:.10g}" for x in affine[:3].ravel()),
-        shape=by(shape),
-        dtype=str(dtype),
-        minimum=f"{low:g}",
-        maximum=f"{high:g}",
-        original_orientation=volume.codes,
-        original_spacing_mm=by(volume.spacing_mm),
-        original_shape=by(volume.array.shape),
-        original_dtype=str(original),
-        notes="; ".join([*volume.notes, *(["has a single slice"] if view.array.shape[2] == 1 else [])]),
-    )
+    view = _resampled(view, options.spacing_mm)
+    count = len(view.channels)
+    names = source.channels if len(source.channels) == count else map(str, range(count))
+    single = ["has a single slice"] if view.array.shape[2] == 1 else []
+    case.file = f"{source.id}.npy"
+    case.channels = ", ".join(names) if view.array.ndim == 4 else ""
+    case.plane, case.orientation, case.spacing_mm = view.plane, view.codes, by(view.spacing_mm)
+    case.affine = "" if view.affine is None else " ".join(f"{x:.10g}" for x in view.affine[:3].ravel())
+    case.shape, case.dtype = by(view.array.shape), str(view.array.dtype.newbyteorder("="))
+    case.minimum, case.maximum = f"{low:g}", f"{high:g}"
+    case.original_orientation, case.original_spacing_mm = volume.codes, by(volume.spacing_mm)
+    case.original_shape, case.notes = by(volume.array.shape), "; ".join(volume.notes + single)
     if label is not None:  # first, so that an image with a label never stands without it
-        label = label if shape == view.array.shape else resample(label, shape[:3], nearest=True)
         case.label = f"{LABELS}/{source.id}.npy"
-        pages = (label[:, :, k] for k in range(label.shape[2]))
-        case.label_bytes = str(write_npy(dest / case.label, pages, label.shape, label.dtype)[1])
-    case.sha256, size = write_npy(dest / case.file, _pages(view, shape, options), shape, dtype)
-    case.bytes = str(size)
-    return case
+        _write(dest / case.label, _nearest(label, view.array.shape[:3]))
+    case.sha256 = _write(dest / case.file, view.array)
 
 
 def _read(source: Source, options: Options) -> Volume:
@@ -130,66 +109,61 @@ def _read(source: Source, options: Options) -> Volume:
     named = bool(source.channels) and options.channel is None
     volume = read(source.format, source.files, replace(options, channel="all") if named else options)
     if named and volume.array.ndim == 4 and volume.array.shape[3] != len(source.channels):
-        channel_index(volume.array.shape, None, -1)  # raises: these are not the channels that were named
+        raise BadFile(
+            f"is 4D ({by(volume.array.shape)}) but dataset.json names {len(source.channels)} channels; correct it, or "
+            "choose with --channel"
+        )
     volume.codes = options.orientation or volume.codes
     return volume
 
 
-def _channel_names(source: Source, volume: Volume) -> Sequence[str]:
-    count = len(volume.channels)
-    names = source.channels if len(source.channels) == count else tuple(map(str, range(count)))
-    return names if volume.array.ndim == 4 else ()
-
-
-def _range(view: Volume, options: Options) -> tuple[float, float]:
+def _range(view: Volume) -> tuple[float, float]:
     """The smallest and the largest intensity. Raises BadFile where a channel has only one."""
-    ranges = []
-    for number, channel in enumerate(view.channels):
-        low, high = sorted(view.slope * end + view.intercept for end in stored_range(channel, options.nan_value))
+    ranges = [(float(channel.min()), float(channel.max())) for channel in view.channels]
+    for number, (low, high) in enumerate(ranges):
         if low == high:
             voxels = "voxels" if view.array.ndim == 3 else f"voxels of channel {number}"
             raise BadFile(f"is constant (all {voxels} are {low:g}), so there is nothing to learn from it; remove it")
-        ranges.append((low, high))
     return min(low for low, _ in ranges), max(high for _, high in ranges)
 
 
-def _grid(view: Volume, spacing_mm: Sequence[float]) -> tuple[tuple[int, ...], np.ndarray | None]:
-    """(shape, affine) of what is written: the view's own, or over the same extent with other voxels."""
-    old = view.array.shape
+def _resampled(view: Volume, spacing_mm: Sequence[float]) -> Volume:
+    """Over the same extent with other voxels, linearly along each axis, averaging where voxels grow."""
     if not any(spacing_mm):
-        return old, view.affine
+        return view
     if view.affine is None:
         raise BadFile("does not say its spacing, so it cannot be resampled; leave --spacing_mm out")
-    new = tuple(
-        max(1, round(n * mm / wanted)) if wanted else n
-        for n, mm, wanted in zip(old[:3], view.spacing_mm, spacing_mm, strict=True)
-    )
+    import torch
+    import torch.nn.functional as F
+
+    old = view.array.shape[:3]
+    axes = zip(old, view.spacing_mm, spacing_mm, strict=True)
+    new = tuple(max(1, round(n * mm / wanted)) if wanted else n for n, mm, wanted in axes)
     if min(new[:2]) < MIN_SIDE:
-        raise BadFile(f"would have slices of {new[0]} x {new[1]} pixels, below {MIN_SIDE}; correct --spacing_mm")
-    ratio = np.array(old[:3]) / new
+        raise BadFile(f"would have slices of {by(new[:2])} pixels, below {MIN_SIDE}; correct --spacing_mm")
+
+    def linear(channel: np.ndarray) -> np.ndarray:
+        slices = torch.from_numpy(np.ascontiguousarray(channel.transpose(2, 0, 1), dtype=np.float32))[:, None]
+        slices = F.interpolate(slices, size=new[:2], mode="bilinear", antialias=True)
+        lines = slices.reshape(1, 1, old[2], -1)  # along the third axis
+        lines = F.interpolate(lines, size=(new[2], lines.shape[3]), mode="bilinear", antialias=True).numpy()
+        lines = np.rint(lines) if channel.dtype.kind in "iu" else lines
+        return lines.reshape(new[2], *new[:2]).transpose(1, 2, 0).astype(channel.dtype)
+
+    channels = [linear(channel) for channel in view.channels]
+    array = channels[0] if view.array.ndim == 3 else np.stack(channels, axis=3)
+    ratio = np.array(old) / new
     larger = np.diag([*ratio, 1.0])
     larger[:3, 3] = (ratio - 1) / 2  # the first voxel's centre moves with its size
-    return (*new, *old[3:]), view.affine @ larger
+    return replace(view, array=array, affine=view.affine @ larger)
 
 
-def _pages(view: Volume, shape: tuple[int, ...], options: Options) -> Iterator[np.ndarray]:
-    """The intensities [H, W] of every slice, channel after channel."""
-
-    def scaled(block: np.ndarray) -> np.ndarray:
-        if block.dtype.kind == "f" and options.nan_value is not None:
-            block = np.where(np.isfinite(block), block, block.dtype.type(options.nan_value))
-        if (view.slope, view.intercept) == (1, 0):
-            return block
-        return block * np.float64(view.slope) + view.intercept
-
-    for channel in view.channels:
-        slices = (scaled(channel[:, :, k]) for k in range(channel.shape[2]))
-        if shape != view.array.shape:
-            intensities = np.empty(channel.shape, dtype=np.float32, order="F")
-            for k, content in enumerate(slices):
-                intensities[:, :, k] = content
-            slices = resample(intensities, shape[:3]).transpose(2, 0, 1)
-        yield from slices
+def _nearest(label: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """With other voxels over the same extent, whose centres are those of `_resampled`."""
+    if label.shape == shape:
+        return label
+    axes = zip(shape, label.shape, strict=True)
+    return label[np.ix_(*(np.minimum(((np.arange(n) + 0.5) * old / n).astype(int), old - 1) for n, old in axes))]
 
 
 def _read_label(source: Source, volume: Volume, view: Volume, options: Options) -> np.ndarray | None:
@@ -209,28 +183,86 @@ def _read_label(source: Source, volume: Volume, view: Volume, options: Options) 
                 "by its own header, see whether they match"
             )
         label = arrange(label, view.plane if view.plane and label.codes else "auto")
-        if label.array.shape != view.array.shape[:3] or not _close(label.spacing_mm, view.spacing_mm):
+        spacings = (label.spacing_mm or view.spacing_mm or (), view.spacing_mm or label.spacing_mm or ())
+        if label.array.shape != view.array.shape[:3] or not np.allclose(*spacings, rtol=SPACING_TOLERANCE, atol=0):
             raise BadFile(
                 f"{by(label.array.shape)} voxels of {by(label.spacing_mm)} mm do not match its image, "
                 f"{by(view.array.shape[:3])} of {by(view.spacing_mm)} mm; find the label map that belongs to it, or "
                 "remove this one"
             )
-        return _whole_numbers(label)
+        whole = np.rint(label.array)
+        if label.array.dtype.kind == "f" and np.abs(whole - label.array).max() > 1e-3:
+            raise BadFile("holds numbers that are not whole, so it is not a label map; remove it")
+        return whole.astype(np.result_type(*(np.min_scalar_type(int(end)) for end in (whole.min(), whole.max()))))
     except BadFile as error:
         raise BadFile(f"label {path}: {error}") from None
 
 
-def _whole_numbers(label: Volume) -> np.ndarray:
-    low, high = sorted(label.slope * end + label.intercept for end in stored_range(label.array))
-    dtype = np.result_type(np.min_scalar_type(round(low)), np.min_scalar_type(round(high)))
-    out = np.empty(label.array.shape, dtype=dtype, order="F")
-    for k in range(out.shape[2]):
-        values = label.array[:, :, k] * np.float64(label.slope) + label.intercept
-        out[:, :, k] = np.rint(values)
-        if np.abs(out[:, :, k] - values).max() > 1e-3:
-            raise BadFile("holds numbers that are not whole, so it is not a label map; remove it")
-    return out
+def _write(path: Path, array: np.ndarray) -> str:
+    """sha256 of an NPY file. In Fortran order a slice, which is what training reads, is one piece of the file."""
+    array = np.asfortranarray(array, dtype=array.dtype.newbyteorder("<"))
+    with whole_file(path) as temporary:
+        with open(temporary, "wb") as file:
+            np.save(file, array, allow_pickle=False)
+        return _digest(temporary)
 
 
-def _close(a: tuple[float, ...] | None, b: tuple[float, ...] | None) -> bool:
-    return a is None or b is None or all(abs(x - y) <= SPACING_TOLERANCE * y for x, y in zip(a, b, strict=True))
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _image(source: Source, case: Case, dest: Path) -> None:
+    """Write one image and its label map: the file itself, copied, or a DICOM radiograph as a grey PNG."""
+    path, radiograph = source.path, source.format == "dicom_image"
+    pixels = read_dicom_image(path) if radiograph else _decode(path)
+    low, high = _check(pixels)
+    pixels = _grey(pixels, low, high) if radiograph else pixels
+    case.file = source.id + (".png" if radiograph else path.suffix.lower())
+    case.shape = case.original_shape = by(pixels.shape)
+    case.dtype, case.minimum, case.maximum = str(pixels.dtype), f"{low:g}", f"{high:g}"
+    if source.label:
+        if (shape := _decode(source.label).shape) != pixels.shape:
+            raise BadFile(f"label {source.label}: {by(shape)} pixels do not match its image, {by(pixels.shape)}")
+        case.label = f"{LABELS}/{source.id}{source.label.suffix.lower()}"
+        with whole_file(dest / case.label) as temporary:
+            shutil.copyfile(source.label, temporary)
+    with whole_file(dest / case.file) as temporary:
+        if radiograph:
+            Image.fromarray(pixels).save(temporary, format="PNG")
+        else:
+            shutil.copyfile(path, temporary)
+        case.sha256 = _digest(temporary)
+
+
+def _grey(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Intensities in 8 or 16 bits: whole ones as they are, from 0 up where they are negative; others stretched."""
+    if pixels.dtype.kind == "f" or high - low > 65535:
+        return np.rint((pixels.astype(np.float64) - low) * (65535 / (high - low))).astype(np.uint16)
+    dtype = np.uint8 if low >= 0 and high < 256 else np.uint16
+    return (pixels.astype(np.int64) - min(0, int(low))).astype(dtype)
+
+
+def _decode(path: Path) -> np.ndarray:
+    """[H, W] grey values of an image file. Raises BadFile where it is none, is broken, or is a stack."""
+    try:
+        pixels = read_grey(path)
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if image.format == "TIFF" and (pages := image.n_frames) > 1:
+                raise BadFile(f"is a stack of {pages} pages; save it as a volume, height x width x {pages} .npy")
+    except BadSource as error:
+        raise BadFile(f"{error}") from None
+    return pixels
+
+
+def _check(pixels: np.ndarray) -> tuple[float, float]:
+    """The range of the pixels. Raises BadFile for an image that training could not use."""
+    size, low, high = by(pixels.shape), float(pixels.min()), float(pixels.max())
+    if min(pixels.shape) < MIN_SIDE or pixels.size > MAX_IMAGE_PIXELS:
+        raise BadFile(f"has {size} pixels, not {MIN_SIDE} in each direction to {MAX_IMAGE_PIXELS} in all; remove it")
+    if not low < high:  # also of NaN
+        raise BadFile(f"is constant (all pixels are {low:g}), so there is nothing to learn from it; remove it")
+    return low, high

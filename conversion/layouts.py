@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from conversion.description import MODALITIES, NNUNET_CHANNEL, Description, Preset, read_description
+from tqdm import tqdm
+
 from conversion.dicom import group_series
 from datasets.index import IMAGE_SUFFIXES, LABEL_FOLDERS, MONTAGE, SIDE_FILES
 from utils.errors import UserError
@@ -23,13 +25,98 @@ FORMATS = {
 }  # fmt: skip
 COMPANIONS = {".raw", ".zraw"}  # pixels of .mhd and .nhdr headers
 LOOKS_LIKE_LABEL = re.compile(r"(^|[_.-])(seg|segmentations?|labels?|masks?|gt)([_.-]?\d+)?$", re.IGNORECASE)
+MODALITIES = {"MRI": "MR", "PET": "PT"}  # other names of DICOM's modalities
+NNUNET_CHANNEL = re.compile(r"_(\d{4})$")
 
-Progress = Callable[[Iterable[Path]], Iterable[Path]]
+
+@dataclass(frozen=True)
+class Preset:
+    """A public data set with one scan of each patient: what its label values mean, and how its files are called."""
+
+    modality: str
+    structures: dict[str, list[int]]
+    images: dict[str, str]  # patterns by channel
+    labels: str
+
+
+_MMWHS = {
+    "left ventricle": [500],
+    "right ventricle": [600],
+    "left atrium": [420],
+    "right atrium": [550],
+    "myocardium": [205],
+    "ascending aorta": [820],
+    "pulmonary artery": [850],
+}
+# 1 necrotic and non-enhancing core, 2 oedema, 4 enhancing tumour; the challenge scores three nested regions.
+_BRATS = {"whole tumour": [1, 2, 4], "tumour core": [1, 4], "enhancing tumour": [4]}
+PRESETS = {
+    "mmwhs_ct": Preset("CT", _MMWHS, {"CT": "ct_*_image"}, "ct_*_label"),
+    "mmwhs_mr": Preset("MR", _MMWHS, {"MR": "mr_*_image"}, "mr_*_label"),
+    "brats2018": Preset("MR", _BRATS, {name: f"*_{name}" for name in ("flair", "t1", "t1ce", "t2")}, "*_seg"),
+}
+
+
+@dataclass
+class Description:
+    """What the dataset.json of the Decathlon or of nnU-Net says; empty where there is none."""
+
+    about: str = ""
+    structures: dict[str, list[int]] = field(default_factory=dict)  # without the background
+    modalities: dict[str, str] = field(default_factory=dict)  # by channel
+    patients: dict[str, str] = field(default_factory=dict)  # by case
+    files: list[str] = field(default_factory=list)  # absolute paths
+    image_of: dict[str, str] = field(default_factory=dict)  # by label map
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names of the channels of a case, where there are several."""
+        numbers = [str(number) for number in range(len(self.modalities))]
+        known = len(numbers) > 1 and set(numbers) == set(self.modalities)
+        return tuple(self.modalities[number] for number in numbers) if known else ()
+
+    def modality(self, channel: int | str | None, stem: str) -> str:
+        """Of the channel that nnU-Net's file name tells (_0000), else of the given or the only one, else ""."""
+        end = NNUNET_CHANNEL.search(stem)
+        if end and str(int(end[1])) in self.modalities:
+            channel = int(end[1])
+        only = "0" if len(self.modalities) == 1 else ""
+        name = self.modalities.get(str(channel) if isinstance(channel, int) else only, "")
+        return MODALITIES.get(name.upper(), name)
+
+
+def read_description(path: Path) -> Description:
+    """The dataset.json at `path`. Raises UserError where it is no JSON."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); correct it or remove it") from None
+
+    def get(key: str, kind: type) -> Any:
+        value = content.get(key) if isinstance(content, dict) else None
+        return value if isinstance(value, kind) else kind()
+
+    found = Description("; ".join(text for key in ("name", "reference", "licence") if (text := get(key, str))))
+    for key, value in get("labels", dict).items():  # {"1": "lesion"} (Decathlon), {"lesion": 1 or [1, 2]} (nnU-Net)
+        name, values = (str(value), [key]) if str(key).isdigit() else (str(key), value)
+        values = [str(number) for number in (values if isinstance(values, list) else [values])]
+        if all(map(str.isdigit, values)) and set(values) != {"0"}:
+            found.structures[name] = list(map(int, values))
+    names = get("modality", dict) or get("channel_names", dict)
+    found.modalities = {str(number): str(name).replace(",", "") for number, name in names.items()}
+    found.patients = {str(case): str(person) for case, person in get("patient", dict).items()}
+    for entry in [*get("training", list), *get("test", list)]:
+        parts = [entry.get("image"), entry.get("label")] if isinstance(entry, dict) else [entry]
+        paths = [os.path.abspath(path.parent / part) for part in parts if part and isinstance(part, str)]
+        found.files += paths
+        if len(paths) == 2:
+            found.image_of[paths[1]] = paths[0]
+    return found
 
 
 @dataclass(frozen=True)
 class Source:
-    """One case: a file, a file per channel, or the files of a DICOM series.
+    """One case: a file, a file per channel, or the files of a DICOM series; or a label map.
 
     name: the last part of the place given and the path below it, the same on every machine; a series adds "#" and
     eight hexadecimal digits of its UID's hash.  stem: the shortest id that says what it is.  channels: their names,
@@ -45,7 +132,8 @@ class Source:
     channels: tuple[str, ...] = ()
     label: Path | None = None
     id: str = ""  # in the data set, see conversion.table.assign_ids
-    text: str = ""  # what the "*" of its pattern stands for
+    text: str = ""  # what the "*" of its pattern stands for, or its stem
+    number: int = 0  # of the pattern
 
     @property
     def path(self) -> Path:
@@ -54,7 +142,7 @@ class Source:
 
     @property
     def folder(self) -> str:
-        return self.name.rpartition("/")[0]
+        return above(self.name)
 
     @property
     def label_format(self) -> str:
@@ -72,28 +160,6 @@ class Found:
     description: Description = field(default_factory=Description)
 
 
-class Listed(NamedTuple):
-    """A file below one of the places."""
-
-    file: Path
-    name: str  # as in Source
-    root: Path  # the place
-    text: str = ""  # what the "*" of its pattern stands for, or its stem
-    number: int = 0  # of the pattern it matches
-
-    @property
-    def stem(self) -> str:
-        return split_suffix(self.file.name)[0]
-
-    @property
-    def suffix(self) -> str:
-        return split_suffix(self.file.name)[1]
-
-    @property
-    def folder(self) -> str:
-        return self.name.rpartition("/")[0]
-
-
 def find(
     places: Sequence[Path],
     images: Sequence[str] = ("*",),
@@ -101,15 +167,13 @@ def find(
     modality: str = "",
     channel: int | str | None = None,
     preset: Preset | None = None,
-    progress: Progress = iter,
 ) -> Found:
     """Everything to convert in files and folders, in a fixed order.
 
     images: patterns of file names; several: one for each channel of a case.  labels: a pattern, too; the label of an
     image is the file for which its "*" stands for the same text. Without it, label maps lie in folders of labels beside
     the images and have their names.  channel: "all" makes one case of nnU-Net's CASE_0000, CASE_0001, ...
-    preset: replaces images and labels.  progress: wraps the files whose DICOM headers are read.
-    Raises UserError where a place is missing.
+    preset: replaces images and labels.  Raises UserError where a place is missing.
     """
     if preset:
         images, labels, modality = list(preset.images.values()), preset.labels, modality or preset.modality
@@ -120,17 +184,16 @@ def find(
     found = Found()
     listed = _list(places, found)
     if len(places) == 1 and (places[0] / "dataset.json").is_file():
-        found.description = read_description(places[0] / "dataset.json")
+        about = found.description = read_description(places[0] / "dataset.json")
         found.ignored[".json"] -= 1
-        files = [file for pair in found.description.pairs("training", "test") for file in pair if file]
-        missing = [file for file in files if not os.path.exists(file)]
+        missing = [file for file in about.files if not os.path.exists(file)]
         found.problems += [f"{file}: is listed in dataset.json but does not exist; copy it" for file in missing]
     plain, dicom, label_files = _sort(listed, images, labels, found)
     names = tuple(preset.images) if preset and len(preset.images) > 1 else found.description.channels
-    sources = _pair(_cases(plain, images, names, channel == "all", found), label_files, bool(labels), found)
+    sources = _pair(_cases(plain, len(images), names, channel == "all", found), label_files, bool(labels), found)
     if preset:
         sources = [replace(source, patient=source.text) for source in sources]
-    sources += _of_dicom(dicom, found, progress)
+    sources += _of_dicom(dicom, found)
     sources = _described(sources, MODALITIES.get(modality.upper(), modality), channel, found)
     found.sources = sorted(sources, key=lambda s: os.fsencode(s.name))
     twice = [name for name, count in Counter(s.name for s in sources).items() if count > 1]
@@ -138,7 +201,7 @@ def find(
         raise UserError(f"source: two of the places hold a {twice[0]}; give the folder above them instead")
     suspects = [
         s.name
-        for s in sources
+        for s in found.sources
         if s.label is None
         and (LOOKS_LIKE_LABEL.search(s.stem) or any(map(LOOKS_LIKE_LABEL.match, s.name.split("/")[1:-1])))
     ]
@@ -150,32 +213,32 @@ def find(
     return found
 
 
+def above(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
 def split_suffix(name: str) -> tuple[str, str]:
     """("case.v2", ".nii.gz") of "case.v2.nii.gz"; the suffix in lower case."""
     end = ".nii.gz" if name.lower().endswith(".nii.gz") else os.path.splitext(name)[1]
     return name[: len(name) - len(end)], end.lower()
 
 
-def _list(places: Sequence[Path], found: Found) -> list[Listed]:
-    """Every file that is not hidden."""
-    files: dict[Path, Listed] = {}  # places may overlap
+def _list(places: Sequence[Path], found: Found) -> dict[Path, str]:
+    """{file: name} of every file that is not hidden."""
+    files: dict[Path, str] = {}  # places may overlap
     for place in places:
         place = Path(os.path.abspath(place.expanduser()))
-        if place.is_file():
-            files.setdefault(place, Listed(place, f"{place.parent.name}/{place.name}", place.parent))
-            continue
-        if not place.is_dir():
+        if not place.exists():
             raise UserError(f"source: {place} does not exist; give files or a folder")
-        for file in _below(place, found):
-            files.setdefault(file, Listed(file, f"{place.name}/{file.relative_to(place).as_posix()}", place))
-    good = []
-    for item in files.values():
-        if os.fsencode(item.name).decode(errors="replace") == item.name:
-            good.append(item)
-        else:  # as from archives of other systems
-            shown = os.fsencode(item.file).decode(errors="backslashreplace")
-            found.problems.append(f"{shown}: has a name that is not UTF-8, which no table can hold; rename it")
-    return good
+        root = place if place.is_dir() else place.parent
+        for file in _below(place, found) if place.is_dir() else [place]:
+            name = f"{root.name}/{file.relative_to(root).as_posix()}"
+            if os.fsencode(name).decode(errors="replace") == name:
+                files.setdefault(file, name)
+            else:  # as from archives of other systems
+                shown = os.fsencode(file).decode(errors="backslashreplace")
+                found.problems.append(f"{shown}: has a name that is not UTF-8, which no table can hold; rename it")
+    return files
 
 
 def _below(place: Path, found: Found) -> Iterator[Path]:
@@ -195,30 +258,34 @@ def _below(place: Path, found: Found) -> Iterator[Path]:
 
 
 def _sort(
-    listed: Sequence[Listed], images: Sequence[str], labels: str, found: Found
-) -> tuple[list[Listed], list[Listed], list[Listed]]:
+    listed: dict[Path, str], images: Sequence[str], labels: str, found: Found
+) -> tuple[list[Source], list[Source], list[Source]]:
     """(files of images and volumes, DICOM files, label maps)."""
+    from pydicom.misc import is_dicom
+
     plain, dicom, label_files = [], [], []
-    with_headers = {item.file.parent for item in listed if item.file.suffix.lower() in (".mhd", ".nhdr")}
-    for item in listed:
-        name, suffix = item.file.name, item.suffix
-        in_label_folder = any(part.lower() in LABEL_FOLDERS for part in item.name.split("/")[1:-1])
-        label = _star(labels, name) if labels else item.stem if in_label_folder else None
-        format = FORMATS.get(suffix)
-        if format is None and label is None and suffix not in SIDE_FILES | COMPANIONS and _is_dicom(item.file):
+    with_headers = {file.parent for file in listed if file.suffix.lower() in (".mhd", ".nhdr")}
+    for file, name in listed.items():
+        stem, suffix = split_suffix(file.name)
+        in_label_folder = any(part.lower() in LABEL_FOLDERS for part in name.split("/")[1:-1])
+        label = _star(labels, file.name) if labels else stem if in_label_folder else None
+        format = FORMATS.get(suffix, "")
+        other = format or label is not None or suffix in SIDE_FILES | COMPANIONS
+        if not other and os.access(file, os.R_OK) and is_dicom(file):
             format = "dicom"
-        texts = [_star(pattern, name) for pattern in images]
+        texts = [_star(pattern, file.name) for pattern in images]
         number = next((i for i, text in enumerate(texts) if text is not None), None)
-        if suffix in COMPANIONS and item.file.parent in with_headers:
+        source = Source(name, stem, format, (file,), text=label or (stem if number is None else texts[number]))
+        if suffix in COMPANIONS and file.parent in with_headers:
             continue
-        if format is None or name == "DICOMDIR":
+        if not format or file.name == "DICOMDIR":
             found.ignored[suffix or "without suffix"] += 1
         elif label is not None:
-            label_files.append(item._replace(text=label))
+            label_files.append(source)
         elif number is None:
             found.ignored[f"{suffix} not called {' or '.join(images)}"] += 1
         else:
-            (dicom if format == "dicom" else plain).append(item._replace(text=texts[number], number=number))
+            (dicom if format == "dicom" else plain).append(replace(source, number=number))
     return plain, dicom, label_files
 
 
@@ -234,104 +301,93 @@ def _star(pattern: str, name: str) -> str | None:
     return None
 
 
-def _is_dicom(file: Path) -> bool:
-    try:
-        with open(file, "rb") as f:
-            return f.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
 def _cases(
-    plain: Sequence[Listed], images: Sequence[str], names: tuple[str, ...], together: bool, found: Found
+    plain: Sequence[Source], patterns: int, names: tuple[str, ...], together: bool, found: Found
 ) -> list[Source]:
     """A source of every file, or of the files of its channels: where there are patterns for these, or `together`."""
-    first_channels = {(item.root, item.folder, item.stem) for item in plain if FORMATS[item.suffix] != "image"}
-    groups: dict[tuple[Path, str, str], list[tuple[int, Listed]]] = defaultdict(list)
+    first_channels = {(item.path.parent, item.stem) for item in plain if item.format != "image"}
+    groups: dict[tuple[Path, str], list[tuple[int, Source]]] = defaultdict(list)
     several = False
     for item in plain:
         base, end = item.stem[:-5], NNUNET_CHANNEL.search(item.stem)
-        of_nnunet = bool(end) and (item.root, item.folder, f"{base}_0000") in first_channels
+        of_nnunet = bool(end) and (item.path.parent, f"{base}_0000") in first_channels
         several |= of_nnunet and int(end[1]) > 0
-        if len(images) > 1:
-            groups[item.root, item.folder, images[0].split("*")[0] + item.text].append((item.number, item))
+        if patterns > 1:
+            groups[item.path.parent, item.text].append((item.number, item))
         elif of_nnunet and together:
-            groups[item.root, item.folder, base].append((int(end[1]), item))
+            groups[item.path.parent, base].append((int(end[1]), item))
         else:
-            groups[item.file, "", item.stem].append((0, item))
-    if several and not together and len(images) == 1:
+            groups[item.path, item.stem].append((-1, item))
+    if several and not together and patterns == 1:
         found.notes.append(
             "nnU-Net's channels (_0000, _0001, ...) become volumes of their own; --channel all keeps them together"
         )
-    count = max([len(images), *(number + 1 for members in groups.values() for number, _ in members)])
+    count = max([patterns, *(number + 1 for members in groups.values() for number, _ in members)])
     sources = []
-    for (place, _, stem), members in groups.items():
+    for (_, stem), members in groups.items():
         members.sort(key=lambda member: member[0])
-        first, files = members[0][1], tuple(item.file for _, item in members)
-        if place == first.file or [number for number, _ in members] == list(range(count)):
-            sources.append(Source(first.name, stem, FORMATS[first.suffix], files, channels=names, text=first.text))
+        first, files = members[0][1], tuple(item.path for _, item in members)
+        if members[0][0] < 0 or [number for number, _ in members] == list(range(count)):
+            sources.append(replace(first, stem=stem, files=files, channels=names))
         else:
-            found.problems.append(f"{first.file}: its case has {len(files)} of {count} channels; add the others")
+            found.problems.append(f"{first.path}: its case has {len(files)} of {count} channels; add the others")
     return sources
 
 
-def _pair(sources: list[Source], label_files: Sequence[Listed], by_pattern: bool, found: Found) -> list[Source]:
+def _pair(sources: list[Source], label_files: Sequence[Source], by_pattern: bool, found: Found) -> list[Source]:
     """The sources with their label maps; label maps without an image are problems, the opposite is noted."""
     wanted = defaultdict(list)
-    for i, source in enumerate(sources):
-        above = source.folder.rpartition("/")[0]  # images lie beside the folder of labels, or in a folder beside it
+    for source in sources:
+        # images lie beside the folder of labels, or in a folder beside it
         stems = {source.stem, NNUNET_CHANNEL.sub("", source.stem)}
-        keys = {(folder, stem) for folder in (source.folder, above) for stem in stems}
+        keys = {(folder, stem) for folder in (source.folder, above(source.folder)) for stem in stems}
         for key in {(source.folder, source.text)} if by_pattern else keys:
-            wanted[key].append(i)
-    by_path = {os.path.abspath(source.path): i for i, source in enumerate(sources)}
-    of_label = {label: by_path[image] for image, label in found.description.pairs("training") if image in by_path}
-    labelled: dict[int, Path] = {}
+            wanted[key].append(source)
+    by_path = {os.path.abspath(source.path): source for source in sources}
+    labelled: dict[str, Path] = {}
     for item in label_files:
-        if os.path.abspath(item.file) in of_label:
-            matches = [of_label[os.path.abspath(item.file)]]
-        elif by_pattern:
-            matches = wanted[item.folder, item.text]
-        else:
-            # imagesTs may have the same names as imagesTr
-            other = {"tr": "imagests", "ts": "imagestr"}.get(item.folder.lower()[-2:])
-            matches = wanted[item.folder.rpartition("/")[0], item.text]
-            matches = [i for i in matches if not (other and sources[i].folder.lower().endswith(other))]
+        matches = wanted[item.folder if by_pattern else above(item.folder), item.text]
+        if not by_pattern:  # imagesTs may have the same names as imagesTr
+            other = {"tr": "imagests", "ts": "imagestr"}.get(item.folder.lower()[-2:], "/")
+            matches = [source for source in matches if not source.folder.lower().endswith(other)]
+        image = by_path.get(found.description.image_of.get(os.path.abspath(item.path), ""))
+        matches = [image] if image else matches
         if not matches:
-            where = " in its folder" if by_pattern else ""
-            found.problems.append(f"{item.file}: is a label map without an image{where}; copy its image, or remove it")
-        for i in matches:
-            if i in labelled:
-                found.problems.append(f"{item.file}: is a second label map of {sources[i].path}; remove one of them")
-            labelled[i] = item.file
+            found.problems.append(f"{item.path}: is a label map without an image; copy its image, or remove it")
+        for source in matches:
+            if source.name in labelled:
+                found.problems.append(f"{item.path}: is a second label map of {source.path}; remove one of them")
+            labelled[source.name] = item.path
     bare = [
         s.path
-        for i, s in enumerate(sources)
-        if i not in labelled and ((label_files and not s.folder.lower().endswith("ts")) or "/imagesTr/" in s.name)
+        for s in sources
+        if s.name not in labelled and ((label_files and not s.folder.lower().endswith("ts")) or "/imagesTr/" in s.name)
     ]
     if bare:
         found.notes.append(
             f"{len(bare)} images have no label map ({bare[0]}{', ...' if len(bare) > 1 else ''}); they are converted "
             "all the same, since pre-training needs none"
         )
-    return [replace(source, label=labelled.get(i)) for i, source in enumerate(sources)]
+    return [replace(source, label=labelled.get(source.name)) for source in sources]
 
 
-def _of_dicom(dicom: Sequence[Listed], found: Found, progress: Progress) -> list[Source]:
+def _of_dicom(dicom: Sequence[Source], found: Found) -> list[Source]:
     """DICOM files grouped into series by their headers, and single radiographs."""
-    listed = {item.file: item for item in dicom}
-    series, single = group_series(progress(list(listed)), {item.file: item.root for item in dicom}, found.problems)
-    per_folder = Counter(folder for s in series for folder in {file.parent for file in s.files})
+    listed = {item.path: item for item in dicom}
+    progress = tqdm(listed, desc="reading DICOM headers", unit="file", disable=None, leave=False)
+    groups = group_series(progress, found.problems)
+    per_folder = Counter(folder for s in groups if s.digest for folder in {file.parent for file in s.files})
     sources = []
-    for s in series:
-        folder = listed[s.files[0]].folder
-        alone = len({file.parent for file in s.files}) == 1 and per_folder[s.files[0].parent] == 1
-        stem = folder.rpartition("/")[2] or "series"
-        stem = stem if alone else f"{stem}_{s.digest}"
-        sources.append(Source(f"{folder}#{s.digest}", stem, "dicom", s.files, s.modality, s.patient))
-    for s in single:
-        item = listed[s.files[0]]
-        sources.append(Source(item.name, item.stem, "dicom_image", s.files, s.modality, s.patient))
+    for s in groups:
+        source = replace(listed[s.files[0]], files=s.files, modality=s.modality, patient=s.patient)
+        if s.digest:
+            folders = {file.parent for file in s.files}
+            stem = source.folder.rpartition("/")[2] or "series"
+            alone = len(folders) == 1 and per_folder[s.files[0].parent] == 1
+            stem = stem if alone else f"{stem}_{s.digest}"
+            sources.append(replace(source, name=f"{source.folder}#{s.digest}", stem=stem))
+        else:
+            sources.append(replace(source, format="dicom_image"))
     return sources
 
 

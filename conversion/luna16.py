@@ -3,7 +3,7 @@
     python -m conversion.luna16 --source LUNA16 --candidates candidates.csv --annotations annotations.csv \
         --excluded annotations_excluded.csv --dest Training_Data/LUNA16_crops
 
-source: the folder with the .mhd files (subset0 ... subset9). Writes a prepared tree:
+writes a prepared tree:
 
     <dest>/<series>/<line>.npy   int16 HU (height, width, slices), a cube of crop_mm around the candidate in this line
                                  of candidates.csv (the header is line 1); air (-1000) outside the scan
@@ -11,45 +11,38 @@ source: the folder with the .mhd files (subset0 ... subset9). Writes a prepared 
     <dest>/nodules.csv           series,nodule: a line per annotated nodule of the scans, found by a candidate or not
     <dest>/dataset.yaml          modality, window, slice_axis, spacing_mm, source and how the crops were cut
 
-labels.csv: case is <series>/<line>. label is `nodule` or `no nodule`. patient is the series: LIDC has a scan of each.
-nodule is the number, in nodules.csv, of the annotated nodule in whose sphere the candidate lies (the nearest of
-several), `excluded` for one that lies in an excluded finding only and counts neither way, and empty for a false
-positive. test_only is 1 for negatives beyond `negatives` per scan: leave them out of training and validation; a test
-takes all. nodules.csv: numbers count from 0 over all scans; a nodule without a candidate is missed in any case.
+nodule is the number of the annotated nodule in whose sphere the candidate lies (the nearest of several), `excluded` for
+one that lies in an excluded finding only and counts neither way, and empty for a false positive. test_only is 1 for
+negatives beyond `negatives` per scan: training and validation leave them out, a test takes all.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import shutil
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
-import yaml
+import pandas as pd
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from conversion.readers import read
-from conversion.volume import BadFile, Options
+from conversion.volume import BadFile, Options, Volume
 from conversion.workers import outcomes
 from datasets.index import MIN_SIDE
 from utils import config
-from utils.config import read_yaml
 from utils.errors import UserError
-from utils.files import read_csv, write_csv, write_text
+from utils.files import read_csv, write_csv
 
 SAME_NODULE_MM = 10.0  # without annotations: class-1 candidates this close are taken for one nodule
 EXCLUDED_MM = 10.0  # diameter of an excluded finding whose own is not given (-1 in LUNA16's file)
 AIR_HU = -1000.0
-COLUMNS = ("seriesuid", "coordX", "coordY", "coordZ")
-
-Point = tuple[float, float, float]  # x, y, z in mm
+XYZ = ["coordX", "coordY", "coordZ"]  # world millimetres
 
 
 @dataclass
@@ -80,165 +73,109 @@ class Config:
     """processes, each holding one scan; 0: one per core, at most 8"""
 
 
-class Place(NamedTuple):
-    """A line of one of LUNA16's files."""
-
-    scan: str
-    line: int  # the header is line 1
-    xyz: Point
-    value: float  # class of a candidate, diameter in mm of a nodule
-
-
 def main(cfg: Config) -> None:
     if len(cfg.window) != 2 or cfg.window[0] >= cfg.window[1]:
         raise UserError(f"window: {cfg.window} must be two increasing numbers of HU, e.g. [-1000, 400]")
     if cfg.crop_size < MIN_SIDE:
         raise UserError(f"crop_size: training needs slices of {MIN_SIDE} pixels or more")
-    scans, dest = find_scans(Path(cfg.source).expanduser()), Path(cfg.dest).expanduser()
+    dest = Path(cfg.dest).expanduser()
+    scans = {file.stem: file for file in sorted(Path(cfg.source).expanduser().rglob("*.mhd"))}
+    if not scans:
+        raise UserError(f"source: {cfg.source} has no .mhd files; give the folder of LUNA16's subset0 ... subset9")
     candidates = read_candidates(cfg, scans)
-    hit, nodules = find_nodules(cfg, candidates, scans)
+    nodules = read_nodules(cfg, candidates, scans)
+    hit = find_nodules(candidates, nodules).map("{:.0f}".format, na_action="ignore")
+    if cfg.excluded:
+        others = read_places(cfg.excluded, "excluded", "diameter_mm")
+        others.diameter_mm = others.diameter_mm.where(others.diameter_mm > 0, EXCLUDED_MM)
+        hit = hit.mask(hit.isna() & find_nodules(candidates, others).notna(), "excluded")
     _describe(cfg, dest)
-    members: dict[str, list[Place]] = defaultdict(list)
-    for candidate in candidates:
-        members[candidate.scan].append(candidate)
-    todo = {scan: (scans[scan], places) for scan, places in members.items() if not (dest / scan).exists()}
+    todo = {scan: (scans[scan], members) for scan, members in candidates.groupby("seriesuid")}
+    todo = {scan: members for scan, members in todo.items() if not (dest / scan).exists()}
     shape = (cfg.crop_slices, cfg.crop_size, cfg.crop_size)
     for _ in outcomes(todo, partial(cut_crops, dest=dest, side_mm=cfg.crop_mm, shape=shape), cfg.workers):
         pass
-    late = beyond(members, cfg.negatives)
-    rows = [
-        {
-            "case": f"{c.scan}/{c.line}",
-            "label": "nodule" if c.value else "no nodule",
-            "patient": c.scan,
-            "series": c.scan,
-            "nodule": nodule,
-            "test_only": int(c.line in late),
-        }
-        for c, nodule in zip(candidates, hit, strict=True)
-    ]
-    write_csv(rows, dest / "labels.csv")
-    numbered = [{"series": nodule.scan, "nodule": k} for k, nodule in enumerate(nodules)]
+    series, late = candidates.seriesuid, beyond(candidates, cfg.negatives)
+    labels = pd.DataFrame({"case": series + "/" + candidates.index.astype(str)})
+    labels["label"] = candidates["class"].map({0: "no nodule", 1: "nodule"})
+    labels["patient"] = labels["series"] = series  # LIDC has a scan of each patient
+    labels["nodule"], labels["test_only"] = hit.fillna(""), candidates.index.isin(late).astype(int)
+    write_csv(labels.to_dict("records"), dest / "labels.csv")
+    numbered = [{"series": scan, "nodule": k} for k, scan in enumerate(nodules.seriesuid)]
     write_csv(numbered, dest / "nodules.csv", ("series", "nodule"))
-    positive = sum(bool(c.value) for c in candidates)
-    print(f"{dest}: {len(rows)} candidates of {len(members)} scans, {positive} of class 1; {len(nodules)} nodules")
+    positive = int(candidates["class"].sum())
+    print(
+        f"{dest}: {len(labels)} candidates of {series.nunique()} scans, {positive} of class 1; {len(nodules)} nodules"
+    )
 
 
-def find_scans(source: Path) -> dict[str, Path]:
-    """The .mhd file of every seriesuid below a folder."""
-    files = sorted(source.rglob("*.mhd"))
-    if not files:
-        raise UserError(f"source: {source} has no .mhd files; give the folder that holds LUNA16's subset0 ... subset9")
-    scans = {file.stem: file for file in files}
-    if len(scans) < len(files):
-        twice = next(file for file in files if scans[file.stem] != file)
-        raise UserError(f"source: {twice} and {scans[twice.stem]} are the same scan; remove one")
-    return scans
+def read_places(path: str, option: str, value: str) -> pd.DataFrame:
+    """A LUNA16 file with its numbers; the index is the line, of which the header is the first."""
+    rows = read_csv(path, option, ("seriesuid", *XYZ, value))
+    places = pd.DataFrame(rows, index=range(2, len(rows) + 2))[["seriesuid", *XYZ, value]]
+    numbers = places.drop(columns="seriesuid").apply(pd.to_numeric, errors="coerce")
+    bad = places[~np.isfinite(numbers).all(axis=1)]
+    if len(bad):
+        raise UserError(f"{option}: {path}, line {bad.index[0]}: {', '.join(bad.iloc[0])} must be numbers; correct it")
+    return places[["seriesuid"]].join(numbers)
 
 
-def read_candidates(cfg: Config, scans: Mapping[str, Path]) -> list[Place]:
+def read_candidates(cfg: Config, scans: Mapping[str, Path]) -> pd.DataFrame:
     """The candidates of these scans, each once."""
-    lines: dict[tuple[str, Point], int] = {}
-    candidates, unknown, repeated = [], set(), 0
-    for place in _read_places(cfg.candidates, "candidates", "class"):
-        if place.value not in (0, 1):
+    places = read_places(cfg.candidates, "candidates", "class")
+    absent, repeated = ~places.seriesuid.isin(list(scans)), places.duplicated(["seriesuid", *XYZ])
+    reasons = {
+        "class must be 0 or 1": ~places["class"].isin((0, 1)),
+        f"this scan has no .mhd below {cfg.source}": absent,
+        "the same candidate is in a line above": repeated,
+    }
+    for reason, bad in reasons.items():
+        if bad.any() and (cfg.on_bad == "error" or reason.startswith("class") or bad.all()):
+            line = bad.idxmax()
             raise UserError(
-                f"candidates: {cfg.candidates}, line {place.line}: class must be 0 or 1, not {place.value:g}"
+                f"candidates: {cfg.candidates}, line {line} ({places.seriesuid[line]}) and {bad.sum() - 1} more: "
+                f"{reason}; correct them, or leave out repetitions and missing scans with --on_bad skip"
             )
-        first = lines.setdefault((place.scan, place.xyz), place.line)
-        if first != place.line:
-            repeated += 1
-            if cfg.on_bad == "error":
-                raise UserError(
-                    f"candidates: {cfg.candidates}: lines {first} and {place.line} are the same candidate; keep one, "
-                    "or leave repetitions out with --on_bad skip"
-                )
-        elif place.scan in scans:
-            candidates.append(place)
-        else:
-            unknown.add(place.scan)
-    if unknown and (cfg.on_bad == "error" or not candidates):
-        raise UserError(
-            f"candidates: {cfg.candidates} names {len(unknown)} scans that have no .mhd below {cfg.source}, e.g. "
-            f"{min(unknown)}; add them, or leave their candidates out with --on_bad skip"
-        )
-    if unknown or repeated:
-        print(f"left out: the candidates of {len(unknown)} scans that are not there, {repeated} repeated candidates")
-    return candidates
+        if bad.any():
+            print(f"left out: {bad.sum()} candidates, as {reason}")
+    return places[~absent & ~repeated]
 
 
-def _read_places(path: str, option: str, value: str) -> list[Place]:
-    """Scan, world coordinates and the column `value` of each line of a LUNA16 file."""
-    rows = read_csv(path, option)
-    missing = [name for name in (*COLUMNS, value) if name not in rows[0]]
-    if missing:
-        raise UserError(
-            f"{option}: {path} has no column {', '.join(missing)}; LUNA16's has {','.join((*COLUMNS, value))}"
-        )
-    places = []
-    for line, row in enumerate(rows, start=2):
-        try:
-            x, y, z, number = (float(row[name]) for name in (*COLUMNS[1:], value))
-        except ValueError as error:
-            raise UserError(f"{option}: {path}, line {line}: {error}") from None
-        if not all(map(math.isfinite, (x, y, z, number))):
-            raise UserError(f"{option}: {path}, line {line}: holds a number that is not finite")
-        places.append(Place(row["seriesuid"], line, (x, y, z), number))
-    return places
-
-
-def find_nodules(
-    cfg: Config, candidates: Sequence[Place], scans: Mapping[str, Path]
-) -> tuple[list[int | str], list[Place]]:
-    """(for each candidate the number of its nodule, "excluded" or "", the nodules)."""
+def read_nodules(cfg: Config, candidates: pd.DataFrame, scans: Mapping[str, Path]) -> pd.DataFrame:
+    """The annotated nodules of the scans; without annotations, one for class-1 candidates near each other."""
     if cfg.annotations:
-        nodules = [n for n in _read_places(cfg.annotations, "annotations", "diameter_mm") if n.scan in scans]
-        hit = hit_nodules(candidates, nodules)
-    else:
-        print(f"without annotations, class-1 candidates within {SAME_NODULE_MM:g} mm count as one nodule")
-        hit, nodules = group_positives(candidates)
-    others = _read_places(cfg.excluded, "excluded", "diameter_mm") if cfg.excluded else []
-    others = [place._replace(value=place.value if place.value > 0 else EXCLUDED_MM) for place in others]
-    word = ["" if other is None else "excluded" for other in hit_nodules(candidates, others)]
-    return [word[i] if nodule is None else nodule for i, nodule in enumerate(hit)], nodules
+        nodules = read_places(cfg.annotations, "annotations", "diameter_mm")
+        return nodules[nodules.seriesuid.isin(list(scans))]
+    print(f"without annotations, class-1 candidates within {SAME_NODULE_MM:g} mm count as one nodule")
+    nodules = candidates.assign(diameter_mm=2 * SAME_NODULE_MM)[candidates["class"] == 1]
+    kept = nodules[:0]
+    for line in nodules.index:
+        one = nodules.loc[[line]]
+        if find_nodules(one, kept).isna().all():
+            kept = pd.concat([kept, one])
+    return kept
 
 
-def hit_nodules(candidates: Sequence[Place], nodules: Sequence[Place]) -> list[int | None]:
-    """For each candidate the nodule whose sphere it lies in, the nearest of several."""
-    of_scan: dict[str, list[int]] = defaultdict(list)
-    for k, nodule in enumerate(nodules):
-        of_scan[nodule.scan].append(k)
-    hit = []
-    for candidate in candidates:
-        distances = [(math.dist(candidate.xyz, nodules[k].xyz), k) for k in of_scan[candidate.scan]]
-        inside = [(distance, k) for distance, k in distances if distance < nodules[k].value / 2]
-        hit.append(min(inside)[1] if inside else None)
+def find_nodules(candidates: pd.DataFrame, nodules: pd.DataFrame) -> pd.Series:
+    """For each candidate the position of the nodule in whose sphere it lies, the nearest of several, or NaN."""
+    from scipy.spatial.distance import cdist
+
+    hit = pd.Series(np.nan, candidates.index)
+    for scan, members in candidates.groupby("seriesuid"):
+        at = np.flatnonzero(nodules.seriesuid == scan)
+        distances = cdist(members[XYZ], nodules[XYZ].iloc[at])
+        distances[distances >= nodules.diameter_mm.to_numpy()[at] / 2] = np.inf
+        found = np.isfinite(distances).any(axis=1)
+        hit[members.index[found]] = at[distances[found].argmin(axis=1)] if found.any() else np.nan
     return hit
 
 
-def group_positives(candidates: Sequence[Place]) -> tuple[list[int | None], list[Place]]:
-    """(nodule of each candidate, nodules) where chains of near class-1 candidates of a scan are a nodule each."""
-    from scipy.sparse.csgraph import connected_components
-    from scipy.spatial.distance import cdist
-
-    positives = [i for i, candidate in enumerate(candidates) if candidate.value]
-    if not positives:
-        return [None] * len(candidates), []
-    far = {scan: 1e6 * k for k, scan in enumerate({candidates[i].scan for i in positives})}  # mm
-    places = np.array([(*candidates[i].xyz, far[candidates[i].scan]) for i in positives])
-    count, group = connected_components(cdist(places, places) <= SAME_NODULE_MM, directed=False)
-    hit = dict(zip(positives, group.tolist(), strict=True))
-    nodules = [candidates[positives[group.tolist().index(k)]] for k in range(count)]
-    return [hit.get(i) for i in range(len(candidates))], nodules
-
-
-def beyond(members: Mapping[str, Sequence[Place]], negatives: int) -> set[int]:
+def beyond(candidates: pd.DataFrame, negatives: int) -> list[int]:
     """Lines of the negatives beyond so many per scan, chosen by chance, the same whatever other scans there are."""
-    late: set[int] = set()
-    for scan, candidates in members.items() if negatives else ():
+    late: list[int] = []
+    for scan, members in candidates[candidates["class"] == 0].groupby("seriesuid") if negatives else ():
         seed = int.from_bytes(hashlib.sha256(scan.encode()).digest()[:8], "little")
-        lines = [candidate.line for candidate in candidates if not candidate.value]
-        late.update(np.random.default_rng(seed).permutation(lines)[negatives:].tolist())
+        late += np.random.default_rng(seed).permutation(members.index)[negatives:].tolist()
     return late
 
 
@@ -247,73 +184,51 @@ def _describe(cfg: Config, dest: Path) -> None:
     digest = hashlib.sha256(Path(cfg.candidates).read_bytes()).hexdigest()[:16]
     crops = {"mm": cfg.crop_mm, "size": cfg.crop_size, "slices": cfg.crop_slices, "candidates_sha256": digest}
     path = dest / "dataset.yaml"
-    old = read_yaml(path) if path.exists() else None
+    old = config.read_yaml(path) if path.exists() else None
     if dest.exists() and any(dest.iterdir()) and not (isinstance(old, dict) and old.get("crops") == crops):
         raise UserError(f"dest: {dest} holds something else, or crops of other options; choose another folder")
     pixel = cfg.crop_mm / cfg.crop_size
-    content = {
-        "modality": "CT",
-        "slice_axis": 2,
-        "spacing_mm": [pixel, pixel, cfg.crop_mm / cfg.crop_slices],
-        "window": [float(hu) for hu in cfg.window],
-        "source": "LUNA16",
-        "crops": crops,
-    }
-    write_text(yaml.safe_dump(content, sort_keys=False), path)
+    content = {"modality": "CT", "slice_axis": 2, "spacing_mm": [pixel, pixel, cfg.crop_mm / cfg.crop_slices]}
+    content |= {"window": [float(hu) for hu in cfg.window], "source": "LUNA16", "crops": crops}
+    config.save_yaml(content, path)
 
 
-def cut_crops(scan: tuple[Path, Sequence[Place]], dest: Path, side_mm: float, shape: tuple[int, int, int]) -> None:
-    """Write the crops of a scan, into a folder that appears when it is complete. Raises UserError, as `read_scan`."""
-    path, places = scan
-    volume, voxels, spacing = read_scan(path, [place.xyz for place in places])
-    folder = dest / places[0].scan
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for place, voxel in zip(places, voxels, strict=True):
-        if not all(-0.5 <= v <= n - 0.5 for v, n in zip(voxel, volume.shape, strict=True)):
-            raise UserError(
-                f"candidates: line {place.line} lies outside {path} (voxel {np.round(voxel, 1).tolist()} of "
-                f"{list(volume.shape)}, slices first); coordinates must be world millimetres, x, y, z"
-            )
-        hu = np.rint(cut_cube(volume, voxel, spacing, side_mm, shape)).clip(-32768, 32767).astype(np.int16)
-        np.save(temporary / f"{place.line}.npy", np.asfortranarray(hu.transpose(1, 2, 0)), allow_pickle=False)
-    os.replace(temporary, folder)
-
-
-def read_scan(path: Path, points: Sequence[Point]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A CT scan [D, H, W] in HU, the points (x, y, z in world mm) as voxel positions [n, 3], spacing in mm [3].
-
-    Positions and spacing are in array order (slice, row, column); a voxel's centre is at whole numbers. The image's
-    origin, spacing and direction are respected. Raises UserError where the file cannot be read.
-    """
-    import nibabel
-
+def cut_crops(scan: tuple[Path, pd.DataFrame], dest: Path, side_mm: float, shape: tuple[int, int, int]) -> None:
+    """Write the crops of a scan, into a folder that appears when it is complete. Raises UserError for a bad file."""
+    path, candidates = scan
     try:
         volume = read("itk", (path,), Options())
     except BadFile as error:
         raise UserError(f"{path}: {error}") from None
-    in_ras = np.array(points).reshape(-1, 3) * (-1, -1, 1)
-    voxels = nibabel.affines.apply_affine(np.linalg.inv(volume.affine), in_ras)
-    return volume.array.T, voxels[:, ::-1], np.array(volume.spacing_mm[::-1])
+    folder = dest / candidates.seriesuid.iloc[0]
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for line, place in zip(candidates.index, candidates[XYZ].to_numpy(), strict=True):
+        crop = cut_cube(volume, place, side_mm, shape)
+        if crop is None:
+            raise UserError(f"candidates: line {line} lies outside {path}; coordinates must be world mm, x, y, z")
+        hu = np.rint(crop).clip(-32768, 32767).astype(np.int16)
+        np.save(temporary / f"{line}.npy", np.asfortranarray(hu.transpose(1, 2, 0)), allow_pickle=False)
+    os.replace(temporary, folder)
 
 
-def cut_cube(
-    volume: np.ndarray, voxel: Sequence[float], spacing: Sequence[float], side_mm: float, shape: Sequence[int]
-) -> np.ndarray:
-    """Linear resampling of a cube to `shape` [D, S, S] float32; AIR_HU outside the volume.
+def cut_cube(volume: Volume, place: Sequence[float], side_mm: float, shape: Sequence[int]) -> np.ndarray | None:
+    """Linear resampling of a cube to `shape` [D, S, S] float32, AIR_HU outside the volume; None where its centre is.
 
-    voxel: the cube's centre in array order.  spacing: mm, in array order.  side_mm: from the outer edge of the first
-    sample to that of the last.
+    place: the centre, x, y, z in ITK's world mm.  side_mm: from the outer edge of the first sample to that of the last.
     """
     from scipy.ndimage import map_coordinates
 
+    voxel = (np.linalg.inv(volume.affine) @ (*(np.array(place) * (-1, -1, 1)), 1))[:3]  # to RAS and to indices
+    if not all(-0.5 <= v <= n - 0.5 for v, n in zip(voxel, volume.array.shape, strict=True)):
+        return None
     axes = [
         centre + ((np.arange(count) + 0.5) / count - 0.5) * side_mm / step
-        for centre, step, count in zip(voxel, spacing, shape, strict=True)
+        for centre, step, count in zip(voxel[::-1], volume.spacing_mm[::-1], shape, strict=True)
     ]
     grid = np.meshgrid(*axes, indexing="ij")
-    return map_coordinates(volume, grid, output=np.float32, order=1, mode="constant", cval=AIR_HU)
+    return map_coordinates(volume.array.T, grid, output=np.float32, order=1, mode="constant", cval=AIR_HU)
 
 
 if __name__ == "__main__":

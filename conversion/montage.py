@@ -20,7 +20,7 @@ CAPTION = 12  # pixels
 
 def montage(cases: Sequence[Case], dest: Path, window: Sequence[float] | None) -> None:
     """Slices as training sees them (window or percentiles), label maps as a red tint, with their ids."""
-    picked = [cases[i] for i in np.unique(np.linspace(0, len(cases) - 1, min(len(cases), TILES)).astype(int))]
+    picked = cases[:: math.ceil(len(cases) / TILES)]
     shares = (0.3, 0.5, 0.7) if 3 * len(cases) <= TILES else (0.5,)
     tiles = [tile for case in picked for tile in _tiles(case, dest, window, shares)]
     columns = min(12 if len(shares) == 3 else 8, len(tiles))
@@ -41,15 +41,14 @@ def _tiles(
         grey = read_grey(dest / case.file)
         yield case.id, _tile(grey, None, robust_limits(grey), (1.0, 1.0))
         return
-    volume = np.load(dest / case.file, mmap_mode="r", allow_pickle=False)
+    volume = np.load(dest / case.file, mmap_mode="r")
     volume = volume[..., 0] if volume.ndim == 4 else volume
-    label = np.load(dest / case.label, mmap_mode="r", allow_pickle=False) if case.label else None
+    label = np.load(dest / case.label, mmap_mode="r") if case.label else None
     limits = window or robust_limits(volume)
-    spacing = [float(x) for x in case.spacing_mm.split(" x ")] if case.spacing_mm else [1.0, 1.0, 1.0]
-    for share in shares:
-        k = int(share * volume.shape[2])
+    rows_mm, columns_mm, _ = map(float, (case.spacing_mm or "1 x 1 x 1").split(" x "))
+    for k in (int(share * volume.shape[2]) for share in shares):
         tint = label[:, :, k] > 0 if label is not None else None
-        yield f"{case.id} {k}", _tile(volume[:, :, k], tint, limits, (spacing[0], spacing[1]))
+        yield f"{case.id} {k}", _tile(volume[:, :, k], tint, limits, (rows_mm, columns_mm))
 
 
 def _tile(pixels: np.ndarray, tint: np.ndarray | None, limits: Sequence[float], mm: tuple[float, float]) -> Image.Image:

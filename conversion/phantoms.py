@@ -1,280 +1,324 @@
 """Small anatomical phantoms, deterministic by seed: data to try the project on, and to test it with.
 
-    python -m conversion.phantoms --dest Training_Data --volumes_per_anatomy 10 --images 32 --seed 0
+    python -m conversion.phantoms --dest Training_Data --volumes 6 --images 12 --seed 0
 
-Three anatomies of volumes (brain, chest, heart), each with a label map, and chest X-rays that are projections of the
-chest. Shapes are painted one over the other (conversion/anatomy.py), in slices as radiologists look at them. Pose and a
-smooth random deformation bend the coordinates, not the shapes. Contrast, bias field, blur, noise and intensity scale
-are then drawn per case.
-
-A binary `finding` is in the images and never in the names: enlarged ventricles with a lesion (brain), lung nodules
-(chest and X-ray), a dilated left ventricle with a thin wall (heart). Each group of random numbers has its own stream,
-so the same seed with finding 0 and 1 is the same patient without and with the disease.
+Volumes of brains, chests and hearts, and chest X-rays that are projections of chests. An anatomy is a list of
+ellipsoids and tubes, painted one over the other, in slices as radiologists look at them. Pose and a smooth random
+deformation bend the coordinates, not the shapes. Contrast, bias field, blur and noise are drawn per case. Hearts are
+written with their label maps. Half of the X-rays have a finding, lung nodules, which labels/findings.csv tells.
 """
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
+from jsonargparse.typing import NonNegativeInt
 from PIL import Image
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
-from conversion.anatomy import STRUCTURES, Canvas, Coordinates, Random, paint_brain, paint_chest
-from conversion.cardiac import paint_heart
-from utils.errors import UserError
+from utils import config
+from utils.files import write_csv
 
 ANATOMIES = ("brain", "chest", "heart")
-PAINTERS = dict(zip(ANATOMIES, (paint_brain, paint_chest, paint_heart), strict=True))
+SHAPE = (64, 64, 40)  # height, width, slices
+SPACING_MM = [1.0, 1.0, 1.5]
 
-FINDING_STRUCTURES = {"brain": "lesion", "chest": "nodule"}  # present only where the finding is 1
-SMALLEST_AXIS = 16  # voxels; below this the shapes fall between the grid points
-
-# Intensity of every structure, 0 to 1, in the order of STRUCTURES, air (0) first. One row is drawn per case.
-CONTRASTS: dict[str, dict[str, tuple[float, ...]]] = {
-    "brain": {
-        "T1": (0.02, 0.85, 0.14, 0.20, 0.47, 0.78, 0.55, 0.54, 0.70, 0.17, 0.22, 0.36),
-        "T2": (0.02, 0.55, 0.10, 0.88, 0.62, 0.35, 0.50, 0.55, 0.40, 0.95, 0.90, 0.78),
-        "FLAIR": (0.02, 0.60, 0.10, 0.16, 0.70, 0.46, 0.62, 0.62, 0.50, 0.14, 0.20, 0.92),
-    },
-    "chest": {
-        "CT": (0.02, 0.36, 0.52, 0.92, 0.86, 0.10, 0.55, 0.44, 0.58, 0.66, 0.03, 0.60, 0.55),
-        "T1": (0.02, 0.88, 0.42, 0.55, 0.60, 0.10, 0.34, 0.66, 0.38, 0.16, 0.03, 0.52, 0.48),
-        "T2": (0.02, 0.72, 0.32, 0.46, 0.52, 0.14, 0.52, 0.58, 0.66, 0.88, 0.03, 0.40, 0.72),
-    },
-    "heart": {
-        "CT": (0.02, 0.46, 0.08, 0.80, 0.30, 0.56, 0.50, 0.86, 0.70, 0.84, 0.68, 0.85, 0.74),
-        "cine": (0.02, 0.36, 0.08, 0.52, 0.60, 0.42, 0.34, 0.88, 0.84, 0.86, 0.82, 0.88, 0.84),
-        "black_blood": (0.02, 0.44, 0.08, 0.64, 0.86, 0.56, 0.58, 0.16, 0.18, 0.14, 0.20, 0.12, 0.14),
-    },
+# Grey values from 0 to 1 in CT, T1 and T2; attenuation of X-rays per unit length, relative to muscle.
+TISSUES = {
+    "air": (0.02, 0.02, 0.02, 0.0),
+    "fat": (0.36, 0.88, 0.72, 0.85),
+    "muscle": (0.52, 0.42, 0.32, 1.0),
+    "bone": (0.90, 0.58, 0.48, 1.8),
+    "lung": (0.10, 0.10, 0.14, 0.22),
+    "lung_vessels": (0.55, 0.34, 0.50, 1.0),
+    "abdomen": (0.60, 0.52, 0.40, 1.05),
+    "airways": (0.03, 0.03, 0.03, 0.02),
+    "nodule": (0.55, 0.48, 0.72, 1.3),
+    "scalp": (0.45, 0.85, 0.55, 1.0),
+    "skull": (0.95, 0.14, 0.10, 2.2),
+    "csf": (0.20, 0.20, 0.88, 1.0),
+    "grey_matter": (0.48, 0.47, 0.62, 1.0),
+    "white_matter": (0.36, 0.78, 0.35, 1.0),
+    "deep_grey": (0.50, 0.55, 0.50, 1.0),
+    "cerebellum": (0.44, 0.54, 0.58, 1.0),
+    "brainstem": (0.38, 0.70, 0.42, 1.0),
+    "ventricles": (0.18, 0.17, 0.95, 1.0),
+    "eyes": (0.26, 0.22, 0.90, 1.0),
+    "heart": (0.58, 0.62, 0.58, 1.05),
+    "great_vessels": (0.72, 0.18, 0.84, 1.1),
+    "myocardium": (0.56, 0.58, 0.34, 1.05),
+    "left_ventricle": (0.88, 0.16, 0.88, 1.1),
+    "right_ventricle": (0.72, 0.20, 0.82, 1.1),
+    "left_atrium": (0.84, 0.14, 0.86, 1.1),
+    "right_atrium": (0.68, 0.22, 0.80, 1.1),
+    "aorta": (0.86, 0.12, 0.88, 1.1),
+    "pulmonary_artery": (0.74, 0.15, 0.78, 1.1),
 }
-# X-ray attenuation per unit length, relative to muscle, in the order of STRUCTURES["chest"], air first
-ATTENUATION = (0.0, 0.85, 1.0, 2.6, 1.55, 0.22, 1.0, 0.95, 1.05, 1.1, 0.02, 1.05, 1.3)
+XRAY = 3  # the column of the attenuation
 
-# Streams of random numbers of one case
-FINDING, POSE, SHAPE, DISEASE, CONTRAST, NOISE = range(6)
-XRAY = len(ANATOMIES)  # X-rays have their own patients
-
-
-@dataclass(frozen=True)
-class Phantom:
-    image: np.ndarray  # [H, W, C] uint8; rows front to back, columns right to left, slices feet to head
-    labels: np.ndarray | None  # [H, W, C] uint8, values of STRUCTURES, 0 outside the body
-    finding: int  # 0 or 1
+Random = np.random.Generator
+Grid = tuple[np.ndarray, np.ndarray, np.ndarray]
+# f(x, y, z, random numbers of the case), negative inside, near its surface about the distance to it. x runs from the
+# patient's right (-1) to left (1), y from front to back, z from feet to head.
+Shape = Callable[[Grid, Random], np.ndarray]
 
 
-def phantom(anatomy: str, seed: int, shape: tuple[int, int, int] = (64, 64, 40), finding: int | None = None) -> Phantom:
-    """One case, the same bytes on every machine.
+def ball(centre: tuple[float, ...], radii: tuple[float, ...], both: bool = False, folds: float = 0.0) -> Shape:
+    """An ellipsoid, moved and stretched a little in every case.
 
-    anatomy: one of ANATOMIES.  seed: >= 0.  shape: (H, W, C) voxels, each at least 16; any shape covers the same body.
-    finding: 0, 1, or None to draw it from the seed.  Raises UserError naming the argument that is wrong.
+    both: the same on the right.  folds: how deep its surface is folded, as the brain's.
     """
-    if anatomy not in ANATOMIES:
-        raise UserError(f"anatomy: {anatomy!r} is not known; choose one of {', '.join(ANATOMIES)}")
-    check(seed, shape, finding)
-    number = ANATOMIES.index(anatomy)
-    finding = draw_finding(seed, number) if finding is None else finding
-    draw = stream(seed, number, CONTRAST)
-    table = list(CONTRASTS[anatomy].values())
-    tissues = np.array(table[draw.integers(len(table))])
-    tissues[1:] = (tissues[1:] + 0.03 * draw.standard_normal(len(tissues) - 1)).clip(0.03, 1.0)
-    canvas = Canvas(anatomy, posed_coordinates(seed, number, shape), tissues, voxel=2 / min(shape[:2]))
-    PAINTERS[anatomy](canvas, stream(seed, number, SHAPE), stream(seed, number, DISEASE), finding)
-    return Phantom(acquire(canvas.image, draw, stream(seed, number, NOISE)), canvas.labels, finding)
+
+    def shape(at: Grid, draw: Random) -> np.ndarray:
+        middle, size = centre + draw.uniform(-0.02, 0.02, 3), radii * draw.uniform(0.92, 1.08, 3)
+        waves = wave_field(draw, at, 0.28) if folds else 0.0
+        at = (np.abs(at[0]), *at[1:]) if both else at
+        x, y, z = (((a - c) / r) ** 2 for a, c, r in zip(at, middle, size, strict=True))
+        return (np.sqrt(x + y + z) - 1) * min(size) + folds * waves
+
+    return shape
 
 
-def xray(seed: int, size: int = 128, finding: int | None = None) -> tuple[np.ndarray, int]:
-    """A chest X-ray from the front, bones white: the chest projected along y after Beer and Lambert.
+def tube(*points: tuple[float, float, float, float], both: bool = False) -> Shape:
+    """A round tube through points (x, y, z, radius), linear in between."""
 
-    seed: >= 0.  size: pixels, at least 16.  finding: 0, 1 (nodules), or None to draw it from the seed.
-    Returns ([size, size] uint8, finding).  Raises UserError naming the argument that is wrong.
+    def part(at: list[np.ndarray], start: np.ndarray, end: np.ndarray) -> np.ndarray:
+        axis = (end - start)[:3]
+        offset = [a - s for a, s in zip(at, start[:3], strict=True)]
+        share = (sum(o * v for o, v in zip(offset, axis, strict=True)) / (axis @ axis)).clip(0, 1)
+        square = sum((o - share * v) ** 2 for o, v in zip(offset, axis, strict=True))
+        return np.sqrt(square) - (start[3] + share * (end - start)[3])
+
+    def shape(at: Grid, draw: Random) -> np.ndarray:
+        at = (np.abs(at[0]), *at[1:]) if both else at
+        moved = np.array(points) + draw.uniform(-0.01, 0.01, (len(points), 4)) * [2, 2, 2, 1]
+        distance = np.ones(at[0].shape)
+        for ends in pairwise(moved):  # tubes fill little of a volume: work in their boxes only
+            low, high = (limit(ends, axis=0) for limit in (np.min, np.max))
+            near = np.ones(distance.shape, bool)
+            for k in range(3):
+                near &= (at[k] > low[k] - high[3] - 0.15) & (at[k] < high[k] + high[3] + 0.15)
+            distance[near] = np.minimum(distance[near], part([a[near] for a in at], *ends))
+        return distance
+
+    return shape
+
+
+def ribs(width: float, depth: float, heights: np.ndarray) -> list[tuple[str, Shape]]:
+    """Pairs of ribs that run from the spine down to the front."""
+    turns = np.linspace(0.1, 2.6, 6)
+    arc = np.stack([width * np.sin(turns), depth * np.cos(turns), -0.1 * turns, 0 * turns + 0.04], axis=1)
+    return [("bone", tube(*(arc + np.array([0, 0, z, 0])), both=True)) for z in heights]
+
+
+def spine(back: float) -> list[tuple[str, Shape]]:
+    return [
+        ("bone", tube((0, back, -1.5, 0.12), (0, back, 1.5, 0.11))),
+        ("bone", tube((0, back + 0.2, -1.5, 0.06), (0, back + 0.2, 1.5, 0.06))),
+    ]
+
+
+# What is painted, in this order: the structure and its shape.
+BRAIN = [
+    ("scalp", ball((0, 0, -0.1), (0.80, 0.95, 1.02))),
+    ("skull", ball((0, 0, -0.1), (0.74, 0.89, 0.96))),
+    ("csf", ball((0, 0, -0.1), (0.66, 0.81, 0.88))),
+    ("scalp", ball((0, -0.75, -0.95), (0.55, 0.35, 0.42))),
+    ("eyes", ball((0.30, -0.68, -0.84), (0.15, 0.16, 0.16), both=True)),
+    ("grey_matter", ball((0.31, 0, 0), (0.29, 0.70, 0.66), both=True, folds=0.015)),
+    ("white_matter", ball((0.29, 0, 0), (0.24, 0.60, 0.56), both=True, folds=0.045)),
+    ("white_matter", ball((0, 0, 0.08), (0.20, 0.35, 0.08))),
+    ("deep_grey", ball((0.19, -0.24, 0.08), (0.07, 0.17, 0.14), both=True)),
+    ("deep_grey", ball((0.16, 0.10, -0.02), (0.11, 0.17, 0.15), both=True)),
+    ("ventricles", tube((0.12, -0.40, 0.10, 0.05), (0.09, 0.1, 0.24, 0.07), (0.24, 0.46, 0.06, 0.08), both=True)),
+    ("ventricles", ball((0, 0.04, -0.10), (0.035, 0.22, 0.16))),
+    ("csf", ball((0, 0.1, -0.58), (0.30, 0.50, 0.16))),
+    ("brainstem", tube((0, 0.14, -1.3, 0.12), (0, 0.02, -0.36, 0.16))),
+    ("cerebellum", ball((0.22, 0.42, -0.66), (0.30, 0.32, 0.26), both=True, folds=0.02)),
+    ("ventricles", ball((0, 0.25, -0.68), (0.07, 0.06, 0.12))),
+]
+CHEST = [
+    ("fat", ball((0, 0, 0), (0.96, 0.74, 3.0))),
+    ("muscle", ball((0, 0, 0), (0.89, 0.67, 3.0))),
+    ("fat", ball((0, 0, 0), (0.16, 0.44, 1.4))),
+    ("lung", ball((0.42, 0.02, -0.1), (0.34, 0.52, 0.98), both=True)),
+    *ribs(0.81, 0.60, np.arange(-1.0, 1.3, 0.3)),
+    *(("lung_vessels", tube((0.2, 0.05, 0.05, 0.05), (0.38, y, z, 0.035), (0.55, 1.6 * y, 1.8 * z, 0.015), both=True))
+      for y, z in ((-0.1, 0.2), (0.1, -0.2), (0.15, 0.1), (-0.12, -0.15))),
+    ("abdomen", ball((-0.38, -0.02, -0.85), (0.46, 0.50, 0.42))),
+    ("abdomen", ball((0.42, -0.02, -0.95), (0.38, 0.46, 0.40))),
+    *spine(0.40),
+    ("bone", tube((0, -0.60, -0.4, 0.05), (0, -0.56, 0.7, 0.06))),
+    ("heart", ball((0.12, -0.16, -0.25), (0.36, 0.28, 0.36))),
+    ("great_vessels", ball((0.16, -0.15, -0.26), (0.2, 0.15, 0.2))),
+    ("great_vessels", tube((0.0, -0.08, 0, 0.09), (-0.05, -0.08, 0.4, 0.08), (0.15, 0.22, 0.4, 0.07))),
+    ("great_vessels", tube((0.15, 0.22, 0.4, 0.07), (0.15, 0.26, -1.3, 0.07))),
+    ("great_vessels", tube((0.06, -0.12, 0.0, 0.08), (0.0, 0.0, 0.16, 0.08), (-0.2, 0.05, 0.1, 0.05))),
+    ("airways", tube((0.0, 0.06, 1.3, 0.06), (0.0, 0.12, 0.28, 0.06))),
+    ("airways", tube((0.0, 0.12, 0.28, 0.05), (0.22, 0.12, 0.08, 0.035), both=True)),
+]  # fmt: skip
+HEART = [
+    ("fat", ball((0, 0, 0), (1.0, 0.94, 4.0))),
+    ("muscle", ball((0, 0, 0), (0.93, 0.87, 4.0))),
+    ("lung", ball((0, 0, 0), (0.80, 0.74, 4.0))),
+    *ribs(0.84, 0.78, np.arange(-1.0, 1.5, 0.4)),
+    ("abdomen", ball((-0.35, 0, -0.95), (0.50, 0.66, 0.50))),
+    ("abdomen", ball((0.45, 0.1, -1.05), (0.38, 0.56, 0.44))),
+    ("fat", ball((0.05, -0.05, 0.0), (0.60, 0.54, 0.60))),
+    ("fat", tube((0, 0, 0.3, 0.34), (0, 0.05, 1.5, 0.3))),
+    *spine(0.62),
+    ("myocardium", ball((-0.10, -0.26, -0.10), (0.28, 0.24, 0.32))),
+    ("right_ventricle", ball((-0.10, -0.27, -0.10), (0.23, 0.19, 0.27))),
+    ("right_ventricle", tube((-0.02, -0.34, 0.1, 0.11), (0.1, -0.3, 0.38, 0.09))),
+    ("myocardium", ball((0.24, -0.12, -0.12), (0.33, 0.31, 0.34))),
+    ("left_ventricle", ball((0.24, -0.12, -0.1), (0.21, 0.19, 0.25))),
+    ("right_atrium", ball((-0.34, 0.02, 0.0), (0.20, 0.22, 0.25))),
+    ("right_atrium", tube((-0.30, 0.06, 1.4, 0.08), (-0.32, 0.04, 0.1, 0.09), (-0.26, 0.16, -1.4, 0.09))),
+    ("left_atrium", ball((0.02, 0.28, 0.14), (0.27, 0.17, 0.20))),
+    ("left_atrium", tube((0.05, 0.32, 0.18, 0.06), (0.55, 0.38, 0.26, 0.05), both=True)),
+    ("pulmonary_artery", tube((0.1, -0.3, 0.38, 0.1), (0.1, -0.12, 0.56, 0.09), (-0.35, 0.12, 0.52, 0.06))),
+    ("pulmonary_artery", tube((0.1, -0.12, 0.56, 0.08), (0.38, 0.14, 0.54, 0.06))),
+    ("aorta", tube((0.06, -0.02, 0.1, 0.1), (-0.08, -0.14, 0.4, 0.11), (-0.06, -0.08, 0.76, 0.1))),
+    ("aorta", tube((-0.06, -0.08, 0.76, 0.1), (0.18, 0.36, 0.76, 0.09), (0.22, 0.44, -1.4, 0.08))),
+]  # fmt: skip
+PARTS = dict(zip(ANATOMIES, (BRAIN, CHEST, HEART), strict=True))
+# {label value: structure} of each anatomy
+STRUCTURES = {a: dict(enumerate(dict.fromkeys(name for name, _ in parts), 1)) for a, parts in PARTS.items()}
+
+
+class Phantom(NamedTuple):
+    image: np.ndarray  # [H, W, D] uint8; rows front to back, columns right to left, slices feet to head
+    labels: np.ndarray  # [H, W, D] uint8, values of STRUCTURES, 0 outside the body
+
+
+def phantom(anatomy: str, seed: int, shape: tuple[int, int, int] = SHAPE) -> Phantom:
+    """One case, the same bytes on every machine. shape: height, width, slices; any shape covers the same body."""
+    draw = np.random.default_rng((seed, ANATOMIES.index(anatomy)))
+    grey = tissues(draw, int(draw.integers(XRAY)))
+    image, labels = paint(PARTS[anatomy], STRUCTURES[anatomy], posed_grid(draw, shape), grey, draw)
+    image *= 1 + 0.15 * smooth_field(draw, shape)  # of the coil
+    width = draw.uniform(0.3, 0.8) * min(shape[:2]) / 64
+    image = ndimage.gaussian_filter(image, (width, width, 0.8 * width), truncate=3.0)
+    image = (image + draw.uniform(0.01, 0.03) * draw.standard_normal(shape)).clip(0, None)
+    return Phantom(quantise(draw.uniform(0, 0.09) + image * draw.uniform(0.45, 0.85)), labels)
+
+
+def xray(seed: int, size: int = 128, finding: bool = False) -> np.ndarray:
+    """[size, size] uint8: a chest from the front, bones white, projected along y after Beer and Lambert.
+
+    finding: nodules in the lungs; with and without it, the same seed is the same patient.
     """
-    if size < SMALLEST_AXIS:
-        raise UserError(f"size: {size} is too small; need at least {SMALLEST_AXIS} pixels")
-    check(seed, (size, size, size), finding)
-    finding = draw_finding(seed, XRAY) if finding is None else finding
-    depth = max(SMALLEST_AXIS, 3 * size // 8)  # the projection averages over depth, so a coarser grid will do
-    at = posed_coordinates(seed, XRAY, (depth, size, size), rotation_degrees=4.0)
-    draw = stream(seed, XRAY, CONTRAST)
-    attenuation = np.array(ATTENUATION)
-    attenuation[3:5] *= draw.uniform(0.75, 1.2)  # the energy of the beam changes bone most
-    canvas = Canvas("chest", at, attenuation, voxel=2 / size)
-    paint_chest(canvas, stream(seed, XRAY, SHAPE), stream(seed, XRAY, DISEASE), finding)
-
-    noise = stream(seed, XRAY, NOISE)
-    path = canvas.image.sum(axis=0).T[::-1] * (2 / depth)  # [z, x], head up; in units of muscle
-    path = ndimage.gaussian_filter(path, draw.uniform(0.3, 0.8) * size / 128)
-    transmitted = np.exp(-draw.uniform(1.2, 1.7) * path)
-    photons = draw.uniform(3000.0, 8000.0)
-    transmitted += np.sqrt(transmitted / photons) * noise.standard_normal(path.shape)
-    film = -np.log(transmitted.clip(0.01, 1.0))
-    film *= 1 + 0.06 * smooth_field(draw, (size, size, 1))[..., 0]
-    low, high = np.percentile(film, (2.0, 99.5))
-    film = ((film - low) / (high - low)).clip(0.0, 1.0) ** draw.uniform(0.75, 1.3)
-    film = draw.uniform(0.0, 0.08) + film * draw.uniform(0.75, 0.92)
-    return quantise(film), finding
-
-
-def write_tree(
-    dest: Path,
-    volumes_per_anatomy: int,
-    images: int,
-    seed: int,
-    shape: tuple[int, int, int] = (64, 64, 40),
-) -> None:
-    """Write an example of the layout that training reads; case i of every data set has the seed `seed` + i.
-
-    dest: folder to write into, for example Training_Data.  volumes_per_anatomy, images: how many, >= 0.
-    shape: (H, W, C) voxels of every volume.  Files of the same names are replaced, others are left alone.
-    """
-    dest = Path(dest)
-    check(seed, shape, None)
-    for name, count in (("volumes_per_anatomy", volumes_per_anatomy), ("images", images)):
-        if count < 0:
-            raise UserError(f"{name}: {count} is negative; need 0 or more")
-
-    about: dict[str, Any] = {"modality": "synthetic", "spacing_mm": [1.0, 1.0, 1.5], "slice_axis": 2}
-    for anatomy in ANATOMIES:
-        cases = {f"{anatomy}_{i:03d}.npy": phantom(anatomy, seed + i, shape) for i in range(volumes_per_anatomy)}
-        about["source"] = f"Synthetic {anatomy} phantoms made by conversion/phantoms.py; not patient data."
-        _write(dest / f"Phantom_{anatomy.capitalize()}", cases, about | {"structures": STRUCTURES[anatomy]})
-    films = {
-        f"xray_{i:03d}.png": Phantom(film, None, finding)
-        for i, (film, finding) in enumerate(map(xray, range(seed, seed + images)))
-    }
-    source = "Projections of synthetic chest phantoms made by conversion/phantoms.py; not patient data."
-    _write(dest / "Phantom_XRay", films, {"modality": "synthetic", "source": source})
-    command = (
-        f"python -m conversion.phantoms --dest {dest.name} --volumes_per_anatomy {volumes_per_anatomy} "
-        f"--images {images} --seed {seed}"
-    )
-    if tuple(shape) != (64, 64, 40):
-        command += f' --shape "{list(shape)}"'
-    (dest / "README.md").write_text(README.format(command=command), encoding="utf-8")
-
-
-def _write(folder: Path, cases: dict[str, Phantom], about: dict[str, Any]) -> None:
-    """A data set by the names of its files."""
-    (folder / "labels").mkdir(parents=True, exist_ok=True)
-    for name, case in cases.items():
-        if case.labels is None:
-            Image.fromarray(case.image).save(folder / name)
-        else:
-            np.save(folder / name, case.image, allow_pickle=False)
-            np.save(folder / "labels" / name, case.labels, allow_pickle=False)
-    lines = ["file,finding", *(f"{name},{case.finding}" for name, case in cases.items())]
-    (folder / "labels" / "findings.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "dataset.yaml").write_text(yaml.safe_dump(about, sort_keys=False), encoding="utf-8")
-
-
-README = """# Training data
-
-Put your own data sets beside the examples, one folder each:
-
-    Training_Data/<Dataset>/<id>.npy                       a volume, H x W x C, slices last, any real numeric type
-    Training_Data/<Dataset>/<name>.png  .jpg  .tif         2D images
-    Training_Data/<Dataset>/dataset.yaml                   optional: modality, window, spacing_mm, slice_axis
-
-Folders named `labels` and hidden ones are never read for training. The label maps (same names as the volumes, values
-in `structures` of dataset.yaml) and findings.csv (0 healthy, 1 diseased) that stand there are for evaluation.
-
-The `Phantom_*` folders are synthetic, so that everything can be tried before any patient data is at hand: brains,
-chests, hearts and chest X-rays. Delete them before you train on your own data. They were made by
-
-    {command}
-"""
-
-
-def check(seed: int, shape: tuple[int, ...], finding: int | None) -> None:
-    if seed < 0:
-        raise UserError(f"seed: {seed} is negative; need 0 or more")
-    if len(shape) != 3 or min(shape) < SMALLEST_AXIS:
-        raise UserError(f"shape: need (H, W, C) of at least {SMALLEST_AXIS} voxels each, got {tuple(shape)}")
-    if finding not in (None, 0, 1):
-        raise UserError(f"finding: {finding!r} is neither 0 nor 1 nor None")
-
-
-def stream(seed: int, number: int, purpose: int) -> Random:
-    return np.random.default_rng((seed, number, purpose))
-
-
-def draw_finding(seed: int, number: int) -> int:
-    return int(stream(seed, number, FINDING).integers(2))
+    draw, film = (np.random.default_rng((seed, XRAY, part)) for part in range(2))
+    places = np.array([(0.45, 0, 0.35), (-0.45, 0, 0.2), (0.5, 0.2, -0.1), (-0.48, 0, -0.15)])
+    places += film.uniform(-0.1, 0.1, places.shape)
+    nodules = [("nodule", ball(tuple(place), (0.13, 0.13, 0.13))) for place in places if finding]
+    at = posed_grid(draw, (size // 4, size, size))  # the projection averages over y, so a coarser grid will do
+    grey = tissues(draw, XRAY)
+    labels = STRUCTURES["chest"] | {99: "nodule"}
+    path = 2 * paint(CHEST + nodules, labels, at, grey, draw)[0].mean(axis=0).T[::-1]  # [z, x], head on top
+    path = ndimage.gaussian_filter(path, film.uniform(0.3, 0.8) * size / 128)
+    path = film.uniform(1.2, 1.7) * path + 0.02 * film.standard_normal(path.shape)
+    path *= 1 + 0.06 * smooth_field(film, (size, size, 1))[..., 0]
+    low, high = np.percentile(path, (2.0, 99.5))
+    path = ((path - low) / (high - low)).clip(0, 1) ** film.uniform(0.75, 1.3)
+    return quantise(film.uniform(0, 0.08) + path * film.uniform(0.75, 0.92))
 
 
 # Everything is float64: machines differ in the last bits of sin and exp, and only at this precision is that far too
 # little to move a rounded grey value.
-def smooth_field(draw: Random, shape: tuple[int, int, int], modes: int = 3) -> np.ndarray:
-    """A random field of unit variance [H, W, C] out of the lowest `modes` cosines along every axis."""
-    order = np.arange(modes)
-    total = order[:, None, None] + order[:, None] + order
-    weight = np.where(total == 0, 0.0, 1.0 / (1.0 + total))  # no constant, and less of the finer waves
-    field = draw.standard_normal((modes,) * 3) * weight / np.sqrt((weight**2).sum() / 4)
-    for axis, length in enumerate(shape):
-        waves = np.cos(np.pi * order[:, None] * (np.arange(length) + 0.5) / length)
-        along = [1, 1, 1]
-        along[axis] = length
-        field = sum(field.take([k], axis) * waves[k].reshape(along) for k in range(modes))
-    return field
+def paint(
+    parts: list[tuple[str, Shape]], names: dict[int, str], at: Grid, grey: dict[str, float], draw: Random
+) -> tuple[np.ndarray, np.ndarray]:
+    """(grey values, labels) of shapes painted one over the other, their edges as soft as a voxel is wide."""
+    values = {name: value for value, name in names.items()}
+    image, labels = np.full(at[0].shape, grey["air"]), np.zeros(at[0].shape, np.uint8)
+    for name, shape in parts:
+        distance = shape(at, draw)
+        share = (0.5 - distance * min(distance.shape[1:]) / 2).clip(0, 1)  # of the voxel that lies inside
+        image += share * (grey[name] - image)
+        labels[distance < 0] = values[name]
+    return image, labels
 
 
-def posed_coordinates(
-    seed: int, number: int, shape: tuple[int, int, int], rotation_degrees: float = 8.0
-) -> Coordinates:
-    """Canonical x, y, z of every voxel, each [H, W, C], after a random rotation, shift, scale and bending."""
-    draw = stream(seed, number, POSE)
-    height, width, slices = ((2 * np.arange(n) + 1.0) / n - 1 for n in shape)
-    grid = (width[None, :, None], height[:, None, None], slices[None, None, :])
-    turn = np.eye(3)
-    for axis in range(3):
-        angle = np.deg2rad(draw.uniform(-rotation_degrees, rotation_degrees))
-        i, j = (axis + 1) % 3, (axis + 2) % 3
-        row_i, row_j = turn[i].copy(), turn[j].copy()
-        turn[i] = np.cos(angle) * row_i - np.sin(angle) * row_j
-        turn[j] = np.sin(angle) * row_i + np.cos(angle) * row_j
+def tissues(draw: Random, column: int) -> dict[str, float]:
+    """One contrast, a little different in every case."""
+    jitter = 0.03 * draw.standard_normal(len(TISSUES))
+    return {name: max(0.02, row[column] + more) for (name, row), more in zip(TISSUES.items(), jitter, strict=True)}
+
+
+def posed_grid(draw: Random, shape: tuple[int, int, int]) -> Grid:
+    """x, y, z of every voxel, each [H, W, D], after a random rotation, shift, scaling and bending."""
+    y, x, z = np.meshgrid(*((2 * np.arange(n) + 1.0) / n - 1 for n in shape), indexing="ij")
+    turn = Rotation.from_euler("xyz", draw.uniform(-8, 8, 3), degrees=True).as_matrix()
+    turn = turn / (draw.uniform(0.92, 1.06) * draw.uniform(0.95, 1.05, 3))
     shift = draw.uniform(-0.06, 0.06, 3)
-    scale = draw.uniform(0.92, 1.06) * draw.uniform(0.95, 1.05, 3)
-    moved = [(grid[k] - shift[k]) / scale[k] for k in range(3)]
-    x, y, z = (
-        turn[k, 0] * moved[0] + turn[k, 1] * moved[1] + turn[k, 2] * moved[2] + 0.025 * smooth_field(draw, shape)
-        for k in range(3)
+    return tuple(
+        a * (x - shift[0]) + b * (y - shift[1]) + c * (z - shift[2]) + 0.025 * smooth_field(draw, shape)
+        for a, b, c in turn
     )
-    return x, y, z
 
 
-def acquire(image: np.ndarray, draw: Random, noise: Random) -> np.ndarray:
-    """What a scanner would make of the tissue values [H, W, C]: texture, coil, resolution, noise, arbitrary units."""
-    grain = ndimage.gaussian_filter(noise.standard_normal(image.shape), 0.8) * 3.0  # back to about unit variance
-    image = image * (1 + draw.uniform(0.02, 0.06) * grain)
-    image = image * np.exp(draw.uniform(0.05, 0.22) * smooth_field(draw, image.shape))
-    width = draw.uniform(0.25, 0.6)  # voxels
-    image = ndimage.gaussian_filter(image, (width, width, 0.8 * width), truncate=3.0)
-    sigma = draw.uniform(0.01, 0.032)
-    if draw.uniform() < 0.7:  # magnitude of a complex signal
-        image = np.hypot(image + sigma * noise.standard_normal(image.shape), sigma * noise.standard_normal(image.shape))
-    else:
-        image = image + sigma * noise.standard_normal(image.shape)
-    image = image.clip(0, None) ** draw.uniform(0.85, 1.2)
-    return quantise(draw.uniform(0.0, 0.09) + image * draw.uniform(0.45, 0.85))
+def smooth_field(draw: Random, shape: tuple[int, int, int], modes: int = 3) -> np.ndarray:
+    """A random field of about unit variance [H, W, D] out of the lowest cosines along every axis."""
+    order = np.arange(modes)
+    weight = 1 / (1.0 + order[:, None, None] + order[:, None] + order)  # less of the finer waves
+    weight[0, 0, 0] = 0
+    waves = [np.cos(np.pi * order[:, None] * (np.arange(n) + 0.5) / n) for n in shape]
+    return np.einsum("abc,ah,bw,cd->hwd", draw.standard_normal(weight.shape) * weight * 1.2, *waves, optimize=True)
+
+
+def wave_field(draw: Random, at: Grid, length: float, waves: int = 8) -> np.ndarray:
+    """A random field of unit variance whose folds are `length` apart: plane waves of that length in all directions."""
+    directions = draw.standard_normal((waves, 3))
+    directions *= 2 * np.pi / length / np.linalg.norm(directions, axis=1, keepdims=True)
+    phases = draw.uniform(0, 2 * np.pi, waves)
+    field = sum(np.cos(a * at[0] + b * at[1] + c * at[2] + p) for (a, b, c), p in zip(directions, phases, strict=True))
+    return field * np.sqrt(2 / waves)
 
 
 def quantise(image: np.ndarray) -> np.ndarray:
     return np.rint(image.clip(0, 1) * 255).astype(np.uint8)
 
 
-def main() -> None:
-    from jsonargparse import auto_cli
+@dataclass
+class Config:
+    dest: str
+    """folder to write into, e.g. Training_Data; files of the same names are replaced"""
+    volumes: NonNegativeInt = 6
+    """volumes of each anatomy"""
+    images: NonNegativeInt = 12
+    """X-rays"""
+    seed: NonNegativeInt = 0
+    """random seed of the first case of each data set"""
 
-    try:
-        auto_cli(write_tree, as_positional=False)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+
+def main(cfg: Config) -> None:
+    about: dict[str, Any] = {"modality": "synthetic", "source": "conversion/phantoms.py; not patient data"}
+    for anatomy in ANATOMIES:
+        folder = Path(cfg.dest) / f"Phantom_{anatomy.capitalize()}"
+        structures = {name: [value] for value, name in STRUCTURES[anatomy].items()} if anatomy == "heart" else {}
+        of_volumes = {"spacing_mm": SPACING_MM, "slice_axis": 2, "structures": structures}
+        (folder / "labels" if structures else folder).mkdir(parents=True, exist_ok=True)
+        config.save_yaml(about | {key: value for key, value in of_volumes.items() if value}, folder / "dataset.yaml")
+        for i in range(cfg.volumes):
+            case, name = phantom(anatomy, cfg.seed + i), f"{anatomy}_{i:03d}.npy"
+            np.save(folder / name, case.image, allow_pickle=False)
+            if structures:
+                np.save(folder / "labels" / name, case.labels, allow_pickle=False)
+    folder = Path(cfg.dest) / "Phantom_XRay"
+    config.save_yaml(about, folder / "dataset.yaml")
+    findings = {f"xray_{i:03d}.png": i % 2 for i in range(cfg.images)}
+    for i, (name, finding) in enumerate(findings.items()):
+        Image.fromarray(xray(cfg.seed + i, finding=bool(finding))).save(folder / name)
+    rows = [{"file": name, "finding": finding} for name, finding in findings.items()]
+    write_csv(rows, folder / "labels/findings.csv", ("file", "finding"))
 
 
 if __name__ == "__main__":
-    main()
+    config.main(main, Config, __doc__)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ import numpy as np
 import yaml
 
 from conversion.layouts import Source, split_suffix
+from datasets.cache import is_whole
 from datasets.index import MONTAGE
 from utils.config import read_yaml
 from utils.errors import UserError
-from utils.files import write_csv, write_text
+from utils.files import read_csv, write_csv, write_text
 
 CASES = "cases.csv"
 LABELS = "labels"  # the folder of label maps: one that datasets.index never reads as data
@@ -32,7 +32,7 @@ class Case:
 
     id: str
     source: str  # folder or file given as --source, and the path below it
-    file: str  # written, relative to the data set
+    file: str = ""  # written, relative to the data set
     label: str = ""  # written label map, relative to the data set
     patient: str = ""
     modality: str = ""
@@ -48,11 +48,8 @@ class Case:
     original_orientation: str = ""  # x, y, z of the source
     original_spacing_mm: str = ""
     original_shape: str = ""
-    original_dtype: str = ""
     original_files: str = "1"
     sha256: str = ""  # of the written file
-    bytes: str = ""  # of the written file
-    label_bytes: str = ""
     notes: str = ""
     key: str = ""  # of the source files and the options: a case with another key is made again
 
@@ -61,11 +58,7 @@ class Case:
         return self.file.endswith(".npy")
 
     def is_whole(self, dest: Path) -> bool:
-        """Whether all files are there, as long as they were when they were written."""
-        pairs = [(self.file, self.bytes), (self.label, self.label_bytes)]
-        return all(
-            (dest / file).is_file() and (dest / file).stat().st_size == int(size) for file, size in pairs if file
-        )
+        return all(is_whole(dest / file) for file in (self.file, self.label) if file)
 
 
 def read_table(dest: Path) -> dict[str, Case]:
@@ -73,13 +66,8 @@ def read_table(dest: Path) -> dict[str, Case]:
     path = dest / CASES
     if not path.exists():
         return {}
-    names = {f.name for f in fields(Case)}
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (UnicodeDecodeError, csv.Error):
-        rows = [{}]
-    if any(set(row) != names for row in rows):
+    rows, names = read_csv(path, "dest"), {f.name for f in fields(Case)}
+    if set(rows[0]) != names:
         raise UserError(f"{path}: was not written by this version; move it away, and all cases are converted again")
     return {row["source"]: Case(**row) for row in rows}
 
@@ -98,28 +86,23 @@ def assign_ids(sources: Sequence[Source], known: dict[str, str]) -> list[Source]
     An id is the file's name; where several files want the same one, all of them get their whole path instead, and
     a hash of it should that not tell them apart. known: ids of earlier runs by the sources' names, which stay.
     """
-    known = {**known, "": split_suffix(MONTAGE)[0]}  # a name that is taken
-    ids = {s.name: known[s.name] for s in sources if s.name in known}
-    taken = Counter(identifier.lower() for identifier in known.values())
-    fresh = [s for s in sources if s.name not in ids]
-    for proposal in (lambda s: s.stem, lambda s: split_suffix(s.name)[0].replace("/", "__"), _hashed):
-        wanted = {s.name: clean(proposal(s)) for s in fresh}
-        count = taken + Counter(identifier.lower() for identifier in wanted.values())
-        for source in fresh:
-            if count[wanted[source.name].lower()] == 1:
-                ids[source.name] = wanted[source.name]
-        taken = Counter(identifier.lower() for identifier in {**known, **ids}.values())
-        fresh = [s for s in fresh if s.name not in ids]
+    ids = known | {"": split_suffix(MONTAGE)[0]}  # a name that is taken
+    hashed = {s.name: hashlib.sha256(os.fsencode(s.name)).hexdigest()[:8] for s in sources}
+    proposals = (
+        lambda s: s.stem,
+        lambda s: split_suffix(s.name)[0].replace("/", "__"),
+        lambda s: f"{s.stem}_{hashed[s.name]}",
+    )
+    for propose in proposals:
+        wanted = {s.name: clean(propose(s)) for s in sources if s.name not in ids}
+        count = Counter(identifier.lower() for identifier in (*ids.values(), *wanted.values()))
+        ids |= {name: identifier for name, identifier in wanted.items() if count[identifier.lower()] == 1}
     return [replace(s, id=ids[s.name]) for s in sources]
 
 
 def clean(text: str) -> str:
     """The text with nothing in it that a file system could mind."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text).lstrip(".") or "case"
-
-
-def _hashed(source: Source) -> str:
-    return f"{source.stem}_{hashlib.sha256(os.fsencode(source.name)).hexdigest()[:8]}"
 
 
 def describe(
@@ -136,8 +119,7 @@ def describe(
     structures: of the label maps.
     """
     path = dest / "dataset.yaml"
-    old = read_yaml(path) if path.exists() else {}
-    old = old if isinstance(old, dict) else {}
+    old = (read_yaml(path) if path.exists() else None) or {}
     volumes = [case for case in cases if case.is_volume]
     new: dict[str, Any] = {"modality": ", ".join(sorted({case.modality or "unknown" for case in cases}))}
     if volumes:
@@ -156,36 +138,10 @@ def describe(
 
 
 def _common_spacing(volumes: Sequence[Case], asked: Sequence[float]) -> list[float] | None:
-    spacings = [[float(x) for x in case.spacing_mm.split(" x ")] for case in volumes if case.spacing_mm]
-    if len(spacings) < len(volumes):
+    if not all(case.spacing_mm for case in volumes):
         return None
+    spacings = np.array([case.spacing_mm.split(" x ") for case in volumes], dtype=float)
     middle = np.median(spacings, axis=0)
-    if asked:
-        middle = np.where(np.array(asked) > 0, asked, middle)
-    alike = (np.abs(np.array(spacings) / middle - 1) < SAME_SPACING).all()
+    middle = np.where(np.array(asked) > 0, asked, middle) if asked else middle
+    alike = (np.abs(spacings / middle - 1) < SAME_SPACING).all()
     return [round(float(x), 4) for x in middle] if alike else None
-
-
-def summary(cases: Iterable[Case]) -> str:
-    """A table of what a data set holds: one line for each plane, modality and dtype."""
-    groups: dict[tuple[str, ...], list[Case]] = {}
-    for case in cases:
-        kind = "volumes" if case.is_volume else "images"
-        groups.setdefault((kind, case.modality or "unknown", case.plane or "-", case.dtype), []).append(case)
-    rows = [("kind", "modality", "plane", "dtype", "cases", "labels", "shape", "spacing mm", "MB")]
-    for key, members in groups.items():
-        megabytes = sum(int(case.bytes) for case in members) / 1e6
-        labels = sum(bool(case.label) for case in members)
-        shape, spacing = _ranges(case.shape for case in members), _ranges(case.spacing_mm for case in members)
-        rows.append((*key, str(len(members)), str(labels), shape, spacing, f"{megabytes:.1f}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def _ranges(texts: Iterable[str]) -> str:
-    """`31..42 x 40 x 24` from `31 x 40 x 24` and `42 x 40 x 24`."""
-    values = [[float(x) for x in text.split(" x ")] for text in texts if text]
-    if not values or len({len(v) for v in values}) > 1:
-        return "-" if not values else "various"
-    ends = [(min(column), max(column)) for column in zip(*values, strict=True)]
-    return " x ".join(f"{low:g}" if low == high else f"{low:g}..{high:g}" for low, high in ends)

@@ -1,4 +1,4 @@
-"""A volume as it lies in a file, and how it is turned to the planes that radiologists view."""
+"""A volume as readers hand it over, and how it is turned to the planes that radiologists view."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 # left, from the feet up. Coronal: head on top, right side on the left, from front to back. Sagittal: head on top,
 # front on the left, from right to left.
 PLANES = {"axial": "PLS", "coronal": "ILP", "sagittal": "IPL"}
+ACROSS = dict(zip("SIAPLR", ("axial", "axial", "coronal", "coronal", "sagittal", "sagittal"), strict=True))
 THICKEST = 1.1  # slices lie along the axis whose spacing is this many times that of the others
+TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # axes of DICOM and ITK point to the left, back and up
 
 
 class BadFile(ValueError):
@@ -49,7 +51,7 @@ class Options:
 
 @dataclass
 class Volume:
-    """A 3D array as stored, or 4D with channels last, and what it means: intensity = slope * array + intercept.
+    """Intensities on three axes, or on four with channels last, and how they lie in the patient.
 
     affine: [4, 4] from indices to mm towards the right, the front and the head; None where the file does not say, and
     then the axes are rows, columns, slices.  codes: for each axis the side of the patient towards which its index grows
@@ -60,8 +62,6 @@ class Volume:
 
     array: np.ndarray
     affine: np.ndarray | None = None
-    slope: float = 1.0
-    intercept: float = 0.0
     notes: list[str] = field(default_factory=list)
     codes: str = ""
     plane: str = ""
@@ -96,59 +96,78 @@ def arrange(volume: Volume, plane: str) -> Volume:
     if not volume.codes:
         if plane != "auto":
             raise BadFile(
-                f"does not say how it lies in the patient, so --slice_axis {plane} needs --orientation, e.g. LPS"
+                f"does not say how it lies in the patient; --slice_axis {plane} needs --orientation, e.g. LPS"
             )
         return volume
     from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 
     if plane == "auto":
-        plane = _thickest(volume)
+        spacing = volume.spacing_mm or (1, 1, 1)
+        thin, thick = sorted(spacing)[-2:]
+        plane = "axial" if thick < THICKEST * thin else ACROSS[volume.codes[int(np.argmax(spacing))]]
     turn = ornt_transform(axcodes2ornt(volume.codes), axcodes2ornt(PLANES[plane]))
     affine = None if volume.affine is None else volume.affine @ inv_ornt_aff(turn, volume.array.shape[:3])
     array = apply_orientation(volume.array, turn)
     return replace(volume, array=array, affine=affine, codes=PLANES[plane], plane=plane)
 
 
-def _thickest(volume: Volume) -> str:
-    if volume.spacing_mm is None:
-        return "axial"
-    thin, thick = sorted(volume.spacing_mm)[-2:]
-    if thick < THICKEST * thin:
-        return "axial"
-    code = volume.codes[int(np.argmax(volume.spacing_mm))]
-    return {"S": "axial", "I": "axial", "A": "coronal", "P": "coronal", "L": "sagittal", "R": "sagittal"}[code]
+def rescaled(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+    """Intensities: whole ones in the stored type, int16 or int32, whichever holds them first; others in float32."""
+    if (slope, intercept) == (1, 0):
+        return stored
+    if stored.dtype.kind in "iu" and float(slope).is_integer() and float(intercept).is_integer():
+        slope, intercept = int(slope), int(intercept)
+        ends = [slope * int(end) + intercept for end in (stored.min(), stored.max())]
+        for dtype in (stored.dtype, np.dtype(np.int16), np.dtype(np.int32)):
+            limits = np.iinfo(dtype)
+            if all(limits.min <= number <= limits.max for number in (*ends, slope, intercept)):
+                out = stored.astype(dtype)  # what wraps around here comes back, as the results fit
+                out *= slope
+                out += intercept
+                return out
+    out = np.empty_like(stored, dtype=np.float32)
+    np.multiply(stored, slope, out=out, dtype=np.float64, casting="same_kind")
+    out += np.float32(intercept)
+    return out
 
 
-def channel_index(shape: tuple[int, ...], channel: int | str | None, axis: int) -> tuple[Any, ...]:
-    """The index that takes one channel, or "all", out of an array; () where there is no choice of them.
-
-    axis: counts channels; -1: the last of more than one element. Raises BadFile where a choice is missing or wrong.
-    """
-    squeezed = shape if axis != -1 else shape[:3] + tuple(n for n in shape[3:] if n > 1)
-    if len(squeezed) < 4:
-        return (..., *[0] * (len(shape) - 3)) if len(shape) > 3 else ()
-    if len(squeezed) > 4:
-        raise BadFile(f"is {len(squeezed)}D ({by(squeezed)}); save one volume per file")
-    count = squeezed[axis]
+def choose(count: int, channel: int | str | None, shape: Iterable[int]) -> int | slice:
+    """The index of one of several channels, or of all. Raises BadFile where the choice is missing or wrong."""
+    if count == 1:
+        return 0
     if channel is None:
         raise BadFile(
-            f"is 4D ({by(squeezed)}): {count} channels, modalities or time points; choose one with --channel 0 to "
+            f"is 4D ({by(shape)}): {count} channels, modalities or time points; choose one with --channel 0 to "
             f"--channel {count - 1}, or keep them together with --channel all"
         )
     if channel == "all":
-        return (..., *(slice(None) if n > 1 or axis != -1 else 0 for n in shape[3:]))
+        return slice(None)
     if channel >= count:
-        raise BadFile(f"is 4D ({by(squeezed)}) and has no channel {channel}; choose --channel 0 to {count - 1}")
-    if axis != -1:
-        return tuple(channel if i == axis % 4 else slice(None) for i in range(4))
-    return (..., *(channel if n > 1 else 0 for n in shape[3:]))
+        raise BadFile(f"is 4D ({by(shape)}) and has no channel {channel}; choose --channel 0 to {count - 1}")
+    return channel
+
+
+def with_channels(array: Any, channel: int | str | None, axis: int = -1) -> np.ndarray:
+    """An array, or what can be indexed like one, with three axes, or four of which the last counts the channels.
+
+    axis: counts channels; -1: the only one after the third with several elements.
+    """
+    shape = array.shape
+    several = [k for k in range(3, len(shape)) if shape[k] > 1]
+    if len(shape) < 4:
+        return np.asanyarray(array[...])
+    if len(several) > 1 or (axis != -1 and len(shape) > 4):
+        raise BadFile(f"is {len(shape)}D ({by(shape)}); save one volume per file")
+    axis = axis % 4 if axis != -1 else several[0] if several else 3
+    index: list[int | slice] = [slice(None) if k < 3 or len(shape) == 4 else 0 for k in range(len(shape))]
+    index[axis] = choose(shape[axis], channel, [n for k, n in enumerate(shape) if k < 3 or k == axis])
+    array = np.asanyarray(array[tuple(index)])
+    return np.moveaxis(array, axis, 3) if array.ndim == 4 and axis < 3 else array
 
 
 def by(values: Iterable[float] | None) -> str:
     """`12 x 10 x 0.5` of a shape or of millimetres, "" of None."""
-    if values is None:
-        return ""
-    return " x ".join(f"{round(float(value), 4):g}" for value in values) or "a single number"
+    return "" if values is None else " x ".join(f"{round(float(value), 4):g}" for value in values) or "a single number"
 
 
 def reason(error: Exception) -> str:

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -38,23 +38,18 @@ def outcomes(todo: Mapping[str, Any], function: Callable[[Any], Any], workers: i
         # Forked from a server that imports everything once and has no threads, of which a fork makes no copy.
         context = multiprocessing.get_context("forkserver")
         with ProcessPoolExecutor(min(workers, len(todo) - bar.n), context, _end_with_the_run) as pool:
-            jobs: dict[Future, str] = {}
+            jobs = {pool.submit(function, todo[name]): name for name in waiting}
             try:
-                while True:
-                    for name in waiting:
-                        jobs[pool.submit(function, todo[name])] = name
-                        if len(jobs) >= 2 * workers:
-                            break
-                    if not jobs:
-                        break
-                    for job in wait(jobs, return_when=FIRST_COMPLETED).done:
-                        yield jobs.pop(job), job.result()
-                        bar.update()
+                for job in as_completed(jobs):
+                    yield jobs[job], job.result()
+                    bar.update()
             except BrokenProcessPool:
                 raise UserError(
-                    f"a worker was killed, most likely for want of memory, at one of {', '.join(jobs.values())}; run "
-                    "the same command again with fewer --workers"
+                    "a worker was killed, most likely for want of memory; run the same command again with fewer "
+                    "--workers"
                 ) from None
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
 def _end_with_the_run() -> None:

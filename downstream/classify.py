@@ -24,70 +24,61 @@ from torch import Tensor, nn
 from datasets.augment import Ranges, VolumeViews
 from downstream import task
 from downstream.encoders import load_encoder, load_joint_encoder
-from downstream.features import Cases, Features, StackEncoder, fit_logistic_regression, frozen_features, pad, vote
-from downstream.labels import Items, LabelRow, label_items, read_labels
-from downstream.options import Data, Running, Start, Training, WorkingCopy
-from downstream.scores import (
-    METRICS,
-    Scores,
+from downstream.features import Cases, Features, StackEncoder, fit_logistic_regression, frozen_features, vote
+from downstream.labels import data_set_labels, label_items, read_labels
+from downstream.metrics import (
+    classification_intervals,
     classification_scores,
-    format_table,
-    score_intervals,
+    format_scores,
+    undefined,
     validation_score,
 )
 from downstream.splits import choose_by_turns
 from downstream.task import Outcome, Task, fingerprint
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet, wide
-from utils import config, options
+from utils import config
 from utils.errors import UserError
+from utils.options import FREE, constants, data, running
+from utils.options import model as network
 
 
 @dataclass(kw_only=True)
-class Classifying(options.Group):
+class Classifying(task.Options):
     """Options of classification."""
 
-    labels: str | None = options.data(None, "CSV with a label per case; null: the data set that a case is of")
-    classes: list[str] = options.data(
-        [], "labels to tell apart, cases with other labels are left out; empty: all labels in the file"
+    cache_path: str | None = data(None, "folder for the working copy of the data; null: .cache in data_path", FREE)
+    on_bad: Literal["error", "skip"] = data("error", "unusable files: stop before training, or leave them out")
+    labels: str | None = data(None, "CSV with a label per case; null: the data set that a case is of")
+    classes: list[str] = data([], "labels to tell apart, cases with others are left out; empty: all labels")
+    positive: str | None = data(None, "one label against all others; a cell may then hold several: Effusion|Mass")
+    case_column: str | None = data(None, "column of the case; null: the first of case, file, filename, image")
+    label_column: str | None = data(None, "column of the label; null: the first of label, finding, class")
+    patient_column: str | None = data(
+        None, "column of the patient; null: the first of patient, subject, patient_id, if there is one"
     )
-    positive: str | None = options.data(
-        None, "one label against all others; a cell may then hold several, as in Effusion|Mass"
-    )
-    case_column: str | None = options.data(None, "column with the case; null: the first of case, file, filename, image")
-    label_column: str | None = options.data(None, "column with the label; null: the first of label, finding, class")
-    patient_column: str | None = options.data(
-        None, "column with the patient; null: the first of patient, subject, patient_id, if there is one"
-    )
-    patient_pattern: str | None = options.data(
+    patient_pattern: str | None = data(
         None, "regular expression whose first group, found in the file name, is the patient or scan"
     )
-    label_fractions: list[PositiveFloat] = options.data(
+    label_fractions: list[PositiveFloat] = data(
         [], "shares of the training cases whose labels are used, one after the other (knn, linear); empty: see labelled"
     )
-    size: PositiveInt = options.data(224, "side in pixels that images and slices are resized to")
-    slices: NonNegativeInt = options.data(32, "evenly spaced slices of a volume that are used; 0: all")
-    mode: Literal["knn", "linear", "finetune"] = options.model(
-        "linear",
-        "vote of nearest neighbours or logistic regression on frozen features, or training of the whole network",
+    size: PositiveInt = data(224, "side in pixels that images and slices are resized to")
+    slices: NonNegativeInt = data(32, "evenly spaced slices of a volume that are used; 0: all")
+    mode: Literal["knn", "linear", "finetune"] = network(
+        "linear", "nearest neighbours or logistic regression on frozen features, or training of the whole network"
     )
-    level: Literal["slice", "volume"] = options.model(
-        "volume", "what gets a label: a whole volume, or each of its slices; images are the same in both"
-    )
-    model: Literal["intra", "joint"] = options.model(
+    level: Literal["slice", "volume"] = network("volume", "what gets a label: whole volumes, or each of their slices")
+    model: Literal["intra", "joint"] = network(
         "intra", "the slice encoder alone (features averaged over slices), or also the transformer's volume embedding"
     )
-    features: Features = options.model("pooled", "frozen features: the ResNet's last stage, or all four stages")
-    k: PositiveInt = options.model(
-        5, "neighbours that vote, by cosine similarity; all labelled ones where there are fewer"
-    )
-    bootstrap: NonNegativeInt = options.running(
-        1000, "resamplings of the test patients for the 95 % intervals; 0: none"
-    )
+    features: Features = network("pooled", "frozen features: the ResNet's last stage, or all four stages")
+    k: PositiveInt = network(5, "neighbours that vote, by cosine similarity; all labelled ones where there are fewer")
+    bootstrap: NonNegativeInt = running(1000, "resamplings of the test patients for the 95 % intervals; 0: none")
 
 
-@options.constants
-class Config(Running, Training, Start, Classifying, WorkingCopy, Data):
+@constants
+class Config(Classifying):
     data_path = "Training_Data"
     fractions = [0.6, 0.2, 0.2]
     epochs = 30
@@ -95,27 +86,13 @@ class Config(Running, Training, Start, Classifying, WorkingCopy, Data):
     dump_path = "runs/classify"
 
 
-def main(cfg: Config) -> None:
-    run(cfg)
-
-
-def run(cfg: Config) -> dict[str, Any]:
-    """Fit on the labelled cases, choose by validation, test once, write everything to `dump_path`; see `task.run`.
+class Classification(Task):
+    """Labels of stacks of slices: whole cases, or with level `slice` single slices.
 
     Metrics are those of `classification_scores`, each followed by @fraction where label_fractions are given. Beside
     them the result has intervals (95 %, over patients), reasons (of metrics that are nan or left a class out),
     patients (of the test), chosen (C of the regressions) and, where fractions are given, their numbers of labels.
     """
-    return task.run(Classification, cfg)
-
-
-def check(cfg: Config) -> None:
-    """Raise UserError for whatever would stop `run`."""
-    task.check(Classification, cfg)
-
-
-class Classification(Task):
-    """Labels of stacks of slices: whole cases, or with level `slice` single slices."""
 
     needed = ("train", "test")
 
@@ -128,25 +105,28 @@ class Classification(Task):
                 f"label_fractions: {cfg.label_fractions} must be parts, at most 1, of --mode knn or linear, and stand "
                 "without --labelled, which takes a number of cases"
             )
-        self.items = open_items(cfg)
-        self.patients = self.items.patients
-        self.fingerprint = fingerprint(sample.path for sample in self.items.cases.samples)
+        self.cases = cases = Cases(cfg.data_path, cfg.size, cfg.slices, cfg.cache_path, cfg.on_bad, cfg.level)
+        columns = cfg.case_column, cfg.label_column, cfg.patient_column
+        table = read_labels(cfg.labels, cases.names, *columns) if cfg.labels else data_set_labels(cases)
+        self.items, self.classes = label_items(cases, table, cfg.classes, cfg.positive, cfg.patient_pattern)
+        self.labels, self.stack = self.items.label.to_numpy(), self.items["stack"].to_numpy()
+        self.patients = dict(zip(self.items.case, self.items.patient, strict=True))
+        self.fingerprint = fingerprint(sample.path for sample in cases.samples)
 
     def choose(self, train: list[str]) -> list[str]:
         """The classes by turns: the labels of a smaller fraction are the first of a larger one's."""
-        items, cfg = self.items, self.cfg
-        test_only = {name for name, only in zip(items.names, items.test_only, strict=True) if only}
-        train = [case for case in train if case not in test_only]
+        cfg, left_out = self.cfg, set(self.items.case[self.items.test_only])
+        train = [case for case in train if case not in left_out]
         if not train:
             raise UserError("split: no case is left for training; change the split, or test_only in the labels")
         sizes = {f"@{share:g}": max(1, round(share * len(train))) for share in cfg.label_fractions}
         self.sizes = sizes or {"": cfg.labelled or len(train)}  # suffix of the metrics -> labelled cases
-        return choose_by_turns(train, items.label_of, max(self.sizes.values()), cfg.seed)
+        labels = dict(zip(self.items.case, self.labels.tolist(), strict=True))
+        return choose_by_turns(train, labels, max(self.sizes.values()), cfg.seed)
 
     def stacks(self, cases: list[str], test: bool = False) -> np.ndarray:
         """Positions of the items of these cases."""
-        wanted = set(cases)
-        return np.flatnonzero([name in wanted for name in self.items.names] & (test | ~self.items.test_only))
+        return np.flatnonzero(self.items.case.isin(cases) & (test | ~self.items.test_only))
 
     @functools.cached_property
     def train(self) -> np.ndarray:
@@ -155,8 +135,7 @@ class Classification(Task):
 
     @property
     def epochs(self) -> int:
-        several = len(set(self.items.labels[self.train].tolist())) > 1
-        return self.cfg.epochs if self.cfg.mode == "finetune" and several else 0
+        return self.cfg.epochs if self.cfg.mode == "finetune" and len(set(self.labels[self.train])) > 1 else 0
 
     @property
     def steps(self) -> int:
@@ -173,16 +152,13 @@ class Classification(Task):
         if not self.epochs:
             return encoder
         torch.manual_seed(cfg.seed)
-        return Classifier(encoder, len(self.items.classes))
-
-    def examine(self) -> None:
-        """Nothing is left to find: every case was read when the working copy was made."""
+        return Classifier(encoder, len(self.classes))
 
     def describe(self) -> str:
-        labels = list(self.items.label_of.values())
-        counts = ", ".join(f"{name} {labels.count(k)}" for k, name in enumerate(self.items.classes))
+        counts = self.items.drop_duplicates("case").label.value_counts()
+        listed = ", ".join(f"{name} {counts.get(k, 0)}" for k, name in enumerate(self.classes))
         return (
-            f"{len(labels)} cases of {len(set(self.patients.values()))} patients: {counts}\n"
+            f"{counts.sum()} cases of {self.items.patient.nunique()} patients: {listed}\n"
             f"train {len(self.labelled)} (labelled), validation {len(self.split.validation)}, "
             f"test {len(self.split.test)} cases"
         )
@@ -194,64 +170,60 @@ class Classification(Task):
 
     def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Augmented stacks [B, D, S, S], mask [B, D], labels [B]."""
-        cfg, items, train = self.cfg, self.items, self.train
+        cfg, train = self.cfg, self.train
         random = np.random.default_rng((cfg.seed, epoch))
         passes = math.ceil(self.steps * cfg.batch_size / len(train)) if cfg.steps_per_epoch else 1
         order = np.concatenate([random.permutation(train) for _ in range(passes)])[: self.steps * cfg.batch_size]
         chosen = np.array_split(order, self.steps)[step]
-        volumes, mask = self.read(chosen)
-        extents = torch.tensor([items.cases.extent(i) for i in items.index[chosen]])
+        volumes, mask = self.cases.read_batch(self.stack[chosen], self.device)
         # Geometry and gamma only: what else training's policies do would drown small findings.
         ranges = Ranges(crop_area=(0.7, 1.0), anisotropy_p=0, blur_p=0, bias_p=0, noise_p=0)
         augment = VolumeViews(cfg.size, cfg.size, "strong", cfg.seed, ranges)
+        extents = self.cases.extents(self.stack[chosen])
         views = augment(volumes, mask.cpu(), extents, torch.from_numpy(chosen), epoch, views=1)[0]
-        return views, mask, torch.from_numpy(items.labels[chosen]).to(self.device)
-
-    def read(self, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Stacks [B, D, S, S] and mask [B, D] of a few items."""
-        volumes, mask = pad([torch.from_numpy(self.items.cases.read(i)) for i in self.items.index[chosen]])
-        return volumes.to(self.device), mask.to(self.device)
+        return views, mask, torch.from_numpy(self.labels[chosen]).to(self.device)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Cross-entropy in which all classes weigh the same."""
         views, mask, labels = batch
-        counts = np.bincount(self.items.labels[self.train], minlength=len(self.items.classes))
+        counts = np.bincount(self.labels[self.train], minlength=len(self.classes))
         weight = np.divide(1, counts, out=np.zeros(len(counts)), where=counts > 0)
         return F.cross_entropy(model(views, mask), labels, torch.tensor(weight, dtype=torch.float32).to(self.device))
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         validation = self.stacks(self.split.validation)
-        auc, likelihood = validation_score(self.items.labels[validation], self.probabilities(model, validation))
+        auc, likelihood = validation_score(self.labels[validation], self.probabilities(model, validation))
         return {"auc": auc, "log_likelihood": likelihood}
 
     def probabilities(self, model: nn.Module, chosen: np.ndarray) -> np.ndarray:
         """[n, classes] of a trained network. Raises UserError where training has diverged."""
         logits = []
         for first in range(0, len(chosen), self.cfg.batch_size):
+            some = self.stack[chosen[first : first + self.cfg.batch_size]]
             with self.precision.autocast():
-                logits.append(model(*self.read(chosen[first : first + self.cfg.batch_size])))
+                logits.append(model(*self.cases.read_batch(some, self.device)))
         found = torch.cat(logits).softmax(dim=1).cpu().double().numpy()
         if not np.isfinite(found).all():
             raise UserError("fine-tuning gives NaN or Inf; lower --base_lr, or change --weights")
         return found
 
     def test(self, model: nn.Module, folder: Path) -> Outcome:
-        items, test = self.items, self.stacks(self.split.test, test=True)
-        people = [self.patients[items.names[i]] for i in test]
+        test = self.stacks(self.split.test, test=True)
+        people = self.items.patient.iloc[test].tolist()
         found, chosen = ({"": self.probabilities(model, test)}, {}) if self.epochs else self.by_features(model, test)
         values, intervals, reasons = {}, {}, {}
         for suffix, probability in found.items():
             if np.isnan(probability).any():
-                scores, spread = Scores.undefined("the labelled training cases are all of one class"), {}
+                scores, why = undefined("the labelled training cases are all of one class")
+                spread = {}
             else:
-                truth = items.labels[test], probability, items.classes
-                scores = classification_scores(*truth)
-                spread = score_intervals(*truth, people, self.cfg.bootstrap, self.cfg.seed)
-            values |= {name + suffix: scores.values[name] for name in METRICS}
-            reasons |= {name + suffix: why for name, why in scores.reasons.items()}
-            intervals |= {name + suffix: interval for name, interval in spread.items()}
+                truth = self.labels[test], probability, self.classes
+                scores, why = classification_scores(*truth)
+                spread = classification_intervals(*truth, people, self.cfg.bootstrap, self.cfg.seed)
+            for table, part in ((values, scores), (intervals, spread), (reasons, why)):
+                table |= {name + suffix: value for name, value in part.items()}
         about = {"intervals": intervals, "reasons": reasons, "patients": len(set(people)), "chosen": chosen}
-        table = format_table(values, intervals, reasons)
+        table = format_scores(values, intervals, reasons)
         if self.cfg.label_fractions:
             about["label_counts"] = self.sizes
             table = "\n".join([*(f"{suffix}: {size} labelled" for suffix, size in self.sizes.items()), table])
@@ -260,55 +232,44 @@ class Classification(Task):
     def by_features(
         self, encoder: GreyResNet | JointEncoder, test: np.ndarray
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """Probabilities of the test items [n, classes] by the suffix of their metrics, and what was chosen.
-
-        They are nan where the labelled cases are of one class.
-        """
-        items, cfg = self.items, self.cfg
+        """Probabilities [n, classes] by the suffix of their metrics, nan where all labels are alike; the chosen C."""
+        cfg, labels, classes = self.cfg, self.labels, len(self.classes)
         train, validation = self.train, self.stacks(self.split.validation)
-        found = {suffix: np.full((len(test), len(items.classes)), np.nan) for suffix in self.sizes}
-        if len(set(items.labels[train].tolist())) < 2:
+        found = {suffix: np.full((len(test), classes), np.nan) for suffix in self.sizes}
+        if len(set(labels[train])) < 2:
             return found, {}
-        used = items.index[np.concatenate([train, validation, test])]
-        x = frozen_features(encoder, items.cases, used, cfg.features, self.device)
+        used = self.stack[np.concatenate([train, validation, test])]
+        x = frozen_features(encoder, self.cases, used, cfg.features, self.device)
         x_train, x_validation, x_test = np.split(x, np.cumsum([len(train), len(validation)]))
         chosen = {}
         for suffix, size in self.sizes.items():
             own = np.isin(train, self.stacks(self.labelled[:size]))
-            labelled = x_train[own], items.labels[train[own]]
-            if len(set(labelled[1].tolist())) < 2:
+            labelled = x_train[own], labels[train[own]]
+            if len(set(labelled[1])) < 2:
                 continue
             if cfg.mode == "knn":
-                found[suffix] = vote(*labelled, x_test, len(items.classes), cfg.k)
+                found[suffix] = vote(*labelled, x_test, classes, cfg.k)
             else:
-                judges = x_validation, items.labels[validation]
-                found[suffix], cost = fit_logistic_regression(labelled, judges, x_test, len(items.classes))
-                chosen[f"C{suffix}"] = cost
+                judges = x_validation, labels[validation]
+                found[suffix], chosen[f"C{suffix}"] = fit_logistic_regression(labelled, judges, x_test, classes)
         return found, chosen
 
     def rows(self, test: np.ndarray, found: dict[str, np.ndarray]) -> list[dict[str, Any]]:
         """Of cases.csv: a line per test item."""
-        items, rows = self.items, []
-        for place, i in enumerate(test.tolist()):
-            row = {"case": items.names[i], "patient": self.patients[items.names[i]]}
+        rows = []
+        for place, item in enumerate(self.items.iloc[test].itertuples()):
+            row = {"case": item.case, "patient": item.patient}
             if self.cfg.level == "slice":
-                row["slice"] = int(items.cases.stacks[items.index[i]][0, 1])
-            row["label"] = items.classes[items.labels[i]]
+                row["slice"] = int(self.cases.stacks[item.stack][0, 1])
+            row["label"] = self.classes[item.label]
             for suffix, probability in found.items():
-                values = zip(items.classes, probability[place].tolist(), strict=True)
+                values = zip(self.classes, probability[place].tolist(), strict=True)
                 row |= {f"p({name}){suffix}": f"{p:.6f}" for name, p in values}
             rows.append(row)
         return rows
 
 
-def open_items(cfg: Config) -> Items:
-    """The labelled images or volumes below data_path."""
-    cases = Cases(cfg.data_path, cfg.size, cfg.slices, cfg.cache_path, cfg.on_bad, cfg.level)
-    if cfg.labels:
-        rows = read_labels(cfg.labels, cases.names, cfg.case_column, cfg.label_column, cfg.patient_column)
-    else:
-        rows = [LabelRow(i, sample.dataset) for i, sample in enumerate(cases.samples)]
-    return label_items(cases, rows, cfg.classes, cfg.positive, cfg.patient_pattern, cfg.labels or cfg.data_path)
+run, check = functools.partial(task.run, Classification), functools.partial(task.check, Classification)
 
 
 class Classifier(StackEncoder):
@@ -329,4 +290,4 @@ class Classifier(StackEncoder):
 
 
 if __name__ == "__main__":
-    config.main(main, Config, __doc__)
+    config.main(run, Config, __doc__)

@@ -9,13 +9,12 @@ differences are paired: the same seed, split and labelled cases from either init
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import itertools
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -27,8 +26,8 @@ from jsonargparse.typing import NonNegativeInt
 from scipy.stats import ttest_1samp
 
 from downstream import jobs
-from downstream.encoders import NAMED, choose_arch, load_encoder
-from downstream.recipes import Pretraining, at, digest, read_recipes
+from downstream.encoders import NAMED, choose_arch, content_of, load_encoder
+from downstream.jobs import Pretraining
 from downstream.task import RESULTS, read_results
 from utils import config as options
 from utils.errors import UserError
@@ -45,7 +44,7 @@ class Config:
     """weights to start from: random, imagenet (left out where it is not in torch's cache), files or recipes; NAME=FILE
     or NAME=RECIPE gives one a name"""
     recipes: dict[str, Any] = field(default_factory=dict)
-    """pre-trainings that are run first, by name: script, options, start and seeds (downstream/recipes.py)"""
+    """pre-trainings that are run first, by name: script, options, start and seeds (downstream/jobs.py)"""
     labelled: list[NonNegativeInt] = field(default_factory=lambda: [5, 0])
     """numbers of labelled training cases; 0: all"""
     seeds: list[NonNegativeInt] = field(default_factory=lambda: [0, 1, 2])
@@ -83,8 +82,8 @@ class Cell:
     @cached_property
     def folder(self) -> Path:
         """Named by the task, its options, and the content of the files that they name; not by what the data hold."""
-        fixed = [f.name for f in dataclasses.fields(self.config) if not f.metadata.get("may_change")]
-        settings = {name: digest(getattr(self.config, name)) for name in ["data_path", *fixed]}
+        fixed = [f.name for f in fields(self.config) if not f.metadata.get("may_change")]
+        settings = {name: content_of(getattr(self.config, name)) for name in ["data_path", *fixed]}
         return self.out / "cells" / jobs.short_key([self.task.__name__, settings])
 
     @property
@@ -96,22 +95,14 @@ class Cell:
         return found | {"metrics": dict(_flat(found["metrics"]))}
 
     def make(self) -> str:
-        cfg = dataclasses.replace(self.config, dump_path=str(self.folder))
-        found = dict(_flat(self.task.run(cfg)["metrics"]))
+        found = dict(_flat(self.task.run(replace(self.config, dump_path=str(self.folder)))["metrics"]))
         return f"{self.metric} {found.get(self.metric, math.nan):.3f}"
 
 
-def main(cfg: Config) -> None:
-    run(cfg)
-
-
 def run(cfg: Config) -> dict[str, Any]:
-    """Do what is not finished, pre-trainings first, then write and print the comparison.
-
-    Returns summary (the lines of summary.csv) and cells (those of results.csv), as tables.
-    """
+    """Do what is not finished, then write and print the comparison; returns the tables summary and cells (results)."""
     out = Path(cfg.dump_path)
-    recipes = read_recipes(cfg.recipes, Path(cfg.recipes_path or out / "recipes").resolve())
+    recipes = jobs.read_recipes(cfg.recipes, Path(cfg.recipes_path or out / "recipes").resolve())
     cells = make_cells(cfg, recipes)
     check(cells)
     failed = jobs.run_jobs([*itertools.chain(*recipes.values()), *cells], out / "progress.txt")
@@ -129,7 +120,7 @@ def run(cfg: Config) -> dict[str, Any]:
     if not _splits_vary(cfg):
         text += "\nall seeds share their test cases: the intervals do not cover which cases these are"
     write_text(text + "\n", out / "summary.txt")
-    plot(table, metric, out / "comparison.png")
+    plot({"": (table, metric)}, out / "comparison.png")
     print(f"\n{text}\n\nwrote {out}/results.csv, summary.csv, summary.txt, comparison.png")
     return {"summary": summary, "cells": table}
 
@@ -142,36 +133,34 @@ def make_cells(cfg: Config, recipes: Mapping[str, Sequence[Pretraining]]) -> lis
     for name, values in {"labelled": cfg.labelled, "seeds": cfg.seeds}.items():
         if not values or len(set(values)) < len(values):
             raise UserError(f"{name}: {values} must be at least one number, each once")
+    own = {"weights", "labelled", "seed", "dump_path", *["split_seed"] * _splits_vary(cfg)}
+    if given := own & cfg.options.keys():
+        raise UserError(f"options: {', '.join(sorted(given))} is set by compare itself; leave it out")
     task = importlib.import_module(f"downstream.{cfg.task}")
-    for name in ("weights", "labelled", "seed", "dump_path", *["split_seed"] * _splits_vary(cfg)):
-        if name in cfg.options:
-            raise UserError(f"options: {name} is set by compare itself; leave it out")
     common = jobs.parsed(task.Config, cfg.options)
-    out, metric = Path(cfg.dump_path), cfg.metric or MAIN_METRIC[cfg.task]
     cells = []
     for (k, seed), labelled, (name, of) in itertools.product(enumerate(cfg.seeds), cfg.labelled, found.items()):
-        pretraining = None if isinstance(of, str) else at(of, k)
-        own = {"weights": str(pretraining.weights) if pretraining else of, "labelled": labelled, "seed": seed}
-        config = dataclasses.replace(common, **own, **({"split_seed": seed} if _splits_vary(cfg) else {}))
-        cells.append(Cell(task, name, config, pretraining, out, metric))
+        pretraining = None if isinstance(of, str) else jobs.at(of, k)
+        chosen = {"weights": str(pretraining.weights) if pretraining else of, "labelled": labelled, "seed": seed}
+        config = replace(common, **chosen, **({"split_seed": seed} if _splits_vary(cfg) else {}))
+        cells.append(Cell(task, name, config, pretraining, Path(cfg.dump_path), cfg.metric or MAIN_METRIC[cfg.task]))
     return cells
 
 
 def check(cells: Sequence[Cell]) -> None:
-    """Everything that can be wrong with the cells that are not finished, before the first is run. Raises UserError.
+    """Raise UserError for whatever is wrong with cells that are not finished, before the first is run.
 
-    All weights and all draws of labels are seen, not each with each. Weights that are still to be made are checked as
-    random ones of the same network.
+    All weights and all draws of labels are seen, not each with each. Weights that are still to be made count as random.
     """
     seen: set[tuple[Any, ...]] = set()
     for cell in cells:
         cfg = cell.config
         if cell.pretraining and not cell.pretraining.record:
-            cfg = dataclasses.replace(cfg, weights="random", arch=cfg.arch or _arch_of(cell.pretraining))
+            cfg = replace(cfg, weights="random", arch=cfg.arch or cell.pretraining.arch)
         facts = {(cell.out, cfg.weights), (cell.out, cfg.labelled, cfg.seed)}
         if not facts <= seen and not cell.record:
             folder = cell.folder if cfg is cell.config else cell.out / "cells" / "to be made"
-            cell.task.check(dataclasses.replace(cfg, dump_path=str(folder)))
+            cell.task.check(replace(cfg, dump_path=str(folder)))
             seen |= facts
 
 
@@ -188,45 +177,37 @@ def results(cells: Sequence[Cell]) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"pretraining_seed": "Int64"})
 
 
-def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> tuple[float, float, float, int]:
-    """(mean, low, high, pairs) of values - baseline, pair by pair, with Student's 95 % interval of the mean.
-
-    Pairs with a nan do not count. The interval is nan with fewer than two pairs; all is nan without any.
-    """
-    differences = np.asarray(values, dtype=float) - np.asarray(baseline, dtype=float)
-    differences = differences[~np.isnan(differences)]
-    if not len(differences):
+def mean_with_interval(differences: pd.Series) -> tuple[float, float, float, int]:
+    """(mean, low, high, pairs) of those that are not nan, with Student's 95 % interval, nan with fewer than two."""
+    known = differences.dropna()
+    if known.empty:
         return math.nan, math.nan, math.nan, 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # one pair, or all alike
-        low, high = ttest_1samp(differences, 0).confidence_interval()
-    return float(differences.mean()), float(low), float(high), len(differences)
+        low, high = ttest_1samp(known, 0).confidence_interval()
+    return float(np.mean(known.to_numpy())), float(low), float(high), len(known)
 
 
 def summarise(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """A row per metric, number of labelled cases and initialisation.
 
     mean and sd (n - 1) over the n seeds whose metric is not nan, of `seeds` in all; difference, low, high, pairs: of
-    `paired_difference` to the baseline. Where an initialisation has several pre-trainings, it is these that count:
+    `mean_with_interval`, to the baseline. Where an initialisation has several pre-trainings, it is these that count:
     seeds that start from the same one are averaged first.
     """
     rows = []
     for (metric, labelled), part in table.groupby(["metric", "labelled"], sort=False):
         wide = part.pivot(index="seed", columns="initialisation", values=["value", "pretraining_seed"])
-        values = wide["value"].astype(float)
-        draws = {
-            name: wide["pretraining_seed"][name] if wide["pretraining_seed"][name].nunique() > 1 else values.index
-            for name in values
-        }
+        values, drawn = wide["value"].astype(float), wide["pretraining_seed"]
+        draws = {name: drawn[name] if drawn[name].nunique() > 1 else values.index for name in values}
         for name in part.initialisation.unique():
             own = values[name].groupby(draws[name]).mean()
             coarser = min(draws[name], draws.get(baseline, values.index), key=lambda draw: draw.nunique())
             differences = (values[name] - values.get(baseline, math.nan)).groupby(coarser).mean()
-            difference = paired_difference(differences, np.zeros(len(differences)))
             rows.append(
                 {"initialisation": name, "labelled": labelled, "metric": metric}
                 | {"mean": own.mean(), "sd": own.std(), "n": own.count(), "seeds": len(own)}
-                | dict(zip(("difference", "low", "high", "pairs"), difference, strict=True))
+                | dict(zip(("difference", "low", "high", "pairs"), mean_with_interval(differences), strict=True))
             )
     return pd.DataFrame(rows)
 
@@ -244,41 +225,41 @@ def format_tables(summary: pd.DataFrame, metric: str, baseline: str) -> str:
 
 def as_text(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
     """Rows of one metric of a summary as words, initialisations by numbers of labels: its means or differences."""
-    if kind == "means":
-        spread = [f"{row.mean:.3f} ± {row.sd:.3f}" for row in rows.itertuples()]
-        missing = [f" ({row.n} of {row.seeds})" * (row.n < row.seeds) for row in rows.itertuples()]
-        words = [a + b for a, b in zip(spread, missing, strict=True)]
-    else:
-        words = [f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in rows.itertuples()]
+    words = []
+    for row in rows.itertuples():
+        if kind == "means":
+            words.append(f"{row.mean:.3f} ± {row.sd:.3f}" + f" ({row.n} of {row.seeds})" * (row.n < row.seeds))
+        else:
+            words.append(f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]")
     shown = pd.DataFrame({"name": rows.initialisation, "count": rows.labelled.map(_count), "words": words})
     wide = shown.pivot(index="name", columns="count", values="words")
     return wide.loc[shown.name.unique(), shown["count"].unique()].rename_axis(index=None, columns=None)
 
 
-def plot(table: pd.DataFrame, metric: str, path: Path) -> None:
-    """Mean and standard deviation over the number of labelled cases, every seed as a small dot."""
+def plot(tables: Mapping[str, tuple[pd.DataFrame, str]], path: Path) -> None:
+    """A panel per title -> (table, metric): mean, deviation and every seed over the number of labelled cases."""
     from matplotlib.figure import Figure
 
-    rows = table[table.metric == metric]
-    counts = sorted(rows.labelled.unique(), key=lambda count: count or math.inf)
-    names = list(rows.initialisation.unique())
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for k, name in enumerate(names):
-        own = rows[rows.initialisation == name]
-        place = own.labelled.map(counts.index) + 0.12 * (k - (len(names) - 1) / 2)
-        of_count = own.value.groupby(place)
-        bars = axes.errorbar(
-            of_count.mean().index, of_count.mean(), of_count.std().fillna(0), marker="o", capsize=3, label=name
-        )
-        axes.scatter(place, own.value, s=8, alpha=0.5, color=bars[0].get_color())
-    axes.set_xticks(range(len(counts)), [str(count) if count else "all" for count in counts])
-    axes.set_xlabel("labelled training cases")
-    axes.set_ylabel(metric)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    wide = min(2, len(tables))
+    tall = -(-len(tables) // wide)
+    figure = Figure(figsize=(6 * wide, 4 * tall), layout="constrained")
+    for place, (title, (table, metric)) in enumerate(tables.items(), start=1):
+        axes = figure.add_subplot(tall, wide, place, title=title, xlabel="labelled training cases", ylabel=metric)
+        _draw(axes, table[table.metric == metric])
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
+
+
+def _draw(axes: Any, rows: pd.DataFrame) -> None:
+    counts = sorted(rows.labelled.unique(), key=lambda count: count or math.inf)
+    for k, (name, own) in enumerate(rows.groupby("initialisation", sort=False)):
+        place = own.labelled.map(counts.index) + 0.12 * (k - (rows.initialisation.nunique() - 1) / 2)
+        spread = own.value.groupby(place).agg(["mean", "std"]).fillna({"std": 0})
+        bars = axes.errorbar(spread.index, spread["mean"], spread["std"], marker="o", capsize=3, label=name)
+        axes.scatter(place, own.value, s=8, alpha=0.5, color=bars[0].get_color())
+    axes.set_xticks(range(len(counts)), [str(count or "all") for count in counts])
+    axes.grid(alpha=0.3)
+    axes.legend()
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:
@@ -299,26 +280,20 @@ def _initialisations(
             name = Path(weights).stem
         if name in found:
             raise UserError(f"initialisations: two are called {name}; name them, e.g. mine={weights}")
-        if weights in recipes:
-            found[name], networks[name] = recipes[weights], arch or _arch_of(recipes[weights][0])
-            continue
         if weights == "imagenet":
             try:
                 load_encoder(weights, arch)
             except UserError as error:
                 print(f"left out: {error}")
                 continue
-        found[name], networks[name] = weights, choose_arch(weights, arch)
+        found[name] = recipes.get(weights, weights)
+        networks[name] = arch or recipes[weights][0].arch if weights in recipes else choose_arch(weights, arch)
     if not found:
         raise UserError("initialisations: none is left; give random, files of weights or recipes")
     if len(set(networks.values())) > 1:
         listed = ", ".join(f"{name} {network}" for name, network in networks.items())
         raise UserError(f"initialisations: {listed} are different networks; name one with --options.arch")
     return found
-
-
-def _arch_of(run: Pretraining) -> str:
-    return run.options.get("arch", run.config_class.arch)
 
 
 def _splits_vary(cfg: Config) -> bool:
@@ -339,4 +314,4 @@ def _count(labelled: int) -> str:
 
 
 if __name__ == "__main__":
-    options.main(main, Config, __doc__)
+    options.main(run, Config, __doc__)

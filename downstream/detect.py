@@ -3,23 +3,23 @@
     python -m downstream.detect --data_path vindr/train --annotations vindr/train.csv --weights weights/swav3D.pth
     python -m downstream.detect --data_path images --annotations boxes.json --labelled 100 --model retinanet --seed 0
 
-Annotations are a COCO `.json` or VinDr-CXR's `.csv`, images PNG, JPEG, TIFF, BMP or DICOM. The detectors are
-torchvision's. Layouts, readers' boxes, frozen layers, expected output: docs/DOWNSTREAM.md.
+Annotations are a COCO `.json` or VinDr-CXR's `.csv`, images PNG, JPEG, TIFF, BMP or DICOM. docs/DOWNSTREAM.md has more.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+import pandas as pd
 import torch
-import torch.nn.functional as F
 from jsonargparse.typing import OpenUnitInterval, PositiveInt
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
@@ -35,13 +35,14 @@ from datasets.index import bad_files
 from datasets.render import content_size, read_grey, robust_limits
 from downstream import task
 from downstream.boxes import DICOM_SUFFIXES, Annotated, read_boxes
-from downstream.encoders import load_encoder
-from downstream.options import Data, Running, Start, Training
+from downstream.encoders import grey, load_encoder
 from downstream.task import Outcome, Task, fingerprint
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet
-from utils import config, options
+from utils import config
 from utils.errors import UserError
 from utils.files import write_csv
+from utils.options import FREE, constants, data, running
+from utils.options import model as network
 from utils.precision import Precision
 from utils.seeding import SHARED, SHUFFLE, stream
 
@@ -52,73 +53,44 @@ STAGES = ("layer4", "layer3", "layer2", "layer1", "stem")  # in the order in whi
 
 
 @dataclass(kw_only=True)
-class Boxes(options.Group):
-    """Images and their boxes."""
+class Detecting(task.Options):
+    """Options of detection."""
 
-    annotations: str = options.data(
-        MISSING, "COCO .json, or VinDr-CXR's .csv (image_id, class_name, x_min, y_min, x_max, y_max; rad_id)"
-    )
-    classes: list[str] | None = options.data(None, "classes to detect; null: all that the annotations have")
-    merge_iou: OpenUnitInterval = options.data(
-        0.5, "overlap above which boxes of several readers (rad_id) are one finding, their mean"
-    )
-    empty: Literal["keep", "drop"] = options.data(
-        "keep", "images without boxes: kept in training and test, or left out"
-    )
-    image_size: PositiveInt = options.data(512, "pixels of an image's longer side, up or down, aspect kept")
-    flip: bool = options.data(True, "half of the training images mirrored left to right")
-    workers: PositiveInt = options.running(4, "threads that prepare images", may_change=True)
-    cache_path: str | None = options.data(
-        None, "folder for images at image_size; null: .cache in data_path", may_change=True
-    )
-
-
-@dataclass(kw_only=True)
-class Detector(options.Group):
-    """The network."""
-
-    model: Literal["fasterrcnn", "retinanet"] = options.model("fasterrcnn", "detector of two stages or of one")
-    trainable_layers: Literal[0, 1, 2, 3, 4, 5] = options.model(
+    annotations: str = data(MISSING, "COCO .json, or a .csv as VinDr-CXR's (image_id, class_name, x_min, ...; rad_id)")
+    classes: list[str] | None = data(None, "classes to detect; null: all that the annotations have")
+    merge_iou: OpenUnitInterval = data(0.5, "overlap above which several readers' boxes are one finding, their mean")
+    empty: Literal["keep", "drop"] = data("keep", "images without boxes: kept in training and test, or left out")
+    image_size: PositiveInt = data(512, "pixels of an image's longer side, up or down, aspect kept")
+    flip: bool = data(True, "half of the training images mirrored left to right")
+    cache_path: str | None = data(None, "folder for images at image_size; null: .cache in data_path", FREE)
+    model: Literal["fasterrcnn", "retinanet"] = network("fasterrcnn", "detector of two stages or of one")
+    trainable_layers: Literal[0, 1, 2, 3, 4, 5] = network(
         5, "how much of the ResNet trains, from its end: 0 nothing, 3 layer2 to layer4, 5 the stem too"
     )
-    norm: Literal["auto", "frozen", "batch"] = options.model(
-        "auto",
-        "BatchNorm of the ResNet: fixed as loaded, or statistics of the batch; auto: frozen unless weights are random",
+    norm: Literal["auto", "frozen", "batch"] = network(
+        "auto", "the ResNet's BatchNorm: fixed as loaded, or of the batch; auto: frozen unless weights are random"
     )
-    anchor_sizes: list[PositiveInt] = options.model(
+    anchor_sizes: list[PositiveInt] = network(
         [32, 64, 128, 256, 512], "side in pixels (of image_size) of the anchors of the five pyramid levels"
     )
-    pyramid_channels: PositiveInt = options.model(256, "width of the feature pyramid")
-    proposals: PositiveInt = options.model(
+    pyramid_channels: PositiveInt = network(256, "width of the feature pyramid")
+    proposals: PositiveInt = network(
         1000, "Faster R-CNN: regions of an image that its second stage looks at; half as many train it"
     )
+    workers: PositiveInt = running(4, "threads that prepare images", FREE)
 
 
-@options.constants
-class Config(Running, Training, Detector, Start, Boxes, Data):
+@constants
+class Config(Detecting):
     fractions = [0.7, 0.1, 0.2]
     dump_path = "runs/detect"
 
 
-def main(cfg: Config) -> None:
-    run(cfg)
-
-
-def run(cfg: Config) -> dict[str, Any]:
-    """Train, keep the epoch with the best validation AP50, test it once; see `task.run`.
+class Detection(Task):
+    """Boxes in images.
 
     Metrics are map, ap50, map_<class> and ap50_<class> over the test images; nan for a class without boxes there.
     """
-    return task.run(Detection, cfg)
-
-
-def check(cfg: Config) -> None:
-    """Raise UserError for whatever would stop `run`."""
-    task.check(Detection, cfg)
-
-
-class Detection(Task):
-    """Boxes in images."""
 
     def __init__(self, cfg: Config, device: torch.device) -> None:
         super().__init__(cfg, device)
@@ -132,7 +104,7 @@ class Detection(Task):
         self.patients = {name: image.patient for name, image in self.images.items()}
         self.fingerprint = fingerprint(image.path for image in self.images.values())
 
-    @property
+    @functools.cached_property
     def parts(self) -> dict[str, list[Annotated]]:
         """The images that train, validate and test."""
         names = {"labelled": self.labelled, "validation": self.split.validation, "test": self.split.test}
@@ -155,18 +127,12 @@ class Detection(Task):
         self.files = prepare([image for images in self.parts.values() for image in images], self.cfg)
 
     def describe(self) -> str:
-        lines = []
-        for part, images in self.parts.items():
-            counts = self.count(images)
-            listed = ", ".join(f"{counts[one]} {one}" for one in self.classes)
-            lines.append(f"{part}: {len(images)} images, {counts.total()} boxes ({listed})")
-        return "\n".join(lines)
+        table = pd.DataFrame({part: self.count(images) for part, images in self.parts.items()}, self.classes).fillna(0)
+        table.loc["images"] = {part: len(images) for part, images in self.parts.items()}
+        return table.astype(int).to_string()
 
     def batch(self, epoch: int, step: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-        """Images [1, h, w] and their boxes [n, 4] and labels [n] at working resolution.
-
-        Crowd boxes are left out: COCO marks with them what nobody counted.
-        """
+        """Images [1, h, w] and their boxes [n, 4] and labels [n], without crowds, at working resolution."""
         images, cfg = self.parts["labelled"], self.cfg
         per_step = min(cfg.batch_size, len(images))
         total = self.steps * per_step
@@ -175,12 +141,15 @@ class Detection(Task):
         mirror = (draws.random(total) < 0.5) & cfg.flip
         pixels, targets = [], []
         for place in range(step * per_step, (step + 1) * per_step):
-            image, single = images[order[place]], ~images[order[place]].crowd
-            own, boxes = self.read(image), torch.from_numpy(image.boxes[single]) * self.scale(image)
+            image = images[order[place]]
+            own, boxes, labels = (
+                self.read(image),
+                *(torch.from_numpy(x[~image.crowd]) for x in (image.boxes, image.labels)),
+            )
+            boxes = boxes * self.scale(image)
             if mirror[place]:
                 own, boxes = mirrored(own, boxes)
             pixels.append(own)
-            labels = torch.from_numpy(image.labels[single])
             targets.append({"boxes": boxes.to(self.device), "labels": labels.to(self.device)})
         return pixels, targets
 
@@ -204,12 +173,12 @@ class Detection(Task):
                 line = (image.name, self.classes[label - 1], f"{value:.4f}", *(f"{x:.1f}" for x in box))
                 boxes.append(dict(zip(PREDICTIONS, line, strict=True)))
         write_csv(boxes, folder / "predictions.csv", PREDICTIONS)
-        width = max(map(len, [*self.classes, "all"]))
-        lines = [f"{'class':{width}s}   boxes     AP50      mAP"]
-        for name, suffix, count in [*((c, f"_{c}", counts[c]) for c in self.classes), ("all", "", counts.total())]:
-            numbers = f"{scores[f'ap50{suffix}']:6.3f}   {scores[f'map{suffix}']:6.3f}"
-            lines.append(f"{name:{width}s}  {count:6d}   {numbers}")
-        return Outcome(scores, rows, "\n".join(lines), {"images": len(images), "classes": self.classes})
+        table = pd.DataFrame(
+            {"boxes": count, "AP50": scores[f"ap50{suffix}"], "mAP": scores[f"map{suffix}"]}
+            for count, suffix in [*((counts[name], f"_{name}") for name in self.classes), (counts.total(), "")]
+        ).set_axis([*self.classes, "all"])
+        shown = table.to_string(float_format="{:.3f}".format)
+        return Outcome(scores, rows, shown, {"images": len(images), "classes": self.classes})
 
     def predict(self, model: nn.Module, images: list[Annotated]) -> list[dict[str, Tensor]]:
         """Of each image boxes [n, 4] in pixels of its file, best first, scores [n] and labels [n], on the CPU."""
@@ -219,8 +188,8 @@ class Detection(Task):
             with self.precision.autocast():
                 outputs = model([self.read(image) for image in some])
             for image, output in zip(some, outputs, strict=True):
-                boxes, labels = output["boxes"].cpu().float() / self.scale(image), output["labels"].cpu()
-                found.append({"boxes": boxes, "labels": labels, "scores": output["scores"].cpu().float()})
+                own = {key: value.cpu() for key, value in output.items()}
+                found.append(own | {"boxes": own["boxes"].float() / self.scale(image), "scores": own["scores"].float()})
         return found
 
     def read(self, image: Annotated) -> Tensor:
@@ -233,20 +202,27 @@ class Detection(Task):
         return torch.tensor([width / image.width, height / image.height] * 2)
 
 
+run, check = functools.partial(task.run, Detection), functools.partial(task.check, Detection)
+
+
 def build_model(cfg: Config, classes: int) -> nn.Module:
     """The detector on cfg.weights; its other weights are the same for the same seed, whatever cfg.weights.
 
-    The ResNet takes grey images as it was trained: the detector's own transform normalises them, because its pyramid
-    takes the ResNet's layers one by one and not its forward.
+    Its own transform normalises images, because the pyramid takes the ResNet's layers one by one and not its forward.
     """
     encoder = load_encoder(cfg.weights, cfg.arch, cfg.seed)
     frozen = cfg.norm == "frozen" or (cfg.norm == "auto" and cfg.weights != "random")
     freeze(encoder, cfg.trainable_layers, frozen)
     torch.manual_seed(cfg.seed)
-    grey = {"min_size": cfg.image_size, "max_size": cfg.image_size, "image_mean": [GREY_MEAN], "image_std": [GREY_STD]}
     first = 1 if cfg.model == "fasterrcnn" else 2  # stage of the ResNet that the pyramid begins with
     names = {f"layer{i}": str(i - first) for i in range(first, 5)}
     body = encoder, names, list(encoder.stage_features[first - 1 :]), cfg.pyramid_channels
+    transform = {
+        "min_size": cfg.image_size,
+        "max_size": cfg.image_size,
+        "image_mean": [GREY_MEAN],
+        "image_std": [GREY_STD],
+    }
     ratios = ((0.5, 1.0, 2.0),) * LEVELS
     if cfg.model == "fasterrcnn":
         return FasterRCNN(
@@ -256,46 +232,35 @@ def build_model(cfg: Config, classes: int) -> nn.Module:
             rpn_post_nms_top_n_train=2 * cfg.proposals,
             rpn_post_nms_top_n_test=cfg.proposals,
             box_batch_size_per_image=math.ceil(cfg.proposals / 2),
-            **grey,
+            **transform,
         )
     thirds = tuple(tuple(int(size * 2 ** (i / 3)) for i in range(3)) for size in cfg.anchor_sizes)
+    backbone = BackboneWithFPN(*body, LastLevelP6P7(cfg.pyramid_channels, cfg.pyramid_channels))
     return RetinaNet(
-        BackboneWithFPN(*body, LastLevelP6P7(cfg.pyramid_channels, cfg.pyramid_channels)),
-        classes + 1,  # label 0 stays unused
-        anchor_generator=AnchorGenerator(thirds, ratios),
-        **grey,
-    )
+        backbone, classes + 1, anchor_generator=AnchorGenerator(thirds, ratios), **transform
+    )  # 0 stays unused
 
 
 def freeze(encoder: GreyResNet, trainable_layers: int, norm: bool) -> None:
     """Leave only the last `trainable_layers` of STAGES trainable; fix BatchNorm in the others, and with norm in all.
 
-    A frozen BatchNorm uses the loaded statistics, gains and biases, in training too: a batch of detection has few
-    images, whose own statistics would be noise.
+    That one uses the loaded statistics, in training too: a batch has few images, whose own statistics would be noise.
     """
     trainable = STAGES[:trainable_layers]
-    for name, child in encoder.named_children():
-        stage = name if name.startswith("layer") else "stem"
-        child.requires_grad_(stage in trainable)
-        if norm or stage not in trainable:
-            setattr(encoder, name, _with_frozen_norm(child))
-
-
-def _with_frozen_norm(module: nn.Module) -> nn.Module:
-    if isinstance(module, nn.BatchNorm2d):
-        frozen = FrozenBatchNorm2d(module.num_features, module.eps)
-        frozen.load_state_dict(module.state_dict())
-        return frozen
-    for name, child in module.named_children():
-        setattr(module, name, _with_frozen_norm(child))
-    return module
+    for name, module in list(encoder.named_modules()):
+        stage = name.split(".")[0] if name.startswith("layer") else "stem"
+        if name and stage not in trainable:
+            module.requires_grad_(False)
+        if isinstance(module, nn.BatchNorm2d) and (norm or stage not in trainable):
+            frozen = FrozenBatchNorm2d(module.num_features, module.eps)
+            frozen.load_state_dict(module.state_dict())
+            encoder.set_submodule(name, frozen)
 
 
 def prepare(images: Sequence[Annotated], cfg: Config) -> dict[str, Path]:
     """Files with each image as [h, w] float16 in 0..1, the longer side image_size; made once.
 
-    Intensities as in pre-training: linear between the 0.5th and 99.5th percentile, clipped. Raises one UserError that
-    lists the images that cannot be read.
+    Intensities as in pre-training. Raises one UserError that lists the images that cannot be read.
     """
     folder = cache_folder(Path(cfg.data_path), cfg.cache_path) / f"boxes_{cfg.image_size}px_v{FORMAT}"
 
@@ -320,9 +285,7 @@ def normalised(path: Path, size: int) -> np.ndarray:
     low, high = robust_limits(pixels)
     if not high > low:  # also where there are NaN
         raise ValueError("is constant or holds NaN; export it again or remove its annotations")
-    grey = torch.from_numpy(((pixels.astype(np.float64) - low) / (high - low)).clip(0, 1)).float()[None, None]
-    resized = F.interpolate(grey, content_size(*pixels.shape, size), mode="bilinear", antialias=True)
-    return resized[0, 0].clamp(0, 1).half().numpy()
+    return grey(pixels, low, high, content_size(*pixels.shape, size)).numpy()
 
 
 def mirrored(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -356,4 +319,4 @@ def score(found: list[dict[str, Tensor]], images: Sequence[Annotated], classes: 
 
 
 if __name__ == "__main__":
-    config.main(main, Config, __doc__)
+    config.main(run, Config, __doc__)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
+from torch import Tensor
 
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet
 from training.weights import load_joint, load_resnet
-from utils.architectures import ARCHITECTURES
 from utils.errors import UserError
+from utils.options import ARCHITECTURES
 
 NAMED = ("random", "imagenet")
 REMEDY = (
@@ -23,34 +28,29 @@ REMEDY = (
 
 
 def load_encoder(weights: str, arch: str | None = None, seed: int = 0) -> GreyResNet:
-    """f_intra, the slice encoder.
+    """f_intra, the slice encoder; torch's global random state is left as it was.
 
-    weights: `random`; `imagenet` (torchvision's, if they lie in torch's cache: nothing is downloaded); or the path of
-    a ResNet in any layout of `training.weights.load_resnet` or of a stage 2 or 3 file.
-    arch: a torchvision ResNet; None: what the `.json` beside the file says, else resnet50.
-    seed: of random weights. Torch's global random state is left as it was.
+    weights: `random`, of a seed; `imagenet` (torchvision's, if they lie in torch's cache: nothing is downloaded); or a
+    file of any stage or in any layout of `training.weights.load_resnet`.  arch: see `choose_arch`.
     Raises UserError where the weights are missing or are those of another arch.
     """
     arch = choose_arch(weights, arch)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = GreyResNet(arch)
-    if weights == "random":
-        return encoder
-    path = _imagenet_file(arch) if weights == "imagenet" else Path(weights)
-    try:
-        load_resnet(encoder, path, REMEDY)
-    except UserError as error:
-        raise UserError(f"{error} (loaded as {arch}; another one is chosen with --arch)") from None
+    if weights != "random":
+        try:
+            load_resnet(encoder, _imagenet_file(arch) if weights == "imagenet" else Path(weights), REMEDY)
+        except UserError as error:
+            raise UserError(f"{error} (loaded as {arch}; another one is chosen with --arch)") from None
     return encoder
 
 
 def load_joint_encoder(
     weights: str, arch: str | None = None, seed: int = 0, d_model: int = 640, layers: int = 4
 ) -> JointEncoder:
-    """f_intra, the slice projection and f_inter, from a stage 2 or 3 file or `random`.
+    """f_intra, the slice projection and f_inter, from a stage 2 or 3 file, or `random` of these sizes and this seed.
 
-    arch, d_model, layers: of random weights; a file's own stand in the `.json` beside it. seed: of random weights.
     Raises UserError where the file holds no transformer, or arch is given and is not the file's.
     """
     arch = choose_arch(weights, arch)
@@ -65,10 +65,7 @@ def load_joint_encoder(
 
 def describe_weights(weights: str) -> str:
     """A short label for tables: `random`, `imagenet`, or the file's name and the start of its sha256."""
-    if weights in NAMED:
-        return weights
-    path = _existing(weights)
-    return f"{path.stem}@{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
+    return weights if weights in NAMED else f"{_existing(weights).stem}@{content_of(weights)[:8]}"
 
 
 def has_transformer(weights: str) -> bool:
@@ -80,24 +77,37 @@ def has_transformer(weights: str) -> bool:
 
 def choose_arch(weights: str, arch: str | None) -> str:
     """`arch`, or what the `.json` beside the weights says, or resnet50. UserError where the first two differ."""
-    made_with = None if weights in NAMED else _recorded_arch(_existing(weights))
-    if arch and made_with and arch != made_with:
-        raise UserError(f"arch: {arch} was asked for, but {weights} was made with {made_with}; leave --arch out")
+    made_with = None
+    if weights not in NAMED and (about := _existing(weights).with_suffix(".json")).is_file():
+        try:
+            made_with = json.loads(about.read_text(encoding="utf-8"))["config"]["arch"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{about}: damaged; it should say the arch of {weights}, or be removed") from None
+        if made_with not in ARCHITECTURES:
+            raise UserError(f"{about}: arch {made_with!r} is not one of {', '.join(ARCHITECTURES)}")
+        if arch and arch != made_with:
+            raise UserError(f"arch: {arch} was asked for, but {weights} was made with {made_with}; leave --arch out")
     return arch or made_with or "resnet50"
 
 
-def _recorded_arch(path: Path) -> str | None:
-    """What the `.json` beside a weights file says; None where there is none."""
-    about = path.with_suffix(".json")
-    if not about.is_file():
-        return None
-    try:
-        arch = json.loads(about.read_text(encoding="utf-8"))["config"]["arch"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{about}: damaged; it should say the arch of {path.name}, or be removed") from None
-    if arch not in ARCHITECTURES:
-        raise UserError(f"{about}: arch {arch!r} is not one of {', '.join(ARCHITECTURES)}")
-    return arch
+def grey(pixels: np.ndarray, low: float, high: float, size: tuple[int, int]) -> Tensor:
+    """What an encoder sees of [H, W] intensities: [h, w] float16 in 0..1, linear between the limits, resized."""
+    scaled = (np.ascontiguousarray(pixels, np.float64) - low) / (high - low)
+    images = torch.from_numpy(scaled.clip(0, 1)).float()[None, None]
+    return F.interpolate(images, size, mode="bilinear", antialias=True)[0, 0].clamp(0, 1).half()
+
+
+def content_of(value: Any) -> Any:
+    """sha256 (hex) of the content for the name of a file, remembered until that changes; else the value itself."""
+    if not isinstance(value, str) or not Path(value).is_file():
+        return value
+    status = Path(value).stat()
+    return _digest(value, status.st_mtime_ns, status.st_size)
+
+
+@functools.cache
+def _digest(file: str, _modified: int, _size: int) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def _existing(weights: str) -> Path:

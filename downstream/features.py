@@ -12,12 +12,16 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from datasets.loaders import Slices
 from datasets.store import prepare
-from downstream.scores import validation_score
+from downstream.metrics import validation_score
 from downstream.splits import without_suffix
 from models.encoder import JointEncoder, real_rows, spread
 from models.resnet import GreyResNet, multi_scale, pooled, wide
@@ -32,8 +36,7 @@ class Cases:
     """Images and volumes, normalised as in training, as stacks of slices on a square canvas.
 
     data_path: a data tree, or the folder of a single data set.  size: S, side of the canvas in pixels.
-    slices: evenly spaced ones of a volume that are used, at most; 0: all.  cache_path, on_bad: as in
-    `datasets.store.prepare`.  level: a stack is a case, or a single slice of one.
+    slices: evenly spaced ones of a volume that are used, at most; 0: all.  level: a stack is a case, or a slice of one.
     Has samples (the cases), names (theirs, relative to data_path), and owner ([stacks] the position of the case that a
     stack is of). Raises UserError naming what cannot be used.
     """
@@ -67,10 +70,16 @@ class Cases:
         """A stack [D, S, S] float32 in 0..1; D = 1 for an image."""
         return np.concatenate([self.store.read(case, s, s + 1) for case, s in self.stacks[index].tolist()])
 
-    def extent(self, index: int) -> tuple[int, int]:
-        """Height and width in pixels of what the canvas shows of a stack; it is centred."""
-        height, width = self.store.extents[self.owner[index]].tolist()
-        return height, width
+    def read_batch(self, indices: Sequence[int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Stacks [B, D, S, S] with zeros behind the shorter ones, mask [B, D]: True for real slices."""
+        stacks = [torch.from_numpy(self.read(i)) for i in indices]
+        batch = pad_sequence(stacks, batch_first=True)
+        mask = torch.arange(batch.shape[1]) < torch.tensor([[len(stack)] for stack in stacks])
+        return batch.to(device), mask.to(device)
+
+    def extents(self, indices: Sequence[int]) -> Tensor:
+        """[B, 2] height and width in pixels of what the canvas shows of stacks; it is centred."""
+        return torch.from_numpy(self.store.extents[self.owner[indices]].astype(np.int64))
 
 
 class StackEncoder(nn.Module):
@@ -109,26 +118,15 @@ def frozen_features(
     features: Features = "pooled",
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
-    """[stacks, C] of the stacks at `indices`: the features of `StackEncoder`, joined.
-
-    The encoder is put in eval mode. Raises UserError where a feature is not finite.
-    """
+    """[stacks, C] of the stacks at `indices`: the features of `StackEncoder`, joined. UserError for NaN and Inf."""
     network = StackEncoder(encoder, features).eval().to(device)
     rows = []
     ends = np.cumsum([len(cases.stacks[i]) for i in indices])
     for some in np.split(indices, np.flatnonzero(np.diff((ends - 1) // SLICES_AT_ONCE)) + 1):
-        volumes, mask = pad([torch.from_numpy(cases.read(i)) for i in some])
-        rows.append(torch.cat(network.parts(volumes.to(device), mask.to(device)), dim=1).cpu())
+        rows.append(torch.cat(network.parts(*cases.read_batch(some, device)), dim=1).cpu())
         if not rows[-1].isfinite().all():
             raise UserError("weights: they give features of NaN or Inf; the file is of a training that diverged")
     return torch.cat(rows).numpy()
-
-
-def pad(stacks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Stacks [D_i, ...] of different lengths -> batch [B, D, ...] with zeros at the end, mask [B, D]: True if real."""
-    lengths = torch.tensor([len(stack) for stack in stacks])
-    batch = pad_sequence(list(stacks), batch_first=True)
-    return batch, torch.arange(batch.shape[1]) < lengths.unsqueeze(1)
 
 
 def vote(train: np.ndarray, labels: np.ndarray, test: np.ndarray, classes: int, k: int) -> np.ndarray:
@@ -137,37 +135,28 @@ def vote(train: np.ndarray, labels: np.ndarray, test: np.ndarray, classes: int, 
     Features are centred on the training mean first: pooled features are all positive, and their common mean would hide
     the differences. Source of the weights: Wu et al. 2018 (instance discrimination), as k-NN evaluations use them.
     """
-    from sklearn.neighbors import KNeighborsClassifier
-
     mean, k = train.mean(axis=0), min(k, len(train))
     model = KNeighborsClassifier(k, weights=lambda distance: np.exp(-distance / 0.07), metric="cosine")
     return _probabilities(model.fit(train - mean, labels), test - mean, classes)
 
 
 def fit_logistic_regression(
-    train: tuple[np.ndarray, np.ndarray],
-    validation: tuple[np.ndarray, np.ndarray],
-    test: np.ndarray,
-    classes: int,
+    train: tuple[np.ndarray, np.ndarray], validation: tuple[np.ndarray, np.ndarray], test: np.ndarray, classes: int
 ) -> tuple[np.ndarray, float]:
     """Probabilities [n, classes] for the features `test`, and the C that validation chose.
 
-    train, validation: features [n, C] and class numbers [n], of at least two classes in train.  Features are
-    standardised by the training cases; classes weigh the same. C is the smallest of those with the best
-    `validation_score`, and 1 without validation cases.
+    train, validation: features [n, C] and class numbers [n].  Features are standardised by the training cases; classes
+    weigh the same. C is the smallest of those with the best `validation_score`, and 1 without validation cases.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
 
     def fitted(cost: float) -> Any:
         regression = LogisticRegression(C=cost, class_weight="balanced", max_iter=5000)
         return make_pipeline(StandardScaler(), regression).fit(*train)
 
-    if not len(validation[1]):
+    x, truth = validation
+    if not len(truth):
         return _probabilities(fitted(1.0), test, classes), 1.0
     models = {cost: fitted(cost) for cost in COSTS}
-    x, truth = validation
     best = max(COSTS, key=lambda cost: validation_score(truth, _probabilities(models[cost], x, classes)))
     return _probabilities(models[best], test, classes), float(best)
 

@@ -8,16 +8,16 @@ run: what `downstream.classify` wrote (its cases.csv has the test candidates and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from jsonargparse.typing import NonNegativeInt
 
-from downstream.scores import bootstrap, format_table
+from downstream.metrics import bootstrap, format_scores
 from downstream.splits import without_suffix
 from utils import config, options
 from utils.errors import UserError
@@ -48,13 +48,6 @@ class Candidates(NamedTuple):
     scans: int
 
 
-def main(cfg: Config) -> None:
-    result = run(cfg)
-    print(f"{result['candidates']} candidates and {result['nodules']} nodules of {result['scans']} test scans")
-    print(format_table(result["metrics"], result["intervals"], result["reasons"]))
-    print(f"wrote {cfg.run}/froc.json, froc.csv")
-
-
 def run(cfg: Config) -> dict[str, Any]:
     """Metrics `cpm` and `sensitivity@rate`, their intervals over scans, reasons of those that are nan; and counts."""
     candidates = read_candidates(Path(cfg.run) / "cases.csv", cfg.labels, cfg.nodules)
@@ -70,7 +63,7 @@ def run(cfg: Config) -> dict[str, Any]:
     result = {
         "metrics": found,
         "intervals": intervals,
-        "reasons": {name: why for name, value in found.items() if math.isnan(value)},
+        "reasons": {name: why for name, value in found.items() if np.isnan(value)},
         "candidates": len(candidates.score),
         "nodules": len(candidates.nodule_scan),
         "scans": candidates.scans,
@@ -78,9 +71,12 @@ def run(cfg: Config) -> dict[str, Any]:
     write_json(result, Path(cfg.run) / "froc.json")
     rows = []
     for rate, name in zip(RATES, names[1:], strict=True):
-        low, high = intervals.get(name, (math.nan, math.nan))
+        low, high = intervals.get(name, (np.nan, np.nan))
         rows.append({"false_positives_per_scan": rate, "sensitivity": found[name], "low": low, "high": high})
     write_csv(rows, Path(cfg.run) / "froc.csv")
+    print(f"{result['candidates']} candidates and {result['nodules']} nodules of {result['scans']} test scans")
+    print(format_scores(found, intervals, result["reasons"]))
+    print(f"wrote {cfg.run}/froc.json, froc.csv")
     return result
 
 
@@ -99,18 +95,14 @@ def froc(candidates: Candidates, counts: np.ndarray | None = None, rates: Sequen
     nodules = counts[nodule_scan]
     if nodules.sum() == 0 or np.isnan(score).any():
         return np.full(len(rates), np.nan)
-    best = np.full(len(nodule_scan), -np.inf)
-    found = hit >= 0
+    best, found = np.full(len(nodule_scan), -np.inf), hit >= 0
     np.maximum.at(best, hit[found], score[found])
     false = np.flatnonzero(hit == NO_NODULE)
     false = false[np.argsort(-score[false], kind="stable")]
     per_scan = np.cumsum(counts[scan[false]]) / counts.sum()
-    sensitivity = []
-    for rate in rates:
-        first_too_many = int(np.searchsorted(per_scan, rate + 1e-9, side="right"))
-        threshold = score[false[first_too_many]] if first_too_many < len(false) else -np.inf
-        sensitivity.append(nodules[best > threshold].sum() / nodules.sum())
-    return np.array(sensitivity)
+    first_too_many = np.searchsorted(per_scan, np.array(rates) + 1e-9, side="right")
+    thresholds = np.append(score[false], -np.inf)[first_too_many]
+    return np.array([nodules[best > threshold].sum() / nodules.sum() for threshold in thresholds])
 
 
 def read_candidates(cases: Path, labels: str | Path, nodules: str | Path) -> Candidates:
@@ -119,29 +111,29 @@ def read_candidates(cases: Path, labels: str | Path, nodules: str | Path) -> Can
     Their score is the probability of the last class, `nodule`. Raises UserError for a column, a case or a nodule that
     is not there.
     """
-    tested = read_csv(cases, "run", ("case",))
-    rows = {row["case"]: row for row in read_csv(labels, "labels", ("case", "series", "nodule"))}
-    annotated = read_csv(nodules, "nodules", ("series", "nodule"))
-    score_name = [name for name in tested[0] if name.startswith("p(")][-1:]
-    if not score_name:
+    tested = pd.DataFrame(read_csv(cases, "run", ("case",)))
+    known = pd.DataFrame(read_csv(labels, "labels", ("case", "series", "nodule"))).set_index("case")
+    annotated = pd.DataFrame(read_csv(nodules, "nodules", ("series", "nodule")))
+    scores = [name for name in tested if name.startswith("p(")]
+    if not scores:
         raise UserError(f"run: {cases} has no column p(...); give the dump_path of downstream.classify")
-    known = [without_suffix(row["case"]) for row in tested]
-    if lacking := [case for case in known if case not in rows]:
+    names = tested.case.map(without_suffix)
+    if lacking := [name for name in names if name not in known.index]:
         raise UserError(f"labels: {labels} has no case {lacking[0]!r}, which {cases} has; give the labels of that run")
-    found = [rows[case] for case in known]
-    scans = {series: k for k, series in enumerate(dict.fromkeys(row["series"] for row in found))}
-    own = [row for row in annotated if row["series"] in scans]
-    place = {row["nodule"]: k for k, row in enumerate(own)} | {"": NO_NODULE, "excluded": EXCLUDED}
-    if unknown := [row["nodule"] for row in found if row["nodule"] not in place]:
+    found = known.loc[names]
+    scan, series = pd.factorize(found.series)
+    own = annotated[annotated.series.isin(series)]
+    place = {nodule: k for k, nodule in enumerate(own.nodule)} | {"": NO_NODULE, "excluded": EXCLUDED}
+    if unknown := [nodule for nodule in found.nodule if nodule not in place]:
         raise UserError(f"nodules: {nodules} has no nodule {unknown[0]}, which {labels} names; give those of one run")
     return Candidates(
-        score=np.array([float(row[score_name[0]]) for row in tested]),
-        scan=np.array([scans[row["series"]] for row in found]),
-        hit=np.array([place[row["nodule"]] for row in found]),
-        nodule_scan=np.array([scans[row["series"]] for row in own], dtype=int),
-        scans=len(scans),
+        score=tested[scores[-1]].astype(float).to_numpy(),
+        scan=scan,
+        hit=found.nodule.map(place).to_numpy(),
+        nodule_scan=series.get_indexer(own.series),
+        scans=len(series),
     )
 
 
 if __name__ == "__main__":
-    config.main(main, Config, __doc__)
+    config.main(run, Config, __doc__)

@@ -1,50 +1,25 @@
-"""What is classified: cases with their labels and patients, from a CSV."""
+"""What is classified: cases with their labels and patients, from a CSV or the data sets themselves."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-import numpy as np
+import pandas as pd
 
 from downstream.features import Cases
-from downstream.splits import places_of, without_suffix
+from downstream.pairs import read_cases
+from downstream.splits import Naming
 from utils.errors import UserError
 from utils.files import read_csv
 
-CASE_COLUMNS = ("case", "file", "filename", "image")
-LABEL_COLUMNS = ("label", "finding", "class")
-PATIENT_COLUMNS = ("patient", "subject", "patient_id")
-
-
-@dataclass(frozen=True)
-class Items:
-    """What is classified: the stacks of slices of the labelled cases. Lists and arrays run over these stacks."""
-
-    cases: Cases
-    index: np.ndarray  # of the stack in `cases`
-    names: list[str]  # of the case that it is of: what is split, and what the labels are counted by
-    labels: np.ndarray  # position in `classes`
-    classes: list[str]
-    patients: dict[str, str]  # of every case
-    test_only: np.ndarray  # bool: left out of training and validation
-
-    @property
-    def label_of(self) -> dict[str, int]:
-        """Of every case."""
-        return dict(zip(self.names, self.labels.tolist(), strict=True))
-
-
-class LabelRow(NamedTuple):
-    """A line of the labels file."""
-
-    case: int  # position among the names
-    label: str
-    patient: str | None = None  # None: not told
-    test_only: bool = False  # the negatives of LUNA16 that are too many to train on
+KNOWN = {
+    "case": ("case", "file", "filename", "image"),
+    "label": ("label", "finding", "class"),
+    "patient": ("patient", "subject", "patient_id"),
+}
 
 
 def read_labels(
@@ -53,123 +28,103 @@ def read_labels(
     case_column: str | None = None,
     label_column: str | None = None,
     patient_column: str | None = None,
-) -> list[LabelRow]:
-    """The labels of the cases `names` from a CSV file with a header.
+) -> pd.DataFrame:
+    """The lines of a CSV file with a header: place (of the case in `names`), label, patient (or None), test_only.
 
     A case is named by its path below the data folder or, where that is unique, its file name; with or without suffix.
     Raises UserError for a missing file or column, an unknown or ambiguous case, a case named twice, an empty label.
     """
-    rows = read_csv(path, "labels")
-    case_name = _column(path, rows[0], case_column, CASE_COLUMNS, "case_column")
-    label_name = _column(path, rows[0], label_column, LABEL_COLUMNS, "label_column")
-    told = patient_column or any(name in rows[0] for name in PATIENT_COLUMNS)
-    patient_name = _column(path, rows[0], patient_column, PATIENT_COLUMNS, "patient_column") if told else None
-    places = places_of(names)
-    result: list[LabelRow] = []
-    lines: dict[int, int] = {}
+    rows, naming, places = read_csv(path, "labels"), Naming(names), {name: i for i, name in enumerate(names)}
+    wanted = {"case": case_column, "label": label_column, "patient": patient_column}
+    columns = {what: _column(path, rows[0], what, name) for what, name in wanted.items()}
+    table: dict[int, dict[str, Any]] = {}  # by place
     for line, row in enumerate(rows, start=2):
-        case, where = row[case_name], f"labels: {path}, line {line}"
-        found = sorted(places.get(case) or places.get(without_suffix(case)) or ())
-        if not found:
+        where = f"labels: {path}, line {line}"
+        case, label, patient = (row.get(column) for column in columns.values())
+        place = places.get(naming.find(case, where))
+        if place is None:
             raise UserError(
                 f"{where}: {case!r} is none of the {len(names)} cases in data_path (the first is {names[0]}); correct "
                 "it or remove the line"
             )
-        if len(found) > 1:
-            both = " and ".join(names[i] for i in found[:2])
-            raise UserError(f"{where}: {case!r} may be {both}; write the path below data_path")
-        if found[0] in lines:
-            raise UserError(f"labels: {path}: {case!r} stands in lines {lines[found[0]]} and {line}; keep one")
-        lines[found[0]] = line
-        for name in (label_name, patient_name):
-            if name and not row[name]:
-                raise UserError(f"{where}: {case!r} has no {name}; write one or remove the line")
-        patient, test_only = row[patient_name] if patient_name else None, row.get("test_only", "0") not in ("", "0")
-        result.append(LabelRow(found[0], row[label_name], patient, test_only))
-    return result
+        if place in table:
+            raise UserError(f"{where}: {case!r} stands in line {table[place]['line']} already; keep one")
+        if not label or patient == "":
+            what = columns["patient" if label else "label"]
+            raise UserError(f"{where}: {case!r} has no {what}; write one or remove the line")
+        test_only = row.get("test_only", "0") not in ("", "0")  # negatives of LUNA16 that are too many to train on
+        table[place] = {"line": line, "place": place, "label": label, "patient": patient, "test_only": test_only}
+    return pd.DataFrame(table.values())
+
+
+def data_set_labels(cases: Cases) -> pd.DataFrame:
+    """A table as of `read_labels` in which the label of a case is its data set."""
+    labels = [sample.dataset for sample in cases.samples]
+    return pd.DataFrame({"place": range(len(labels)), "label": labels, "patient": None, "test_only": False})
 
 
 def label_items(
     cases: Cases,
-    rows: Sequence[LabelRow],
+    table: pd.DataFrame,
     classes: Sequence[str] = (),
     positive: str | None = None,
     patient_pattern: str | None = None,
-    source: str = "labels",
-) -> Items:
-    """What is classified: the cases that have one of the labels `classes` (none given: all labels).
+) -> tuple[pd.DataFrame, list[str]]:
+    """What is classified, a row per stack of slices: stack (in `cases`), case, label, patient, test_only; the classes.
 
-    positive, patient_pattern: as in the options of `downstream.classify`.  source: where the labels come from, for
-    messages.  Raises UserError for a class without cases, and where there are not two classes.
+    case: its name.  label: position in the classes.  table: of `read_labels`.  classes, positive, patient_pattern: as
+    in the options of `downstream.classify`.  Raises UserError for a class without cases, and where there are not two.
     """
-    whole = {row.label for row in rows}
-    parts = {part for label in whole for part in label.split("|")}
-    for wanted, found in [*((name, whole) for name in classes), *([(positive, parts)] if positive else [])]:
-        if wanted not in found:
-            there = ", ".join(sorted(found)[:5])
-            raise UserError(f"classes, positive: no case in {source} has the label {wanted!r}; there are {there}")
-    rows = [row for row in rows if not classes or row.label in classes]
+    parts = table.label.str.split("|").explode()
+    asked = [("classes", name, table.label) for name in classes] + [("positive", positive, parts)] * bool(positive)
+    for option, label, there in asked:
+        if label not in set(there):
+            raise UserError(f"{option}: no case has the label {label!r}; there are {', '.join(sorted(set(there))[:5])}")
+    table = table[table.label.isin(classes)] if classes else table
     if positive:
-        labels = [int(positive in row.label.split("|")) for row in rows]
-        classes = [f"not {positive}", positive]
+        names = [f"not {positive}", positive]
+        labels = [int(positive in label.split("|")) for label in table.label]
     else:
-        classes = list(classes) or sorted(whole)
-        labels = [classes.index(row.label) for row in rows]
+        names = list(classes) or sorted(set(table.label))
+        labels = [names.index(label) for label in table.label]
     if len(set(labels)) < 2:
-        raise UserError(f"labels: all cases in {source} have the same label; two are needed to tell apart")
-    names = [cases.names[row.case] for row in rows]
-    if patient_pattern:
-        patients = name_patients(names, patient_pattern)
-    else:
-        told = _prepared_patients(cases)
-        patients = [row.patient or told.get(cases.samples[row.case].name, cases.names[row.case]) for row in rows]
-    wanted = [row.case for row in rows]
-    first, end = (np.searchsorted(cases.owner, wanted, side) for side in ("left", "right"))  # the stacks of each row
-    row_of = np.repeat(np.arange(len(rows)), end - first)
-    return Items(
-        cases=cases,
-        index=np.concatenate([np.arange(*ends) for ends in zip(first, end, strict=True)]),
-        names=[names[row] for row in row_of],
-        labels=np.array(labels)[row_of],
-        classes=classes,
-        patients=dict(zip(names, patients, strict=True)),
-        test_only=np.array([row.test_only for row in rows])[row_of],
-    )
+        raise UserError("labels: all cases have the same label; two are needed to tell apart")
+    table = table.assign(label=labels, case=[cases.names[place] for place in table.place])
+    table["patient"] = name_patients(table.case, patient_pattern) if patient_pattern else _told(cases, table)
+    stacks = pd.DataFrame({"place": cases.owner, "stack": range(len(cases.owner))})
+    return table.merge(stacks, on="place"), names
 
 
 def name_patients(names: Sequence[str], pattern: str) -> list[str]:
     """The patient of each case: the first group of `pattern` in its file name."""
+    files = pd.Series([Path(name).name for name in names])
     try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"patient_pattern: {pattern!r} is not a regular expression ({error})") from None
-    if expression.groups < 1:
-        raise UserError(f"patient_pattern: {pattern!r} has no group; put the patient's part in parentheses")
-    found = [expression.search(Path(name).name) for name in names]
-    for name, match in zip(names, found, strict=True):
-        if match is None or not match[1]:
-            raise UserError(f"patient_pattern: {pattern!r} finds no patient in the file name {Path(name).name}")
-    return [match[1] for match in found]
+        people = files.str.extract(pattern)[0].fillna("")
+    except (re.error, ValueError) as error:
+        raise UserError(f"patient_pattern: {pattern!r} must be a regular expression with a group ({error})") from None
+    if (people == "").any():
+        raise UserError(f"patient_pattern: {pattern!r} finds no patient in the file name {files[people == ''].iloc[0]}")
+    return people.tolist()
 
 
-def _prepared_patients(cases: Cases) -> dict[str, str]:
-    """Name of a sample -> its patient, where prepare_data.py has found one (cases.csv)."""
-    tables = {sample.dataset: sample.data_path / sample.dataset / "cases.csv" for sample in cases.samples}
-    return {
-        f"{dataset}/{row.get('file')}": row["patient"]
-        for dataset, table in tables.items()
-        if table.is_file()
-        for row in read_csv(table, "data_path")
-        if row.get("patient")
+def _told(cases: Cases, table: pd.DataFrame) -> list[str]:
+    """Each case's patient by the table, else by the cases.csv that prepare_data.py wrote, else the case itself."""
+    folders = {sample.dataset: sample.data_path / sample.dataset for sample in cases.samples}
+    prepared = {
+        f"{dataset}/{row.get('file')}": row.get("patient")
+        for dataset, folder in folders.items()
+        for row in read_cases(folder)
     }
+    known = (prepared.get(cases.samples[place].name) for place in table.place)
+    return [a or b or case for a, b, case in zip(table.patient, known, table.case, strict=True)]
 
 
-def _column(path: str | Path, row: dict[str, str], wanted: str | None, known: Sequence[str], option: str) -> str:
-    """The wanted column, or the first of the known ones."""
-    found = [name for name in ([wanted] if wanted else known) if name in row]
-    if not found:
+def _column(path: str | Path, row: dict[str, str], what: str, wanted: str | None) -> str | None:
+    """The wanted column, or the first of the known ones; patients need not be told."""
+    found = [name for name in ([wanted] if wanted else KNOWN[what]) if name in row]
+    if not found and (wanted or what != "patient"):
         raise UserError(
-            f"labels: {path} has no column {wanted or ' or '.join(known)}, but {', '.join(row)}; name the right one "
-            f"with --{option}"
+            f"labels: {path} has no column {wanted or ' or '.join(KNOWN[what])}, but {', '.join(row)}; name the right "
+            f"one with --{what}_column"
         )
-    return found[0]
+    return found[0] if found else None

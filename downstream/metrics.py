@@ -1,4 +1,6 @@
-"""Overlap and surface distance of segmentations: per structure and per volume in 3D, with the empty cases defined.
+"""Scores of segmentations and classifications, with the empty cases defined, and intervals over patients.
+
+Segmentations are scored per structure and volume, in 3D:
 
     in the case:         Dice, IoU      HD95           in the mean over cases
     in both              0..1           mm             counts
@@ -13,14 +15,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import torch
+import pandas as pd
 from monai.metrics import compute_hausdorff_distance
-from torch import Tensor
+from scipy.stats import rankdata
+from torch import Tensor, isin
 
-METRICS = ("dice", "iou", "hd95_mm")
+OVERLAPS = ("dice", "iou", "hd95_mm")
+COUNTS = ("present", "absent", "missed")
+CLASSIFICATION = ("auc", "average_precision", "accuracy", "balanced_accuracy")
 
 
 def dice(prediction: Tensor, reference: Tensor) -> float:
@@ -38,8 +43,7 @@ def iou(prediction: Tensor, reference: Tensor) -> float:
 def hd95_mm(prediction: Tensor, reference: Tensor, spacing_mm: Sequence[float]) -> float:
     """The larger of the two directed 95th percentiles of the distance between surfaces, in mm (MONAI's).
 
-    prediction, reference: [D, H, W] bool.  spacing_mm: of voxels along D, H, W.
-    nan when both are empty, inf when one is.
+    prediction, reference: [D, H, W] bool.  spacing_mm: along these axes. nan when both are empty, inf when one is.
     """
     found, there = bool(prediction.any()), bool(reference.any())
     if not (found and there):
@@ -52,13 +56,15 @@ def hd95_mm(prediction: Tensor, reference: Tensor, spacing_mm: Sequence[float]) 
         )
 
 
+def masks(prediction: Tensor, reference: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Where both have one of these classes."""
+    return tuple(isin(volume, volume.new_tensor(classes)) for volume in (prediction, reference))
+
+
 def score(
     prediction: Tensor, reference: Tensor, structures: Mapping[str, Sequence[int]], spacing_mm: Sequence[float]
 ) -> dict[str, dict[str, float]]:
-    """Every metric of every structure of one volume: {structure: {metric: value}}.
-
-    prediction, reference: [D, H, W] classes.  structures: the classes that make up each one; they may overlap.
-    """
+    """{structure: {metric: value}} of one volume [D, H, W] of classes; structures: the classes that make up each."""
     scores = {}
     for name, classes in structures.items():
         p, r = masks(prediction, reference, classes)
@@ -66,46 +72,132 @@ def score(
     return scores
 
 
-def masks(prediction: Tensor, reference: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Where both have one of these classes."""
-    return tuple(torch.isin(volume, volume.new_tensor(classes)) for volume in (prediction, reference))
-
-
 def summarise(cases: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
-    """Means over cases of what `score` gave, per structure, and their means over structures as `mean`.
+    """Means over cases of what `score` gave, and counts of cases as above, per structure.
 
-    Per structure also counts of cases: `present` (in the mean of Dice and IoU), `absent` and `missed` as above; under
-    `mean` these are sums. A mean of nothing is nan.
+    `mean` has the means over structures, nan where there is nothing, and the sums of the counts.
     """
     table: dict[str, dict[str, float]] = {}
     for name in cases[0]:
-        values = {metric: [case[name][metric] for case in cases] for metric in METRICS}
-        present = sum(map(math.isfinite, values["dice"]))
-        table[name] = {metric: mean(values[metric]) for metric in METRICS} | {
-            "present": present,
-            "absent": len(cases) - present,
-            "missed": sum(map(math.isinf, values["hd95_mm"])),
-        }
+        values = {metric: [case[name][metric] for case in cases] for metric in OVERLAPS}
+        present, missed = sum(map(math.isfinite, values["dice"])), sum(map(math.isinf, values["hd95_mm"]))
+        counts = {"present": present, "absent": len(cases) - present, "missed": missed}
+        table[name] = {metric: mean(values[metric]) for metric in OVERLAPS} | counts
     rows = list(table.values())
-    table["mean"] = {metric: mean([row[metric] for row in rows]) for metric in METRICS} | {
-        count: sum(row[count] for row in rows) for count in ("present", "absent", "missed")
-    }
-    return table
+    sums = {count: sum(row[count] for row in rows) for count in COUNTS}
+    return table | {"mean": {metric: mean([row[metric] for row in rows]) for metric in OVERLAPS} | sums}
 
 
-def format_table(summary: Mapping[str, Mapping[str, float]]) -> str:
+def format_overlaps(summary: Mapping[str, Mapping[str, float]]) -> str:
     """`summarise`'s result as text, one line per structure."""
-    width = max(len("structure"), *map(len, summary))
-    lines = [f"{'structure':<{width}}    Dice     IoU  HD95 mm  present  absent  missed"]
-    for name, row in summary.items():
-        lines.append(
-            f"{name:<{width}}  {row['dice']:6.3f}  {row['iou']:6.3f}  {row['hd95_mm']:7.2f}  "
-            f"{row['present']:7}  {row['absent']:6}  {row['missed']:6}"
-        )
-    return "\n".join(lines)
+    table = pd.DataFrame(summary).T.astype(dict.fromkeys(COUNTS, int))
+    return table.to_string(float_format="{:.3f}".format)
 
 
 def mean(values: Sequence[float]) -> float:
     """Of those that are finite; nan where none is."""
     finite = [value for value in values if math.isfinite(value)]
     return float(np.mean(finite)) if finite else math.nan
+
+
+def undefined(why: str) -> tuple[dict[str, float], dict[str, str]]:
+    """Scores of a classification that none can be given for."""
+    return dict.fromkeys(CLASSIFICATION, math.nan), dict.fromkeys(CLASSIFICATION, why)
+
+
+def classification_scores(
+    truth: np.ndarray, probability: np.ndarray, classes: Sequence[str]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """AUC, average precision, accuracy and balanced accuracy of one split; reasons of those that lack something.
+
+    truth: [n] class numbers.  probability: [n, K].  AUC and average precision are those of the second of two classes,
+    or the mean over more, each against the others; a class that the split has not is left out of the mean and named in
+    the reason. Balanced accuracy is the mean recall of the classes that are there.
+    All but the accuracy are nan where the split holds one class only.
+    """
+    predicted = probability.argmax(axis=1)
+    accuracy = float((predicted == truth).mean())
+    there = sorted(set(truth.tolist()))
+    if len(there) < 2:
+        values, reasons = undefined(f"the split holds only {classes[there[0]]!r}")
+        del reasons["accuracy"]
+        return values | {"accuracy": accuracy}, reasons
+    asked = [1] if len(classes) == 2 else there
+    values = {
+        "auc": np.mean([auc(truth == k, probability[:, k]) for k in asked]),
+        "average_precision": np.mean([average_precision(truth == k, probability[:, k]) for k in asked]),
+        "accuracy": accuracy,
+        "balanced_accuracy": np.mean([(predicted[truth == k] == k).mean() for k in there]),
+    }
+    absent = [name for k, name in enumerate(classes) if k not in there]
+    reasons = dict.fromkeys(set(values) - {"accuracy"}, f"without {', '.join(absent)}") if absent else {}
+    return {name: float(value) for name, value in values.items()}, reasons
+
+
+def auc(hits: np.ndarray, score: np.ndarray) -> float:
+    """Area under the ROC curve, as scikit-learn's, whose checks take twenty times as long: a bootstrap needs thousands.
+
+    hits: [n] bool, some of them True and some False.  score: [n], higher for hits.
+    """
+    count = int(hits.sum())
+    return (rankdata(score)[hits].sum() - count * (count + 1) / 2) / (count * (len(hits) - count))
+
+
+def average_precision(hits: np.ndarray, score: np.ndarray) -> float:
+    """Mean precision over the hits, each at the threshold that just finds it; as scikit-learn's. Arguments of `auc`."""
+    order = np.argsort(-score, kind="stable")
+    ends = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))  # equal scores are found together
+    found = np.cumsum(hits[order])[ends]
+    return float((np.diff(found, prepend=0) * found / (ends + 1)).sum() / found[-1])
+
+
+def validation_score(truth: np.ndarray, probability: np.ndarray) -> tuple[float, float]:
+    """(AUC, minus the log loss), higher is better; the AUC of a validation set of one class counts as 0."""
+    area = classification_scores(truth, probability, list(map(str, range(probability.shape[1]))))[0]["auc"]
+    likelihood = np.log(probability[np.arange(len(truth)), truth].clip(1e-7))
+    return 0.0 if math.isnan(area) else round(area, 6), float(likelihood.mean())
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], Mapping[str, float]], patients: int, repeats: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    """95 % percentile intervals over patients, drawn with replacement.
+
+    statistic: from how often each patient was drawn [patients] to metrics. Draws on which a metric is nan do not count
+    for it; where more than half are, so is its interval. (scipy's bootstrap has one metric and no such draws.)
+    """
+    rng = np.random.default_rng(seed)
+    drawn = [statistic(rng.multinomial(patients, [1 / patients] * patients)) for _ in range(repeats)]
+    intervals = {}
+    for name in drawn[0] if drawn else ():
+        values = np.array([metrics[name] for metrics in drawn])
+        defined = values[~np.isnan(values)]
+        enough = 2 * len(defined) > len(values)
+        intervals[name] = tuple(np.percentile(defined, [2.5, 97.5]).tolist()) if enough else (math.nan, math.nan)
+    return intervals
+
+
+def classification_intervals(
+    truth: np.ndarray, probability: np.ndarray, classes: Sequence[str], people: Sequence[str], repeats: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    """`bootstrap` of `classification_scores`; people: the patient of each case."""
+    names, patient = np.unique(people, return_inverse=True)
+
+    def resampled(counts: np.ndarray) -> dict[str, float]:
+        drawn = np.repeat(np.arange(len(truth)), counts[patient])
+        return classification_scores(truth[drawn], probability[drawn], classes)[0]
+
+    return bootstrap(resampled, len(names), repeats, seed)
+
+
+def format_scores(
+    values: Mapping[str, float], intervals: Mapping[str, tuple[float, float]], reasons: Mapping[str, str]
+) -> str:
+    """A line per metric, with its interval and, where it is nan or leaves a class out, the reason."""
+    width, lines = max(map(len, values)) + 2, []
+    for name, value in values.items():
+        low, high = intervals.get(name, (math.nan, math.nan))
+        interval = "" if math.isnan(low) else f"   95 % [{low:.3f}, {high:.3f}]"
+        reason = f"   ({reasons[name]})" if name in reasons else ""
+        lines.append(f"{name:<{width}}{value:6.3f}{interval}{reason}")
+    return "\n".join(lines)

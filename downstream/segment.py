@@ -4,8 +4,8 @@
     python -m downstream.segment --data_path Training_Data/Task02_Heart --weights weights/swav3D_encoder.pth
     python -m downstream.segment --data_path Training_Data/MMWHS --weights weights/swav3D.pth --f_inter true
 
-The U-Net is segmentation_models_pytorch's. With f_inter, the transformer over slices tells every slice at the U-Net's
-bottleneck what the slices around it show. Layout, metrics and expected output: docs/DOWNSTREAM.md.
+With f_inter, the transformer over slices tells every slice at the U-Net's bottleneck what the slices around it show.
+docs/DOWNSTREAM.md has more.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
@@ -27,61 +28,47 @@ from torch import Tensor, nn
 from datasets.render import content_size, robust_limits
 from datasets.transforms import gamma, jitter, resample
 from downstream import metrics, task
-from downstream.encoders import choose_arch, has_transformer, load_encoder, load_joint_encoder
-from downstream.options import Data, Running, Start, Training
+from downstream.encoders import choose_arch, grey, has_transformer, load_encoder, load_joint_encoder
 from downstream.pairs import Pair, find_pairs, intensity_limits, label_values, read_image, read_label, require_declared
-from downstream.unet import ARCHITECTURES, SliceUNet
-from utils import config, options
+from models.encoder import JointEncoder
+from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, multi_scale
+from utils import config
 from utils.errors import UserError
 from utils.files import whole_file
 from utils.optim import parameter_groups
+from utils.options import FREE, constants, data, model, optimisation, running
 from utils.precision import Precision
 from utils.seeding import SHUFFLE, stream
 
 LAYERS = 4  # of a transformer that starts from random weights
+ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  # those that the U-Net's library has
 
 
 @dataclass(kw_only=True)
-class Segmenting(options.Group):
+class Segmenting(task.Options):
     """Options of segmentation."""
 
-    structures: dict[str, list[int]] | None = options.data(
-        None, "label values of each structure, which may overlap; null: what dataset.yaml says"
+    structures: dict[str, list[int]] | None = data(
+        None, "label values of each structure, which may overlap; null: as dataset.yaml says"
     )
-    slice_axis: Literal[0, 1, 2] | None = options.data(
-        None, "axis of the files that counts slices; null: what dataset.yaml says, else the last"
+    slice_axis: Literal[0, 1, 2] | None = data(
+        None, "axis of the files that counts slices; null: as dataset.yaml says, else the last"
     )
-    window: list[float] | None = options.data(
-        None,
-        "intensities that become 0 and 1 (HU for CT); null: what dataset.yaml says, else robust percentiles",
+    window: list[float] | None = data(
+        None, "intensities that become 0 and 1 (HU for CT); null: as dataset.yaml says, else robust percentiles"
     )
-    patients: str | None = options.data(
-        None, "JSON or YAML file that maps cases to patients; null: what cases.csv says"
+    patients: str | None = data(None, "JSON or YAML file that maps cases to patients; null: as cases.csv says")
+    size: PositiveInt = data(224, "side in pixels of the square that slices are fitted to, aspect kept")
+    augment: bool = data(True, "small rotations, scalings, shifts, changes of brightness, contrast and gamma")
+    freeze: bool = model(False, "keep the encoder, and f_inter with it, as loaded; only the rest is trained")
+    f_inter: bool = model(False, "transformer over slices at the bottleneck, from the weights where they have one")
+    inter_slices: PositiveInt = model(16, "consecutive slices that f_inter sees together")
+    d_model: PositiveInt = model(640, "width of an f_inter that starts from random weights")
+    decoder_norm: Literal["batch", "instance"] = model(
+        "batch", "normalisation in the decoder; instance needs no running means, which few steps leave unsettled"
     )
-    size: PositiveInt = options.data(
-        224, "side in pixels of the square that slices are fitted to, up or down, aspect kept"
-    )
-    augment: bool = options.data(True, "small rotations, scalings, shifts, changes of brightness, contrast and gamma")
-    freeze: bool = options.model(
-        False, "keep the encoder, and f_inter with it, as loaded; only the rest of the U-Net is trained"
-    )
-    f_inter: bool = options.model(
-        False, "transformer over slices at the bottleneck, from the weights where they have one"
-    )
-    inter_slices: PositiveInt = options.model(16, "consecutive slices that f_inter sees together")
-    d_model: PositiveInt = options.model(640, "width of an f_inter that starts from random weights")
-    decoder_norm: Literal["batch", "instance"] = options.model(
-        "batch",
-        "normalisation in the U-Net's decoder; instance needs no running means, which few steps leave unsettled",
-    )
-    encoder_lr: PositiveFloat = options.optimisation(
-        1.0, "learning rate of the encoder, and of f_inter, as a share of base_lr, from whatever weights they start"
-    )
-    overlays: NonNegativeInt = options.running(
-        0,
-        "test cases of which a slice is drawn with outlines: reference on the left, prediction on the right",
-        may_change=True,
-    )
+    encoder_lr: PositiveFloat = optimisation(1.0, "learning rate of the encoder and of f_inter, as a share of base_lr")
+    overlays: NonNegativeInt = running(0, "test cases of which a slice is drawn with outlines", FREE)
 
     def check(self) -> None:
         super().check()
@@ -91,24 +78,11 @@ class Segmenting(options.Group):
             raise UserError(f"window: {self.window} must be two increasing numbers, e.g. [-160, 240]")
 
 
-@options.constants
-class Config(Running, Training, Segmenting, Start, Data):
+@constants
+class Config(Segmenting):
     data_path = "Training_Data/Task02_Heart"
     base_lr = 0.001
     dump_path = "runs/segment"
-
-
-def check(cfg: Config) -> None:
-    """Raise UserError for whatever would stop `run`; nothing is trained."""
-    task.check(Segmentation, cfg)
-
-
-def run(cfg: Config) -> dict[str, Any]:
-    """Train, keep the epoch with the best validation Dice, test it once: see `task.run`.
-
-    metrics: {structure or "mean": {"dice", "iou", "hd95_mm", "present", "absent", "missed"}}.
-    """
-    return task.run(Segmentation, cfg)
 
 
 @dataclass(frozen=True)
@@ -122,23 +96,24 @@ class Case:
 
 
 class Segmentation(task.Task):
-    """Slices, or with f_inter stretches of consecutive ones, against CE + Dice; volumes against their references."""
+    """Slices, or with f_inter stretches of consecutive ones, against CE + Dice; volumes against their references.
+
+    metrics: {structure or "mean": {"dice", "iou", "hd95_mm", "present", "absent", "missed"}}.
+    """
 
     def __init__(self, cfg: Config, device: torch.device) -> None:
         super().__init__(cfg, device)
         self.data = find_pairs(cfg.data_path, cfg.structures, cfg.slice_axis, cfg.window, cfg.patients)
         self.pairs = {pair.case: pair for pair in self.data.pairs}
         self.patients = {case: pair.patient for case, pair in self.pairs.items()}
-        self.fingerprint = task.fingerprint(path for pair in self.data.pairs for path in (pair.image, pair.label))
+        self.fingerprint = task.fingerprint(path for pair in self.data.pairs for path in (pair.image.path, pair.label))
         self.loss_of = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
 
     def build(self) -> SliceUNet:
-        cfg, channels = self.cfg, {pair.channels for pair in self.data.pairs}
+        cfg, channels = self.cfg, self.data.pairs[0].image.channels
         arch = choose_arch(cfg.weights, cfg.arch)
         if arch not in ARCHITECTURES:
             raise UserError(f"weights: {cfg.weights} is a {arch}; the U-Net takes {', '.join(ARCHITECTURES)}")
-        if len(channels) > 1:
-            raise UserError(f"{self.data.name}: some volumes have {min(channels)} channels, others {max(channels)}")
         encoder, inter = load_encoder(cfg.weights, arch, cfg.seed), None
         if cfg.f_inter:
             own = has_transformer(cfg.weights)
@@ -147,11 +122,11 @@ class Segmentation(task.Task):
                 print(f"{cfg.weights} has no transformer over slices: f_inter starts from random weights", flush=True)
         torch.manual_seed(cfg.seed)
         classes = max(self.data.classes.values()) + 1
-        return SliceUNet(encoder, arch, channels.pop(), classes, inter, cfg.freeze, cfg.decoder_norm)
+        return SliceUNet(encoder, arch, channels, classes, inter, cfg.freeze, cfg.decoder_norm)
 
     def examine(self) -> None:
         for name in [*self.labelled, *self.split.validation, *self.split.test]:
-            intensity_limits(self.pairs[name], self.data.window)
+            intensity_limits(self.pairs[name])
             require_declared(self.pairs[name], self.data.classes)
         if not self.shown(self.split.validation):
             raise UserError("split: the validation volumes show no structure, so no epoch can be chosen by them")
@@ -160,7 +135,7 @@ class Segmentation(task.Task):
         self.cases = {name: self.case(name) for name in [*self.labelled, *self.split.validation]}
 
     def case(self, name: str) -> Case:
-        return load_case(self.pairs[name], self.data.classes, self.data.window, self.cfg.size)
+        return load_case(self.pairs[name], self.data.classes, self.cfg.size)
 
     def shown(self, cases: Sequence[str]) -> set[int]:
         """The structures' classes in some cases."""
@@ -168,11 +143,11 @@ class Segmentation(task.Task):
 
     def describe(self) -> str:
         data, split, there = self.data, self.split, self.shown(self.labelled)
-        counts = f"{len(self.labelled)} labelled for training, {len(split.validation)} for validation"
         absent = [name for name, members in data.members.items() if not there & set(members)]
         lines = [
             f"{data.name}: {len(data.pairs)} volumes; {', '.join(data.structures)}",
-            f"{counts}, {len(split.test)} for the test",
+            f"{len(self.labelled)} labelled for training, {len(split.validation)} for validation, "
+            f"{len(split.test)} for the test",
             *data.notes,
             *(f"warning: no labelled volume shows {name}; it cannot be learnt" for name in absent),
         ]
@@ -185,27 +160,22 @@ class Segmentation(task.Task):
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         loaded = {id(p) for module in model.loaded for p in module.parameters()}
-        found = []
-        for group in parameter_groups(model, self.cfg.wd):
-            for share, inside in ((self.cfg.encoder_lr, True), (1.0, False)):
-                params = [p for p in group["params"] if (id(p) in loaded) == inside]
-                found.append({"params": params, "weight_decay": group["weight_decay"], "share": share})
+        found = [
+            group | {"params": [p for p in group["params"] if (id(p) in loaded) == inside], "share": share}
+            for group in parameter_groups(model, self.cfg.wd)
+            for share, inside in ((self.cfg.encoder_lr, True), (1.0, False))
+        ]
         return [group for group in found if group["params"]]
 
     def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor, list[int]]:
-        """Images [N, C, S, S], classes [N, S, S] and the lengths of the stretches that the N slices are of.
-
-        A stretch is one slice, or with f_inter `inter_slices` consecutive ones; it is augmented as a whole.
-        """
+        """Images [N, C, S, S], classes [N, S, S] and the lengths of the stretches that the N slices are of."""
         cfg = self.cfg
         length = cfg.inter_slices if cfg.f_inter else 1
         per_step = max(1, cfg.batch_size // length)
         depths = tuple(self.pairs[name].shape[0] for name in self.labelled)
         order = stretches(depths, length, self.steps * per_step, cfg.seed, epoch)
-        parts = [
-            (self.cases[self.labelled[i]], slice(start, start + length))
-            for i, start in order[step * per_step : (step + 1) * per_step]
-        ]
+        chosen = order[step * per_step : (step + 1) * per_step]
+        parts = [(self.cases[self.labelled[i]], slice(start, start + length)) for i, start in chosen]
         images = torch.cat([case.images[part] for case, part in parts]).float()
         classes = torch.cat([case.classes[part] for case, part in parts])
         lengths = [len(case.images[part]) for case, part in parts]
@@ -220,12 +190,10 @@ class Segmentation(task.Task):
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Mean Dice over structures, of means over the volumes, at working resolution."""
-        found: dict[str, list[float]] = {name: [] for name in self.data.structures}
-        for case in (self.cases[name] for name in self.split.validation):
-            prediction = predict(model, case, self.cfg, native=False)
-            for name, members in self.data.members.items():
-                found[name].append(metrics.dice(*metrics.masks(prediction, case.classes, members)))
-        return {"validation_dice": metrics.mean([metrics.mean(values) for values in found.values()])}
+        cases = [self.cases[name] for name in self.split.validation]
+        pairs = [(predict(model, case, self.cfg, native=False), case.classes) for case in cases]
+        found = [[metrics.dice(*metrics.masks(*pair, own)) for pair in pairs] for own in self.data.members.values()]
+        return {"validation_dice": metrics.mean(list(map(metrics.mean, found)))}
 
     def test(self, model: nn.Module, folder: Path) -> task.Outcome:
         scores, rows = [], []
@@ -240,49 +208,43 @@ class Segmentation(task.Task):
             if len(scores) <= self.cfg.overlays:
                 draw(case, prediction.numpy(), reference.numpy(), folder / f"{name}.png")
         summary = metrics.summarise(scores)
-        return task.Outcome(summary, rows, metrics.format_table(summary))
+        return task.Outcome(summary, rows, metrics.format_overlaps(summary))
+
+
+run, check = functools.partial(task.run, Segmentation), functools.partial(task.check, Segmentation)
 
 
 @functools.lru_cache(maxsize=1)
 def stretches(depths: tuple[int, ...], length: int, count: int, seed: int, epoch: int) -> list[tuple[int, int]]:
     """At least `count` stretches of `length` slices in random order: (number of the volume, first slice).
 
-    Every pass visits every slice once; of longer stretches it takes as many as hold all slices, from random ones on.
+    A pass visits every slice once; of longer stretches it takes as many as hold all slices, from random ones on.
     """
-    order = stream(seed, epoch, 0, 0, SHUFFLE)
-    found: list[tuple[int, int]] = []
+    random, found = stream(seed, epoch, 0, 0, SHUFFLE), []
     while len(found) < count:
         one_pass = [
-            (i, int(order.integers(max(1, depth - length + 1))) if length > 1 else start)
+            (i, int(random.integers(max(1, depth - length + 1))) if length > 1 else start)
             for i, depth in enumerate(depths)
             for start in range(0, depth, length)
         ]
-        found += [one_pass[i] for i in order.permutation(len(one_pass))]
+        found += [one_pass[i] for i in random.permutation(len(one_pass))]
     return found
 
 
-def load_case(pair: Pair, classes: dict[int, int], window: tuple[float, float] | None, size: int) -> Case:
+def load_case(pair: Pair, classes: dict[int, int], size: int) -> Case:
     """Read, normalise and fit to size x size. Raises UserError for unusable voxels."""
     depth, height, width = pair.shape
     h, w = content_size(height, width, size)
     top, left = (size - h) // 2, (size - w) // 2
     content = slice(top, top + h), slice(left, left + w)
-    images = torch.zeros(depth, pair.channels, size, size, dtype=torch.float16)
-    for channel, limits in enumerate(intensity_limits(pair, window)):
+    images = torch.zeros(depth, pair.image.channels, size, size, dtype=torch.float16)
+    for channel, limits in enumerate(intensity_limits(pair)):
         for place, pixels in enumerate(read_image(pair)[channel]):
-            grey = torch.from_numpy(normalise(pixels, *limits))[None, None]
-            resized = F.interpolate(grey, (h, w), mode="bilinear", antialias=True)[0, 0]
-            images[place, channel, content[0], content[1]] = resized.clamp(0, 1).half()
+            images[place, channel, content[0], content[1]] = grey(pixels, *limits, (h, w))
     canvas = torch.zeros(depth, size, size, dtype=torch.uint8)
     labels = torch.from_numpy(read_label(pair, classes))[:, None]
     canvas[:, content[0], content[1]] = F.interpolate(labels, (h, w), mode="nearest-exact")[:, 0]
     return Case(pair, images, canvas, content)
-
-
-def normalise(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
-    """float32 in 0..1, contiguous: linear between the limits."""
-    scaled = (np.ascontiguousarray(pixels).astype(np.float64) - low) / (high - low)
-    return scaled.clip(0, 1).astype(np.float32)
 
 
 def augment(
@@ -309,17 +271,15 @@ def augment(
 def predict(model: SliceUNet, case: Case, cfg: Config, native: bool) -> Tensor:
     """Classes of a whole volume, uint8 on the CPU: [D, H, W] on the file's grid, or [D, S, S] at working resolution.
 
-    Slides over the slices; with f_inter the stretches overlap by half and their probabilities are averaged.
-    Probabilities, not classes, are resampled to the file's grid.
+    With f_inter, stretches of slices overlap by half and their probabilities are averaged. Probabilities, not classes,
+    are resampled to the file's grid.
     """
-    model.eval()
     device = next(model.parameters()).device
     precision = Precision(cfg.precision, device)
     length, hop = (cfg.inter_slices, max(1, cfg.inter_slices // 2)) if cfg.f_inter else (cfg.batch_size,) * 2
     depth = len(case.images)
-    starts = sorted({min(start, max(0, depth - length)) for start in range(0, depth, hop)})
     probabilities, seen = None, torch.zeros(depth, 1, 1, 1)
-    for start in starts:
+    for start in sorted({min(start, max(0, depth - length)) for start in range(0, depth, hop)}):
         part = slice(start, start + length)
         images = case.images[part].float().to(device)
         with precision.autocast():
@@ -353,6 +313,67 @@ def draw(case: Case, prediction: np.ndarray, reference: np.ndarray, path: Path) 
         axes.set_axis_off()
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
+
+
+class SliceUNet(nn.Module):
+    """segmentation_models_pytorch's U-Net whose encoder is our ResNet, optionally with f_inter at the bottleneck.
+
+    forward: images [N, C, H, W] in 0..1 of len(lengths) stretches of slices -> logits [N, classes, H, W].
+    C channels: the grey stem's weights / C each, so C times the same image gives the features of that image.
+    With f_inter, what the transformer returns for a slice is mapped to the bottleneck's channels and added there,
+    everywhere in the slice. This map starts at 0: training starts from the plain U-Net.
+    """
+
+    def __init__(
+        self,
+        encoder: GreyResNet,
+        arch: str,
+        channels: int,
+        classes: int,
+        inter: JointEncoder | None = None,
+        freeze: bool = False,
+        decoder_norm: str = "batch",
+    ) -> None:
+        super().__init__()
+        self.unet = smp.Unet(
+            arch,
+            encoder_weights=None,
+            in_channels=channels,
+            classes=classes,
+            decoder_use_norm={"type": f"{decoder_norm}norm"} | ({"affine": True} if decoder_norm == "instance" else {}),
+        )
+        state = encoder.torchvision_state()
+        state["conv1.weight"] = (encoder.conv1.weight.detach() / channels).repeat(1, channels, 1, 1)
+        self.unet.encoder.load_state_dict(state)
+        loaded: list[nn.Module] = [self.unet.encoder]
+        self.transformer = None
+        if inter is not None:
+            self.projection, self.transformer = inter.projection, inter.transformer
+            loaded += [self.projection, self.transformer]
+            self.to_bottleneck = nn.Linear(self.projection.out_features, encoder.num_features)
+            nn.init.zeros_(self.to_bottleneck.weight)
+            nn.init.zeros_(self.to_bottleneck.bias)
+        self.loaded, self.frozen = loaded, loaded if freeze else []
+        for module in self.frozen:
+            module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> SliceUNet:
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()  # BatchNorm keeps its statistics
+        return self
+
+    def forward(self, images: Tensor, lengths: Sequence[int]) -> Tensor:
+        features = self.unet.encoder((images - GREY_MEAN) / GREY_STD)  # the images, the stem, four stages
+        if self.transformer is not None:
+            embedded = self.projection(multi_scale(features[2:]))  # [N, d]
+            mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+            mask = mask.to(embedded.device)
+            tokens = embedded.new_zeros(*mask.shape, embedded.shape[1])
+            tokens[mask] = embedded
+            context = self.to_bottleneck(self.transformer(tokens, mask)[mask])  # [N, channels of the last stage]
+            features[-1] = features[-1] + context[:, :, None, None]
+        return self.unet.segmentation_head(self.unet.decoder(features))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What all downstream tasks share: one run from checked data to tested weights.
+"""What all downstream tasks share: their common options, and one run from checked data to tested weights.
 
 A task is a subclass of `Task`, which says what is learned and how it is scored. `run` does the rest: the split by
 patient, the choice of labelled cases, every check before the first step, training in mixed precision, the best epoch
@@ -15,27 +15,55 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from downstream.encoders import describe_weights
+from downstream.encoders import content_of, describe_weights
 from downstream.splits import Split, choose_labelled, draw_split, write_split
 from training.resume import explained
 from utils import checkpoint, config, distributed, signals
+from utils.config import commit
 from utils.errors import UserError
 from utils.files import write_csv, write_json
 from utils.optim import WarmupCosine, parameter_groups
+from utils.options import ARCHITECTURES, FREE, Group, data, model, optimisation, running
 from utils.precision import Precision
 from utils.seeding import DROPOUT, stream
-from utils.versions import commit
 
 RESULTS = "results.json"  # of a run that is finished
 SAVE_SECONDS = 60.0  # between checkpoints at the end of epochs: one takes seconds, for gigabytes of weights
+
+
+@dataclass(kw_only=True)
+class Options(Group):
+    """Options of every task. Tasks add their own and give the values."""
+
+    data_path: str = data(MISSING, "folder of the data", FREE)  # the content is compared instead
+    split: str | None = data(None, "YAML or JSON file with train, validation and test; null: drawn by patient")
+    fractions: list[NonNegativeFloat] = data([0.6, 0.15, 0.25], "patients' shares of a drawn train, validation, test")
+    split_seed: NonNegativeInt = data(0, "random seed of a drawn split: the same test cases whatever the seed")
+    labelled: NonNegativeInt = data(0, "training cases whose labels are used, chosen by the seed; 0: all")
+    weights: str = model("random", "random, imagenet (torchvision's, from torch's cache), or a file of any stage")
+    arch: Literal[ARCHITECTURES] | None = model(
+        None, "torchvision ResNet; null: as the .json of the weights, or resnet50"
+    )
+    epochs: PositiveInt = optimisation(40, "passes over the labelled cases; the one with the best validation is tested")
+    steps_per_epoch: NonNegativeInt = optimisation(0, "steps of an epoch, however many cases are labelled; 0: one pass")
+    batch_size: PositiveInt = optimisation(16, "samples of a step")
+    base_lr: PositiveFloat = optimisation(0.0001, "peak learning rate of AdamW, cosine schedule")
+    wd: NonNegativeFloat = optimisation(0.0001, "weight decay")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = optimisation(
+        "auto", "auto: bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU"
+    )
+    seed: NonNegativeInt = running(0, "random seed of new weights, labelled cases, order and augmentation")
+    device: Literal["auto", "cpu", "cuda"] = running("auto", "where to compute", FREE)
+    dump_path: str = running("", "folder of results, cases.csv, best.pth, ...; a run found there is continued", FREE)
 
 
 @dataclass
@@ -52,9 +80,8 @@ class Task(ABC):
     """What is learned and how it is scored.
 
     `__init__` opens the data by names and headers and checks the options; `run` then sets `split` and `labelled`,
-    calls `build` and `examine`, and only then trains. Every random draw is a function of (seed, epoch, step), through
-    utils.seeding.stream; torch's own random numbers are seeded per step. Methods raise UserError for what the user can
-    put right.
+    calls `build` and `examine`, and only then trains. Every random draw is a function of (seed, epoch, step); torch's
+    own random numbers are seeded per step. Methods raise UserError for what the user can put right.
     """
 
     needed: tuple[str, ...] = ("train", "validation", "test")  # parts of the split that must have cases
@@ -65,7 +92,7 @@ class Task(ABC):
 
     def __init__(self, cfg: Any, device: torch.device) -> None:
         self.cfg, self.device = cfg, device
-        self.precision = Precision(getattr(cfg, "precision", "fp32"), device)
+        self.precision = Precision(cfg.precision, device)
 
     def choose(self, train: list[str]) -> list[str]:
         """The labelled ones among the training cases."""
@@ -75,19 +102,17 @@ class Task(ABC):
     def build(self) -> nn.Module:
         """The network from cfg.weights, on the CPU; its new weights depend on cfg.seed alone."""
 
-    @abstractmethod
-    def examine(self) -> None:
+    def examine(self) -> None:  # noqa: B027 - some have found all when they open their data
         """Raise UserError for whatever in the cases of `split` and `labelled` could stop the run later.
 
-        `compare` asks this for all of its runs before the first, so what costs minutes is found once per process and
-        file.
+        `compare` asks this for all of its runs first, so what costs minutes is found once per process and file.
         """
 
     @abstractmethod
     def describe(self) -> str:
         """What is trained and tested on, in a few lines, with warnings; printed when a run starts."""
 
-    def load(self) -> None:  # noqa: B027 - most tasks have nothing to do here
+    def load(self) -> None:  # noqa: B027 - nor has every task anything to do here
         """Read into memory what training keeps there."""
 
     @property
@@ -126,59 +151,35 @@ class Task(ABC):
         """Score the test cases, once. What else is worth keeping (pictures, predictions) goes into `folder`."""
 
 
-@dataclass
-class Progress:
-    """Where a run is, beside the state of model and optimiser."""
-
-    epoch: int = 0
-    seen: int = 0  # steps of this epoch that are done
-    loss: float = 0.0  # the sum of theirs
-    best_epoch: int = -1  # so far, counted from 0
-    best: dict[str, float] = field(default_factory=dict)  # its validation figures
-    history: list[dict[str, float]] = field(default_factory=list)  # of each epoch the mean loss and validation figures
-    seconds: float = 0.0  # of the parts of the run before this one
-
-
-@dataclass
-class Opened:
-    """A task with split and labelled cases, and what its folder holds."""
-
-    task: Task
-    settings: dict[str, Any]  # what its result depends on
-    finished: dict[str, Any] | None = None  # the result
-    state: dict[str, Any] | None = None  # the checkpoint of a run that was stopped
-
-
 def check(kind: type[Task], cfg: Any) -> None:
     """Raise UserError for whatever would stop `run`: options, weights, split, labels, data. Nothing is trained."""
-    opened = _open(kind, cfg)
-    if not opened.finished:
+    task, _, finished, _ = _open(kind, cfg)
+    if not finished:
         with redirect_stdout(io.StringIO()):  # what was loaded is said when it is used
-            opened.task.build()
-        opened.task.examine()
+            task.build()
+        task.examine()
 
 
 def run(kind: type[Task], cfg: Any) -> dict[str, Any]:
     """Check, train, test once, and write everything to `cfg.dump_path`; go on where a run found there was stopped.
 
-    Returns what results.json holds (which has null for nan): metrics, cases (number of test cases), weights, labelled,
-    best_epoch, history, config and what the task adds. A run that is finished is not repeated.
+    Returns what results.json holds (which has null for nan); a run that is finished is not repeated.
     Raises UserError before anything is trained, or when the loss is not finite; SystemExit (128 + signal) after a
     signal, once everything that was done is saved.
     """
     began, folder = time.monotonic(), Path(cfg.dump_path)
     with signals.handled():
-        opened = _open(kind, cfg)
-        if opened.finished:
+        task, settings, finished, state = _open(kind, cfg)
+        if finished:
             print(f"{folder} holds this run, finished; for another one choose another --dump_path", flush=True)
-            return opened.finished
-        task, model = opened.task, opened.task.build()
+            return finished
+        model = task.build()
         task.examine()
         print(task.describe(), flush=True)
         config.save_yaml(config.to_dict(cfg), folder / "config.yaml")
         write_split(task.split, folder / "split.json")
         task.load()
-        fit = Fit(opened, model, began)
+        fit = Fit(task, model, settings, state, began)
         while fit.at.epoch < task.epochs:
             fit.epoch()
         if task.epochs:
@@ -199,32 +200,45 @@ def run(kind: type[Task], cfg: Any) -> dict[str, Any]:
             "commit": commit(),
             "torch": torch.__version__,
             "config": config.to_dict(cfg),
-            "settings": opened.settings,
+            "settings": settings,
         }
         write_csv(outcome.rows, folder / "cases.csv")
         write_json(result, folder / RESULTS)  # the last: it says that the run is finished
         for name in (checkpoint.LATEST, checkpoint.PREVIOUS):
             (folder / name).unlink(missing_ok=True)
-    print(f"{outcome.table}\n{result['cases']} test cases", end="")
-    print(f"; epoch {result['best_epoch']} of {task.epochs} was the best on validation" if task.epochs > 1 else "")
-    print(f"wrote {folder}/results.json and cases.csv", flush=True)
+    best = f"; epoch {result['best_epoch']} of {task.epochs} was the best on validation" if task.epochs > 1 else ""
+    print(f"{outcome.table}\n{result['cases']} test cases{best}\nwrote {folder}/results.json and cases.csv", flush=True)
     return result
+
+
+@dataclass
+class Progress:
+    """Where a run is, beside the state of model and optimiser."""
+
+    epoch: int = 0
+    seen: int = 0  # steps of this epoch that are done
+    loss: float = 0.0  # the sum of theirs
+    best_epoch: int = -1  # so far, counted from 0
+    best: dict[str, float] = field(default_factory=dict)  # its validation figures
+    history: list[dict[str, float]] = field(default_factory=list)  # of each epoch the mean loss and validation figures
+    seconds: float = 0.0  # of the parts of the run before this one
 
 
 class Fit:
     """Training under way: all that a checkpoint holds, and what is done with it."""
 
-    def __init__(self, opened: Opened, model: nn.Module, began: float) -> None:
-        self.task, self.cfg, self.settings = opened.task, opened.task.cfg, opened.settings
-        self.folder, self.model = Path(self.cfg.dump_path), model.to(opened.task.device)
+    def __init__(
+        self, task: Task, model: nn.Module, settings: dict[str, Any], state: dict[str, Any] | None, began: float
+    ) -> None:
+        self.task, self.cfg, self.settings = task, task.cfg, settings
+        self.folder, self.model = Path(self.cfg.dump_path), model.to(task.device)
         self.at, self.began, self.saved_at = Progress(), began, began
         self.kept: dict[str, Tensor] = {}  # weights of the best epoch
-        if self.task.epochs:
-            total = self.task.epochs * self.task.steps
-            self.optimizer = torch.optim.AdamW(self.task.groups(model), self.cfg.base_lr)
-            self.rate = WarmupCosine(self.cfg.base_lr, 0.0, 0.0, self.task.warmup_steps, total)
-            if opened.state:
-                self.load(opened.state)
+        if task.epochs:
+            self.optimizer = torch.optim.AdamW(task.groups(model), self.cfg.base_lr)
+            self.rate = WarmupCosine(self.cfg.base_lr, 0.0, 0.0, task.warmup_steps, task.epochs * task.steps)
+            if state:
+                self.load(state)
 
     def load(self, state: dict[str, Any]) -> None:
         """Take up a run that was stopped."""
@@ -301,15 +315,9 @@ class Fit:
             raise
 
     def save(self) -> None:
-        state = {
-            "learner": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.task.precision.scaler.state_dict(),
-            "kept": self.kept,
-            **asdict(self.at),
-            "seconds": self.seconds(),
-            "settings": self.settings,
-        }
+        parts = {"learner": self.model, "optimizer": self.optimizer, "scaler": self.task.precision.scaler}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= asdict(self.at) | {"kept": self.kept, "seconds": self.seconds(), "settings": self.settings}
         checkpoint.save(state, self.folder)
         self.saved_at = time.monotonic()
 
@@ -328,7 +336,7 @@ def fingerprint(files: Iterable[Path]) -> str:
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """The results.json of a finished run, with nan in place of null among the metrics."""
+    """The results.json of a finished run, with nan in place of null."""
     path = folder / RESULTS
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -337,8 +345,20 @@ def read_results(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: is damaged, or of another version; remove it to have the run repeated") from None
 
 
-def _open(kind: type[Task], cfg: Any) -> Opened:
-    """Check options, data, split and weights file, and that `dump_path` holds no run with others."""
+def settings_of(cfg: Any) -> dict[str, Any]:
+    """What a result depends on beside the data: options, and the content of the files that they name."""
+    values = config.to_dict(cfg)
+    chosen = {f.name: values[f.name] for f in fields(cfg) if not f.metadata.get("may_change")}
+    files = {name: content for name, value in chosen.items() if (content := content_of(value)) != value}
+    return {"options": {name: value for name, value in chosen.items() if name not in files}, "files": files}
+
+
+def _open(kind: type[Task], cfg: Any) -> tuple[Task, dict[str, Any], dict[str, Any] | None, dict[str, Any] | None]:
+    """Check options, data, split and weights file, and that `dump_path` holds no run with others.
+
+    Returns the task, the settings that its result depends on, and of this run the result if it is finished, the
+    checkpoint if it was stopped.
+    """
     config.check(cfg)
     place = distributed.start(cfg.device, cfg.seed)
     if place.world_size > 1:
@@ -347,36 +367,25 @@ def _open(kind: type[Task], cfg: Any) -> Opened:
     task, folder = kind(cfg, place.device), Path(cfg.dump_path)
     task.split = draw_split(cfg.split, cfg.fractions, task.patients, cfg.split_seed, task.needed)
     task.labelled = task.choose(task.split.train)
-    opened = Opened(task, settings_of(cfg) | {"data": task.fingerprint})
-    if (folder / RESULTS).is_file():
-        begun = opened.finished = read_results(folder)
-    else:
-        begun = opened.state = checkpoint.load(folder)
-    if begun and (changed := _differences(begun.get("settings"), opened.settings)):
+    settings = settings_of(cfg) | {"data": task.fingerprint}
+    finished = read_results(folder) if (folder / RESULTS).is_file() else None
+    state = None if finished else checkpoint.load(folder)
+    begun = finished or state
+    if begun and (changed := _differences(begun.get("settings"), settings)):
         raise UserError(
             f"dump_path: {folder} holds a run made with other options ({'; '.join(changed)}); "
             "choose another --dump_path, or delete that folder to start again"
         )
-    return opened
-
-
-def settings_of(cfg: Any) -> dict[str, Any]:
-    """What a result depends on beside the data: options, and the content of the files that they name."""
-    values = config.to_dict(cfg)
-    chosen = {f.name: values[f.name] for f in fields(cfg) if not f.metadata.get("may_change")}
-    files = {name: Path(value) for name, value in chosen.items() if isinstance(value, str) and Path(value).is_file()}
-    contents = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-    return {"options": {name: value for name, value in chosen.items() if name not in files}, "files": contents}
+    return task, settings, finished, state
 
 
 def _differences(old: dict[str, Any] | None, new: dict[str, Any]) -> list[str]:
     """In what the settings of two runs differ."""
     if not old:
         return ["of another script"]
-    before, now = old["options"], new["options"]
+    (before, files), (now, others) = ((settings["options"], settings["files"]) for settings in (old, new))
     changed = [f"{name}: {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
-    before, now = old["files"], new["files"]
-    changed += [f"the content of {name}" for name in now if before.get(name) != now[name]]
+    changed += [f"the content of {name}" for name in others if files.get(name) != others[name]]
     return changed + ["the files below data_path"] * (old["data"] != new["data"])
 
 

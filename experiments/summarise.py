@@ -1,15 +1,16 @@
-"""From finished jobs to records, tables and figures: what pre-training was worth, with intervals, and what it cost.
+"""From finished jobs to records, tables and a figure: what pre-training was worth, with intervals, and what it cost.
 
     python -m experiments.summarise --experiments "[experiments/main.yaml, experiments/controls.yaml]"
 
 Adds the comparisons and recipes that are finished in dump_path to cells.csv and recipes.csv in `records`, works out
-summary.csv from them, and renews what stands in `page` between `<!-- means NAME ... -->` or `<!-- differences NAME ...
--->` and `<!-- end -->`, and the figures NAME.png that it shows. NAME is a comparison; several share a table. The text
-around is a person's. A page that is not there is begun. Comparisons whose folders are gone stay as recorded.
+summary.csv from them, and renews what stands in `page` between `<!-- KIND NAME ... -->` and `<!-- end -->`. NAME is a
+comparison; KIND is means or differences, a table of one or more comparisons, or figure, a panel for each of them. The
+text around is a person's. A page that is not there is begun. Comparisons whose folders are gone stay as recorded.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,15 +18,12 @@ from pathlib import Path
 import pandas as pd
 
 from downstream import compare
-from experiments.plan import Comparison, Plan, read_plan
+from experiments.run import Comparison, Plan, read_plan
 from utils import config as options
 from utils.errors import UserError
 from utils.files import write_text
 
-BLOCK = re.compile(r"(<!-- (means|differences) ([\w ]+) -->\n).*?<!-- end -->", re.DOTALL)
-FIGURE = re.compile(r"\((\w+/(\w+)\.png)\)")
-COLUMNS = ["comparison", "metric", "labelled", "initialisation", "mean", "sd", "n", "seeds", "baseline", "difference"]
-COLUMNS += ["low", "high", "pairs"]  # of summary.csv
+BLOCK = re.compile(r"(<!-- (means|differences|figure) ([\w ]+) -->\n).*?<!-- end -->", re.DOTALL)
 LAST = ("loss", "intra_std", "intra_rank", "inter_std", "inter_rank", "interpolation", "mask_skill")  # of metrics.csv
 
 
@@ -36,9 +34,9 @@ class Config:
     dump_path: str = "runs/experiments"
     """folder that experiments.run has written"""
     records: str = "docs/results"
-    """folder of cells.csv, recipes.csv, summary.csv and the figures"""
+    """folder of cells.csv, recipes.csv, summary.csv and comparisons.png"""
     page: str = "docs/RESULTS.md"
-    """page whose tables and figures are renewed"""
+    """page whose tables and figure are renewed"""
     partial: bool = False
     """take comparisons of which only some cells are finished, too"""
 
@@ -52,12 +50,21 @@ def main(cfg: Config) -> None:
         raise UserError(f"dump_path: {cfg.dump_path} holds no finished comparison; run experiments.run first")
     summary = pd.concat(summarise(name, about, cells, plan) for name, about in known.items())
     compare.write_csv(summary, records / "summary.csv")
-    text = page.read_text(encoding="utf-8") if page.is_file() else begin_page(known, records.name)
-    text = BLOCK.sub(lambda block: block[1] + table(block[2], block[3].split(), known, summary) + "<!-- end -->", text)
-    write_text(text, page)
-    for path, name in FIGURE.findall(text):
-        if name in known:
-            compare.plot(cells[cells.comparison == name], known[name].metrics[0], page.parent / path)
+
+    def renewed(block: re.Match[str]) -> str:
+        kind, names = block[2], block[3].split()
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"page: {unknown[0]} is no comparison of these files that is finished")
+        if kind == "figure":
+            panels = {name: (cells[cells.comparison == name], known[name].metrics[0]) for name in names}
+            compare.plot(panels, picture := records / "comparisons.png")
+            content = f"![Scores over the number of labelled cases]({os.path.relpath(picture, page.parent)})\n"
+        else:
+            content = table(kind, names, known, summary)
+        return f"{block[1]}{content}<!-- end -->"
+
+    text = page.read_text(encoding="utf-8") if page.is_file() else begin_page([*known])
+    write_text(BLOCK.sub(renewed, text), page)
     print(f"wrote {page}, and cells.csv, recipes.csv and summary.csv in {records}")
 
 
@@ -69,9 +76,8 @@ def finished_cells(plan: Plan, partial: bool) -> pd.DataFrame:
         if done and len(done) < len(comparison.cells) and not partial:
             raise UserError(f"{name}: {len(done)} of {len(comparison.cells)} cells are finished; give --partial true")
         if done:
-            rows = compare.results(done)
-            rows = rows[rows.metric.isin(comparison.metrics)].drop(columns="weights")
-            tables.append(rows.assign(comparison=name))
+            rows = compare.results(done).drop(columns="weights")
+            tables.append(rows[rows.metric.isin(comparison.metrics)].assign(comparison=name))
     return pd.concat(tables) if tables else pd.DataFrame()
 
 
@@ -90,8 +96,7 @@ def update(path: Path, new: pd.DataFrame, key: str) -> pd.DataFrame:
     old = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=[key])
     if new.empty:
         return old
-    rows = pd.concat([old[~old[key].isin(new[key].unique())], new]) if len(old) else new
-    rows = rows[[key, *(name for name in rows if name != key)]]
+    rows = pd.concat([old[~old[key].isin(new[key])], new]) if len(old) else new
     compare.write_csv(rows, path)
     return rows
 
@@ -106,15 +111,13 @@ def summarise(name: str, comparison: Comparison, cells: pd.DataFrame, plan: Plan
             wanted = [better for better, worse in plan.differences if worse == baseline]
             rows = compare.summarise(own, baseline).assign(comparison=name, baseline=baseline)
             parts.append(rows if baseline == first else rows[rows.initialisation.isin(wanted)])
-    return pd.concat(parts)[COLUMNS]
+    return pd.concat(parts)
 
 
 def table(kind: str, names: list[str], known: dict[str, Comparison], summary: pd.DataFrame) -> str:
     """The comparisons' main metrics in Markdown: means ± sd, or differences with their 95 % intervals."""
     frames = {}
     for name in names:
-        if name not in known:
-            raise UserError(f"page: a table names {name}, which is no comparison of these files that is finished")
         rows = summary[(summary.comparison == name) & (summary.metric == known[name].metrics[0])]
         if kind == "means":
             rows = rows.drop_duplicates(["labelled", "initialisation"])
@@ -130,12 +133,11 @@ def table(kind: str, names: list[str], known: dict[str, Comparison], summary: pd
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def begin_page(known: dict[str, Comparison], folder: str) -> str:
-    parts = ["# Results"]
-    for name in known:
-        parts += [f"## {name}", f"<!-- means {name} -->\n<!-- end -->", f"<!-- differences {name} -->\n<!-- end -->"]
-        parts.append(f"![{name}]({folder}/{name}.png)")
-    return "\n\n".join(parts) + "\n"
+def begin_page(names: list[str]) -> str:
+    empty = "-->\n<!-- end -->\n"
+    parts = ["# Results\n", f"<!-- figure {' '.join(names)} {empty}"]
+    parts += [f"## {name}\n\n<!-- means {name} {empty}\n<!-- differences {name} {empty}" for name in names]
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":

@@ -29,13 +29,17 @@ class JointEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = GreyResNet(arch, recompute)
-        self.projection = nn.Linear(sum(self.encoder.stage_features), d_model)
+        self.projection = nn.Linear(sum(self.resnet.stage_features), d_model)
         self.transformer = SliceTransformer(d_model, layers, dropout=dropout, attention=attention)
         init_orthogonal(self.projection)
 
+    @property
+    def resnet(self) -> GreyResNet:
+        return self.encoder
+
     def slices(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """[N, 1, H, W] in 0..1 -> last-stage features [N, C4] and slice embeddings [N, d]: four stages, projected."""
-        stages = self.encoder(images)
+        stages = self.resnet(images)
         return pooled(stages), self.projection(multi_scale(stages))
 
     def tokens(self, volumes: Tensor, mask: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ class FrozenSlices:
     """
 
     def __init__(self, encoder: JointEncoder) -> None:
-        self.resnet = fold_batch_norm(encoder.encoder)
+        self.resnet = fold_batch_norm(encoder.resnet)
         self.projection = encoder.projection
 
     @torch.no_grad()
@@ -59,7 +59,7 @@ class FrozenSlices:
 def slices_digest(encoder: JointEncoder) -> str:
     """sha256 (hex) of the weights that slice embeddings depend on: those of the ResNet and the projection."""
     digest = hashlib.sha256()
-    for part in (encoder.encoder, encoder.projection):
+    for part in (encoder.resnet, encoder.projection):
         for name, value in part.state_dict().items():
             digest.update(f"{name} {tuple(value.shape)}".encode())
             digest.update(value.cpu().contiguous().numpy())

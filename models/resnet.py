@@ -12,8 +12,8 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from utils.architectures import ARCHITECTURES
 from utils.errors import UserError
+from utils.options import ARCHITECTURES
 
 GREY_MEAN, GREY_STD = 0.449, 0.226  # ImageNet's means and deviations, averaged over the three channels
 # On CPUs, torch's bf16 kernel (oneDNN, torch 2.14) leaves a part of the weight gradient unwritten where a 3 x 3

@@ -18,6 +18,7 @@ from objectives.sizes import prototype_counts
 from utils.distributed import all_gather, all_sum, world_size
 from utils.errors import UserError
 from utils.options import of_level
+from utils.profile import span
 from utils.seeding import KMEANS, stream
 
 UNASSIGNED = -100  # ignored by cross-entropy: the sample was never embedded before this epoch's clustering
@@ -28,8 +29,7 @@ class DeepClusterV2(nn.Module):
 
     forward: z [V, B, d] unit length, index [B] global sample index, counts (B of every process; None when it is the
     same on each) -> scalar loss of this process's share; its mean over the processes is the loss of the global batch:
-    mean over heads of
-    CE(z . C^T / temperature, assignment of the sample), over the views of assigned samples.
+    mean over heads of CE(z . C^T / temperature, assignment of the sample), over the views of assigned samples.
 
     `begin_epoch` clusters the bank: head h uses the embeddings of crop h mod assign_crops, the centroids become the
     prototypes (which no gradient changes), and every sample that has an embedding gets an assignment. Memory beside
@@ -116,7 +116,7 @@ class DeepClusterV2(nn.Module):
         padded = F.pad(own, (0, rows - len(own)))
         return all_gather(padded).view(world_size(), rows).T.reshape(-1)[: self.bank.samples]
 
-    def cancel_gradients(self, step: int) -> None:
+    def cancel_gradients(self, batch: int) -> None:
         """Nothing to do: the prototypes are no trainable parameters."""
 
     def forward(self, z: Tensor, index: Tensor, counts: list[int] | None = None) -> Tensor:
@@ -127,15 +127,15 @@ class DeepClusterV2(nn.Module):
         for scores, target in zip(every, targets, strict=True):
             repeated = target.repeat(V)
             assigned = all_sum((repeated != UNASSIGNED).sum().float()).clamp(min=1)
-            summed = F.cross_entropy(
-                scores.float() / self.temperature, repeated, ignore_index=UNASSIGNED, reduction="sum"
-            )
+            logits = scores.float() / self.temperature
+            summed = F.cross_entropy(logits, repeated, ignore_index=UNASSIGNED, reduction="sum")
             # Processes may hold different numbers of assigned samples; their mean must be the global batch's mean.
             loss = loss + summed * world_size() / assigned
         if self.training:
             self.remember(z, index, counts)
             if self.observer is not None:
-                self.observer(z.detach(), every[0].detach().unflatten(0, (V, -1)), index, counts)
+                with span("diagnostics"):
+                    self.observer(z.detach(), every[0].detach().unflatten(0, (V, -1)), index, counts)
         return loss / len(targets)
 
     def memory_state(self) -> dict[str, Tensor]:

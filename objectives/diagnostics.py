@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from utils.distributed import all_max, all_sum, rank, world_size
-from utils.profile import span
 
 KEPT = 1024  # embeddings per level that spectrum and neighbours are computed from: milliseconds, once per epoch
 NEIGHBOURS = 5  # of the vote on the data set of origin
@@ -63,12 +62,7 @@ class Diagnostics:
         counts: B of every process, None when it is the same on each.  codes: [B, K] soft assignments of one view;
         None: the targets are hard.
         """
-        with span("diagnostics"):
-            self._observe(z[:2], scores[:2], index, counts, codes)
-
-    def _observe(
-        self, z: Tensor, scores: Tensor, index: Tensor, counts: list[int] | None, codes: Tensor | None
-    ) -> None:
+        z, scores = z[:2], scores[:2]
         B = len(index)
         fine = z.isfinite().all(dim=2).all(dim=0)
         hard = scores.argmax(dim=2)  # [views, B]

@@ -51,7 +51,7 @@ class Learner(nn.Module):
 
     @property
     def resnet(self) -> GreyResNet:
-        return self.encoder.encoder
+        return self.encoder.resnet
 
     @property
     def fills_memory(self) -> bool:
@@ -78,10 +78,10 @@ class Learner(nn.Module):
         for _, objective in self.objectives():
             objective.begin_epoch(epoch, resumed)
 
-    def cancel_gradients(self, step: int) -> None:
-        """Called after each backward pass; step counts batches, of which an update may have several."""
+    def cancel_gradients(self, batch: int) -> None:
+        """Called after each backward pass; batch: how many came before in the run. An update may have several."""
         for _, objective in self.objectives():
-            objective.cancel_gradients(step)
+            objective.cancel_gradients(batch)
 
     def memory_state(self) -> dict[str, dict[str, Tensor]]:
         """What the state dict does not hold; all processes call it together."""
@@ -132,13 +132,13 @@ class MaskedSlices(Learner):
         self.encoder = encoder
         self.mask_token = nn.Parameter(torch.randn(d_model) * 0.02)
         self.decoder = nn.Linear(d_model, d_model)
-        self.encoder.encoder.requires_grad_(False)
+        self.encoder.resnet.requires_grad_(False)
         self.encoder.projection.requires_grad_(False)
         self._frozen: FrozenSlices | None = None
 
     def train(self, mode: bool = True) -> MaskedSlices:
         super().train(mode)
-        self.encoder.encoder.eval()  # frozen: its BatchNorm statistics must not move either
+        self.encoder.resnet.eval()  # frozen: its BatchNorm statistics must not move either
         return self
 
     def begin_epoch(self, epoch: int, resumed: bool = False) -> None:
@@ -198,7 +198,7 @@ class JointClustering(Learner):
         self.decoder = nn.Linear(d_model, d_model) if lambda_mask else None
         # DistributedDataParallel must not wait for gradients that never come (the targets of L_mask are detached).
         if freeze or not (lambda_inter or lambda_intra):
-            encoder.encoder.requires_grad_(False)
+            encoder.resnet.requires_grad_(False)
         if not lambda_inter:
             encoder.projection.requires_grad_(False)
         if not (lambda_inter or lambda_mask):
@@ -208,13 +208,13 @@ class JointClustering(Learner):
     def train(self, mode: bool = True) -> JointClustering:
         super().train(mode)
         if self.freeze:
-            self.encoder.encoder.eval()
+            self.encoder.resnet.eval()
         return self
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        tokens, features = self._encode(batch)
+        tokens, features = self._slices(batch)
         objectives, losses = dict(self.objectives()), {}
-        for level, embedded in self._embed(tokens, features, batch).items():
+        for level, embedded in self._levels(tokens, features, batch).items():
             with span("objective"):
                 losses[level] = objectives[level](*embedded)
         total = sum(getattr(self, f"lambda_{level}") * loss for level, loss in losses.items())
@@ -225,35 +225,34 @@ class JointClustering(Learner):
         return {"loss": total, **losses}
 
     def embed(self, batch: Batch) -> dict[str, Embedded]:
-        return self._embed(*self._encode(batch), batch)
+        return self._levels(*self._slices(batch), batch)
 
-    def _encode(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-        """-> slice embeddings [V, B, D, d] and intra features [V, B * S + M, C4], None where no branch needs them."""
-        views = batch.views
-        V, B, D = views.shape[:3]
+    def _slices(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """f_intra -> slice embeddings [V, B, D, d] and what L_intra clusters: features [V, B * S + M, C4] of the picked
+        slices and the images. None where no branch needs them."""
+        V, B, D = batch.views.shape[:3]
         every_slice = bool(self.lambda_inter or self.lambda_mask)
-        picked = (torch.arange(B, device=views.device).unsqueeze(1) * D + batch.picked).flatten()
+        picked = (torch.arange(B, device=batch.views.device).unsqueeze(1) * D + batch.picked).flatten()
         rows = batch.rows if every_slice else picked
         rows = real_rows(batch.mask) if rows is None else rows
-        both = (torch.arange(V, device=views.device).unsqueeze(1) * (B * D) + rows).flatten()
-        encoded = [views.flatten(0, 2)[both]]  # [n, H, W], ordered by view, volume, slice
+        of_views = (torch.arange(V, device=rows.device).unsqueeze(1) * (B * D) + rows).flatten()
+        encoded = [batch.views.flatten(0, 2)[of_views]]  # [n, H, W], ordered by view, volume, slice
         if self.lambda_intra and batch.images is not None:
             encoded.append(batch.images.flatten(0, 1))
         with span("f_intra"):
             features, embedded = self.encoder.slices(torch.cat(encoded).unsqueeze(1))
-        tokens = spread(embedded[: len(both)], both, (V, B, D)) if every_slice else None
+        tokens = spread(embedded[: len(of_views)], of_views, (V, B, D)) if every_slice else None
         if not self.lambda_intra:
             return tokens, None
-        of_slices = features[: len(both)].unflatten(0, (V, -1))
+        parts = [part.unflatten(0, (V, -1)) for part in features.tensor_split([len(of_views)])]
         if every_slice:  # place: slice of the batch -> its row among those encoded
-            place = torch.zeros(B * D, dtype=torch.long, device=views.device)
-            place = place.index_copy(0, rows, torch.arange(len(rows), device=views.device))
-            of_slices = of_slices[:, place[picked]]
-        if batch.images is None:
-            return tokens, of_slices
-        return tokens, torch.cat([of_slices, features[len(both) :].unflatten(0, (V, -1))], dim=1)
+            place = torch.zeros(B * D, dtype=torch.long, device=rows.device)
+            place = place.index_copy(0, rows, torch.arange(len(rows), device=rows.device))
+            parts[0] = parts[0][:, place[picked]]
+        return tokens, torch.cat(parts, dim=1)
 
-    def _embed(self, tokens: Tensor | None, features: Tensor | None, batch: Batch) -> dict[str, Embedded]:
+    def _levels(self, tokens: Tensor | None, features: Tensor | None, batch: Batch) -> dict[str, Embedded]:
+        """f_inter and projection head."""
         found = {}
         if self.inter is not None:
             V = len(tokens)

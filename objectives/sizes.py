@@ -5,14 +5,10 @@ from __future__ import annotations
 import math
 import warnings
 
-from jsonargparse.typing import restricted_number_type
-
 from utils.distributed import rank
 from utils.errors import UserError
 
 CROWDED = 8  # prototypes for each embedding of an assignment, above which too few of them get a share
-
-QueueLength = restricted_number_type("QueueLength", int, (">=", -1))
 
 
 def prototype_counts(wanted: int | list[int], samples: int, option: str) -> list[int]:

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from datasets.batch import Counts
 from models.heads import Prototypes
+from models.resnet import wide
 from objectives.sinkhorn import sinkhorn
 from objectives.sizes import prototype_counts, queue_size
 from utils.distributed import all_gather, rank, world_size
 from utils.options import of_level
+from utils.profile import span
 
 
 class SwAV(nn.Module):
@@ -68,9 +70,8 @@ class SwAV(nn.Module):
     def begin_epoch(self, epoch: int, resumed: bool = False) -> None:
         self.queue_on = self.queue.shape[1] > 0 and epoch >= self.epoch_queue_starts
 
-    def cancel_gradients(self, step: int) -> None:
-        """As `Learner.cancel_gradients` says."""
-        if step < self.freeze_prototypes_niters:
+    def cancel_gradients(self, batch: int) -> None:
+        if batch < self.freeze_prototypes_niters:
             for parameter in self.prototypes.parameters():
                 parameter.grad = None
 
@@ -78,25 +79,26 @@ class SwAV(nn.Module):
         if self.training:
             self.prototypes.normalize_()
         V, B = z.shape[:2]
-        wide = torch.promote_types(z.dtype, torch.float32)  # softmax and codes never in half precision
-        scores = [head.view(V, B, -1).to(wide) for head in self.prototypes(z.flatten(0, 1))]  # per head [V, B, K]
-        joint = sum(counts) if counts else B * world_size()
-        loss = z.new_zeros((), dtype=wide)
-        for crop in range(self.assign_crops):
-            assignments = self._assign(crop, z[crop].detach(), [s[crop].detach() for s in scores], counts)
-            for q, head in zip(assignments, scores, strict=True):
+        # Softmax and codes never in half precision.
+        scores = [wide(of_head).view(V, B, -1) for of_head in self.prototypes(z.flatten(0, 1))]  # per head [V, B, K]
+        share = world_size() / (sum(counts) if counts else B * world_size())
+        loss = wide(z.new_zeros(()))
+        for assigning in range(self.assign_crops):
+            codes = self._assign(assigning, z[assigning].detach(), [s[assigning].detach() for s in scores], counts)
+            for q, of_head in zip(codes, scores, strict=True):
                 for view in range(V):
-                    if view != crop:
-                        log_p = (head[view] / self.temperature).log_softmax(dim=1)
-                        loss = loss - (q * log_p).sum() * (world_size() / joint)
+                    if view != assigning:
+                        log_p = (of_head[view] / self.temperature).log_softmax(dim=1)
+                        loss = loss - (q * log_p).sum() * share
         if self.observer is not None and self.training:
-            self.observer(z.detach(), scores[0].detach(), index, counts, assignments[0])
+            with span("diagnostics"):
+                self.observer(z.detach(), scores[0].detach(), index, counts, codes[0])
         return loss / (self.assign_crops * (V - 1) * len(scores))
 
     @torch.no_grad()
-    def _assign(self, crop: int, z: Tensor, scores: list[Tensor], counts: list[int] | None) -> list[Tensor]:
-        """Codes [B, K] per head for one assigning crop: z [B, d], scores per head [B, K]. Updates the queue."""
-        queue = self.queue[crop]
+    def _assign(self, view: int, z: Tensor, scores: list[Tensor], counts: list[int] | None) -> list[Tensor]:
+        """Codes [B, K] per head for one assigning view: z [B, d], scores per head [B, K]. Updates the queue."""
+        queue = self.queue[view]
         # `sinkhorn` normalises over all processes, so it does not matter which of them scores which row of the queue.
         share = queue[rank() :: world_size()] if self.queue_on else queue[:0]
         taking_part = None
@@ -105,8 +107,8 @@ class SwAV(nn.Module):
             taking_part = torch.cat([full, torch.ones(len(z), dtype=torch.bool, device=z.device)])
         codes = []
         for head, own in zip(self.prototypes.heads, scores, strict=True):
-            joint = torch.cat([share @ head.weight.T.to(share.dtype), own])
-            codes.append(sinkhorn(joint, self.epsilon, self.sinkhorn_iterations, taking_part)[len(share) :])
+            with_queue = torch.cat([share @ head.weight.T.to(share.dtype), own])
+            codes.append(sinkhorn(with_queue, self.epsilon, self.sinkhorn_iterations, taking_part)[len(share) :])
         if self.queue_on and self.training:
             newest = all_gather(z.to(queue.dtype), counts)
             longer = torch.cat([newest, queue])[: len(queue)]

@@ -1,10 +1,10 @@
-"""What a run's network makes of data as they are, without augmentation."""
+"""What a run's network makes of data as they are, without augmentation, and which of them it finds alike."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,9 @@ from training.resume import explained
 from utils.distributed import Run
 
 AT_ONCE = 32  # slices in a forward pass
+FEWEST_TO_MAP = 5
 Loader = ImageLoader | VolumeLoader
+MapMethod = Literal["pca", "tsne"]
 
 
 class Item(NamedTuple):
@@ -50,12 +52,6 @@ class Item(NamedTuple):
             return self.sample.name
         where = f"slice {self.start}" if self.slices == 1 else f"slices {self.start}-{self.stop - 1}"
         return f"{self.sample.name} {where}"
-
-    @property
-    def short(self) -> str:
-        """File name without its folders and, of a slice, its number."""
-        name = self.sample.name.rpartition("/")[2]
-        return f"{name} #{self.start}" if self.sample.kind == "volume" and self.slices == 1 else name
 
     def read(self) -> np.ndarray:
         """[slices, S, S] in 0..1."""
@@ -198,6 +194,54 @@ class Network:
             transformer, interpolation = (sums[:2] / sums[2]).numpy()
             slices = range(item.start, item.stop)
             yield item, pd.DataFrame({"slice": slices, "transformer": transformer, "interpolation": interpolation})
+
+
+class Prototype(NamedTuple):
+    """One prototype and the items that it is shown by: (item, cosine), best first, or least typical first."""
+
+    index: int
+    members: list[int]  # items that are closer to it than to any other prototype
+    nearest: list[tuple[int, float]]  # of all items
+    farthest: list[tuple[int, float]]  # of its members, those that are not among the nearest
+
+
+def prototypes_of(level: Level, head: int, shown: int, pictures: int) -> tuple[list[Prototype], int, int]:
+    """(the `shown` prototypes with most members, of those with any; how many there are; how many have none)."""
+    cosines = level.z @ level.prototypes[head].T  # [N, K]
+    assigned = cosines.argmax(dim=1)
+    counts = torch.bincount(assigned, minlength=cosines.shape[1])
+    found = []
+    for k in torch.argsort(counts, descending=True, stable=True)[:shown].tolist():
+        order = torch.argsort(cosines[:, k], descending=True, stable=True).tolist()
+        others = [i for i in reversed(order[pictures:]) if assigned[i] == k][:pictures]
+        nearest, farthest = ([(i, float(cosines[i, k])) for i in part] for part in (order[:pictures], others))
+        members = (assigned == k).nonzero()[:, 0].tolist()
+        found += [Prototype(k, members, nearest, farthest)] if members else []
+    return found, len(counts), int((counts == 0).sum())
+
+
+def neighbours(level: Level, query: int, count: int) -> list[tuple[int, float]]:
+    """The `count` nearest items of other files than an item's and their cosines, nearest first."""
+    sample = torch.tensor([item.index for item in level.items])
+    cosines = (level.z @ level.z[query]).masked_fill(sample == sample[query], -2)
+    best = torch.argsort(cosines, descending=True, stable=True)[:count].tolist()
+    return [(i, float(cosines[i])) for i in best if cosines[i] > -2]
+
+
+def flatten(z: Tensor, method: MapMethod, seed: int) -> tuple[np.ndarray, str]:
+    """[N, d], N >= FEWEST_TO_MAP -> (places [N, 2], what the axes are, in words)."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    x = z.double().numpy()
+    if method == "pca":
+        model = PCA(2, svd_solver="full")
+        places = model.fit_transform(x)
+        first, second = 100 * np.nan_to_num(model.explained_variance_ratio_)
+        return places, f"principal components; they hold {first:.0f} % and {second:.0f} % of the variance"
+    perplexity = min(30.0, (len(x) - 1) / 3)
+    places = TSNE(2, perplexity=perplexity, init="random", metric="cosine", random_state=seed).fit_transform(x)
+    return places, f"t-SNE of cosine distances, perplexity {perplexity:.0f}; distances between groups mean nothing"
 
 
 def choose(groups: list[str], count: int, seed: int) -> list[int]:

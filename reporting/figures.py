@@ -36,17 +36,11 @@ CHARTS = {
         "dead": ("Dead prototypes", "prototypes that no sample was assigned to; lower is better"),
         "target_entropy": ("Entropy of the targets", "share of ln K; 0: hard, 1: every prototype alike"),
         "prediction_entropy": ("Entropy of the predictions", "share of ln K; at 1 the network says nothing"),
-        "agreement": (
-            "Agreement of two views",
-            "share of samples whose views have the same prototype; dotted: of pairs of different samples",
-        ),
+        "agreement": ("Agreement of two views", "samples with one prototype in both; dotted: pairs of two samples"),
         "nmi": ("Assignments kept since the last epoch", "normalised mutual information; 1: nothing moved"),
         "std": ("Spread of the embeddings", "standard deviation times √d; 1: the whole sphere, 0: collapsed"),
         "rank": ("Effective rank (RankMe)", "dimensions that the embeddings use; higher is better"),
-        "origin": (
-            "Nearest neighbours from the same data set",
-            "share of 5-NN votes on the data set of origin that are right; dotted: the largest",
-        ),
+        "origin": ("Neighbours from the same data set", "share of 5-NN votes that are right; dotted: the largest set"),
         "skill": ("Masked-prediction skill", "1 - error / error of interpolation; above 0: something was learned"),
     },
     "Schedule and machine": {

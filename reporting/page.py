@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from datasets.cache import shown_size
-from reporting.embed import Item
+from reporting.embed import Item, Level
 from utils import files
 from utils.errors import UserError
 
@@ -50,18 +50,22 @@ class Thumbnails:
         """A slice or image as it is; a volume as `STRIP` of its slices."""
         key = item.store.folder, item.sample.name, item.start, item.stop
         if key not in self.names:
-            parts = [_resized(part) for part in item.spread(STRIP)]
-            self.names[key] = self._keep(np.concatenate(parts, axis=1), quality=80)
+            parts = [Image.fromarray(_bytes(part.read()[0])) for part in item.spread(STRIP)]
+            small = [np.asarray(part.resize((SIDE, SIDE), Image.Resampling.LANCZOS)) for part in parts]
+            self.names[key] = self._keep(np.hstack(small), quality=80)
         return self.names[key]
 
     def strip(self, item: Item, count: int = 8) -> list[tuple[str, int]]:
         """(picture, slice) of evenly spaced slices of a volume."""
         return [(self.add(part), part.start) for part in item.spread(count)]
 
-    def shown(self, item: Item, cosine: float | None = None) -> dict[str, Any]:
-        """What the templates show of an item."""
-        about = {"label": item.label, "short": item.short, "dataset": item.sample.dataset, "cosine": cosine}
-        return about | {"thumb": self.add(item), "width": SIDE * min(STRIP, item.slices), "height": SIDE}
+    def row(self, level: Level, found: list[tuple[int, float | None]]) -> list[dict[str, Any]]:
+        """What the templates show of some of a level's items, each with a cosine or none."""
+        rows = []
+        for item, cosine in ((level.items[i], cosine) for i, cosine in found):
+            about = {"label": item.label, "dataset": item.sample.dataset, "cosine": cosine, "thumb": self.add(item)}
+            rows.append(about | {"width": SIDE * min(STRIP, item.slices), "height": SIDE})
+        return rows
 
     def pixels(self, picture: np.ndarray) -> str:
         """[H, W] in 0..1, enlarged by whole factors only and kept without loss, so that its pixels stay visible."""
@@ -73,11 +77,6 @@ class Thumbnails:
         Image.fromarray(picture).save(buffer, "WEBP", **how)
         self.uris[name] = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
         return name
-
-
-def _resized(item: Item) -> np.ndarray:
-    picture = Image.fromarray(_bytes(item.read()[0]))
-    return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
 
 
 def _bytes(picture: np.ndarray) -> np.ndarray:

@@ -1,8 +1,9 @@
-"""What a run left in its folder: options, table of metrics, checkpoint, and what stands beside the weights."""
+"""What runs left in their folders (options, metrics, checkpoint, record of the weights), and tables of downstream/."""
 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,8 @@ from utils.config import parse, read_yaml
 from utils.errors import UserError
 from utils.guards import BAD_STEPS
 
+RESULTS = ("results.json", "summary.csv")  # of a downstream task, of a comparison
+DEEPER = "\0"  # joins the names of nested metrics, which may hold dots
 STAGES = {1: "stage 1, images and slices", 2: "stage 2, masked slices", 3: "stage 3, joint"}
 
 
@@ -48,12 +51,11 @@ def read_runs(folders: list[str]) -> list[RunFolder]:
 
 
 def short_names(paths: list[Path]) -> list[str]:
-    """The last part of each path, with as many parts before it as tell all of them apart."""
+    """The last part of each path; where that does not tell all of them apart, what follows their common folder."""
     absolute = [path.resolve() for path in paths]
-    depth = 1
-    while len({path.parts[-depth:] for path in absolute}) < len(paths):
-        depth += 1
-    return ["/".join(path.parts[-depth:]) for path in absolute]
+    if len({path.name for path in absolute}) == len(paths):
+        return [path.name for path in absolute]
+    return [str(path.relative_to(os.path.commonpath(absolute))) for path in absolute]
 
 
 def script_of(folder: Path) -> tuple[ModuleType, Path]:
@@ -83,22 +85,17 @@ def read_table(path: Path, types: dict[str, type] | type) -> pd.DataFrame:
     types: of these columns, or of all.
     """
     try:
-        table = pd.read_csv(path, index_col=False, encoding_errors="replace").astype(types)
-        if table["epoch"].isna().any():
-            raise ValueError("a line lacks its epoch")
+        return pd.read_csv(path, index_col=False, encoding_errors="replace").astype(types).astype({"epoch": int})
     except FileNotFoundError:
         return pd.DataFrame(columns=[*types] if isinstance(types, dict) else ["epoch"])
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (KeyError, ValueError) as error:  # what pandas raises are ValueErrors
+    except (OSError, KeyError, ValueError) as error:  # what pandas raises are ValueErrors
         raise UserError(f"{path}: is not a run's table ({error}); restore it, or move it away") from None
-    return table
 
 
 def read_warnings(folder: Path) -> list[str]:
     """What a run warned of, with its epoch, and how many updates were skipped. Raises UserError for a broken file."""
     warnings = read_table(folder / WARNINGS, {"epoch": int, "text": str})
-    said = [f"epoch {epoch + 1}: {text}" for epoch, text in zip(warnings["epoch"], warnings["text"], strict=True)]
+    said = [f"epoch {row.epoch + 1}: {row.text}" for row in warnings.itertuples()]
     if skipped := len(read_table(folder / BAD_STEPS, {"epoch": int})):
         updates = "1 update was" if skipped == 1 else f"{skipped} updates were"
         said.append(f"{updates} skipped, because loss or gradient was not finite; {BAD_STEPS} names the files")
@@ -124,12 +121,72 @@ def _read_record(config: Any, notes: list[str]) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         made_by = record["config"]["dump_path"], record["config"]["seed"]
-    except (FileNotFoundError, NotADirectoryError):
-        notes.append(f"{path} is not there: the run has not finished, or its weights were moved.")
     except (OSError, ValueError, KeyError, TypeError):
-        notes.append(f"{path} cannot be read as the record of a weights file.")
-    else:
-        if made_by == (config.dump_path, config.seed):
-            return record
-        notes.append(f"{path} is of another run (dump_path {made_by[0]}), which has replaced this one's weights.")
+        notes.append(f"{path} cannot be read: the run has not finished, or its weights were moved.")
+        return None
+    if made_by == (config.dump_path, config.seed):
+        return record
+    notes.append(f"{path} is of another run (dump_path {made_by[0]}), which has replaced this one's weights.")
     return None
+
+
+@dataclass
+class Table:
+    """What a downstream task or comparison wrote."""
+
+    title: str
+    about: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def read_tables(paths: list[str]) -> list[Table]:
+    """Tables of the files, and of those in folders that have the names which downstream/ gives.
+
+    Raises UserError for what is not there or cannot be read.
+    """
+    return [_read(path) for given in paths for path in _files(Path(given).expanduser())]
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    # The cells of a comparison are in its summary already.
+    files = [f for f in sorted(path.rglob("*")) if f.name in RESULTS and "cells" not in f.relative_to(path).parts[:-1]]
+    if not files:
+        raise UserError(f"downstream: {path}: there is no {' or '.join(RESULTS)}, which downstream/ writes")
+    return files
+
+
+def _read(path: Path) -> Table:
+    facts = []
+    try:
+        if path.suffix == ".csv":
+            frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+        else:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            frame = _table_of(result["metrics"])
+            facts = [f"{result[key]} {key}" for key in ("cases", "patients") if isinstance(result.get(key), int)]
+            facts += [f"weights {result['weights']}"] if "weights" in result else []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: is not a results file of downstream/ that can be read ({error})") from None
+    about = f"{path}: {', '.join(facts)}" if facts else str(path)
+    return Table(path.parent.name, about, [*frame], frame.map(_cell).to_numpy().tolist())
+
+
+def _table_of(metrics: dict[str, Any]) -> pd.DataFrame:
+    """What stands in the last level of nested metrics makes the columns, what leads there the rows; no lists."""
+    table: dict[str, dict[str, Any]] = {}
+    for names, value in pd.json_normalize(metrics, sep=DEEPER).iloc[0].items():
+        row, _, column = names.rpartition(DEEPER)
+        if not isinstance(value, list):
+            table.setdefault(row.replace(DEEPER, ".") or "all", {})[column] = "not defined" if value is None else value
+    return pd.DataFrame.from_dict(table, orient="index", dtype=object).fillna("").reset_index(names="")
+
+
+def _cell(value: Any) -> str:
+    """Three digits after the point of what is no whole number."""
+    try:
+        return str(value) if isinstance(value, int) or str(value).lstrip("+-").isdigit() else f"{float(value):.3f}"
+    except ValueError:
+        return str(value)

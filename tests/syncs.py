@@ -8,26 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # Operators whose result the host reads, or whose result's shape depends on values.
 WAITING = {
-    "_local_scalar_dense",  # item, bool, int, float, if
-    "nonzero",
-    "argwhere",
-    "masked_select",
-    "equal",
-    "bincount",
-    "_unique",
-    "_unique2",
-    "unique_dim",
-    "unique_consecutive",
-    "repeat_interleave.Tensor",
-    "segment_reduce",
-    "_linalg_check_errors",
+    *("_local_scalar_dense", "nonzero", "argwhere", "masked_select", "equal", "bincount", "segment_reduce"),
+    *("_unique", "_unique2", "unique_dim", "unique_consecutive", "repeat_interleave.Tensor", "_linalg_check_errors"),
 }
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 # Python functions that copy between host and device; on the CPU they do nothing that an operator would show.
@@ -68,14 +56,3 @@ def no_waiting() -> Iterator[None]:
     """
     with _Functions(), _Operators():
         yield
-
-
-@contextmanager
-def pretended_gpu() -> Iterator[torch.device]:
-    """Tensors and modules made inside claim to be on a GPU; they have shapes but no values.
-
-    What mixes devices, asks for a value or for a shape that depends on values raises torch's own errors. Forward only.
-    """
-    device = torch.device("cuda", 0)
-    with FakeTensorMode(), device:
-        yield device

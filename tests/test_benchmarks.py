@@ -1,4 +1,4 @@
-"""What benchmarks share: fair timing, names of results, updates as training makes them; and that each of them runs."""
+"""What benchmarks share: fair timing, a file per machine, updates as in training; and that each of them runs."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention, augmentation, data, kmeans, plain, stage2, step, timing
-from benchmarks.training import Updates, recorded, shares, training_of, write_volumes
+from benchmarks import attention, data, kmeans, step, timing
+from benchmarks.training import Updates, split, training_of, write_volumes
 from utils import config as options
 from utils.distributed import Run
 
 ROOT = Path(__file__).parents[1]
 RUN = Run(0, 1, torch.device("cpu"))
-SMALL = {"arch": "resnet18", "target_shape": (8, 32, 32)}
 PARTS = {"augment", "backward", "data", "diagnostics", "f_intra", "forward", "objective", "optimizer", "other"}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_pieces_take_turns_and_ratios_are_those_of_neighbours():
+def test_pieces_take_turns_and_ratios_are_those_of_neighbours(monkeypatch):
     order = []
-    times = timing.measure({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2)
+    timing.measure({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2)
     assert "".join(order) == "ab" + "abab"
-    assert len(times["a"].seconds) == 2
-    slow, fast = timing.Timing((2.0, 9.0, 4.0)), timing.Timing((1.0, 3.0, 4.0))
-    assert slow.over(fast) == 2.0  # of 2, 3 and 1
-    assert (slow.median, slow.spread) == (4.0, 3.5)
-    assert timing.Timing((5.0,)).spread == 0.0
+    ticks = iter([0, 2, 2, 3, 3, 12, 12, 15, 15, 19, 19, 23])  # slow takes 2, 9, 4 s, fast 1, 3, 4
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(ticks))
+    nothing = {name: lambda: None for name in ("slow", "fast")}
+    found = timing.compare(nothing, 3, warmup=0, pairs=[("slow", "fast")])
+    assert found["slow over fast"] == 2.0  # of 2, 3 and 1
+    assert found["slow"] == {"median_s": 4.0, "iqr_s": 3.5, "repeats": 3}
 
 
 @pytest.mark.skipif(not timing.PEAK_RESET.exists(), reason="only Linux tells what was resident at most")
@@ -44,31 +44,31 @@ def test_memory_is_what_is_added_meanwhile():
     assert added == pytest.approx(2**26, rel=0.2)
 
 
-def test_other_measurements_do_not_replace_the_usual_results():
-    def name(**changes) -> str:
-        return timing.file_name("step", step.Config(**changes), "arch", "target_shape", "parts", "compile")
+def test_other_commands_do_not_replace_a_result_and_the_same_one_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "RESULTS", tmp_path)
+    for words, value in ((["step"], 1), (["step", "--compile", "true"], 2), (["step"], 3)):
+        monkeypatch.setattr(sys, "argv", [f"/somewhere/benchmarks/{words[0]}.py", *words[1:]])
+        timing.write({"value": value})
+    (file,) = tmp_path.iterdir()
+    written = json.loads(file.read_text())
+    assert {name: entry["results"]["value"] for name, entry in written.items()} == {"step --compile true": 2, "step": 3}
+    assert written["step"]["environment"]["commit"]
 
-    assert name(repeats=9, batch_size=3, target_shape=[64, 128, 128]) == "step"
-    assert name(arch="resnet18", target_shape=(16, 32, 32)) == "step_resnet18_16_32_32"
-    assert name(parts=("stage3",), compile=True) == "step_stage3_compile"
 
-
-@pytest.mark.parametrize(("script", "more"), [("ssl_swav2D", {}), ("ssl_swav3D", {"f_inter": 0})])
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "more"), [("ssl_swav2D", set()), ("ssl_swav3D", {"f_inter"})])
 def test_updates_train_and_their_parts_add_up(script, more, tmp_path):
     write_volumes(tmp_path / "data", (40, 40, 8), 4)
-    of_stage = {"target_shape": (8, 32, 32)} if more else {"size_crops": [32], "nmb_crops": [2]}
-    of_stage |= {} if more else {"min_scale_crops": [0.3], "max_scale_crops": [1.0]}
-    training = training_of(
-        script, tmp_path / "data", RUN, arch="resnet18", batch_size=2, workers=0, nmb_prototypes=3, **of_stage
-    )
+    crops = {"size_crops": [32], "nmb_crops": [2], "min_scale_crops": [0.3], "max_scale_crops": [1.0]}
+    of_stage = {"target_shape": (8, 32, 32)} if more else crops
+    common = {"arch": "resnet18", "batch_size": 2, "workers": 0, "nmb_prototypes": 3}
+    training = training_of(script, tmp_path / "data", RUN, **common, **of_stage)
     weight = next(training.learner.parameters())
     before = weight.clone()
-    work, calls = recorded(Updates(training), RUN.device)
-    for _ in range(3):  # an epoch ends meanwhile
-        work()
+    parts = split(Updates(training), 3, RUN.device)  # an epoch ends meanwhile
     assert not torch.equal(weight, before)
-    assert [set(call) for call in calls] == [PARTS | set(more)] * 3
-    assert sum(shares(calls).values()) == pytest.approx(1)
+    assert set(parts) == PARTS | more
+    assert sum(parts.values()) == pytest.approx(1)
 
 
 @pytest.mark.slow
@@ -77,23 +77,17 @@ def test_updates_train_and_their_parts_add_up(script, more, tmp_path):
     [
         (attention, {"batches": (2,), "slices": 8, "d_model": 64}, "memory as in training"),
         (kmeans, {"points": 64, "clusters": 4, "dim": 8, "iterations": 1}, "mean_cosine"),
-        (stage2, SMALL, "epoch"),
-        (step, SMALL | {"parts": ("stage3", "stage1"), "images": 2, "volumes": 2, "precisions": ("fp32",)}, "stage1"),
-        (augmentation, {"target_shape": (4, 16, 16)}, "seven views"),
-        (data, {"target_shape": (4, 16, 16), "volumes": 4, "workers": (0,)}, "24 x 24 x 8 int16, 0 workers"),
+        (step, {"arch": "resnet18", "target_shape": (8, 32, 32), "images": 2, "volumes": 2}, "stage2"),
+        (data, {"target_shape": (4, 16, 16), "volumes": 4, "workers": (0,)}, "loader"),
     ],
 )
 def test_a_benchmark_runs_and_writes_its_results(module, changes, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "RESULTS", tmp_path)
     monkeypatch.setattr(data, "RAW", {"24 x 24 x 8 int16": ((24, 24, 8), "int16")})
-    cfg = module.Config(**changes | {"repeats": 1})
-    if module is not data:
-        cfg.device = "cpu"
-    module.main(cfg)
+    module.main(module.Config(**changes, device="cpu", repeats=1))
     (file,) = tmp_path.iterdir()
-    written = json.loads(file.read_text())
-    assert expected in written["results"]
-    assert written["environment"]["commit"]
+    (entry,) = json.loads(file.read_text()).values()
+    assert expected in entry["results"]
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
@@ -105,7 +99,7 @@ def test_all_gpu_benchmarks_are_run_and_the_worst_status_is_that_of_all(tmp_path
     assert done.returncode
     assert "Error 3" in done.stderr
     calls = [line.split()[1:] for line in called.read_text().splitlines()]
-    names = ["step", "attention", "kmeans", "stage2", "augmentation", "step"]
+    names = ["step", "attention", "kmeans", "step", "data", "step"]
     assert [name for name, *_ in calls] == [f"benchmarks.{name}" for name in names]
     for name, *arguments in calls:  # which they understand
         module = importlib.import_module(name)
@@ -121,9 +115,3 @@ def test_benchmarks_import_what_training_needs_alone_and_the_rest_where_it_is_us
             names = [node.module] if isinstance(node, ast.ImportFrom) else []
             names += [name.name for name in node.names] if isinstance(node, ast.Import) else []
             assert {name.split(".")[0] for name in names} <= needed | ours, file.name
-
-
-def test_a_reference_that_is_not_installed_is_left_out_and_named(capsys):
-    assert plain.installed("torch", "json")
-    assert not plain.installed("torch", "no_such_package")
-    assert "not installed: no_such_package" in capsys.readouterr().out

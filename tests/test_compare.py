@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
 from downstream import classify, compare, jobs
-from downstream.compare import format_tables, paired_difference, plot, summarise
-from downstream.recipes import at, read_recipes
+from downstream.compare import format_tables, mean_with_interval, plot, summarise
+from downstream.jobs import at, read_recipes
 from models.resnet import GreyResNet
 from utils.errors import UserError
 from utils.files import write_json
@@ -54,27 +54,24 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     return asked
 
 
-def test_paired_difference_by_hand():
+def test_the_interval_of_paired_differences_by_hand():
     """A common shift of every seed has an interval of no width: pairing takes out what seeds have in common."""
-    mean, low, high, pairs = paired_difference([1, 2, 3, math.nan], [0, 0, 0, 0])
+    mean, low, high, pairs = mean_with_interval(pd.Series([1, 2, 3, math.nan]))
     half = 4.30265 / math.sqrt(3)  # Student's t of two degrees of freedom; standard deviation 1
     assert (mean, low, high) == pytest.approx((2, 2 - half, 2 + half), abs=1e-4)
     assert pairs == 3
-    mean, low, _, pairs = paired_difference([0.5], [0.25])
+    mean, low, _, pairs = mean_with_interval(pd.Series([0.25]))
     assert (mean, pairs) == (0.25, 1)
     assert math.isnan(low)
-    assert paired_difference([math.nan], [1])[3] == 0
-    base = np.array([0.1, 0.5, 0.9])
-    assert paired_difference(base + 0.1, base)[:3] == pytest.approx((0.1, 0.1, 0.1))
-    assert paired_difference(base, base)[:3] == (0, 0, 0)
+    assert mean_with_interval(pd.Series([math.nan]))[3] == 0
+    assert mean_with_interval(pd.Series([0.1] * 3))[:3] == pytest.approx((0.1, 0.1, 0.1))
 
 
-def table(rows: dict[str, list[float]], pretraining: dict[str, list[int]] | None = None) -> pd.DataFrame:
-    """One metric and number of labels, one seed per value."""
-    drawn = pretraining or {}
+def table(rows: dict[str, list[float]], pretraining: Sequence[int] = ()) -> pd.DataFrame:
+    """One metric and number of labels, one seed per value; pretraining: that `ours` starts from."""
     return pd.DataFrame(
-        {"initialisation": name, "pretraining_seed": drawn.get(name, [None] * len(values))[seed], "labelled": 5}
-        | {"seed": seed, "metric": "auc", "value": value}
+        {"initialisation": name, "pretraining_seed": [*pretraining, *[None] * 9][seed] if name == "ours" else None}
+        | {"labelled": 5, "seed": seed, "metric": "auc", "value": value}
         for name, values in rows.items()
         for seed, value in enumerate(values)
     ).astype({"pretraining_seed": "Int64"})
@@ -91,20 +88,19 @@ def test_the_summary_leaves_nan_out_counts_it_and_is_shown(tmp_path):
     text = format_tables(summary, "auc", "random")
     for part in ("0.600 ± 0.100", "0.750 ± 0.071 (2 of 3)", "+0.150 [", "5 labelled"):
         assert part in text
-    plot(cells, "auc", tmp_path / "plot.png")
+    plot({"all": (cells, "auc")}, tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as image:
-        assert image.size == (900, 600)
         assert len(image.convert("RGB").getcolors(2**24)) > 20
 
 
 def test_of_several_pre_trainings_each_counts_once():
     """Six label draws from two pre-trainings: two independent values, the means of three each."""
-    cells = table({"random": [0, 0, 0, 0, 0, 0], "ours": [1, 4, 2, 5, 3, 6]}, {"ours": [7, 8, 7, 8, 7, 8]})
+    cells = table({"random": [0] * 6, "ours": [1, 4, 2, 5, 3, 6]}, [7, 8, 7, 8, 7, 8])
     random, ours = summarise(cells, "random").itertuples()
     assert (ours.mean, ours.n, ours.pairs, ours.difference) == (3.5, 2, 2, 3.5)
     assert ours.sd == pytest.approx(math.sqrt(4.5))
     assert random.n == 6
-    cells = table({"random": [0, 0, 0], "ours": [1, 2, 3]}, {"ours": [7, 7, 7]})  # one pre-training: the draws count
+    cells = table({"random": [0, 0, 0], "ours": [1, 2, 3]}, [7, 7, 7])  # one pre-training: the draws count
     assert summarise(cells, "random").n.tolist() == [3, 3]
 
 
@@ -125,8 +121,7 @@ class Fake:
 
 def test_a_failure_stops_only_what_needs_it_and_progress_is_written(tmp_path, capsys):
     bad = Fake("bad", tmp_path, error=UserError("no room"))
-    after, good = Fake("after", tmp_path, (bad,)), Fake("good", tmp_path)
-    again = Fake("good too", tmp_path)
+    after, good, again = Fake("after", tmp_path, (bad,)), Fake("good", tmp_path), Fake("good too", tmp_path)
     assert jobs.run_jobs([bad, after, good], tmp_path / "progress.txt") == ["bad", "after"]
     assert "FAILED (no room)" in capsys.readouterr().out
     assert (tmp_path / "good" / "log.txt").read_text() == "hello\n"
@@ -174,9 +169,7 @@ def test_recipes_are_known_by_what_they_are_made_from_and_paired_by_place(tmp_pa
     ("recipe", "message"),
     [
         ({"options": {}}, "must be a mapping with script"),
-        ({"script": "demo"}, "demo: is not one of the training scripts"),
         ({"script": "ssl_swav2D", "options": {"epoch": 1}}, "ssl_swav2D has no option 'epoch'"),
-        ({"script": "ssl_swav2D", "options": {"dump_path": "x"}}, "no option 'dump_path'"),
         ({"script": "ssl_swav2D", "options": {"seed": 1}, "seeds": [1]}, "no option 'seed'"),
         ({"script": "mask_swav", "start": {"resnet_pretrained": "y"}}, "y is neither a file nor a recipe"),
         ({"script": "ssl_swav2D", "options": {"epochs": 5}}, "warmup_epochs: a warm-up of 10 epochs leaves nothing"),
@@ -191,33 +184,29 @@ def test_a_mistake_in_a_recipe_is_named_before_anything_is_trained(data, tmp_pat
 @pytest.mark.slow
 def test_cells_run_once_and_new_ones_are_added(data, weights, tmp_path, monkeypatch):
     asked = quick(monkeypatch)
-    first = run(data, tmp_path)
-    again = run(data, tmp_path)
+    first, again = run(data, tmp_path), run(data, tmp_path)
     assert len(asked) == 2
     pd.testing.assert_frame_equal(again["summary"], first["summary"])
     both = ["random", f"ours={weights}"]
-    more = run(data, tmp_path, initialisations=both)
+    more = run(data, tmp_path, initialisations=both)["summary"]
     assert [cell[0] for cell in asked[2:]] == [str(weights)] * 2
-    assert (more["summary"][more["summary"].initialisation == "random"].difference == 0).all()
+    assert (more[more.initialisation == "random"].difference == 0).all()
     moved = weights.rename(tmp_path / "moved.pth")  # the same content under another name
     run(data, tmp_path, initialisations=["random", f"theirs={moved}"])
     assert len(asked) == 4
     torch.save({key: 2 * value for key, value in torch.load(moved).items()}, weights)  # another under the old name
     run(data, tmp_path, initialisations=both)
-    assert len(asked) == 6
     run(data, tmp_path, options={"k": 1}, seeds=[0])  # another option
     assert len(asked) == 7
 
 
 @pytest.mark.slow
 def test_files_hold_what_was_returned_of_paired_cells(data, weights, tmp_path):
-    found = run(data, tmp_path, initialisations=["random", str(weights)])
-    out = tmp_path / "compare"
+    found, out = run(data, tmp_path, initialisations=["random", str(weights)]), tmp_path / "compare"
     assert pd.read_csv(out / "summary.csv")["mean"].tolist() == found["summary"]["mean"].tolist()
     assert pd.read_csv(out / "results.csv").value.tolist() == found["cells"].value.tolist()
     assert "auc: mean ± standard deviation of 2 seeds" in (out / "summary.txt").read_text()
     assert "4 of 4 jobs are finished" in (out / "progress.txt").read_text()
-    assert (out / "comparison.png").stat().st_size > 1000
     splits: dict[int, set[str]] = {}  # initialisations of a seed share split and labelled cases
     for path in (out / "cells").iterdir():
         result = json.loads((path / "results.json").read_text())
@@ -225,7 +214,6 @@ def test_files_hold_what_was_returned_of_paired_cells(data, weights, tmp_path):
         splits.setdefault(result["config"]["seed"], set()).add(drawn)
     assert [len(found) for found in splits.values()] == [1, 1]
     assert splits[0] != splits[1]
-    assert "share their test cases" not in (out / "summary.txt").read_text()
 
 
 def test_a_fixed_split_is_said_and_damage_and_a_wrong_metric_are_named(data, tmp_path, monkeypatch):
@@ -240,26 +228,22 @@ def test_a_fixed_split_is_said_and_damage_and_a_wrong_metric_are_named(data, tmp
         run(data, tmp_path, vary_split=False)
 
 
-def test_errors_of_any_cell_come_before_the_first_and_name_the_option(data, weights, tmp_path, capsys, monkeypatch):
+def test_errors_of_any_cell_come_before_the_first_and_name_the_option(data, weights, tmp_path, monkeypatch):
     asked = quick(monkeypatch)
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "half.pth")
-    half = f"half={tmp_path / 'half.pth'}"
+    (weights.with_suffix(".json")).write_text(json.dumps({"config": {"arch": "resnet18"}}))
     for changes, message in (
         ({"baseline": "ours"}, "baseline: 'ours' is none of the initialisations random"),
         ({"initialisations": ["nowhere.pth"]}, r"weights: nowhere\.pth: no such file"),
-        ({"initialisations": ["imagenet"]}, "initialisations: none is left"),
         ({"initialisations": [str(weights), f"other={weights}"]}, "two are called other"),
-        ({"initialisations": ["random", half]}, r"half\.pth: matched 0"),
+        ({"initialisations": ["random", f"half={tmp_path / 'half.pth'}"]}, r"half\.pth: matched 0"),
+        ({"initialisations": ["random", str(weights)], "options": {"arch": None}}, "resnet18 are different networks"),
         ({"labelled": [2, 99]}, "labelled: 99 cases were asked for"),
         ({"seeds": [1, 1]}, r"seeds: \[1, 1\] must be at least one number, each once"),
         ({"options": {"seed": 3}}, "options: seed is set by compare itself"),
     ):
         with pytest.raises(UserError, match=message):
             run(data, tmp_path, **changes)
-    (weights.with_suffix(".json")).write_text(json.dumps({"config": {"arch": "resnet18"}}))
-    with pytest.raises(UserError, match="random resnet50, other resnet18 are different networks"):
-        run(data, tmp_path, initialisations=["random", str(weights)], options={"arch": None})
     with pytest.raises(SystemExit):
         run(data, tmp_path, options={"sise": 32})
-    assert "sise" in capsys.readouterr().err
     assert asked == []

@@ -20,11 +20,11 @@ import tiny
 import yaml
 from PIL import Image
 
-from downstream import compare, jobs, recipes
+from downstream import compare, jobs
 from experiments import data as layout
 from experiments import run as runner
 from experiments import summarise
-from experiments.plan import read_plan
+from experiments.run import read_plan
 from utils import config as options
 from utils import signals
 from utils.errors import UserError
@@ -75,8 +75,6 @@ def test_files_become_jobs_seed_by_seed(tmp_path: Path) -> None:
     [
         ({"pretraining": {}}, "must be a mapping with none but defaults, recipes"),
         ({"recipes": {"x": {"like": "y"}}}, "x: like: no entry before it is called 'y'"),
-        ({"recipes": {"x": 3}}, "x: must be a mapping"),
-        ({"recipes": {"x": {"script": "demo"}}}, "demo: is not one of the training scripts"),
         ({"recipes": {"x": {"script": "ssl_swav2D"}}, "comparisons": {"x": {}}}, "x is described twice"),
         ({"comparisons": {"x": {"task": "detect", "initialisations": ["y.pth"]}}}, r"x: weights: y\.pth: no such file"),
     ],
@@ -113,8 +111,8 @@ while not (here / "saved").exists():
 def test_a_pre_training_that_is_stopped_saves_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal for this process in the middle of a script, in whose place is one that ends only when it has saved."""
     (tmp_path / "ssl_swav2D.py").write_text(TRAINING)
-    monkeypatch.setattr(recipes, "ROOT", tmp_path)
-    (run,) = recipes.read_recipes({"flat": {"script": "ssl_swav2D"}}, tmp_path / "recipes")["flat"]
+    monkeypatch.setattr(jobs, "ROOT", tmp_path)
+    (run,) = jobs.read_recipes({"flat": {"script": "ssl_swav2D"}}, tmp_path / "recipes")["flat"]
 
     def stop() -> None:
         while not (run.folder / "log.txt").is_file() or not (run.folder / "log.txt").read_text():
@@ -134,7 +132,7 @@ def test_a_pre_training_that_is_stopped_saves_and_goes_on(tmp_path: Path, monkey
 def test_from_a_file_to_a_page(data: Path, tmp_path: Path) -> None:
     """A training run, and a comparison of its weights with random ones on the same tiny tree."""
     cfg = tiny.options("ssl_swav2D", data, tmp_path, epochs=1, cache_path=str(tmp_path / "cache"))
-    flat = {"script": "ssl_swav2D", "options": {k: v for k, v in cfg.items() if k not in recipes.PLACES}}
+    flat = {"script": "ssl_swav2D", "options": {k: v for k, v in cfg.items() if k not in jobs.PLACES}}
     task = {"arch": "resnet18", "data_path": str(data), "device": "cpu", "size": 32, "bootstrap": 0}
     kind = {"task": "classify", "initialisations": ["random", "2D=flat"], "labelled": [4], "seeds": [0]}
     kind |= {"metrics": ["accuracy"], "options": task | {"cache_path": str(tmp_path / "cache")}}
@@ -154,7 +152,7 @@ def test_from_a_file_to_a_page(data: Path, tmp_path: Path) -> None:
     text = page.read_text()
     assert f"| 2D | {value['2D']:.3f} ± nan |" in text
     assert f"| 2D - random | {value['2D'] - value['random']:+.3f} [" in text
-    assert (page.parent / "results" / "kind.png").is_file()
+    assert (page.parent / "results" / "comparisons.png").is_file()
     losses = pd.read_csv(page.parent / "results" / "recipes.csv").loss.tolist()
     assert losses == [plan.recipes["flat"][0].record["last"]["loss"]]
     plan.cells[0].folder.rename(out / "gone")

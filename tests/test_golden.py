@@ -6,19 +6,16 @@ the hand-worked and NumPy (float64, from the formula) checks remain.
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torchvision
 from conftest import SHARED
 from processes import run_processes
 from torch.testing import assert_close
 
-from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, fold_grey, multi_scale
 from objectives import SwAV
 from objectives.kmeans import assign, kmeans_faiss, kmeans_torch
 from objectives.sinkhorn import sinkhorn
@@ -44,7 +41,7 @@ def exact(actual: torch.Tensor | np.ndarray, expected: torch.Tensor | np.ndarray
     assert_close(torch.as_tensor(actual), torch.as_tensor(expected), rtol=0, atol=atol)
 
 
-# ---------------------------------------------------------------------------------------------------- Sinkhorn-Knopp
+# ---- Sinkhorn-Knopp
 
 
 def sinkhorn_numpy(scores: np.ndarray, epsilon: float, iterations: int) -> np.ndarray:
@@ -74,13 +71,7 @@ def test_sinkhorn_equals_the_formula_in_numpy() -> None:
         exact(sinkhorn(tensor(scores), 0.1, iterations), sinkhorn_numpy(scores, 0.1, iterations))
 
 
-@pytest.mark.parametrize(("shape", "epsilon"), [((2, 3, 4), 0.05), ((3, 4), 0.0), ((3, 4), -1.0)])
-def test_sinkhorn_refuses_what_it_does_not_mean(shape: tuple[int, ...], epsilon: float) -> None:
-    with pytest.raises(ValueError, match="epsilon > 0"):
-        sinkhorn(torch.zeros(shape), epsilon)
-
-
-# ----------------------------------------------------------------------------------------------- spherical k-means
+# ---- spherical k-means
 
 
 def kmeans_numpy(points: np.ndarray, centroids: np.ndarray, iterations: int) -> np.ndarray:
@@ -115,7 +106,7 @@ def test_kmeans_equals_the_formula_in_numpy() -> None:
     exact(kmeans_torch(tensor(points), tensor(start), 6, empty="keep"), kmeans_numpy(points, start.copy(), 6))
 
 
-# ------------------------------------------------------------------------------------------------------- SwAV loss
+# ---- SwAV loss
 
 
 def swav_step(golden: dict[str, np.ndarray], case: str, dtype: torch.dtype, rows: slice) -> dict[str, Any]:
@@ -176,20 +167,17 @@ def test_swav_equals_the_formula_in_numpy() -> None:
     exact(objective(tensor(z)).detach(), np.array(np.mean(expected)))
 
 
-# ------------------------------------------------------------------------------------------- the same in two processes
+# ---- the same in two processes
 
 
 def on_two_processes(golden_folder: str) -> dict[str, Any]:
     global GOLDEN
     GOLDEN = Path(golden_folder)
-    out: dict[str, Any] = {}
     golden = load("a_sinkhorn")
-    rows = slice(0, FIRST_ROWS) if rank() == 0 else slice(FIRST_ROWS, None)
-    for kind in ("cos", "uni"):
-        out[kind] = sinkhorn(tensor(golden[f"scores_{kind}"])[rows], float(golden["eps"]), int(golden["iters"]))
+    settings, scores = (float(golden["eps"]), int(golden["iters"])), tensor(golden["scores_uni"])
+    out: dict[str, Any] = {"codes": sinkhorn(scores[:FIRST_ROWS] if rank() == 0 else scores[FIRST_ROWS:], *settings)}
     # All rows on rank 1: an empty share takes part in the sums and gets nothing.
-    share = slice(0, 0) if rank() == 0 else slice(None)
-    out["empty share"] = sinkhorn(tensor(golden["scores_uni"])[share], float(golden["eps"]), int(golden["iters"]))
+    out["empty share"] = sinkhorn(scores[:0] if rank() == 0 else scores, *settings)
     golden = load("c_swav_loss")
     half = int(golden["batch"]) // 2
     for case in SWAV_CASES:
@@ -198,14 +186,12 @@ def on_two_processes(golden_folder: str) -> dict[str, Any]:
 
 
 @needs_golden
+@pytest.mark.slow
 def test_two_processes_with_a_part_of_the_batch_each_equal_the_reference() -> None:
     two = run_processes(2, on_two_processes, str(GOLDEN))
-    golden = load("a_sinkhorn")
-    for kind in ("cos", "uni"):
-        assert [len(out[kind]) for out in two] == [40, 24]
-        exact(torch.cat([out[kind] for out in two]), golden[f"q64_{kind}"])
-    assert two[0]["empty share"].shape == (0, 300)
-    exact(two[1]["empty share"], golden["q64_uni"])
+    expected = load("a_sinkhorn")["q64_uni"]
+    exact(torch.cat([out["codes"] for out in two]), expected)
+    exact(torch.cat([out["empty share"] for out in two]), expected)
     golden = load("c_swav_loss")
     for case in SWAV_CASES:
         first, second = (out[case] for out in two)
@@ -220,7 +206,7 @@ def test_two_processes_with_a_part_of_the_batch_each_equal_the_reference() -> No
             exact(first["queue"], golden[f"queue_after_{case}"], atol=0)
 
 
-# ------------------------------------------------------------------------------------------- learning-rate schedule
+# ---- learning-rate schedule
 
 
 @needs_golden
@@ -244,7 +230,7 @@ def test_schedule_by_hand() -> None:
     assert type(rate(3)) is float
 
 
-# ------------------------------------------------------------------------------------------------------------ LARC
+# ---- LARC
 
 
 def larc_trajectory(
@@ -277,17 +263,13 @@ def test_larc_equals_the_reference() -> None:
             exact(torch.stack(found), wanted[1:], atol=1e-15)
 
 
-def test_larc_clips_the_ratio_at_one_learning_rate() -> None:
+def test_larc_by_hand() -> None:
     # trust * |w| / |g| = 0.5 is above lr = 0.1, so plain SGD; and with trust 0.001, 0.005 / 0.1 of it.
-    w, g = tensor(np.array([3.0, 4.0])), tensor(np.array([[0.6, 0.8]]))
+    w, g, zero = tensor(np.array([3.0, 4.0])), tensor(np.array([0.6, 0.8])), torch.zeros(2, dtype=torch.float64)
     for trust, share in ((0.1, 1.0), (0.001, 0.05)):
-        path = larc_trajectory([w], [g], np.array([0.1]), weight_decay=0.0, eps=0.0, trust=trust, clip=True)
-        exact(path[0][0], w - 0.1 * share * g[0])
-
-
-def test_larc_decays_with_the_ratio_and_not_where_a_norm_is_zero() -> None:
-    zero, w = torch.zeros(2, dtype=torch.float64), tensor(np.array([3.0, 4.0]))
-    g = tensor(np.array([0.6, 0.8]))
+        path = larc_trajectory([w], [g[None]], np.array([0.1]), weight_decay=0.0, eps=0.0, trust=trust, clip=True)
+        exact(path[0][0], w - 0.1 * share * g)
+    # Without clipping it decays with the ratio, and not where a norm is zero.
     path = larc_trajectory([zero, w, w], [g[None], zero[None], g[None]], np.array([1.0]), weight_decay=0.1, eps=0.0)
     exact(path[0][0], -g)
     exact(path[1][0], w)
@@ -295,57 +277,13 @@ def test_larc_decays_with_the_ratio_and_not_where_a_norm_is_zero() -> None:
 
 
 def test_larc_without_adaptation_is_sgd() -> None:
-    start = tensor(np.random.default_rng(3).standard_normal((4, 3)))
-    gradients = tensor(np.random.default_rng(4).standard_normal((3, 4, 3)))
+    rng = np.random.default_rng(3)
+    start, gradients = tensor(rng.standard_normal((4, 3))), tensor(rng.standard_normal((3, 4, 3)))
     ours, plain = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    optimizers = (
-        LARC([{"params": [ours], "adapt": False}], lr=0.1, weight_decay=0.01),
-        torch.optim.SGD([plain], lr=0.1, momentum=0.9, weight_decay=0.01),
-    )
+    larc = LARC([{"params": [ours], "adapt": False}], lr=0.1, weight_decay=0.01)
+    sgd = torch.optim.SGD([plain], lr=0.1, momentum=0.9, weight_decay=0.01)
     for gradient in gradients:
         ours.grad, plain.grad = gradient.clone(), gradient.clone()
-        for optimizer in optimizers:
-            optimizer.step()
+        larc.step()
+        sgd.step()
     exact(ours.detach(), plain.detach())
-
-
-# ------------------------------------------------------------------------------------------------------- ResNet-50
-
-
-def recipe(name: str, shape: torch.Size) -> torch.Tensor:
-    """The weights that the reference was computed with, from the entry's name alone."""
-    rng = np.random.default_rng([1006, zlib.crc32(name.encode())])
-    if name.endswith("running_var"):
-        values = rng.uniform(0.5, 1.5, tuple(shape))
-    elif len(shape) == 4:
-        values = rng.standard_normal(tuple(shape)) * np.sqrt(2 / (shape[0] * shape[2] * shape[3]))
-    else:
-        values = 0.1 * rng.standard_normal(tuple(shape))
-        if name.endswith("weight"):
-            values = 1 + values
-    return torch.from_numpy(values.astype(np.float32))
-
-
-@needs_golden
-def test_resnet50_equals_the_reference() -> None:
-    golden = load("f_resnet50")
-    with torch.device("meta"):  # names and shapes only
-        shapes = {name: value.shape for name, value in torchvision.models.resnet50().state_dict().items()}
-    state = {
-        name: torch.zeros(()).long() if name.endswith("num_batches_tracked") else recipe(name, shape)
-        for name, shape in shapes.items()
-        if not name.startswith("fc.")
-    }
-    exact(state["conv1.weight"].flatten()[:8], golden["conv1_first8"], atol=1e-7)
-    exact(state["layer3.5.bn2.running_var"][:8], golden["layer3_5_bn2_running_var_first8"], atol=1e-7)
-    state["conv1.weight"] = fold_grey(state["conv1.weight"])
-    net = GreyResNet("resnet50").eval()
-    net.load_state_dict(state, strict=True)
-    x = np.random.default_rng(1007).standard_normal((2, 1, 64, 64)).astype(np.float32)
-    exact(x, golden["input"], atol=1e-7)
-    with torch.no_grad():
-        stages = net(torch.from_numpy(x) * GREY_STD + GREY_MEAN)  # which forward takes away again
-    for i, stage in enumerate(stages, start=1):
-        expected = tensor(golden[f"stage{i}"])
-        assert_close(stage.mean(dim=(2, 3)).double(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
-    exact(multi_scale(stages).double(), golden["feature5888"][:, :3840], atol=1e-5)

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import SimpleITK
 import yaml
 
-from conversion.luna16 import Config, Place, cut_cube, hit_nodules, main, read_scan
+from conversion.luna16 import XYZ, Config, cut_cube, find_nodules, main
+from conversion.readers import read
+from conversion.volume import Options, Volume
 from datasets.index import scan
 from utils.errors import UserError
 
@@ -102,36 +105,36 @@ def test_the_same_again_cuts_nothing_and_other_options_are_refused(luna, tmp_pat
 
 
 def test_a_candidate_hits_the_nearest_nodule_that_it_lies_in():
-    nodules = [Place("s", 2, (0, 0, 0), 10), Place("s", 3, (4, 0, 0), 10), Place("t", 4, (0, 0, 0), 10)]
-    points = [("s", (1, 0, 0)), ("s", (3, 0, 0)), ("s", (0, 5, 0)), ("u", (0, 0, 0))]
-    assert hit_nodules([Place(scan, 2, xyz, 1) for scan, xyz in points], nodules) == [0, 1, None, None]
+    places = pd.DataFrame([("s", 0, 0, 0), ("s", 4, 0, 0), ("t", 0, 0, 0)], columns=["seriesuid", *XYZ])
+    points = pd.DataFrame([("s", 1, 0, 0), ("s", 3, 0, 0), ("s", 0, 5, 0), ("u", 0, 0, 0)], columns=places.columns)
+    np.testing.assert_array_equal(find_nodules(points, places.assign(diameter_mm=10)), [0, 1, np.nan, np.nan])
 
 
 def test_world_coordinates_become_voxels_whatever_origin_spacing_and_direction(tmp_path):
-    volume = np.zeros((6, 10, 12), np.int16)
-    volume[2, 7, 3] = 500
-    image = SimpleITK.GetImageFromArray(volume)
+    array = np.zeros((6, 10, 12), np.int16)
+    array[2, 7, 3] = 500
+    image = SimpleITK.GetImageFromArray(array)
     image.SetSpacing((0.5, 0.75, 2.5))
     image.SetOrigin((10.0, -20.0, 30.0))
     image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
     SimpleITK.WriteImage(image, str(tmp_path / "a.mhd"))
-    read, voxels, spacing = read_scan(tmp_path / "a.mhd", [(10.0 - 3 * 0.5, -20.0 - 7 * 0.75, 30.0 + 2 * 2.5)])
-    assert voxels[0] == pytest.approx([2, 7, 3])
-    assert spacing == pytest.approx([2.5, 0.75, 0.5])
-    crop = cut_cube(read, voxels[0], (1, 1, 1), 3, (3, 3, 3))  # as if voxels were 1 mm: whole voxels
-    assert crop[1, 1, 1] == crop.sum() == 500
-    border = cut_cube(np.zeros((4, 4, 4), np.int16), (0, 0, 0), (1, 1, 1), 4, (4, 4, 4))
+    volume = read("itk", (tmp_path / "a.mhd",), Options())
+    place = (10.0 - 3 * 0.5, -20.0 - 7 * 0.75, 30.0 + 2 * 2.5)
+    crop = cut_cube(volume, place, 7.5, (3, 10, 15))  # whole voxels
+    assert crop[1].max() == crop[1, 4:6, 7].max() == 250  # its centre between two rows
+    assert cut_cube(volume, (place[0] - 10, *place[1:]), 7.5, (3, 3, 3)) is None
+    border = cut_cube(Volume(np.zeros((4, 4, 4), np.int16), np.diag([-1, -1, 1, 1])), (0, 0, 0), 4, (4, 4, 4))
     assert (border[0, 0, 0], border[3, 3, 3]) == (-1000, 0)  # air outside
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("9.9.9,0,0,0,1", "names 1 scans that have no .mhd .* e.g. 9.9.9"),
-        ("1.2.0,0,zero,0,1", "line 23: could not convert string to float: 'zero'"),
-        ("1.2.0,0,0,0,2", "line 23: class must be 0 or 1, not 2"),
-        ("1.2.0,20,20,20,1", "line 23 lies outside .* must be world millimetres"),
-        ("1.2.1,-96.5,24,-292.0,0", "lines 11 and 23 are the same candidate; keep one"),
+        ("9.9.9,0,0,0,1", r"line 23 \(9.9.9\) .*: this scan has no .mhd"),
+        ("1.2.0,0,zero,0,1", "line 23: 1.2.0, 0, zero, 0, 1 must be numbers"),
+        ("1.2.0,0,0,0,2", "line 23 .* class must be 0 or 1"),
+        ("1.2.0,20,20,20,1", "line 23 lies outside .* must be world mm"),
+        ("1.2.1,-96.5,24,-292.0,0", "line 23 .* the same candidate is in a line above"),
     ],
 )
 def test_errors_in_candidates_name_line_scan_and_remedy(luna, tmp_path, capsys, line, message):
@@ -140,4 +143,4 @@ def test_errors_in_candidates_name_line_scan_and_remedy(luna, tmp_path, capsys, 
         prepare(luna, tmp_path / "out", candidates=str(tmp_path / "candidates.csv"))
     if "9.9.9" in line or "same" in message:
         prepare(luna, tmp_path / "out", candidates=str(tmp_path / "candidates.csv"), on_bad="skip")
-        assert "left out: the candidates of" in capsys.readouterr().out
+        assert "left out: 1 candidates" in capsys.readouterr().out

@@ -17,9 +17,9 @@ from tiny import run, write_data
 
 import report
 from models.transformer import AttentionMaps
-from reporting import clusters, embed, figures, results
+from reporting import embed, figures
 from reporting.embed import Network
-from reporting.runs import read_runs, read_table, read_warnings, short_names
+from reporting.runs import read_runs, read_table, read_tables, read_warnings, short_names
 from training.weights import load_joint
 from utils.errors import UserError
 
@@ -73,7 +73,7 @@ def test_every_prototype_shows_what_has_the_largest_cosine(networks):
     level = network.slices(14)
     assert len(level.items) == 14
     torch.testing.assert_close(level.z.norm(dim=1), torch.ones(14))
-    found, K, unused = clusters.prototypes_of(level, 0, 100, 3)
+    found, K, unused = embed.prototypes_of(level, 0, 100, 3)
     assert network.learner.intra.prototypes.heads[0].out_features == K == unused + len(found)
     assert sum(len(p.members) for p in found) == 14
     for p in found:
@@ -83,7 +83,7 @@ def test_every_prototype_shows_what_has_the_largest_cosine(networks):
         rest = [i for i in p.members if i not in dict(p.nearest)]
         assert all(cosines[i] <= cosines[j] for i, _ in p.farthest for j in rest if j not in dict(p.farthest))
     # Neighbours are of other files, nearest first.
-    neighbours = clusters.neighbours(level, 0, 4)
+    neighbours = embed.neighbours(level, 0, 4)
     assert level.items[0].index not in {level.items[i].index for i, _ in neighbours}
     assert [cosine for _, cosine in neighbours] == sorted((cosine for _, cosine in neighbours), reverse=True)
 
@@ -179,7 +179,7 @@ def test_other_data_than_those_of_the_run_are_shown_and_named(made, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("epoch,loss\n0,low\n", "could not convert"), ("epoch,loss\n,1\n", "lacks its epoch"), ("\0\1\2", "epoch")],
+    [("epoch,loss\n0,low\n", "could not convert"), ("epoch,loss\n,1\n", "non-finite"), ("\0\1\2", "epoch")],
 )
 def test_a_broken_table_is_named(text, says, tmp_path):
     (tmp_path / "metrics.csv").write_text(text)
@@ -245,16 +245,16 @@ def test_tables_of_downstream_results(tmp_path):
     (tmp_path / "compare" / "cells" / "x").mkdir(parents=True)
     (tmp_path / "compare" / "cells" / "x" / "results.json").write_text("{}")
     (tmp_path / "compare" / "summary.csv").write_text("initialisation,labelled,mean\nrandom,10,0.51234\n")
-    compare, probe = results.read_tables([str(tmp_path)])
+    compare, probe = read_tables([str(tmp_path)])
     assert (compare.columns, compare.rows) == (["initialisation", "labelled", "mean"], [["random", "10", "0.512"]])
     assert probe.columns == ["", "auc", "accuracy"]
     assert probe.rows == [["knn@1", "0.750", "not defined"], ["linear@1", "0.500", ""]]
     assert probe.about.endswith("7 cases")
-    with pytest.raises(UserError, match=r"downstream: .* does not exist"):
-        results.read_tables([str(tmp_path / "no")])
+    with pytest.raises(UserError, match=r"downstream: .*no: there is no results"):
+        read_tables([str(tmp_path / "no")])
     (tmp_path / "probe" / "results.json").write_text("{")
     with pytest.raises(UserError, match=r"probe/results\.json: is not a results file"):
-        results.read_tables([str(tmp_path / "probe")])
+        read_tables([str(tmp_path / "probe")])
 
 
 @pytest.mark.slow
@@ -270,14 +270,10 @@ def test_folders_come_before_options_and_data_has_options_of_its_own(monkeypatch
     asked: list[Any] = []
     monkeypatch.setattr(report.config, "main", lambda main, options, doc, args: asked.append((main, options, args)))
     report.command(["a", "b c", "--map", "pca", "--data_path", "d"])
-    report.command(["--runs", "[a]"])
     report.command(["--epoch", "3", "--data=mask_swav", "--data_path", "d"])
-    (runs, _, first), (_, _, second), (views, options, third) = asked
-    assert runs is report.main
-    assert first == ['--runs=["a", "b c"]', "--map", "pca", "--data_path", "d"]
-    assert second == ["--runs", "[a]"]
-    assert (views, options.stage) == (report.views.main, 2)
-    assert third == ["--epoch", "3", "--data_path", "d"]
+    (runs, _, first), (views, options, second) = asked
+    assert (runs, first) == (report.main, ['--runs=["a", "b c"]', "--map", "pca", "--data_path", "d"])
+    assert (views, options.stage, second) == (report.views.main, 2, ["--epoch", "3", "--data_path", "d"])
     with pytest.raises(SystemExit, match="2"):
         report.command(["--data", "nothing"])
     assert "nothing: is not one of the training scripts" in capsys.readouterr().err

@@ -1,24 +1,31 @@
-"""A run killed anywhere, and one that goes on with another number of processes.
+"""Checkpoints are whole, damaged and known to be so, or absent; a run that was stopped ends as one that was not.
 
-The same for signals is in test_signals.py; files that cannot be read or written are in test_checkpoint.py.
+The same for signals is in test_signals.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import hashlib
+import os
+import pickle
 import random
 import signal
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import losses, options, run, stop_after
+from processes import run_processes
+from tiny import losses, options, run, stop_after, write_data
 from trials import Trial
 
 import mask_swav
 from objectives import SwAV
 from training.resume import check_same_run
+from training.scripts import SCRIPTS
 from utils import checkpoint
 from utils.config import to_dict
 from utils.distributed import Run
@@ -27,15 +34,194 @@ from utils.errors import UserError
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+# ---- files
+
+
+def save(folder: Path, epoch: int, keep_as: str | None = None, seen: int = 0) -> Path:
+    state = {"learner": {"w": torch.arange(300.0) + epoch}, "epoch": epoch, "seen": seen, "sums": {"loss": 0.5}}
+    checkpoint.save(state, folder, keep_as)
+    return folder / checkpoint.LATEST
+
+
+def test_any_flipped_bit_and_any_cut_is_noticed(tmp_path):
+    path = save(tmp_path, 1)
+    whole, draw = path.read_bytes(), random.Random(0)
+    for at in [0, len(whole) - 1, *(draw.randrange(len(whole)) for _ in range(100))]:
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << draw.randrange(8)
+        for broken in (flipped, whole[:at]):
+            path.write_bytes(broken)
+            with pytest.raises(UserError, match=r"checkpoint\.pth: is damaged, cut short"):
+                checkpoint.read(path)
+
+
+class Plant:
+    def __reduce__(self):
+        return Path.touch, (Path("planted"),)
+
+
+def test_what_needs_more_than_tensors_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = save(tmp_path, 1)
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, pickle.dumps(Plant(), 2) if name.endswith("data.pkl") else content)
+    content = path.read_bytes()
+    path.write_bytes(content + checkpoint.SEAL + hashlib.sha256(content).hexdigest().encode())
+    with pytest.raises(UserError, match=r"checkpoint\.pth: cannot be read as tensors and plain values"):
+        checkpoint.read(path)
+    assert not Path("planted").exists()
+
+
+def test_the_last_two_are_kept_and_those_for_good_and_the_one_before_replaces_a_damaged_one(tmp_path, capsys):
+    assert checkpoint.load(tmp_path) is None
+    for epoch in range(1, 7):
+        save(tmp_path, epoch, f"checkpoint_epoch{epoch}.pth" if epoch % 3 == 0 else None)
+    kept = {path.name: checkpoint.read(path)[0]["epoch"] for path in tmp_path.iterdir()}
+    assert kept == {
+        checkpoint.LATEST: 6,
+        checkpoint.PREVIOUS: 5,
+        "checkpoint_epoch3.pth": 3,
+        "checkpoint_epoch6.pth": 6,
+    }
+    latest = tmp_path / checkpoint.LATEST
+    latest.write_bytes(latest.read_bytes()[:100])
+    assert checkpoint.load(tmp_path)["epoch"] == 5
+    assert "trying the checkpoint before it" in capsys.readouterr().out
+    assert checkpoint.read(latest)[0]["epoch"] == 5  # not the damaged one becomes the previous one
+    for path in (latest, tmp_path / checkpoint.PREVIOUS):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("cut", ["link", "replace"])
+def test_a_kill_between_any_two_file_operations_leaves_a_newest_checkpoint(cut, tmp_path, monkeypatch):
+    """Each link and each renaming is in turn the last thing that happens."""
+    for nth in range(1, 6):
+        folder = tmp_path / str(nth)
+        for epoch in (1, 2):
+            save(folder, epoch)
+        function, calls = getattr(os, cut), []
+
+        def die(*args, function=function, calls=calls, nth=nth):
+            function(*args)
+            calls.append(1)
+            if len(calls) == nth:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, cut, die)
+            with contextlib.suppress(KeyboardInterrupt):
+                save(folder, 3, "kept.pth")
+        assert checkpoint.load(folder)["epoch"] in (2, 3)
+        assert all(checkpoint.read(path) for path in folder.glob("*.pth"))
+
+
+def test_what_killed_processes_left_is_cleared_away(tmp_path):
+    save(tmp_path, 1)
+    other = ".other.pth.3.tmp"  # of another run that shares the folder
+    for name in (".checkpoint.pth.99999998.tmp", ".checkpoint_previous.pth.99999999-ab.tmp", other):
+        (tmp_path / name).write_bytes(b"half")
+    save(tmp_path, 2)
+    assert {p.name for p in tmp_path.iterdir()} == {checkpoint.LATEST, checkpoint.PREVIOUS, other}
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("No space left: write failed")])
+def test_a_full_disk_is_said_and_keeps_the_last_good_checkpoint(error, tmp_path, monkeypatch):
+    path = save(tmp_path, 1)
+    good = path.read_bytes()
+
+    def fail(state, file):
+        file.write(b"half")
+        raise error
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(UserError, match=r"checkpoint\.pth: cannot be written \(No space left.*; free space"):
+        save(tmp_path, 2)
+    assert path.read_bytes() == good
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def load_own(folder: str) -> dict:
+    return checkpoint.load(Path(folder) / str(torch.distributed.get_rank()))
+
+
+@pytest.mark.slow
+def test_the_newest_checkpoint_is_what_every_process_gets(tmp_path):
+    for rank, (epoch, seen) in enumerate([(1, 4), (2, 0), (0, 8)]):  # of disks that the processes do not share
+        save(tmp_path / str(rank), epoch, seen=seen)
+    found = run_processes(3, load_own, str(tmp_path))
+    assert [state["epoch"] for state in found] == [2, 2, 2]
+    assert all(torch.equal(state["learner"]["w"], torch.arange(300.0) + 2) for state in found)
+
+
+# ---- runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_stopped_inside_an_epoch_ends_with_the_same_bytes(script, data, tmp_path, monkeypatch):
+    whole = run(script, data, tmp_path / "whole")
+    steps = 5 if "2D" in script else 4  # per epoch: 20 images in batches of 4, 8 volumes in batches of 2
+    with monkeypatch.context() as patch:
+        stop_after(steps + 2, patch)
+        with pytest.raises(SystemExit) as stopped:
+            run(script, data, tmp_path / "parts")
+    assert stopped.value.code == 143
+    state = checkpoint.load(tmp_path / "parts" / "runs" / script)
+    assert (state["epoch"], state["seen"]) == (1, 8 if "2D" in script else 4)
+    resumed = run(script, data, tmp_path / "parts")
+    assert resumed.keys() == whole.keys()
+    assert [k for k in whole if not torch.equal(whole[k], resumed[k])] == []
+    assert losses(tmp_path / "parts" / "runs" / script) == losses(tmp_path / "whole" / "runs" / script)
+
+
+@pytest.mark.slow
+def test_other_options_or_data_do_not_continue_a_run_and_a_finished_one_stays(data, tmp_path):
+    first = run("mask_swav", data, tmp_path, epochs=1)
+    before = losses(tmp_path / "runs" / "mask_swav")
+    again = run("mask_swav", data, tmp_path, epochs=1)
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert losses(tmp_path / "runs" / "mask_swav") == before
+    with pytest.raises(UserError, match=r"dump_path.*base_lr: 0.5 -> 0.25.*another --dump_path"):
+        run("mask_swav", data, tmp_path, epochs=1, base_lr=0.25)
+    with pytest.raises(UserError, match="the files below data_path"):
+        run("mask_swav", write_data(tmp_path / "other", volumes=9), tmp_path, epochs=1)
+    run("mask_swav", data, tmp_path, epochs=2)
+    assert [row["epoch"] for row in losses(tmp_path / "runs" / "mask_swav")] == ["0", "1"]
+
+
+def changed(folder: Path, change) -> None:
+    """Write the newest checkpoint again, with its checksum, after change(state)."""
+    state = checkpoint.load(folder)
+    change(state)
+    checkpoint.save(state, folder)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_precision_goes_on_and_one_of_another_version_is_a_clear_error(data, tmp_path):
+    """`precision auto` was bf16 on the first GPU, without a scaler, and is fp16 on the next."""
+    folder = tmp_path / "runs" / "mask_swav"
+    run("mask_swav", data, tmp_path, epochs=1, precision="fp32")
+    changed(folder, lambda state: state["config"].update(precision="fp16"))
+    run("mask_swav", data, tmp_path, epochs=2, precision="fp16")
+    good = checkpoint.load(folder)
+    for lost in ("counted", "config", "optimizer", "learner"):
+        checkpoint.save(copy.deepcopy(good), folder)
+        changed(folder, lambda s, lost=lost: s["learner"].popitem() if lost == "learner" else s.pop(lost))
+        with pytest.raises(UserError, match="does not fit this version of the project"):
+            run("mask_swav", data, tmp_path, epochs=3, precision="fp16")
+
+
 def chosen(script: str, data: Path, out: Path, **changes) -> dict:
     start = {"resnet_pretrained": "none"} | ({"trans_pretrained": "none"} if "3D" in script else {})
     return options(script, data, out, **(start | {"checkpoint_minutes": 0.001} | changes))
 
 
-def weights(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (out / "weights").glob("*.pth")}
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "workers"), [("ssl_deepcluster2D", 1), ("ssl_swav3D", 0)])
 def test_a_killed_run_ends_with_the_same_bytes(script, workers, data, tmp_path):
     whole = Trial(script, chosen(script, data, tmp_path / "whole"), tmp_path / "whole")
@@ -48,8 +234,9 @@ def test_a_killed_run_ends_with_the_same_bytes(script, workers, data, tmp_path):
     assert killed.wait() in ([-9], [0])  # it may just have ended
     resumed = Trial(script, mine, tmp_path / "killed")
     assert resumed.wait() == [0], resumed.log()
-    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
-    assert len(weights(tmp_path / "whole")) == 1 + ("3D" in script)
+    made = [{p.name: p.read_bytes() for p in (tmp_path / out / "weights").glob("*.pth")} for out in ("killed", "whole")]
+    assert made[0] == made[1]
+    assert len(made[0]) == 1 + ("3D" in script)
     assert losses(tmp_path / "killed" / "runs" / script) == losses(tmp_path / "whole" / "runs" / script)
     assert not list((tmp_path / "killed").rglob("*.tmp"))
 
@@ -57,6 +244,7 @@ def test_a_killed_run_ends_with_the_same_bytes(script, workers, data, tmp_path):
 # ---- another number of processes
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_where_one_stopped(data, tmp_path, monkeypatch):
     """With the same batch on each: the global batch doubles, the bank is dealt out anew, no sample comes twice."""
     script = "ssl_deepcluster3D"
@@ -72,10 +260,8 @@ def test_two_processes_go_on_where_one_stopped(data, tmp_path, monkeypatch):
     assert two.wait() == [0, 0], two.log(0) + two.log(1)
     assert "processes: 1 -> 2, global batch: 2 -> 4; the order of the samples goes on" in two.log()
     assert two.steps == [2, 2]  # 6 volumes that were left, at most 4 a step
-    after = checkpoint.load(folder)
-    assert after["memory"]["inter"]["embeddings"].shape == before["memory"]["inter"]["embeddings"].shape
-    changed = (after["memory"]["inter"]["embeddings"] != before["memory"]["inter"]["embeddings"]).any(dim=2).all(dim=0)
-    assert changed.sum() == 6  # exactly the volumes that the second epoch had not seen
+    old, new = (state["memory"]["inter"]["embeddings"] for state in (before, checkpoint.load(folder)))
+    assert (new != old).any(dim=2).all(dim=0).sum() == 6  # exactly those that the second epoch had not seen
     one = Trial(script, mine | {"epochs": 3}, tmp_path / "one")
     assert one.wait() == [0], one.log()
     assert "processes: 2 -> 1" in one.log()
@@ -111,9 +297,7 @@ def test_a_queue_of_another_length_keeps_its_newest_rows(before, after):
     for part in z:
         old.begin_epoch(0)
         old(part)
-    state = copy.deepcopy(old.state_dict())
-    new.load_state_dict(state)
-    assert state.keys() == old.state_dict().keys()
+    new.load_state_dict(copy.deepcopy(old.state_dict()))
     kept = min(before, after)
     assert torch.equal(new.queue[:, :kept], old.queue[:, :kept])
     assert not new.queue[:, kept:].any()
@@ -121,18 +305,3 @@ def test_a_queue_of_another_length_keeps_its_newest_rows(before, after):
     for part in z:  # goes on, and is full after as many steps as the rows that it lacks take
         assert new(part).isfinite()
     assert after == 0 or new.queue[:, -1].any()
-
-
-def test_the_newest_checkpoint_is_what_every_process_gets(tmp_path):
-    from processes import run_processes
-
-    for rank, (epoch, seen) in enumerate([(1, 4), (2, 0), (0, 8)]):  # of disks that the processes do not share
-        state = {"learner": {"w": torch.full((3,), float(rank))}, "epoch": epoch, "seen": seen}
-        checkpoint.save(state, tmp_path / str(rank))
-    found = run_processes(3, load_own, str(tmp_path))
-    assert [state["epoch"] for state in found] == [2, 2, 2]
-    assert all(torch.equal(state["learner"]["w"], torch.ones(3)) for state in found)
-
-
-def load_own(folder: str) -> dict:
-    return checkpoint.load(Path(folder) / str(torch.distributed.get_rank()))

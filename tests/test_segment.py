@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,11 +19,10 @@ from torch import Tensor, nn
 
 import prepare_data
 from downstream import segment
-from downstream.encoders import describe_weights, has_transformer, load_encoder, load_joint_encoder
+from downstream.encoders import has_transformer, load_encoder, load_joint_encoder
 from downstream.pairs import find_pairs, number_classes, read_image, read_label
-from downstream.segment import Config, Segmentation, augment, predict, run
-from downstream.splits import Split, check_split, choose_labelled, draw_split, make_split, read_split, write_split
-from downstream.unet import SliceUNet
+from downstream.segment import Config, Segmentation, SliceUNet, augment, predict, run
+from downstream.splits import Split, check_split, choose_labelled, draw_split, make_split, write_split
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet
 from training.weights import save_joint, save_resnet
@@ -82,7 +80,7 @@ def test_what_prepare_data_writes_is_read_in_slice_order(tmp_path):
     data = find_pairs(tmp_path / "data")
     [pair] = data.pairs
     assert data.structures == {"whole tumour": [1, 2, 4], "tumour core": [1, 4], "enhancing tumour": [4]}
-    assert (pair.shape, pair.channels, pair.spacing_mm) == ((9, 10, 12), 4, (2.0, 1.0, 1.5))
+    assert (pair.shape, pair.image.channels, pair.spacing_mm) == ((9, 10, 12), 4, (2.0, 1.0, 1.5))
     values = np.array([0, 1, 2, 4])[read_label(pair, data.classes)]  # classes are numbered in the order of the values
     for number, image in enumerate(read_image(pair), start=1):
         np.testing.assert_array_equal(image, values + 10 * number)
@@ -112,7 +110,7 @@ def test_arrays_of_several_channels_and_any_slice_axis(tmp_path):
 # Splits
 
 
-def test_a_patient_is_in_one_part_and_order_does_not_matter():
+def test_a_patient_is_in_one_part_order_does_not_matter_and_every_part_gets_one():
     cases = [f"c{i}" for i in range(40)]
     patients = [f"p{i % 17}" for i in range(40)]
     split = make_split(cases, patients, [0.5, 0.2, 0.3], seed=3)
@@ -120,21 +118,17 @@ def test_a_patient_is_in_one_part_and_order_does_not_matter():
     assert sorted(split.train + split.validation + split.test) == sorted(cases)
     assert make_split(cases[::-1], patients[::-1], [0.5, 0.2, 0.3], seed=3) == split
     assert make_split(cases, patients, [0.5, 0.2, 0.3], seed=4) != split
-
-
-def test_every_part_gets_a_patient_however_few_there_are():
-    split = make_split(list("abc"), list("xyz"), [0.98, 0.01, 0.01], seed=0)
-    assert [len(part) for part in (split.train, split.validation, split.test)] == [1, 1, 1]
+    few = make_split(list("abc"), list("xyz"), [0.98, 0.01, 0.01], seed=0)
+    assert [len(part) for part in (few.train, few.validation, few.test)] == [1, 1, 1]
     with pytest.raises(UserError, match="2 patient"):
         make_split(list("abc"), list("xyy"), [0.98, 0.01, 0.01], seed=0)
 
 
 def test_smaller_choices_of_labelled_cases_are_within_larger_ones():
     train = [f"c{i}" for i in range(30)]
-    for seed in range(3):
-        chosen = [choose_labelled(train, count, seed) for count in (5, 10, 0)]
-        assert chosen[0] == chosen[1][:5] == chosen[2][:5]
-        assert sorted(chosen[2]) == sorted(train)
+    chosen = [choose_labelled(train, count, seed=1) for count in (5, 10, 0)]
+    assert chosen[0] == chosen[1][:5] == chosen[2][:5]
+    assert sorted(chosen[2]) == sorted(train)
     assert choose_labelled(train[::-1], 5, 0) == choose_labelled(train, 5, 0) != choose_labelled(train, 5, 1)
 
 
@@ -158,7 +152,8 @@ def test_a_split_may_leave_out_folders_and_suffixes_or_have_those_of_another_tas
 @pytest.mark.parametrize(
     ("split", "message"),
     [
-        (Split(["a", "b"], ["c"], ["d"]), "patient p is in two parts: b in train, d in test"),
+        (Split([7], ["b"], ["c"]), "must hold the lists train, validation, test of case names"),
+        (Split(["a", "b"], ["c"], ["d"]), "patient p is in two parts: in train and, with d, in test"),
         (Split(["a", "a"], ["b"], ["c"]), "'a' is named twice"),
         (Split(["a", "x"], ["b"], ["c"]), "train names 'x', which is not among the 4 cases"),
         (Split(["a", "b"], [], ["c"]), "validation has no case"),
@@ -169,16 +164,6 @@ def test_wrong_splits_are_refused(split, message):
         named(split, list("abcd"), ["a", "p", "c", "p"])
 
 
-def test_a_split_is_read_from_json_and_yaml(tmp_path):
-    split = Split(["007", "null"], ["b"], ["c: d"])
-    write_split(split, tmp_path / "split.json")
-    (tmp_path / "split.yaml").write_text("train: ['007', 'null']\nvalidation: [b]\ntest: ['c: d']\n")
-    assert read_split(tmp_path / "split.json") == read_split(tmp_path / "split.yaml") == split
-    (tmp_path / "split.yaml").write_text("train: [7]\nvalidation: [b]\ntest: []\n")
-    with pytest.raises(UserError, match="train must be a list of case names"):
-        read_split(tmp_path / "split.yaml")
-
-
 # Encoders
 
 
@@ -187,22 +172,16 @@ def learner(encoder: nn.Module) -> SimpleNamespace:
 
 
 def test_weights_are_found_by_name_and_file(tmp_path):
-    before = torch.get_rng_state()
     one, same, other = (load_encoder("random", "resnet18", seed) for seed in (1, 1, 2))
-    assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(one.conv1.weight, same.conv1.weight)
     assert not torch.equal(one.conv1.weight, other.conv1.weight)
-    torch.manual_seed(0)
-    joint = JointEncoder("resnet18", 16, 1)
-    save_joint(learner(joint), tmp_path / "swav3D.pth", MADE_BY)
-    for name in ("swav3D.pth", "swav3D_encoder.pth"):  # the arch comes from the .json
-        found = load_encoder(str(tmp_path / name))
-        torch.testing.assert_close(found.state_dict(), joint.encoder.state_dict())
-    found = load_joint_encoder(str(tmp_path / "swav3D.pth"))
-    torch.testing.assert_close(found.state_dict(), joint.state_dict())
-    assert has_transformer(str(tmp_path / "swav3D.pth"))
-    assert not has_transformer(str(tmp_path / "swav3D_encoder.pth"))
-    assert describe_weights(str(tmp_path / "swav3D.pth")).startswith("swav3D@")
+    joint, file = JointEncoder("resnet18", 16, 1), tmp_path / "swav3D.pth"
+    save_joint(learner(joint), file, MADE_BY)
+    alone = str(tmp_path / "swav3D_encoder.pth")
+    for name in (str(file), alone):  # the arch comes from the .json
+        torch.testing.assert_close(load_encoder(name).state_dict(), joint.encoder.state_dict())
+    torch.testing.assert_close(load_joint_encoder(str(file)).state_dict(), joint.state_dict())
+    assert (has_transformer(str(file)), has_transformer(alone)) == (True, False)
 
 
 def test_wrong_weights_are_refused(tmp_path, monkeypatch):
@@ -225,7 +204,7 @@ def test_wrong_weights_are_refused(tmp_path, monkeypatch):
 # The network
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("channels", [1, 4])
 def test_features_in_the_u_net_are_those_of_our_encoder(channels):
     encoder = load_encoder("random", "resnet18", 0).eval()
     model = SliceUNet(encoder, "resnet18", channels, 3).eval()
@@ -236,14 +215,6 @@ def test_features_in_the_u_net_are_those_of_our_encoder(channels):
     assert logits.shape == (2, 3, 64, 64)
     for stage, ours in zip(seen[2:], encoder(images), strict=True):
         torch.testing.assert_close(stage, ours, rtol=1e-4, atol=1e-4)
-
-
-def test_the_decoder_may_normalise_every_slice_by_itself():
-    decoder = SliceUNet(load_encoder("random", "resnet18", 0), "resnet18", 1, 2, decoder_norm="instance").unet.decoder
-    norms = [m for m in decoder.modules() if isinstance(m, nn.InstanceNorm2d)]
-    assert norms
-    assert all(norm.affine and not norm.track_running_stats for norm in norms)
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in decoder.modules())
 
 
 def test_with_f_inter_slices_see_each_other_within_their_stretch_only():
@@ -275,12 +246,11 @@ class Threshold(nn.Module):
         return -100 * (images - self.levels.view(1, 3, 1, 1)).abs()
 
 
-@pytest.mark.parametrize("f_inter", [False, True])
-def test_predictions_return_to_the_grid_of_the_file(tmp_path, f_inter):
+def test_predictions_return_to_the_grid_of_the_file(tmp_path):
     root = write_pairs(tmp_path / "data", 5, (37, 28, 9))
     for label in (root / "labels").iterdir():
         np.save(root / label.name, np.load(label).astype(np.float32))
-    cfg = tiny(root, tmp_path, f_inter=f_inter, labelled=1)
+    cfg = tiny(root, tmp_path, f_inter=True, labelled=1)
     found = opened(cfg)
     case = found.case("c0")
     assert case.images.shape == (9, 1, 32, 32)
@@ -332,9 +302,12 @@ def test_freezing_leaves_the_encoder_as_loaded(balls, tmp_path):
     assert {"unet.segmentation_head.0.weight", "to_bottleneck.weight"} <= changed
 
 
-def test_encoder_lr_is_the_share_of_the_encoder_alone(balls, tmp_path):
+def test_encoder_lr_is_the_share_of_the_encoder_alone_and_decoders_start_equal_whatever_the_encoder(balls, tmp_path):
     found = opened(tiny(balls, tmp_path, encoder_lr=0.25))
     model = found.build()
+    save_resnet(learner(load_encoder("random", "resnet18", 9)), tmp_path / "a.pth", MADE_BY)
+    other = opened(tiny(balls, tmp_path, weights=str(tmp_path / "a.pth"))).build()
+    torch.testing.assert_close(other.unet.decoder.state_dict(), model.unet.decoder.state_dict(), rtol=0, atol=0)
     groups = found.groups(model)
     share = {id(p): group["share"] for group in groups for p in group["params"]}
     assert len(share) == sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
@@ -347,22 +320,10 @@ def test_a_run_learns_and_writes_what_it_returns(balls, tmp_path):
     result = run(tiny(balls, tmp_path / "a", labelled=4, epochs=6, base_lr=0.003, overlays=1))
     assert result["history"][-1]["loss"] < 0.7 * result["history"][0]["loss"]
     assert result["metrics"]["mean"]["dice"] > 0.5
-    assert result["cases"] == len(read_split(tmp_path / "a/split.json").test)
-    saved = json.loads((tmp_path / "a/results.json").read_text())
-    assert saved["metrics"]["bright"]["dice"] == result["metrics"]["bright"]["dice"]
     with open(tmp_path / "a/cases.csv", newline="") as file:
         rows = [float(row["dice"]) for row in csv.DictReader(file) if row["structure"] == "bright"]
     assert np.mean(rows) == pytest.approx(result["metrics"]["bright"]["dice"], rel=1e-5)
     assert len(list((tmp_path / "a").glob("*.png"))) == 1
-
-
-def test_decoders_start_equal_whatever_the_encoder(balls, tmp_path):
-    save_resnet(learner(load_encoder("random", "resnet18", 9)), tmp_path / "a.pth", MADE_BY)
-    one, other = (
-        opened(tiny(balls, tmp_path, weights=weights)).build().unet.decoder.state_dict()
-        for weights in ("random", str(tmp_path / "a.pth"))
-    )
-    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 # What users get wrong: one error each, before training
@@ -387,15 +348,14 @@ LABEL = np.zeros((24, 20, 9), np.float32)
     [
         ("labels/c3.npy", None, "c3.npy: has no label .*labels/c3.npy; add it"),
         ("c3.npy", None, "labels/c3.npy: has no image .*c3.npy; add it"),
-        ("c3.npy", LABEL[:, :, :4], "c3.npy: is 24 x 20 x 4 voxels, but its label .* is 24 x 20 x 9"),
-        ("labels/c3.npy", LABEL[0], "c3.npy: has 2 axes .20 x 9. instead of 3"),
+        ("c3.npy", LABEL[:, :, :4], "labels/c3.npy: is not a whole array of 24 x 20 x 4 voxels"),
+        ("labels/c3.npy", LABEL[0], "labels/c3.npy: is not a whole array of 24 x 20 x 9 voxels"),
         ("labels/c4.npy", LABEL + 7, "c4.npy: holds label values 7.0 outside the declared 0, 1, 2"),
-        ("labels/c4.npy", LABEL + 0.5, "c4.npy: holds label values 0.5 outside"),
-        ("c0.npy", np.where(np.arange(9) == 3, np.nan, LABEL), "c0.npy: 480 of 4320 voxels are NaN or Inf"),
+        ("c0.npy", np.where(np.arange(9) == 3, np.nan, LABEL), "c0.npy: holds NaN or Inf"),
         ("c0.npy", LABEL, "c0.npy: is constant"),
         ("dataset.yaml", None, "nothing says what the label values mean"),
         ("cases.csv", "id,label,patient\nc0,labels/c0.npy,p0\n", "does not name the patient of c1, c2"),
-        ("cases.csv", "id,label,spacing_mm\nc0,labels/c0.npy,1 x 2\n", "'1 x 2' is not three positive numbers"),
+        ("cases.csv", "id,label,spacing_mm\nc0,labels/c0.npy,1 x 2\n", "'1 x 2' is not three numbers"),
     ],
 )
 def test_wrong_data_are_refused(balls, tmp_path, file, content, message):
@@ -411,9 +371,7 @@ def test_wrong_data_are_refused(balls, tmp_path, file, content, message):
         ({"structures": {"heart": [0, 1]}}, "heart: .* must be label values other than 0"),
         ({"window": [200.0, 100.0]}, "window: .* must be two increasing numbers"),
         ({"window": [1000.0, 2000.0]}, r"\.npy: its intensities, .* lie outside the window"),
-        ({"size": 16}, "at least 32"),
         ({"fractions": [0.5, 0.5]}, "fractions: .* must be three numbers"),
-        ({"patients": "nobody.json"}, "nobody.json: cannot be read"),
         ({"data_path": "nowhere"}, "nowhere is not a folder"),
         ({"arch": "wide_resnet50_2"}, "the U-Net takes resnet18"),
     ],

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 end a run wherever it is: nothing lost, nothing torn, and 128 + signal as exit code."""
+"""Signals end a run wherever it is: nothing lost, nothing torn; torchrun starts lost processes again, which go on."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import losses, options
-from trials import Trial, arguments
+from tiny import losses, options, run
+from trials import Trial, arguments, read_steps, worker_of
 
 import mask_swav
 import ssl_deepcluster3D
@@ -25,6 +25,7 @@ from utils import checkpoint, config, signals
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
+RANDOM = {"resnet_pretrained": "none", "trans_pretrained": "none", "lambda_intra": 0}
 
 
 def main(script, args: dict) -> None:
@@ -45,6 +46,7 @@ def signal_in(owner: object, name: str, monkeypatch: pytest.MonkeyPatch, call: i
     monkeypatch.setattr(owner, name, signalled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name", "call", "where"),
     [
@@ -73,9 +75,6 @@ def test_a_signal_outside_of_steps_loses_and_tears_nothing(
     assert written == whole
 
 
-RANDOM = {"resnet_pretrained": "none", "trans_pretrained": "none", "lambda_intra": 0}
-
-
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory) -> dict[str, bytes]:
     """The weights of a run that nothing stopped."""
@@ -87,18 +86,16 @@ def whole(data, tmp_path_factory) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in (out / "weights").glob("*.pth")}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-@pytest.mark.parametrize("ranks", [[0, 1], [1]], ids=["all processes", "one process"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "ranks"), [(signal.SIGINT, [0, 1]), (signal.SIGUSR1, [0, 1]), (signal.SIGTERM, [1])]
+)
 def test_all_processes_stop_together_after_the_same_step(number, ranks, data, tmp_path):
-    if number == signal.SIGINT and ranks == [1]:
-        pytest.skip("Ctrl-C reaches all processes")
     args = options("mask_swav", data, tmp_path, resnet_pretrained="none", epochs=1000, batch_size=1)
     trial = Trial("mask_swav", args, tmp_path / "trial", ranks=2)
     wait_until(lambda: min(trial.steps) >= 5)
     trial.send(number, ranks)
-    sent = time.monotonic()
-    assert trial.wait(30) == [128 + number] * 2, trial.log(0) + trial.log(1)
-    assert time.monotonic() - sent < 30
+    assert trial.wait(60) == [128 + number] * 2, trial.log(0) + trial.log(1)
     state = checkpoint.load(tmp_path / "runs" / "mask_swav")
     steps = state["epoch"] * 4 + state["seen"] // 2
     assert trial.steps == [steps, steps]  # none lost
@@ -112,22 +109,73 @@ def wait_until(fact: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
+def launch(data: Path, out: Path, torchrun: list[str], **changes) -> subprocess.Popen:
+    """torchrun and mask_swav, whose applied steps are noted in out/steps.0; what they say goes to out/log.txt."""
+    args = options("mask_swav", data, out, resnet_pretrained="none", **changes)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *torchrun,
+        "-m",
+        "trials",
+        str(out / "steps"),
+        "mask_swav",
+    ]
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    out.mkdir(exist_ok=True)
+    with open(out / "log.txt", "w") as log:
+        return subprocess.Popen([*command, *arguments(args)], cwd=ROOT, stdout=log, stderr=log, env=environment)
+
+
+@pytest.mark.slow
 def test_torchrun_passes_a_signal_on_and_its_processes_save(data, tmp_path):
-    args = options("mask_swav", data, tmp_path, resnet_pretrained="none", epochs=1000, batch_size=1, workers=1)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "mask_swav.py"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    with open(tmp_path / "log.txt", "w") as log:
-        torchrun = subprocess.Popen([*launch, *arguments(args)], cwd=ROOT, stdout=log, stderr=log, env=env)
+    changes = {"epochs": 1000, "batch_size": 1, "workers": 1}
+    torchrun = launch(data, tmp_path, ["--standalone", "--nproc_per_node=2"], **changes)
     folder = tmp_path / "runs" / "mask_swav"
     try:
-        wait_until(lambda: len(losses(folder)) >= 1 if (folder / "metrics.csv").exists() else False)
+        wait_until(lambda: (folder / "metrics.csv").exists())
         torchrun.send_signal(signal.SIGTERM)
-        torchrun.wait(40)
+        torchrun.wait(60)
     finally:
         torchrun.kill()
-    said = (tmp_path / "log.txt").read_text()
-    assert "stopped by signal 15 after epoch" in said
+    assert "stopped by signal 15 after epoch" in (tmp_path / "log.txt").read_text()
     assert checkpoint.load(folder)["epoch"] >= 1
+
+
+@pytest.mark.slow
+def test_a_lost_worker_is_started_again_and_the_run_ends_as_if_it_had_not_been(data, tmp_path):
+    """One process, so that the weights can be compared bit for bit with those of an unlaunched run."""
+    changes = {"epochs": 6, "checkpoint_minutes": 0.001}  # every step is saved
+    run("mask_swav", data, tmp_path / "whole", **changes)
+    elastic = tmp_path / "elastic"
+    how = ["--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv-backend=c10d"]
+    how += ["--rdzv-endpoint=localhost:0", "--rdzv-conf=last_call_timeout=1"]
+    torchrun = launch(data, elastic, how, **changes)
+    try:
+        wait_until(lambda: len(read_steps(elastic / "steps.0")) >= 6)
+        os.kill(worker_of(torchrun), signal.SIGKILL)
+        assert torchrun.wait(300) == 0, (elastic / "log.txt").read_text()
+    finally:
+        torchrun.kill()
+    assert (elastic / "log.txt").read_text().count("continuing at epoch") == 1
+    assert losses(elastic / "runs" / "mask_swav") == losses(tmp_path / "whole" / "runs" / "mask_swav")
+    made = [(tmp_path / name / "weights" / "mask_swav.pth").read_bytes() for name in ("whole", "elastic")]
+    assert made[0] == made[1]
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_answer_ends_the_others_after_the_time_out(data, tmp_path):
+    """As when its machine is cut off or hangs: no connection breaks."""
+    args = options("mask_swav", data, tmp_path, resnet_pretrained="none", epochs=1000, batch_size=1)
+    trial = Trial("mask_swav", args | {"timeout_minutes": 0.1}, tmp_path / "trial", ranks=2)
+    wait_until(lambda: min(trial.steps) >= 2)
+    trial.send(signal.SIGSTOP, [1])
+    trial.processes[0].join(60)
+    trial.send(signal.SIGKILL)
+    assert trial.wait() == [1, -signal.SIGKILL]
+    assert "Traceback" in trial.log()
 
 
 def test_a_signal_waits_for_the_end_of_what_must_not_be_torn():
@@ -161,6 +209,7 @@ def test_a_forked_child_does_not_save_and_the_handlers_are_restored(number, code
     assert [signal.getsignal(stop) for stop in signals.STOPS] == before
 
 
+@pytest.mark.slow
 def test_a_process_that_waits_for_others_who_never_come_dies_of_a_signal_at_once(data, tmp_path):
     trial = Trial("mask_swav", options("mask_swav", data, tmp_path, resnet_pretrained="none"), tmp_path, ranks=2)
     trial.send(signal.SIGKILL, [1])

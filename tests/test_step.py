@@ -1,18 +1,20 @@
-"""Speed changes leave results equal: channels-last, one grey channel, recomputation, accumulation, half precision."""
+"""Speed changes leave results equal: channels-last, one grey channel, recomputation, accumulation, half precision;
+and nothing in a step makes the host wait for the device."""
 
 from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 import torchvision
-from syncs import no_waiting
+from syncs import HostWaits, no_waiting
 from torch import Tensor, nn
 
 from datasets.batch import Batch
@@ -20,7 +22,9 @@ from datasets.loaders import VolumeLoader
 from models.encoder import JointEncoder
 from models.heads import ProjectionHead
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet
+from models.transformer import SliceTransformer
 from objectives import DeepClusterV2, ImageClustering, JointClustering, MaskedSlices, SwAV
+from objectives.kmeans import kmeans_torch
 from utils import guards, optim
 from utils.precision import Precision
 
@@ -89,6 +93,7 @@ def losses(module: nn.Module, lr: float = 1.0) -> Iterator[float]:
         yield float(loss.detach())
 
 
+@pytest.mark.slow
 def test_loss_curve_is_that_of_the_plain_network_and_the_plain_optimiser(one_thread: None) -> None:
     """In float64, where rounding does not grow with the steps as it does in float32 on so small a batch."""
     ours = learner().double()
@@ -113,6 +118,7 @@ def test_loss_curve_is_that_of_the_plain_network_and_the_plain_optimiser(one_thr
     assert found == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_float32_and_bf16_stay_near_float64(one_thread: None) -> None:
     """The first loss and its gradient; later ones part, as they do between any two roundings of so small a batch."""
     found = {}
@@ -130,22 +136,20 @@ def test_float32_and_bf16_stay_near_float64(one_thread: None) -> None:
         assert torch.cosine_similarity(gradient, direction, dim=0) > cosine, name
 
 
-def test_recomputing_changes_no_bit(one_thread: None) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("synchronised", [False, True])
+def test_recomputing_changes_no_bit(synchronised: bool, one_thread: None) -> None:
+    """GPUs' synchronised BatchNorm counts its batches in the second pass as well; alone it runs on a CPU."""
     usual, again = learner(), learner(recompute=True)
+    if synchronised:
+        again = nn.SyncBatchNorm.convert_sync_batchnorm(again)
     assert list(losses(usual)) == list(losses(again))
     for (name, a), b in zip(usual.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert int(usual.encoder.encoder.bn1.num_batches_tracked) == STEPS
 
 
-def test_recomputing_works_with_the_synchronised_batch_norm_of_gpus(one_thread: None) -> None:
-    """It counts its batches in the second pass as well; without a process group it runs on a CPU."""
-    usual, again = learner(), nn.SyncBatchNorm.convert_sync_batchnorm(learner(recompute=True))
-    assert list(losses(usual)) == list(losses(again))
-    for (name, a), b in zip(usual.state_dict().items(), again.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-
-
+@pytest.mark.slow
 def test_what_an_epoch_leaves_over_is_an_update_of_its_own(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +176,7 @@ def test_what_an_epoch_leaves_over_is_an_update_of_its_own(
     assert float(row["loss"]) == pytest.approx(mean, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_accumulation_keeps_no_batch_that_it_has_used(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,3 +242,54 @@ def test_gradients_of_narrow_images_in_bf16_hold_nothing_that_was_left_in_memory
         sum(stage.float().square().mean() for stage in stages).backward()
         assert weight.grad[..., 1].any()
         assert not weight.grad[..., [0, 2]].any()
+
+
+# ---- parts of a step that a step of one process does not reach
+
+
+def unit(*shape: int, seed: int = 0) -> Tensor:
+    return F.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+WAITS: dict[str, Callable[[Tensor], object]] = {
+    "bool": lambda x: bool(x.any()),
+    "mask": lambda x: x[torch.arange(6) > 2],
+    "nonzero": lambda x: x.nonzero(),
+    "unique": lambda x: x.unique(),
+    "repeat_interleave": lambda x: x.repeat_interleave(torch.arange(6)),
+    "cpu": lambda x: x.cpu(),
+    "tolist": lambda x: x.tolist(),
+    "tensor": lambda x: torch.tensor([1.0]),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_what_waits_is_found(name: str) -> None:
+    with no_waiting(), pytest.raises(HostWaits):
+        WAITS[name](torch.arange(6.0))
+
+
+def test_deepcluster_does_not_wait() -> None:
+    objective = DeepClusterV2(8, [5, 3], samples=20, kmeans_backend="torch")
+    objective.remember(unit(2, 18, 8), torch.arange(18))
+    objective.begin_epoch(0)
+    z, index = unit(3, 4, 8).requires_grad_(), torch.tensor([7, 19, 3, 7])  # 19 has no assignment, 7 stands there twice
+    with no_waiting():
+        objective(z, index).backward()
+    assert objective.bank.seen.sum() == 19
+
+
+@pytest.mark.parametrize("empty", ["reseed", "keep"])
+@pytest.mark.parametrize("products", [None, torch.bfloat16])
+def test_kmeans_does_not_wait_even_when_clusters_are_empty(empty: str, products: torch.dtype | None) -> None:
+    points = unit(50, 8)
+    start = points[[0, 0, 1, 2]]
+    with no_waiting():
+        kmeans_torch(points, start, 3, empty=empty, products=products)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_the_transformer_does_not_wait(half: bool) -> None:
+    net, x, mask = SliceTransformer(32, 2, hidden=48), torch.randn(2, 9, 32), torch.arange(9) < torch.tensor([[9], [5]])
+    with no_waiting(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        net(x.requires_grad_(), mask).float().square().mean().backward()

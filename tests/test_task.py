@@ -17,8 +17,7 @@ from tiny import write_pairs
 from torch import Tensor, nn
 
 from downstream import segment, task
-from downstream.options import Data, Running, Start, Training
-from downstream.task import Outcome, Task
+from downstream.task import Options, Outcome, Task
 from utils import checkpoint, options
 from utils.errors import UserError
 from utils.seeding import stream
@@ -27,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @options.constants
-class Config(Running, Training, Start, Data):
+class Config(Options):
     data_path = ""
     arch = "resnet18"
     epochs = 3
@@ -157,7 +156,6 @@ def test_a_folder_with_another_run_is_refused(tmp_path, stopped):
     ("changes", "message"),
     [
         ({"weights": "nowhere.pth"}, "nowhere.pth: no such file"),
-        ({"fractions": [0.5, 0.5, 0.0]}, "test has no case"),
         ({"labelled": 50}, "50 cases were asked for"),
         ({"split_seed": 9}, "a case is broken"),
         ({"base_lr": math.inf}, "base_lr: inf is not a finite number"),

@@ -88,13 +88,13 @@ class Monitor:
             found |= self._judge(self.levels[name], epoch, loss, figures)
             self.losses[name] = loss
         if "interpolation" in means:
-            loss = means["mask"] if "mask" in means else means["loss"]
-            columns["mask_skill"] = 1 - loss / means["interpolation"] if means["interpolation"] else NAN
+            loss, simple = means.get("mask", means["loss"]), means["interpolation"]
+            columns["mask_skill"] = 1 - loss / simple if simple else NAN
             if self._settled(epoch) and columns["mask_skill"] <= 0:
                 found["masked"] = (
                     f"masked prediction is no better than interpolation between neighbours (error {loss:.3g} against "
-                    f"{means['interpolation']:.3g}, skill {columns['mask_skill']:.2f}): train longer, raise "
-                    "--mask_ratio or take --mask_style span, which interpolation cannot solve"
+                    f"{simple:.3g}): train longer, raise --mask_ratio or take --mask_style span, which interpolation "
+                    "cannot solve"
                 )
         found |= dominating(self.loader)
         lasting = [name for name in found if name.endswith(LASTING)]
@@ -114,42 +114,17 @@ class Monitor:
     def _judge(self, level: Level, epoch: int, loss: float, figures: dict[str, float]) -> dict[str, str]:
         """Condition -> what is said of it."""
         before = self.losses.get(level.name, NAN)
-        found = {
-            "chance": self._at_chance(level, loss, figures) if self._settled(epoch) else "",
-            "collapse": self._collapse(level, figures) if self._steps(epoch) >= TRANSIENT_STEPS else "",
-            **_queue(level),
-        }
+        found = dict(_queue(level))
+        if self._settled(epoch) and loss > AT_CHANCE * level.chance:
+            found["chance"] = _at_chance(level, loss, figures)
+        if self._steps(epoch) >= TRANSIENT_STEPS and (signs := _collapse(level, figures)):
+            found["collapse"] = signs
         if loss - before > JUMP * level.chance:
             found["jump"] = (
                 f"the loss rose from {before:.3f} to {loss:.3f} over an epoch: the learning rate may be too high; "
                 "lower --base_lr or lengthen --warmup_epochs"
             )
-        return {f"{level.name}_{name}": f"{level.name}: {text}" for name, text in found.items() if text}
-
-    def _at_chance(self, level: Level, loss: float, figures: dict[str, float]) -> str:
-        if not loss > AT_CHANCE * level.chance:
-            return ""
-        if figures["target_entropy"] > UNIFORM:
-            why = f"the targets are almost uniform (entropy {figures['target_entropy']:.2f} ln K): lower --epsilon"
-        else:
-            why = "raise --base_lr if it was low, lower it if the loss had been falling, or use fewer prototypes"
-        return f"the loss {loss:.4f} is no better than guessing, ln K = {level.chance:.4f}; {why}"
-
-    def _collapse(self, level: Level, figures: dict[str, float]) -> str:
-        K, used, signs = level.prototypes, figures["usage"] * level.prototypes, []
-        if figures["std"] < SAME_POINT:
-            signs.append(f"spread {figures['std']:.3f} (1: whole sphere, 0: one point)")
-        if figures["rank"] < SAME_LINE and level.samples >= FEW_SAMPLES:
-            signs.append(f"effective rank {figures['rank']:.2f}")
-        if used < min(ONE_PROTOTYPE, (1 + K) / 2):
-            signs.append(f"as few as {used:.2f} of {K} prototypes in use")
-        if not signs:
-            return ""
-        return (
-            f"the embeddings are collapsing: {', '.join(signs)}; start again with a lower --base_lr, "
-            + ("a lower --epsilon or --temperature" if level.swav else "or fewer prototypes")
-            + (f", or without a queue ({level.option('queue_length')} 0)" if level.queue else "")
-        )
+        return {f"{level.name}_{name}": f"{level.name}: {text}" for name, text in found.items()}
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint; all processes call it together."""
@@ -178,6 +153,29 @@ def level(name: str, objective: SwAV | DeepClusterV2, loader: Any, config: Any) 
         swav=is_swav,
         ending=of_level(config, "nmb_prototypes", name)[0].removeprefix("nmb_prototypes"),
     )
+
+
+def _at_chance(level: Level, loss: float, figures: dict[str, float]) -> str:
+    if figures["target_entropy"] > UNIFORM:
+        why = f"the targets are almost uniform (entropy {figures['target_entropy']:.2f} ln K): lower --epsilon"
+    else:
+        why = "raise --base_lr if it was low, lower it if the loss had been falling, or use fewer prototypes"
+    return f"the loss {loss:.4f} is no better than guessing, ln K = {level.chance:.4f}; {why}"
+
+
+def _collapse(level: Level, figures: dict[str, float]) -> str:
+    K, used, signs = level.prototypes, figures["usage"] * level.prototypes, []
+    if figures["std"] < SAME_POINT:
+        signs.append(f"spread {figures['std']:.3f} (1: whole sphere, 0: one point)")
+    if figures["rank"] < SAME_LINE and level.samples >= FEW_SAMPLES:
+        signs.append(f"effective rank {figures['rank']:.2f}")
+    if used < min(ONE_PROTOTYPE, (1 + K) / 2):
+        signs.append(f"as few as {used:.2f} of {K} prototypes in use")
+    remedy = "a lower --epsilon or --temperature" if level.swav else "or fewer prototypes"
+    remedy += f", or without a queue ({level.option('queue_length')} 0)" if level.queue else ""
+    if not signs:
+        return ""
+    return f"the embeddings are collapsing: {', '.join(signs)}; start again with a lower --base_lr, {remedy}"
 
 
 def _queue(level: Level) -> dict[str, str]:

@@ -52,11 +52,10 @@ def check_same_run(state: dict[str, Any], config: Any, run: Run, data: str, fold
     old, new = state["config"], to_dict(config)
     fixed = [f.name for f in dataclasses.fields(config) if not f.metadata.get("may_change")]
     changed = [f"{name}: {old.get(name)} -> {new[name]}" for name in fixed if old.get(name) != new[name]]
-    batches = old["batch_size"], config.batch_size
-    processes = state["processes"], run.world_size
-    totals = tuple(b * p for b, p in zip(batches, processes, strict=True))
-    if batches[0] != batches[1] and totals[0] != totals[1]:
-        changed.append(f"batch_size: {batches[0]} -> {batches[1]} (x processes: {totals[0]} -> {totals[1]})")
+    before, now = (old["batch_size"], state["processes"]), (config.batch_size, run.world_size)
+    batches = f"{before[0] * before[1]} -> {now[0] * now[1]}"
+    if before[0] != now[0] and before[0] * before[1] != now[0] * now[1]:
+        changed.append(f"batch_size: {before[0]} -> {now[0]} (x processes: {batches})")
     if state["data"] != data:
         changed.append("the files below data_path")
     if (state["epoch"], state["seen"]) > (config.epochs, 0):
@@ -67,9 +66,7 @@ def check_same_run(state: dict[str, Any], config: Any, run: Run, data: str, fold
             f"dump_path: {folder} holds a run made with other options ({'; '.join(changed)}); "
             "choose another --dump_path, or delete that folder to start again"
         )
-    if processes[0] == processes[1]:
-        return ""
-    return f"processes: {processes[0]} -> {processes[1]}, global batch: {totals[0]} -> {totals[1]}"
+    return "" if before[1] == now[1] else f"processes: {before[1]} -> {now[1]}, global batch: {batches}"
 
 
 @contextmanager
@@ -80,8 +77,7 @@ def explained(folder: Path) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise UserError(
-            f"dump_path: the checkpoint in {folder} does not fit this version of the project ({reason}); go on "
-            "with the version that wrote it, or choose another --dump_path"
+            f"dump_path: the checkpoint in {folder} does not fit this version of the project ({type(error).__name__}: "
+            f"{str(error).split(chr(10))[0]}); go on with the version that wrote it, or choose another --dump_path"
         ) from None

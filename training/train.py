@@ -17,7 +17,7 @@ from datasets.index import fingerprint
 from datasets.loaders import OneAhead
 from datasets.transforms import upload
 from objectives.learners import Learner
-from training import dry_run, memory, weights
+from training import cost, weights
 from training.log import Log
 from training.monitor import Monitor
 from training.resume import Progress, check_same_run, explained
@@ -36,10 +36,11 @@ def start(config: Any) -> Run:
     return distributed.start(config.device, config.seed, config.timeout_minutes)
 
 
-def run(learner: Learner, loader: Any, config: Any, run: Run, export: Callable[[Learner, Path, dict], None]) -> None:
+def fit(learner: Learner, loader: Any, config: Any, run: Run, export: Callable[[Learner, Path, dict], None]) -> None:
     """Train what a script has built to `config.epochs`, going on from a checkpoint in `dump_path`, and export it.
 
-    With `dry_run` or `fit_batch` nothing is trained or written: what the run costs, or which batch fits, is said.
+    run: this process among the others.  With `dry_run` or `fit_batch` nothing is trained or written: what the run
+    costs, or which batch fits, is said.
     Writes to dump_path: config.yaml, metrics.csv (a line per epoch), warnings.csv and guards.BAD_STEPS where there were
     any, checkpoints, and what `tensorboard` and `wandb_project` ask for. A step whose loss or gradient is not finite is
     not applied, and its files are named. Raises UserError after `max_bad_steps` of them in a row; SystemExit (128 +
@@ -47,9 +48,9 @@ def run(learner: Learner, loader: Any, config: Any, run: Run, export: Callable[[
     """
     training = Training(learner, loader, config, run)
     if config.fit_batch:
-        return memory.fit_batch(training)
+        return cost.fit_batch(training)
     if config.dry_run:
-        return dry_run.measure(training)
+        return cost.dry_run(training)
     with signals.handled(), signals.noted(), profile.recording(run.device, config.profile):
         try:
             training.start()
@@ -130,8 +131,6 @@ class Training:
         bar = self.log.bar(at.epoch, steps, step)
         profile.seconds()  # what was timed before, as the bank was filled, is none of this epoch's
         began, batches = time.monotonic(), OneAhead(self.loader.epoch(at.epoch, at.seen))
-        if batches.next is not None and at.seen == 0:
-            self.log.views(at.epoch, batches.next)
         while batches.next is not None:
             parts = min(self.config.accumulate, steps - step)  # batches of this update
             agreed, samples = self.update(batches, at.epoch * steps + step, parts)
@@ -213,8 +212,8 @@ class Training:
         at, means = self.at, self.at.means()
         figures, warnings = self.monitor.finish(at.epoch, means)
         figures |= {f"time_{name}": value for name, value in profile.seconds().items()}
-        lr = self.rate((at.epoch + 1) * self.loader.steps - 1)
-        self.log.row(at.epoch, means, lr, seconds, waited, seen, at.bad_steps, figures)
+        values = {"lr": self.rate((at.epoch + 1) * self.loader.steps - 1), "bad_steps": at.bad_steps, **figures}
+        self.log.row(at.epoch, means, values, seconds, waited, seen)
         self.log.warn(at.epoch, warnings)
         guards.require_equal_weights(self.core, f"after epoch {at.epoch}")
         at.next_epoch()

@@ -8,17 +8,20 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasets.index import Sample, describe, fingerprint
-from models.encoder import JointEncoder
-from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, fold_grey, plain
+from datasets.loaders import VolumeWindows
+from models.encoder import JointEncoder, init_pca
+from models.folding import fold_batch_norm
+from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, fold_grey, multi_scale, plain
 from utils import checkpoint, files
-from utils.config import to_dict
-from utils.distributed import rank
+from utils.config import commit, to_dict
+from utils.distributed import Run, gather_objects, rank
 from utils.errors import UserError
-from utils.versions import commit
 
 STAGE_1, STAGE_2 = "ssl_swav2D.py or ssl_deepcluster2D.py", "mask_swav.py or mask_deepcluster.py"
 WRAPPERS = ("state_dict", "model_state_dict", "model", "classy_state_dict", "base_model", "trunk")
@@ -48,17 +51,14 @@ def load_backbone(resnet: GreyResNet, config: Any) -> None:
     builds on pre-trained weights. Raises UserError when the file is missing, unreadable, or any backbone tensor is
     absent or has another shape.
     """
-    if config.resnet_pretrained == "none":
-        if config.stage > 1:
-            _say_random("slice encoder (ResNet)", f"resnet_pretrained is none; {STAGE_1} make pre-trained ones")
-        return
-    path = Path(config.pretrained_path) / config.resnet_pretrained
-    load_resnet(
-        resnet,
-        path,
-        f"run {STAGE_1} first, or copy a ResNet there (torchvision, SwAV / DeepCluster-v2 and VISSL layouts load), "
-        "or pass --resnet_pretrained none to go on with random weights",
-    )
+    if config.resnet_pretrained != "none":
+        remedy = (
+            f"run {STAGE_1} first, or copy a ResNet there (torchvision, SwAV / DeepCluster-v2 and VISSL layouts load), "
+            "or pass --resnet_pretrained none to go on with random weights"
+        )
+        load_resnet(resnet, Path(config.pretrained_path) / config.resnet_pretrained, remedy)
+    elif config.stage > 1:
+        _say_random("slice encoder (ResNet)", f"resnet_pretrained is none; {STAGE_1} make pre-trained ones")
 
 
 def load_resnet(resnet: GreyResNet, path: Path, remedy: str) -> None:
@@ -78,8 +78,7 @@ def load_transformer(encoder: JointEncoder, config: Any) -> None:
         return
     path = Path(config.pretrained_path) / config.trans_pretrained
     state = _read(path, f"run {STAGE_2} first, or pass --trans_pretrained none to go on with random weights")
-    for part in ("projection", "transformer"):
-        _load(getattr(encoder, part), _below(state, f"{part}."), path, label=f" {part}.")
+    _load_parts(encoder, state, path)
     if encoder.encoder.conv1.weight.is_meta:
         return
     ours = encoder.encoder.conv1.weight.detach().cpu()
@@ -143,9 +142,38 @@ def load_joint(path: Path, dropout: float = 0.1) -> JointEncoder:
     encoder = JointEncoder(arch, d_model, layers, dropout, attention=attention)
     state = _read(path, "run mask_*.py or ssl_*3D.py first")
     _load_grey(encoder.encoder, _below(state, "encoder."), path, label=" encoder.")
-    for part in ("projection", "transformer"):
-        _load(getattr(encoder, part), _below(state, f"{part}."), path, label=f" {part}.")
+    _load_parts(encoder, state, path)
     return encoder
+
+
+@torch.no_grad()
+def fit_projection(
+    encoder: JointEncoder, volumes: VolumeWindows, size: tuple[int, int], run: Run, slices: int = 4096
+) -> None:
+    """Set the slice projection to the principal components of the frozen ResNet's features of the data's own slices.
+
+    Up to `slices` slices, evenly spaced over all volumes and resized to `size` without augmentation; the processes
+    share them.
+    """
+    counts = [volumes.samples[i].slices for i in volumes.items]
+    every = [(i, s) for i, count in zip(volumes.items, counts, strict=True) for s in range(count)]
+    chosen = [every[int(k)] for k in np.linspace(0, len(every) - 1, min(slices, len(every)))]
+    encoder.eval().to(run.device)
+    resnet = fold_batch_norm(encoder.encoder)
+    features = []
+    for start in range(run.rank * 32, len(chosen), run.world_size * 32):
+        part = [volumes.store.read(i, s, s + 1) for i, s in chosen[start : start + 32]]
+        images = torch.from_numpy(np.stack(part)).to(run.device)
+        images = F.interpolate(images, size, mode="bilinear", antialias=True)
+        features.append((start, multi_scale(resnet(images)).cpu()))
+    joint = sorted((part for parts in gather_objects(features) for part in parts), key=lambda part: part[0])
+    kept = init_pca(encoder.projection, torch.cat([part for _, part in joint]).to(run.device))
+    if run.is_main:
+        print(
+            f"slice projection: {encoder.projection.out_features} principal components of {len(chosen)} slices "
+            f"keep {kept:.1%} of the variance of their features",
+            flush=True,
+        )
 
 
 def record(config: Any, samples: list[Sample], result: dict[str, float]) -> dict[str, Any]:
@@ -208,43 +236,41 @@ def _load_grey(resnet: GreyResNet, state: dict[str, Tensor], path: Path, label: 
     stem = state.get("conv1.weight")
     if stem is not None and stem.dim() == 4 and stem.shape[1] == 3:
         state["conv1.weight"] = fold_grey(stem)
-    _load(resnet, state, path, {key for key in resnet.state_dict() if key.endswith("num_batches_tracked")}, label)
+    _load(resnet, state, path, label)
 
 
-def _load(
-    module: nn.Module, state: dict[str, Tensor], path: Path, ignore: set[str] | None = None, label: str = ""
-) -> None:
+def _load_parts(encoder: JointEncoder, state: dict[str, Tensor], path: Path) -> None:
+    for part in ("projection", "transformer"):
+        _load(getattr(encoder, part), _below(state, f"{part}."), path, f" {part}.")
+
+
+def _load(module: nn.Module, state: dict[str, Tensor], path: Path, label: str) -> None:
+    """All of a module, from a file that may hold other things beside it, which are counted."""
     own = module.state_dict()
-    missing = [key for key in own if key not in state and key not in (ignore or set())]
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
-    wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
-    matched = sum(key in state for key in own) - len(wrong)
     parts = {key.split(".")[0] for key in own}
-    deeper = [key for key in unexpected if key.split(".")[0] in parts]
-    named = f" ({_some(unexpected)})" if unexpected else ""
-    line = f"{path}{label}: matched {matched}, missing {len(missing)}, unexpected {len(unexpected)}{named}"
-    if missing or wrong or deeper:
-        found = [f"{k} is {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in wrong]
-        detail = "; ".join(
-            [f"missing {_some(missing)}"] * bool(missing)
-            + [_some(found)] * bool(found)
-            + [f"no place for {_some(deeper)}"] * bool(deeper)
-        )
-        raise UserError(
-            f"{line}, wrong shape {len(wrong)}: {detail}. Were arch, d_model and layers the same when it was made?"
-        )
-    broken = [k for k in own if k in state and state[k].is_floating_point() and not bool(state[k].isfinite().all())]
-    if broken:
+    both = [key for key in own if key in state]
+    wrong = [key for key in both if state[key].shape != own[key].shape]
+    line = f"{path}{label}: matched {len(both) - len(wrong)}, missing {len(missing)}, unexpected {len(unexpected)}"
+    problems = (
+        [f"{key} is missing" for key in missing]
+        + [f"{key} is {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" for key in wrong]
+        + [f"{key} has no place" for key in unexpected if key.split(".")[0] in parts]
+    )
+    if problems:
+        raise UserError(f"{line}; {_some(problems)}. Were arch, d_model and layers the same when it was made?")
+    if broken := [key for key in both if state[key].is_floating_point() and not state[key].isfinite().all()]:
         raise UserError(f"{path}: {_some(broken)} hold NaN or Inf; what made this file went wrong, take another")
     if next(module.parameters()).is_meta:  # `check` asks whether it would fit
         return
-    module.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
+    module.load_state_dict({key: state[key] for key in both}, strict=False)
     if rank() == 0:
-        print(line, flush=True)
+        print(f"{line} ({_some(unexpected)})" if unexpected else line, flush=True)
 
 
-def _some(names: list[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
 
 
 def _save(state: dict[str, Tensor], path: Path, record: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Processes: start them, and the few collectives that the rest of the project needs.
+"""Processes: start them, the few collectives that the rest of the project needs, and BatchNorm over all of them.
 
 Every function works in a plain `python script.py` (one process, no launcher) as well as under torchrun.
 """
@@ -21,7 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils import signals
 from utils.errors import UserError
-from utils.norm import convert_sync_batchnorm
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,6 @@ def start(device: str = "auto", seed: int = 0, timeout_minutes: float = 10) -> R
     once; a machine that is cut off, only so. Its end is an error in all others, after which torchrun restarts them.
     """
     torch.manual_seed(seed)
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device: {device!r} is not one of auto, cpu, cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda was asked for, but torch sees no GPU; use --device cpu or auto")
     on_gpu = device != "cpu" and torch.cuda.is_available()
@@ -93,11 +90,6 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
 
 
 def all_sum(x: Tensor) -> Tensor:
@@ -162,21 +154,15 @@ def on_main(action: Callable[[], None]) -> None:
 
 
 def everywhere(action: Callable[[], Any]) -> Any:
-    """What `action` returns on this process; a UserError of any process is raised on all of them."""
+    """What `action` returns on this process; the first UserError of any is raised on all: none waits for the others."""
     result = error = None
     try:
         result = action()
-    except UserError as e:
-        error = e
-    raise_everywhere(error)
-    return result
-
-
-def raise_everywhere(error: UserError | None) -> None:
-    """Raise the first error that any process brings, on all processes: none is left waiting for the others."""
-    errors = [e for e in gather_objects(str(error) if error else None) if e]
-    if errors:
+    except UserError as raised:
+        error = str(raised)
+    if errors := [text for text in gather_objects(error) if text]:
         raise UserError(errors[0])
+    return result
 
 
 def wrap(module: nn.Module, run: Run) -> nn.Module:
@@ -203,6 +189,96 @@ def gradients_stay_local(module: nn.Module, stay: bool) -> AbstractContextManage
     return module.no_sync() if stay and isinstance(module, DistributedDataParallel) else nullcontext()
 
 
-def unwrap(module: nn.Module) -> nn.Module:
-    """The learner inside `wrap`."""
-    return module.module if isinstance(module, DistributedDataParallel) else module
+def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
+    """Replace every BatchNorm by its synchronised kind: PyTorch's on GPUs, `CPUSyncBatchNorm` elsewhere.
+
+    Parameters and buffers are shared with the originals, so names in the state dict do not change.
+    """
+    if any(p.is_cuda for p in module.parameters()):
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for name, child in module.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            new = CPUSyncBatchNorm(child.num_features, child.eps, child.momentum).train(child.training)
+            new.weight, new.bias, new.num_batches_tracked = child.weight, child.bias, child.num_batches_tracked
+            new.running_mean, new.running_var = child.running_mean, child.running_var
+            setattr(module, name, new)
+        else:
+            convert_sync_batchnorm(child)
+    return module
+
+
+class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """SyncBatchNorm for gloo: PyTorch's own accepts GPU tensors only.
+
+    x [N, C, ...] -> same shape. Mean and variance are those of the global batch of all processes, which may bring
+    different N. One collective forward and one backward, each of 2 C values.
+    """
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Any number of dimensions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and world_size() > 1):
+            return super().forward(x)
+        mean, squares, n = _joint_statistics(x)
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(squares / max(1.0, n - 1), self.momentum)
+        invstd = torch.rsqrt(squares / n + self.eps)
+        return _JointBatchNorm.apply(x, self.weight, self.bias, mean, invstd, n)
+
+
+class _JointBatchNorm(torch.autograd.Function):
+    """Normalise with the global batch's mean and deviation, by torch's own kernels; no temporary wider than x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, n: float) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, invstd)
+        ctx.n = n
+        return _affine(x, mean, invstd, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, invstd = ctx.saved_tensors
+        # As if the statistics were constants: gradient * weight * invstd, sum(gradient * normalised), sum(gradient).
+        if x.numel():
+            by_x, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
+                gradient, x, weight, mean, invstd.square().reciprocal(), mean, invstd, False, 0.0, [True] * 3
+            )
+        else:  # the kernel divides by the number of values
+            by_x, by_weight, by_bias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(weight)
+        joint = torch.stack((by_weight, by_bias))
+        dist.all_reduce(joint)  # every process's loss depends on every process's input through the statistics
+        along, shift = joint * (weight * invstd / ctx.n)
+        return by_x.sub_(_affine(x, mean, invstd, along, shift)), by_weight, by_bias, None, None, None
+
+
+def _affine(x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(x - mean) * invstd * weight + bias per channel, in x's format and memory layout."""
+    if not x.numel():
+        return torch.empty_like(x)
+    return torch.native_batch_norm(x, weight, bias, mean, invstd.square().reciprocal(), False, 0.0, 0.0)[0]
+
+
+def _joint_statistics(x: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Mean, sum of squares around it [C] and values per channel, of all processes: equal on each, float32 or wider."""
+    n = x.numel() // x.shape[1]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    mean, variance = (x.new_zeros(x.shape[1], dtype=dtype) for _ in range(2))
+    if n == 1:
+        mean.copy_(x.detach().flatten())  # the kernel below would divide by n - 1
+    elif n:
+        torch.batch_norm_update_stats(x.detach(), mean, variance, 1.0)  # momentum 1: writes the batch's own
+    own = torch.cat((mean.new_tensor([n]), mean, variance * (n - 1)))
+    parts = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(parts, own)
+    total, mean, squares = parts[0][0], *parts[0][1:].chunk(2)
+    for part in parts[1:]:  # Chan, Golub and LeVeque 1979: squares around the joint mean, so nothing cancels
+        m, (other_mean, other_squares) = part[0], part[1:].chunk(2)
+        joint = (total + m).clamp(min=1)
+        apart = other_mean - mean
+        mean = mean + apart * (m / joint)
+        squares = squares + other_squares + apart.square() * (total * m / joint)
+        total = total + m
+    return mean, squares, float(total)

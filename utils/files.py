@@ -30,7 +30,10 @@ def whole_file(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        flush_folder(path.parent)
+        with contextlib.suppress(OSError):  # makes the renaming last through a power failure, where that can be asked
+            descriptor = os.open(path.parent, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -99,24 +102,14 @@ def read_csv(path: str | Path, option: str, columns: Sequence[str] = ()) -> list
     return rows
 
 
-def flush_folder(folder: Path) -> None:
-    """Make a renaming last through a power failure, where the file system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _writer_lives(leftover: Path) -> bool:
     """Whether the process in the name of a temporary file still runs."""
     try:
         os.kill(int(leftover.name.rsplit(".", 2)[-2].split("-")[0]), 0)
     except (ValueError, ProcessLookupError):
         return False
-    except PermissionError:
-        return True
+    except PermissionError:  # of somebody else
+        pass
     return True
 
 

@@ -1,4 +1,4 @@
-"""What keeps a run from going wrong unnoticed: steps that must not be applied, processes that drift apart, workers
+"""What keeps a run from going wrong unnoticed: updates that must not be made, processes that drift apart, workers
 that die."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, get_worker_info
 from utils.distributed import gather_objects, on_main, world_size
 from utils.errors import UserError
 
-BAD_STEPS = "bad_steps.csv"  # in a run's folder: epoch, step, reason, files of every step that was not applied
+BAD_STEPS = "bad_steps.csv"  # in a run's folder: epoch, step, reason, files of every update that was skipped
 NAMES_SHOWN = 16
 
 
@@ -46,22 +46,20 @@ class BatchNormStatistics:
     """Running statistics of a network as they were before a step, which moves them in its forward pass."""
 
     def __init__(self, module: nn.Module) -> None:
-        statistics = [b for m in batch_norms(module) for b in m.buffers()]
-        self.floats = [b for b in statistics if b.is_floating_point()]
-        self.counts = [b for b in statistics if not b.is_floating_point()]
-        self.saved = [[b.clone() for b in part] for part in (self.floats, self.counts)]
+        buffers = [b for m in batch_norms(module) for b in m.buffers()]
+        by_type = [[b for b in buffers if b.is_floating_point() is floats] for floats in (True, False)]
+        self.now = [part for part in by_type if part]  # copied at once
+        self.saved = [[b.clone() for b in part] for part in self.now]
 
     @torch.no_grad()
     def remember(self) -> None:
-        for saved, now in zip(self.saved, (self.floats, self.counts), strict=True):
-            if now:
-                torch._foreach_copy_(saved, now)
+        for saved, now in zip(self.saved, self.now, strict=True):
+            torch._foreach_copy_(saved, now)
 
     @torch.no_grad()
     def restore(self) -> None:
-        for saved, now in zip(self.saved, (self.floats, self.counts), strict=True):
-            if now:
-                torch._foreach_copy_(now, saved)
+        for saved, now in zip(self.saved, self.now, strict=True):
+            torch._foreach_copy_(now, saved)
 
 
 def report_bad_step(what: str, names: list[str], epoch: int, step: int, in_a_row: int, limit: int, folder: Path) -> str:
@@ -71,19 +69,18 @@ def report_bad_step(what: str, names: list[str], epoch: int, step: int, in_a_row
     written.
     """
     everyone = [name for part in gather_objects(names) for name in part]
-    shown = ", ".join(everyone[:NAMES_SHOWN]) + (f" and {len(everyone) - NAMES_SHOWN} more" * (len(everyone) > 16))
+    more = f" and {len(everyone) - NAMES_SHOWN} more" if len(everyone) > NAMES_SHOWN else ""
     text = (
         f"{what} is not finite at epoch {epoch} step {step}; this step was not applied "
-        f"({in_a_row} in a row, max_bad_steps {limit}); the batch held: {shown}"
+        f"({in_a_row} in a row, max_bad_steps {limit}); the batch held: {', '.join(everyone[:NAMES_SHOWN])}{more}"
     )
 
     def note() -> None:
         path = folder / BAD_STEPS
         try:
-            new = not path.exists()
             with open(path, "a", newline="") as file:
                 writer = csv.writer(file)
-                if new:
+                if not file.tell():
                     writer.writerow(["epoch", "step", "not_finite", "files"])
                 writer.writerow([epoch, step, what, "; ".join(everyone)])
         except OSError as error:
@@ -97,12 +94,11 @@ def report_bad_step(what: str, names: list[str], epoch: int, step: int, in_a_row
 def require_finite_weights(module: nn.Module) -> None:
     """Raises UserError where a weight is NaN or Inf: such a state must not replace a good checkpoint."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    named = [(name, p) for name, p in tensors if p.numel() and p.is_floating_point()]
-    norms = torch.stack(torch._foreach_norm([p.detach() for _, p in named]))
-    bad = (~norms.isfinite()).nonzero().flatten().tolist()
-    if bad:
+    named = [(name, p.detach()) for name, p in tensors if p.numel() and p.is_floating_point()]
+    finite = torch.stack(torch._foreach_norm([p for _, p in named])).isfinite().tolist()
+    if bad := [name for (name, _), good in zip(named, finite, strict=True) if not good]:
         raise UserError(
-            f"{len(bad)} of {len(named)} weights are not finite ({named[bad[0]][0]} is the first), so nothing was "
+            f"{len(bad)} of {len(named)} weights are not finite ({bad[0]} is the first), so nothing was "
             "saved and the last good checkpoint stays; start again with a lower --base_lr or --precision fp32 "
             "(and another --dump_path)"
         )
@@ -112,20 +108,18 @@ def require_equal_weights(module: nn.Module, when: str) -> None:
     """Raises UserError on all processes, naming those whose weights or buffers differ in any bit from the others'."""
     if world_size() == 1:
         return
-    digests = {name: _digest(value) for name, value in module.state_dict().items()}
-    everyone = gather_objects((digests, socket.gethostname()))
-    count = Counter(tuple(d.values()) for d, _ in everyone)
-    usual = max((tuple(d.values()) for d, _ in everyone), key=count.__getitem__)  # the first of the most frequent
-    other = [r for r, (d, _) in enumerate(everyone) if tuple(d.values()) != usual]
-    if not other:
+    names = list(module.state_dict())
+    everyone = gather_objects((tuple(map(_digest, module.state_dict().values())), socket.gethostname()))
+    usual = Counter(digests for digests, _ in everyone).most_common(1)[0][0]
+    others = [rank for rank, (digests, _) in enumerate(everyone) if digests != usual]
+    if not others:
         return
-    theirs = everyone[other[0]][0]
-    names = [name for name, digest in zip(theirs, usual, strict=True) if theirs[name] != digest]
-    who = ", ".join(f"process {r} on {everyone[r][1]}" for r in other)
+    differing = [name for name, a, b in zip(names, everyone[others[0]][0], usual, strict=True) if a != b]
+    who = ", ".join(f"process {rank} on {everyone[rank][1]}" for rank in others)
     raise UserError(
-        f"{who}: other weights than the rest {when} ({len(names)} tensors, first {names[0]}); nothing was saved. "
-        "Processes that see the same gradients cannot drift apart unless hardware or software of a machine fails: "
-        "check that machine, then run the same command to go on from the last checkpoint"
+        f"{who}: other weights than the rest {when} ({len(differing)} tensors, first {differing[0]}); nothing was "
+        "saved. Processes that see the same gradients cannot drift apart unless hardware or software of a machine "
+        "fails: check that machine, then run the same command to go on from the last checkpoint"
     )
 
 
@@ -163,15 +157,13 @@ def name_dead_worker(error: Exception, reading: Sequence[Reading]) -> None:
 
     error: what the training process met: torch's own message, or a broken connection to that worker.
     """
-    dead = [(r.dataset.name(i), pid) for r in reading for pid, i in r.now.tolist() if i >= 0 and _died(pid)]
+    dead = [r.dataset.name(i) for r in reading for pid, i in r.now.tolist() if i >= 0 and _died(pid)]
     if not dead:
         return
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise again whenever another worker ends
     raise UserError(
-        f"a data-loading worker died while it read {', '.join(name for name, _ in dead)} "
-        f"({reason}). Killed: probably too little memory, lower --workers or --batch_size; "
-        "otherwise check that file"
+        f"a data-loading worker died while it read {', '.join(dead)} ({str(error) or type(error).__name__}). "
+        "Killed: probably too little memory, lower --workers or --batch_size; otherwise check that file"
     ) from error
 
 

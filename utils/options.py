@@ -21,9 +21,17 @@ from jsonargparse.typing import (
     restricted_number_type,
 )
 
-from utils.architectures import ARCHITECTURES
 from utils.errors import UserError
 
+ARCHITECTURES = (  # torchvision's ResNets
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+)
 FREE = True  # an option that may differ when a run is continued: it changes neither data nor mathematics
 QueueLength = restricted_number_type("QueueLength", int, (">=", -1))
 Prototypes = NonNegativeInt | list[NonNegativeInt]
@@ -78,26 +86,19 @@ class Training(Group):
     cache_path: str | None = data(None, "folder for the working copy of the data; null: .cache in data_path", FREE)
     on_bad: Literal["error", "skip"] = data("error", "unusable files: stop before training, or leave them out")
     policy: Literal["paper", "strong"] = data(
-        "strong",
-        "augmentation: one transform per view as in the original method, or a random crop and several composed",
+        "strong", "transforms of a view: one as in the paper, or a random crop and several"
     )
-    sampling_temperature: PositiveFloat = data(
-        1.0, "1: every sample once per epoch; T > 1: small data sets more often, n ** (1 / T) draws of n samples"
-    )
+    sampling_temperature: PositiveFloat = data(1.0, "T > 1: small data sets more often, n ** (1 / T) draws of n")
     workers: NonNegativeInt = data(4, "data-loading processes per training process", FREE)
 
     arch: Literal[ARCHITECTURES] = model("resnet50", "torchvision ResNet that encodes slices")
     pretrained_path: str = model("weights", "folder of weights: holds those to start from, receives checkpoint_name")
-    resnet_pretrained: str = model(
-        "none", "ResNet to start from (torchvision, SwAV, DeepCluster-v2 or VISSL layout), or none for random weights"
-    )
+    resnet_pretrained: str = model("none", "ResNet to start from, of any layout, or none for random weights")
     checkpoint_name: str = model("", "name of the resulting weights file, below pretrained_path")
 
     epochs: PositiveInt = optimisation(100, "passes over the data", FREE)
     batch_size: PositiveInt = optimisation(4, "samples per process and forward pass", FREE)
-    accumulate: PositiveInt = optimisation(
-        1, "batches whose gradients are added up before an update; assignments and BatchNorm still see one at a time"
-    )
+    accumulate: PositiveInt = optimisation(1, "batches whose gradients are added up before an update")
     base_lr: PositiveFloat = optimisation(0.3, "peak learning rate of SGD with LARC, for the global batch as it is")
     final_lr: NonNegativeFloat = optimisation(0.0, "learning rate at the end of the cosine schedule")
     warmup_epochs: NonNegativeInt = optimisation(10, "epochs of linear warm-up")
@@ -109,23 +110,15 @@ class Training(Group):
     )
     seed: NonNegativeInt = optimisation(31, "random seed")
 
-    dump_path: str = running(
-        "", "folder of this run: log, configuration, checkpoints; a run found here is continued", FREE
-    )
+    dump_path: str = running("", "folder of this run; a run found here is continued", FREE)
     device: Literal["auto", "cpu", "cuda"] = running("auto", "device to train on", FREE)
-    dry_run: NonNegativeInt = running(
-        0, "updates to measure, to say hours, memory and sizes of the run; 0: train", FREE
-    )
+    dry_run: NonNegativeInt = running(0, "updates to measure, to say what the run costs; 0: train", FREE)
     fit_batch: NonNegativeFloat = running(0.0, "GiB for which to say the largest batch_size that fits; 0: train", FREE)
     checkpoint_freq: PositiveInt = running(25, "epochs between checkpoints that are kept for good", FREE)
     checkpoint_minutes: PositiveFloat = running(15, "minutes between checkpoints within an epoch", FREE)
-    max_bad_steps: PositiveInt = running(
-        10, "skipped updates in a row (loss or gradient not finite) to stop after", FREE
-    )
-    timeout_minutes: PositiveFloat = running(
-        10, "collective time-out: minutes to wait for a process that is silent", FREE
-    )
-    tensorboard: bool = running(False, "curves and augmented views for TensorBoard, in dump_path/tensorboard", FREE)
+    max_bad_steps: PositiveInt = running(10, "skipped updates (not finite) in a row to stop after", FREE)
+    timeout_minutes: PositiveFloat = running(10, "collective time-out: minutes for a silent process", FREE)
+    tensorboard: bool = running(False, "curves for TensorBoard, in dump_path/tensorboard", FREE)
     wandb_project: str | None = running(None, "project of Weights & Biases to log to as well; null: none", FREE)
     profile: bool = running(False, "seconds per epoch of each part of a step, in columns time_* of metrics.csv", FREE)
 
@@ -139,17 +132,13 @@ class Training(Group):
 
 
 @dataclass
-class TrainedResNet(Group):
-    """Options of stages 1 and 3, which train the ResNet and a projection head."""
+class Clustering(Group):
+    """Options of stages 1 and 3, which train the ResNet and a projection head by clustering."""
 
     hidden_mlp: PositiveInt = model(2048, "width of the projection head")
     feat_dim: PositiveInt = model(128, "size of the embeddings of slices and images that are clustered")
-    recompute: bool = model(
-        False, "activation checkpointing: larger batches fit, a third more time, the same result", FREE
-    )
-    compile: bool = model(
-        False, "torch.compile of the ResNet; worth a try on a GPU, the first steps take a minute", FREE
-    )
+    recompute: bool = model(False, "activation checkpointing: larger batches, a third more time", FREE)
+    compile: bool = model(False, "torch.compile of the ResNet; worth a try on a GPU", FREE)
     nmb_prototypes: Prototypes = objective(0, "prototypes, or a list for several heads; 0: 2 * sqrt(number of samples)")
     temperature: PositiveFloat = objective(0.1, "temperature of the softmax over prototypes")
 
@@ -160,12 +149,8 @@ class Images(Group):
 
     stage: ClassVar[int] = 1
 
-    slices_per_volume: NonNegativeInt = data(
-        32, "evenly spaced slices of a volume that count as images; 0: all of them"
-    )
-    size_crops: list[PositiveInt] = data(
-        [224, 96], "side in pixels of each kind of crop; the first two get assignments"
-    )
+    slices_per_volume: NonNegativeInt = data(32, "evenly spaced slices of a volume that count as images; 0: all")
+    size_crops: list[PositiveInt] = data([224, 96], "side in pixels of each kind; the first two get assignments")
     nmb_crops: list[PositiveInt] = data([2, 6], "number of crops of each kind")
     min_scale_crops: list[PositiveFloat] = data([0.25, 0.05], "smallest share of an image's area in a crop, per kind")
     max_scale_crops: list[PositiveFloat] = data([1.0, 0.25], "largest share of an image's area in a crop, per kind")
@@ -236,9 +221,7 @@ class Joint(Volumes):
     attention: Literal["deformable", "ordinary", "mean"] = model(
         "deformable", "attention over slices, as in stage 2; mean: no transformer, a volume is the mean of its slices"
     )
-    freeze: bool = model(
-        False, "ResNet as loaded, its BatchNorm too; only heads, projection and transformer are trained"
-    )
+    freeze: bool = model(False, "ResNet as loaded, its BatchNorm too; the rest is trained")
     intra_slices: PositiveInt = data(8, "random slices of each volume and step that enter L_intra")
     images_per_step: NonNegativeInt = data(8, "2D images per process and step that enter L_intra beside them")
     min_scale_images: PositiveFloat = data(0.25, "smallest share of a 2D image's area in a view")

@@ -10,6 +10,7 @@ Outside `recording` a span does nothing and costs a function call.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,41 +31,38 @@ class Spans:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._open: list[list[tuple[Any, Any]]] = [[]]  # edges of the spans inside each span that is open
-        self._closed: list[tuple[str, tuple[Any, Any], list[tuple[Any, Any]]]] = []
+        self._open: list[str] = []
+        self._edges: list[tuple[Any, str | None]] = []  # time, and the innermost span from then on
 
-    def _now(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
+    def _edge(self) -> None:
+        if self.device.type == "cuda":
+            now = torch.cuda.Event(enable_timing=True)
+            now.record(torch.cuda.current_stream(self.device))
+        else:
+            now = time.perf_counter()
+        self._edges.append((now, self._open[-1] if self._open else None))
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        began = self._now()
-        self._open.append([])
+        self._open.append(name)
+        self._edge()
         try:
             yield
         finally:
-            edges = began, self._now()
-            inside = self._open.pop()
-            self._open[-1].append(edges)
-            self._closed.append((name, edges, inside))
+            self._open.pop()
+            self._edge()
 
     def seconds(self) -> dict[str, float]:
-        """Of each name since the last call, in the order in which the names first ended. Waits for the device."""
+        """Of each name since the last call, in the order in which the names first began. Waits for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         total: dict[str, float] = {}
-        for name, edges, inside in self._closed:
-            own = self._between(*edges) - sum(self._between(*part) for part in inside)
-            total[name] = total.get(name, 0.0) + own
-        self._open, self._closed = [[]], []
+        for (began, name), (ended, _) in itertools.pairwise(self._edges):
+            if name:
+                passed = began.elapsed_time(ended) / 1000 if self.device.type == "cuda" else ended - began
+                total[name] = total.get(name, 0.0) + passed
+        self._edges = []
         return total
-
-    def _between(self, began: Any, ended: Any) -> float:
-        return began.elapsed_time(ended) / 1000 if self.device.type == "cuda" else ended - began
 
 
 @contextmanager

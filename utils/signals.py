@@ -32,7 +32,7 @@ def handled() -> Iterator[None]:
         return
     _caught.clear()
     _owner = os.getpid()
-    old = {number: signal.signal(number, _handle) for number in _wanted()}
+    old = _set(_handle)
     _handled = 1
     try:
         yield
@@ -72,7 +72,7 @@ def deadly() -> Iterator[None]:
 
     For waits of unknown length with nothing to lose: Python's handlers run only when foreign code returns.
     """
-    old = {number: signal.signal(number, signal.SIG_DFL) for number in _wanted()} if _handled else {}
+    old = _set(signal.SIG_DFL) if _handled else {}
     try:
         yield
     finally:
@@ -85,9 +85,10 @@ def caught() -> int:
     return max(_caught, default=0)
 
 
-def _wanted() -> list[signal.Signals]:
-    """STOPS without the hang-up that nohup has switched off."""
-    return [n for n in STOPS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+def _set(handler: Any) -> dict[signal.Signals, Any]:
+    """The handlers before; a hang-up that nohup has switched off stays so."""
+    wanted = [n for n in STOPS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in wanted}
 
 
 def _obey() -> None:
