@@ -100,11 +100,11 @@ def find_pairs(
     labels = {path.stem: path for path in sorted((root / LABELS).glob("[!.]*.npy"))}
     if not labels:
         raise UserError(_no_pairs(root))
-    found = scan(root.parent, only=root.name)
+    found, problems = scan(root.parent, only=root.name)
     images = {sample.path.stem: sample for sample in found if sample.kind == "volume" and sample.path.parent == root}
     about, table = read_settings(root), {row["id"]: row for row in read_cases(root, "id")}
     people = _patients(patients, table, [case for case in images if case in labels])
-    problems = [
+    problems += [
         f"{path}: has no image {root / case}.npy; add it" for case, path in labels.items() if case not in images
     ]
     pairs, notes = [], Counter()
