@@ -8,7 +8,7 @@
 All start from the same centroids, do the same number of iterations and take turns. Points: unit vectors around random
 centres, each as far from its centre as the centre is long. Objective: mean cosine between a point and its nearest
 centroid, computed in float32 for all. torch compares points in half precision where the device computes in it;
-`torch_float32` does not. Memory: what a run of torch adds to the points themselves.
+`torch_float32` does not. On a GPU also the memory that each adds to the points.
 """
 
 from __future__ import annotations
@@ -75,15 +75,13 @@ def main(cfg: Config) -> None:
 
 
 def measure(work: dict[str, Callable[[], Tensor]], own: Tensor, cfg: Config, run: Run) -> dict[str, Any]:
-    """Memory, times and the mean cosine of each."""
-    extra = timing.added_bytes(work["torch"], run.device) / 2**20
-    timing.say(f"  {extra:.0f} MiB beside the points")
+    """Times, mean cosine and memory of each."""
     found: dict[str, Tensor] = {}
     keeping = {name: lambda name=name: found.update({name: work[name]()}) for name in work}
     times = timing.compare(keeping, cfg.repeats, warmup=0, device=run.device)
     cosine = {name: mean_cosine(own, centroids.to(own)) for name, centroids in found.items()}
     timing.say("  mean cosine: " + ", ".join(f"{name} {value:.6f}" for name, value in cosine.items()))
-    return {"memory_beside_points_mib": extra, "mean_cosine": cosine, "times": times}
+    return {"mean_cosine": cosine, "times": times, "added_gib": timing.added_gib(work, run.device)}
 
 
 def make_points(n: int, dim: int, centres: int) -> Tensor:

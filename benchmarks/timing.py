@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
-import math
 import os
 import platform
 import re
@@ -21,14 +19,12 @@ import numpy as np
 import torch
 from jsonargparse.typing import PositiveInt
 
-from training.cost import peak_memory
 from utils import files
 from utils.config import commit
 from utils.distributed import rank, world_size
 from utils.precision import Precision
 
 RESULTS = Path(__file__).parent / "results"
-PEAK_RESET = Path("/proc/self/clear_refs")  # Linux
 PACKAGES = {"torch", "torchvision", "numpy", "faiss-cpu", "torchio", "SimpleITK", "deformable-attention"}
 Work = Mapping[str, Callable[[], object]]  # pieces of work that are compared
 
@@ -96,24 +92,16 @@ def wait(device: torch.device | str) -> None:
         torch.cuda.synchronize(device)
 
 
-def added_bytes(work: Callable[[], object], device: torch.device) -> float:
-    """What the work allocates at its peak beside what is there: on a GPU by torch, on a CPU what becomes resident.
-
-    nan where the system does not tell.
-    """
-    if device.type == "cuda":
+def added_gib(work: Work, device: torch.device) -> dict[str, float]:
+    """What each piece of work allocates at its peak beside what is there, printed; on GPUs, where torch tells."""
+    found = {}
+    for name, function in work.items() if device.type == "cuda" else ():
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        work()
-        return torch.cuda.max_memory_allocated(device) - before
-    if not PEAK_RESET.exists():
-        return math.nan
-    with contextlib.suppress(AttributeError):  # other C libraries keep less
-        ctypes.CDLL(None).malloc_trim(0)  # else freed blocks would be used again unseen
-    PEAK_RESET.write_text("5")  # the peak is what is resident now
-    before = peak_memory(device)
-    work()
-    return peak_memory(device) - before
+        function()
+        found[name] = (torch.cuda.max_memory_allocated(device) - before) / 2**30
+        say(f"  {name} adds {found[name]:.2f} GiB")
+    return found
 
 
 def formats(device: torch.device) -> tuple[str, ...]:
@@ -125,7 +113,7 @@ def device_name(device: torch.device | str) -> str:
     """The model of the CPU or of the graphics card."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, TypeError):
         return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1].strip()
     return platform.machine()
 
