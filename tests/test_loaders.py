@@ -173,7 +173,7 @@ def test_another_number_of_processes_goes_on_in_the_same_order(samples: int, bef
 def test_too_few_samples_are_an_error_with_the_numbers() -> None:
     with pytest.raises(UserError, match=r"4 per process x 3 process\(es\) need 12 samples.*hold 11"):
         samplers(11, 4, 3)
-    with pytest.raises(UserError, match="need 4 volumes, but the data hold 0"):
+    with pytest.raises(UserError, match="there are no volumes"):
         EpochBatches([], 4, 0, run(0, 1), "volumes")
 
 
