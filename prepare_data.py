@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from jsonargparse.typing import NonNegativeInt
 from tqdm import tqdm
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from conversion.convert import Window, attempt, outside, source_key
 from conversion.layouts import PRESETS, Found, Source, find
 from conversion.montage import montage
-from conversion.table import Case, assign_ids, clean, describe, in_order, read_table, write_table
+from conversion.table import Case, assign_ids, describe, in_order, read_table, write_table
 from conversion.volume import BadFile, Options
 from conversion.workers import outcomes
 from datasets.index import LABEL_FOLDERS, MONTAGE, scan
@@ -89,7 +89,14 @@ def main(cfg: Config) -> None:
             asked = "keep" if cfg.window == "keep" else window
             content = describe(in_order(table), dest, cfg.spacing_mm, asked, found.description.about, structures)
             montage(in_order(table), dest, content.get("window"))
-            _say_what_was_done(content, table, found, len(todo), len(problems), dest)
+            samples, _ = scan(dest.parent, dest.name)
+            print(
+                f"{describe_samples(samples)}\n{dest}: {len(todo) - len(problems)} cases converted, "
+                f"{len(sources) - len(todo)} there already, problems: {len(found.problems) + len(problems)}; look at "
+                f"{dest / MONTAGE}"
+            )
+            if content["modality"] == "CT" and not content.get("window"):
+                print("note: CT without --window: training scales each volume by its percentiles, not by HU")
     except PermissionError as error:
         raise UserError(f"dest: {dest} cannot be written ({error.strerror}); choose another folder") from None
     except SystemExit:  # Ctrl-C or SIGTERM, see utils/signals.py
@@ -167,8 +174,6 @@ def _only_run(dest: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for leftover in [*dest.glob(".*.tmp"), *dest.glob("labels/.*.tmp")]:  # of killed runs
-                leftover.unlink(missing_ok=True)
         except BlockingIOError:
             raise UserError(f"dest: another prepare_data.py is writing to {dest}; wait for it") from None
         except OSError:  # a file system without locks
@@ -185,8 +190,7 @@ def _compare(
     sources: Sequence[Source], table: dict[str, Case], dest: Path, options: Options, window: Window
 ) -> tuple[list[Source], list[str]]:
     """(sources that are not there yet as they should be, problems)."""
-    todo, problems, notes = [], [], []
-    ours = {case.id for case in table.values()}
+    todo, problems = [], []
     for source in sources:
         case = table.get(source.name)
         try:
@@ -197,15 +201,8 @@ def _compare(
         shown = not (case and case.is_volume and outside(float(case.minimum), float(case.maximum), window))
         if case and case.key == key and case.is_whole(dest) and shown:
             case.modality, case.patient = source.modality, source.patient
-            continue
-        todo.append(source)
-        if case and case.key != key:
-            notes.append(f"{source.name} or the options have changed, and {case.file} is made again")
-        elif not case and source.id != clean(source.stem):
-            notes.append(f"{source.name} gets the id {source.id}, since {clean(source.stem)} is not unique")
-        if source.id not in ours and (dest / f"{source.id}.npy").exists():
-            notes.append(f"{source.id}.npy is there but not in cases.csv (a killed run's, or yours) and is replaced")
-    _note(notes)
+        else:
+            todo.append(source)
     return todo, problems
 
 
@@ -215,62 +212,34 @@ def _keep(results: Iterable[tuple[str, Case | str]], table: dict[str, Case], des
     saved = time.monotonic()
     try:
         for name, result in results:
-            if isinstance(result, Case):
+            if isinstance(result, str):
+                problems.append(result)
+                tqdm.write(f"problem: {result}", file=sys.stderr)
+            else:
                 old = table.get(name, result)
                 for file in {old.file, old.label} - {result.file, result.label, ""}:
                     (dest / file).unlink(missing_ok=True)  # such as a label map that is gone from the source
                 table[name] = result
-                notes += [f"{name}: {result.notes}"] if result.notes else []
-            else:
-                problems.append(result)
-                tqdm.write(f"problem: {result}", file=sys.stderr)
+                notes += [f"note: {name}: {result.notes}"] if result.notes else []
             if time.monotonic() - saved > SAVE_SECONDS:
                 write_table(table, dest)
                 saved = time.monotonic()
     finally:
         if table:
             write_table(table, dest)
-    _note(notes)
+    more = [f"note: and {len(notes) - 5} more in cases.csv"] if len(notes) > 5 else []
+    print(*notes[:5], *more, sep="\n", end="\n" if notes else "")
     return problems
 
 
 def _say_what_was_found(found: Found, places: Sequence[Path]) -> None:
-    for note in found.notes:
-        print(f"note: {note}", flush=True)
     ignored = ", ".join(f"{count} {suffix}" for suffix, count in sorted(found.ignored.items()) if count > 0)
-    if ignored:
-        print(f"not converted: {ignored}", flush=True)
+    for note in [*(f"note: {note}" for note in found.notes), *([f"not converted: {ignored}"] if ignored else [])]:
+        print(note, flush=True)
     for problem in found.problems:
         print(f"problem: {problem}", file=sys.stderr, flush=True)
     if not found.sources and not found.problems:
         raise UserError(f"source: {places[0]} holds nothing to convert; docs/DATA.md lists the accepted formats")
-
-
-def _say_what_was_done(
-    content: dict[str, Any], table: dict[str, Case], found: Found, todo: int, failed: int, dest: Path
-) -> None:
-    print(describe_samples(scan(dest.parent, dest.name)[0]))
-    print(
-        f"{dest}: {todo - failed} cases converted, {len(found.sources) - todo} there already, "
-        f"problems: {len(found.problems) + failed}; look at {dest / MONTAGE}",
-        flush=True,
-    )
-    gone = [table[name].id for name in table.keys() - {source.name for source in found.sources}]
-    if gone:
-        print(f"note: {len(gone)} cases of earlier runs are not in this source and stay, e.g. {min(gone)}")
-    if content.get("channels"):
-        channels = ", ".join(content["channels"])
-        print(f"note: volumes hold the channels {channels}, of which pre-training reads the first")
-    if content.get("modality") == "CT" and not content.get("window"):
-        print("note: CT without --window: training scales each volume by its percentiles, not by HU")
-
-
-def _note(notes: Sequence[str]) -> None:
-    """A few of many notes; those on cases stand in cases.csv."""
-    for note in notes[:5]:
-        print(f"note: {note}")
-    if len(notes) > 5:
-        print(f"note: and {len(notes) - 5} more like these")
 
 
 if __name__ == "__main__":

@@ -190,10 +190,13 @@ def _read_label(source: Source, volume: Volume, view: Volume, options: Options) 
                 f"{by(view.array.shape[:3])} of {by(view.spacing_mm)} mm; find the label map that belongs to it, or "
                 "remove this one"
             )
-        whole = np.rint(label.array)
-        if label.array.dtype.kind == "f" and np.abs(whole - label.array).max() > 1e-3:
-            raise BadFile("holds numbers that are not whole, so it is not a label map; remove it")
-        return whole.astype(np.result_type(*(np.min_scalar_type(int(end)) for end in (whole.min(), whole.max()))))
+        values = label.array
+        if values.dtype.kind == "f":
+            values = np.rint(values)
+            if np.abs(values - label.array).max() > 1e-3:
+                raise BadFile("holds numbers that are not whole, so it is not a label map; remove it")
+        ends = (np.min_scalar_type(int(end)) for end in (values.min(), values.max()))
+        return values.astype(np.result_type(*ends), copy=False)
     except BadFile as error:
         raise BadFile(f"label {path}: {error}") from None
 

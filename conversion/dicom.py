@@ -153,12 +153,12 @@ def _frames(path: Path, header: Any) -> list[Frame]:
     frames = []
     for i in range(count):
         thickness = [_value(header, i, MEASURES, name) for name in ("SpacingBetweenSlices", "SliceThickness")]
-        names = ("TemporalPositionIdentifier", "EchoNumbers", "AcquisitionNumber", "InstanceNumber")
+        names = ("TemporalPositionIdentifier", "EchoTime", "AcquisitionNumber", "InstanceNumber")
         frames.append(
             Frame(
                 path=path,
                 index=i,
-                number=(*(_number(header.get(name)) for name in names), float(i)),
+                number=(*(float(header.get(name) or 0) for name in names), float(i)),
                 position=needed(i, "PlanePositionSequence", "ImagePositionPatient"),
                 orientation=needed(i, "PlaneOrientationSequence", "ImageOrientationPatient").reshape(2, 3),
                 pixel_spacing=tuple(needed(i, MEASURES, "PixelSpacing").tolist()),
@@ -178,13 +178,6 @@ def _value(header: Any, frame: int, sequence: str, name: str) -> Any:
         if found:
             return found[0].get(name)
     return None
-
-
-def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return 0.0
 
 
 def intensities(path: Path) -> np.ndarray | list[np.ndarray]:
@@ -215,7 +208,6 @@ def intensities(path: Path) -> np.ndarray | list[np.ndarray]:
 def _decoded(path: Path, data: Any) -> np.ndarray:
     """Stored values, [H, W] or [frames, H, W]."""
     import pydicom
-    import SimpleITK
 
     if "TransferSyntaxUID" not in data.file_meta:
         data.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian  # the standard's default
@@ -224,10 +216,13 @@ def _decoded(path: Path, data: Any) -> np.ndarray:
     except (NotImplementedError, RuntimeError, AttributeError):
         if not data.file_meta.TransferSyntaxUID.is_compressed:
             raise
-    # GDCM rescales some kinds of images and not others, so it is given none of the numbers to do it with.
+    import SimpleITK
+
+    # GDCM rescales some kinds of images and not others, and ITK inverts MONOCHROME1: give them nothing to do it with.
     copy = pydicom.dcmread(path, force=True)
     for name in ("RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence", SHARED, PER_FRAME):
         copy.pop(pydicom.datadict.tag_for_keyword(name), None)
+    copy.PhotometricInterpretation = "MONOCHROME2"
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, "slice.dcm")

@@ -184,9 +184,9 @@ def find(
     found = Found()
     listed = _list(places, found)
     if len(places) == 1 and (places[0] / "dataset.json").is_file():
-        about = found.description = read_description(places[0] / "dataset.json")
+        found.description = read_description(places[0] / "dataset.json")
         found.ignored[".json"] -= 1
-        missing = [file for file in about.files if not os.path.exists(file)]
+        missing = [file for file in found.description.files if not os.path.exists(file)]
         found.problems += [f"{file}: is listed in dataset.json but does not exist; copy it" for file in missing]
     plain, dicom, label_files = _sort(listed, images, labels, found)
     names = tuple(preset.images) if preset and len(preset.images) > 1 else found.description.channels
@@ -194,8 +194,13 @@ def find(
     if preset:
         sources = [replace(source, patient=source.text) for source in sources]
     sources += _of_dicom(dicom, found)
-    sources = _described(sources, MODALITIES.get(modality.upper(), modality), channel, found)
-    found.sources = sorted(sources, key=lambda s: os.fsencode(s.name))
+    about, modality = found.description, MODALITIES.get(modality.upper(), modality)
+    for s in sorted(sources, key=lambda s: os.fsencode(s.name)):
+        person = about.patients.get(s.stem) or about.patients.get(NNUNET_CHANNEL.sub("", s.stem)) or s.patient
+        what = modality or about.modality(channel, s.stem) or s.modality
+        found.sources.append(replace(s, modality=what, patient=person))
+    if about.patients and (nameless := [s.stem for s in found.sources if not s.patient]):
+        found.notes.append(f"dataset.json does not name the patients of {len(nameless)} cases, e.g. {nameless[0]}")
     twice = [name for name, count in Counter(s.name for s in sources).items() if count > 1]
     if twice:
         raise UserError(f"source: two of the places hold a {twice[0]}; give the folder above them instead")
@@ -226,8 +231,7 @@ def split_suffix(name: str) -> tuple[str, str]:
 def _list(places: Sequence[Path], found: Found) -> dict[Path, str]:
     """{file: name} of every file that is not hidden."""
     files: dict[Path, str] = {}  # places may overlap
-    for place in places:
-        place = Path(os.path.abspath(place.expanduser()))
+    for place in (Path(os.path.abspath(place.expanduser())) for place in places):
         if not place.exists():
             raise UserError(f"source: {place} does not exist; give files or a folder")
         root = place if place.is_dir() else place.parent
@@ -236,25 +240,23 @@ def _list(places: Sequence[Path], found: Found) -> dict[Path, str]:
             if os.fsencode(name).decode(errors="replace") == name:
                 files.setdefault(file, name)
             else:  # as from archives of other systems
-                shown = os.fsencode(file).decode(errors="backslashreplace")
-                found.problems.append(f"{shown}: has a name that is not UTF-8, which no table can hold; rename it")
+                found.problems.append(f"{os.fsencode(file)!r}: has a name that is not UTF-8; rename it")
     return files
 
 
 def _below(place: Path, found: Found) -> Iterator[Path]:
-    failed: list[OSError] = []
     seen = set()
-    for parent, folders, names in os.walk(place, followlinks=True, onerror=failed.append):
-        real = os.path.realpath(parent)
-        if real in seen:  # a link that leads back up
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
+
+    def failed(error: OSError) -> None:
+        found.problems.append(f"{error.filename}: cannot be listed ({error.strerror}); change its permissions")
+
+    for parent, folders, names in os.walk(place, followlinks=True, onerror=failed):
+        known = os.path.realpath(parent) in seen  # by a link that leads back up
+        seen.add(os.path.realpath(parent))
+        folders[:] = [] if known else sorted(name for name in folders if not name.startswith("."))
+        for name in [] if known else sorted(names):
             if not name.startswith(".") and not (name == MONTAGE and Path(parent) == place):
                 yield Path(parent) / name
-    found.problems += [f"{e.filename}: cannot be listed ({e.strerror}); change its permissions" for e in failed]
 
 
 def _sort(
@@ -307,21 +309,15 @@ def _cases(
     """A source of every file, or of the files of its channels: where there are patterns for these, or `together`."""
     first_channels = {(item.path.parent, item.stem) for item in plain if item.format != "image"}
     groups: dict[tuple[Path, str], list[tuple[int, Source]]] = defaultdict(list)
-    several = False
     for item in plain:
         base, end = item.stem[:-5], NNUNET_CHANNEL.search(item.stem)
         of_nnunet = bool(end) and (item.path.parent, f"{base}_0000") in first_channels
-        several |= of_nnunet and int(end[1]) > 0
         if patterns > 1:
             groups[item.path.parent, item.text].append((item.number, item))
         elif of_nnunet and together:
             groups[item.path.parent, base].append((int(end[1]), item))
         else:
             groups[item.path, item.stem].append((-1, item))
-    if several and not together and patterns == 1:
-        found.notes.append(
-            "nnU-Net's channels (_0000, _0001, ...) become volumes of their own; --channel all keeps them together"
-        )
     count = max([patterns, *(number + 1 for members in groups.values() for number, _ in members)])
     sources = []
     for (_, stem), members in groups.items():
@@ -358,16 +354,8 @@ def _pair(sources: list[Source], label_files: Sequence[Source], by_pattern: bool
             if source.name in labelled:
                 found.problems.append(f"{item.path}: is a second label map of {source.path}; remove one of them")
             labelled[source.name] = item.path
-    bare = [
-        s.path
-        for s in sources
-        if s.name not in labelled and ((label_files and not s.folder.lower().endswith("ts")) or "/imagesTr/" in s.name)
-    ]
-    if bare:
-        found.notes.append(
-            f"{len(bare)} images have no label map ({bare[0]}{', ...' if len(bare) > 1 else ''}); they are converted "
-            "all the same, since pre-training needs none"
-        )
+    if bare := [source.path for source in sources if source.name not in labelled and label_files]:
+        found.notes.append(f"{len(bare)} images have no label map, e.g. {bare[0]}; pre-training needs none")
     return [replace(source, label=labelled.get(source.name)) for source in sources]
 
 
@@ -389,16 +377,3 @@ def _of_dicom(dicom: Sequence[Source], found: Found) -> list[Source]:
         else:
             sources.append(replace(source, format="dicom_image"))
     return sources
-
-
-def _described(sources: list[Source], modality: str, channel: int | str | None, found: Found) -> list[Source]:
-    """With modality and patient, as the user or dataset.json say."""
-    about, people = found.description, found.description.patients
-    named = [people.get(s.stem) or people.get(NNUNET_CHANNEL.sub("", s.stem)) or s.patient for s in sources]
-    missing = [s.stem for s, person in zip(sources, named, strict=True) if not person]
-    if people and missing:
-        found.notes.append(f"dataset.json does not name the patients of {len(missing)} cases, e.g. {missing[0]}")
-    return [
-        replace(s, modality=modality or about.modality(channel, s.stem) or s.modality, patient=person)
-        for s, person in zip(sources, named, strict=True)
-    ]

@@ -39,7 +39,6 @@ from utils import config
 from utils.errors import UserError
 from utils.files import read_csv, write_csv
 
-SAME_NODULE_MM = 10.0  # without annotations: class-1 candidates this close are taken for one nodule
 EXCLUDED_MM = 10.0  # diameter of an excluded finding whose own is not given (-1 in LUNA16's file)
 AIR_HU = -1000.0
 XYZ = ["coordX", "coordY", "coordZ"]  # world millimetres
@@ -51,10 +50,10 @@ class Config:
     """folder with the .mhd files of LUNA16 (subset0 ... subset9)"""
     candidates: str
     """candidates.csv or candidates_V2.csv (seriesuid,coordX,coordY,coordZ,class)"""
+    annotations: str
+    """annotations.csv; a nodule is found by any candidate inside it, and missed where there is none"""
     dest: str
     """data set to write, e.g. Training_Data/LUNA16_crops; a run found here is continued"""
-    annotations: str | None = None
-    """annotations.csv; a nodule is found by any candidate inside it, and missed where there is none"""
     excluded: str | None = None
     """annotations_excluded.csv; candidates on these findings count neither way"""
     crop_mm: PositiveFloat = 40.0
@@ -83,7 +82,8 @@ def main(cfg: Config) -> None:
     if not scans:
         raise UserError(f"source: {cfg.source} has no .mhd files; give the folder of LUNA16's subset0 ... subset9")
     candidates = read_candidates(cfg, scans)
-    nodules = read_nodules(cfg, candidates, scans)
+    nodules = read_places(cfg.annotations, "annotations", "diameter_mm")
+    nodules = nodules[nodules.seriesuid.isin(list(scans))]
     hit = find_nodules(candidates, nodules).map("{:.0f}".format, na_action="ignore")
     if cfg.excluded:
         others = read_places(cfg.excluded, "excluded", "diameter_mm")
@@ -139,21 +139,6 @@ def read_candidates(cfg: Config, scans: Mapping[str, Path]) -> pd.DataFrame:
         if bad.any():
             print(f"left out: {bad.sum()} candidates, as {reason}")
     return places[~absent & ~repeated]
-
-
-def read_nodules(cfg: Config, candidates: pd.DataFrame, scans: Mapping[str, Path]) -> pd.DataFrame:
-    """The annotated nodules of the scans; without annotations, one for class-1 candidates near each other."""
-    if cfg.annotations:
-        nodules = read_places(cfg.annotations, "annotations", "diameter_mm")
-        return nodules[nodules.seriesuid.isin(list(scans))]
-    print(f"without annotations, class-1 candidates within {SAME_NODULE_MM:g} mm count as one nodule")
-    nodules = candidates.assign(diameter_mm=2 * SAME_NODULE_MM)[candidates["class"] == 1]
-    kept = nodules[:0]
-    for line in nodules.index:
-        one = nodules.loc[[line]]
-        if find_nodules(one, kept).isna().all():
-            kept = pd.concat([kept, one])
-    return kept
 
 
 def find_nodules(candidates: pd.DataFrame, nodules: pd.DataFrame) -> pd.Series:

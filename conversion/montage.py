@@ -20,10 +20,9 @@ CAPTION = 12  # pixels
 
 def montage(cases: Sequence[Case], dest: Path, window: Sequence[float] | None) -> None:
     """Slices as training sees them (window or percentiles), label maps as a red tint, with their ids."""
-    picked = cases[:: math.ceil(len(cases) / TILES)]
-    shares = (0.3, 0.5, 0.7) if 3 * len(cases) <= TILES else (0.5,)
-    tiles = [tile for case in picked for tile in _tiles(case, dest, window, shares)]
-    columns = min(12 if len(shares) == 3 else 8, len(tiles))
+    tiles = [tile for case in cases[:: math.ceil(len(cases) / TILES)] for tile in _tiles(case, dest, window)]
+    tiles = tiles[:: math.ceil(len(tiles) / TILES)]
+    columns = min(8, len(tiles))
     sheet = Image.new("RGB", (columns * TILE, math.ceil(len(tiles) / columns) * (TILE + CAPTION)))
     draw = ImageDraw.Draw(sheet)
     for k, (text, tile) in enumerate(tiles):
@@ -34,9 +33,7 @@ def montage(cases: Sequence[Case], dest: Path, window: Sequence[float] | None) -
         sheet.save(temporary, format="PNG")
 
 
-def _tiles(
-    case: Case, dest: Path, window: Sequence[float] | None, shares: Sequence[float]
-) -> Iterator[tuple[str, Image.Image]]:
+def _tiles(case: Case, dest: Path, window: Sequence[float] | None) -> Iterator[tuple[str, Image.Image]]:
     if not case.is_volume:
         grey = read_grey(dest / case.file)
         yield case.id, _tile(grey, None, robust_limits(grey), (1.0, 1.0))
@@ -46,7 +43,7 @@ def _tiles(
     label = np.load(dest / case.label, mmap_mode="r") if case.label else None
     limits = window or robust_limits(volume)
     rows_mm, columns_mm, _ = map(float, (case.spacing_mm or "1 x 1 x 1").split(" x "))
-    for k in (int(share * volume.shape[2]) for share in shares):
+    for k in (int(share * volume.shape[2]) for share in (0.5, 0.3, 0.7)):
         tint = label[:, :, k] > 0 if label is not None else None
         yield f"{case.id} {k}", _tile(volume[:, :, k], tint, limits, (rows_mm, columns_mm))
 

@@ -40,7 +40,7 @@ class Case:
     plane: str = ""
     orientation: str = ""  # sides towards which the row, column and slice index grows
     spacing_mm: str = ""  # rows x columns x slices
-    affine: str = ""  # 12 numbers, see conversion/convert.py
+    affine: str = ""  # 12 numbers, see docs/DATA.md
     shape: str = ""
     dtype: str = ""
     minimum: str = ""

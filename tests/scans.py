@@ -42,7 +42,7 @@ def settings(dest: Path) -> dict[str, Any]:
 
 
 def affine_of(dest: Path) -> np.ndarray:
-    """Read as the docstring of conversion/convert.py tells."""
+    """Read as docs/DATA.md tells."""
     with open(dest / "cases.csv", newline="") as file:
         [case] = csv.DictReader(file)
     return np.vstack([np.array(case["affine"].split(), float).reshape(3, 4), [0, 0, 0, 1]])

@@ -118,34 +118,41 @@ def test_a_multi_frame_file_is_a_series_in_itself(tmp_path):
     np.testing.assert_array_equal(load(convert(tmp_path / "enhanced.dcm", tmp_path / "out")), AXIAL - 10)
 
 
-def test_compressed_slices_are_decoded_by_gdcm_where_pydicom_cannot(tmp_path):
-    folder = write_series(tmp_path / "scan", Modality="MR", RescaleSlope=2, RescaleIntercept=1)
+def compress(file: Path, scratch: Path) -> None:
+    """As lossless JPEG, process 14, which pydicom cannot decode."""
     writer = sitk.ImageFileWriter()
     writer.SetImageIO("GDCMImageIO")
     writer.UseCompressionOn()
-    writer.SetCompressor("JPEG")  # lossless process 14
-    writer.SetFileName(str(tmp_path / "compressed.dcm"))
-    for file in folder.iterdir():
-        data = pydicom.dcmread(file)
-        writer.Execute(sitk.GetImageFromArray(data.pixel_array[None]))
-        compressed = pydicom.dcmread(tmp_path / "compressed.dcm")
-        data.PixelData, data["PixelData"].VR = compressed.PixelData, "OB"
-        data["PixelData"].is_undefined_length = True
-        data.file_meta.TransferSyntaxUID = compressed.file_meta.TransferSyntaxUID
-        assert "JPEG Lossless" in data.file_meta.TransferSyntaxUID.name
-        data.save_as(file)
-    np.testing.assert_array_equal(load(convert(folder, tmp_path / "out")), AXIAL * 2 + 1)
+    writer.SetCompressor("JPEG")
+    writer.SetFileName(str(scratch))
+    data = pydicom.dcmread(file)
+    writer.Execute(sitk.GetImageFromArray(data.pixel_array[None]))
+    compressed = pydicom.dcmread(scratch)
+    data.PixelData, data["PixelData"].VR = compressed.PixelData, "OB"
+    data["PixelData"].is_undefined_length = True
+    data.file_meta.TransferSyntaxUID = compressed.file_meta.TransferSyntaxUID
+    assert "JPEG Lossless" in data.file_meta.TransferSyntaxUID.name
+    data.save_as(file)
 
 
-def test_radiographs_become_grey_images_dark_where_they_are_shown_dark(tmp_path):
+@pytest.mark.parametrize("polarity", ["MONOCHROME1", "MONOCHROME2"])
+def test_whoever_decodes_rescales_once_and_inverts_radiographs_once(polarity, tmp_path):
+    folder = write_series(
+        tmp_path / "scan", Modality="MR", RescaleSlope=2, RescaleIntercept=1, PhotometricInterpretation=polarity
+    )
     pixels = np.arange(12 * 16, dtype=np.uint16).reshape(12, 16) * 20
-    (tmp_path / "in").mkdir()
-    for name, interpretation in (("plain", "MONOCHROME2"), ("inverted", "MONOCHROME1")):
-        data = dicom_slice(pixels, Modality="DX", PhotometricInterpretation=interpretation)
-        data.save_as(tmp_path / f"in/{name}.dicom", enforce_file_format=True)
-    dest = convert(tmp_path / "in", tmp_path / "tree/xray")
-    np.testing.assert_array_equal(np.asarray(Image.open(dest / "plain.png")), pixels)
-    np.testing.assert_array_equal(np.asarray(Image.open(dest / "inverted.png")), pixels.max() - pixels)
+    (tmp_path / "films").mkdir()
+    for name in ("plain", "compressed"):
+        film = dicom_slice(pixels, Modality="DX", PhotometricInterpretation=polarity)
+        film.save_as(tmp_path / f"films/{name}.dcm", enforce_file_format=True)
+    np.testing.assert_array_equal(load(convert(folder, tmp_path / "plain")), AXIAL * 2 + 1)
+    for file in [*folder.iterdir(), tmp_path / "films/compressed.dcm"]:
+        compress(file, tmp_path / "scratch.dcm")
+    np.testing.assert_array_equal(load(convert(folder, tmp_path / "out")), AXIAL * 2 + 1)
+    dest = convert(tmp_path / "films", tmp_path / "tree/films")
+    expected = pixels if polarity == "MONOCHROME2" else pixels.max() - pixels  # dark where it is shown dark
+    for name in ("plain", "compressed"):
+        np.testing.assert_array_equal(np.asarray(Image.open(dest / f"{name}.png")), expected)
     assert {s.kind for s in scan(tmp_path / "tree")[0]} == {"image"}
 
 

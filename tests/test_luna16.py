@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -47,59 +46,41 @@ def luna(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def prepare(luna: Path, out: Path, **changes: Any) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """The lines of labels.csv and nodules.csv."""
-    chosen = {"candidates": str(luna / "candidates.csv"), "crop_mm": 16.0, "crop_size": 32, "crop_slices": 4}
+def prepare(luna: Path, out: Path, **changes: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """labels.csv and nodules.csv."""
+    chosen = {
+        "candidates": str(luna / "candidates.csv"),
+        "annotations": str(luna / "annotations.csv"),
+        "crop_mm": 16.0,
+        "crop_size": 32,
+        "crop_slices": 4,
+    }
     main(Config(source=str(luna), dest=str(out), **(chosen | {"negatives": 3, "workers": 1} | changes)))
-    tables = []
-    for name in ("labels.csv", "nodules.csv"):
-        with open(out / name, newline="") as file:
-            tables.append(list(csv.DictReader(file)))
-    return tables[0], tables[1]
+    return tuple(pd.read_csv(out / f"{name}.csv", dtype=str, na_filter=False) for name in ("labels", "nodules"))
 
 
 def test_crops_are_a_prepared_tree_with_what_froc_needs(luna, tmp_path):
-    excluded = tmp_path / "excluded.csv"
-    excluded.write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\n1.2.0,-96.5,24,-292,-1\n")
-    labels, nodules = prepare(
-        luna, tmp_path / "tree/crops", annotations=str(luna / "annotations.csv"), excluded=str(excluded)
-    )
-    assert [row["nodule"] for row in labels] == [
-        "0",
-        "0",
-        "excluded",
-        *[""] * 4,
-        "2",
-        "2",
-        *[""] * 5,
-        "4",
-        "4",
-        *[""] * 5,
-    ]
-    assert nodules == [{"series": f"1.2.{k // 2}", "nodule": str(k)} for k in range(6)]
-    assert labels[0] == {"case": "1.2.0/2", "label": "nodule", "patient": "1.2.0", "series": "1.2.0", "nodule": "0"} | {
-        "test_only": "0"
-    }
-    assert [sum(row["test_only"] == "1" for row in labels if row["series"] == f"1.2.{s}") for s in range(3)] == [2] * 3
-    assert all(row["label"] == "no nodule" for row in labels if row["test_only"] == "1")
+    (tmp_path / "excluded.csv").write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\n1.2.0,-96.5,24,-292,-1\n")
+    labels, nodules = prepare(luna, tmp_path / "tree/crops", excluded=str(tmp_path / "excluded.csv"))
+    assert ",".join(labels.nodule) == "0,0,excluded,,,,,2,2,,,,,,4,4,,,,,"
+    assert nodules.to_numpy().tolist() == [[f"1.2.{k // 2}", str(k)] for k in range(6)]
+    assert labels.iloc[0].tolist() == ["1.2.0/2", "nodule", "1.2.0", "1.2.0", "0", "0"]
+    late = labels[labels.test_only == "1"]
+    assert (set(late.label), late.series.value_counts().tolist()) == ({"no nodule"}, [2, 2, 2])
     samples, _ = scan(tmp_path / "tree")
-    assert sorted(s.name for s in samples) == sorted(f"crops/{row['case']}.npy" for row in labels)
+    assert sorted(s.name for s in samples) == sorted(f"crops/{case}.npy" for case in labels.case)
     assert {(s.height, s.width, s.slices, s.dtype, s.window) for s in samples} == {(32, 32, 4, "int16", (-1000, 400))}
     ball = np.load(tmp_path / "tree/crops/1.2.1/9.npy")
-    assert ball[16, 16, 2] == 100
-    assert ball[0, 0, 0] == -800
-    about = yaml.safe_load((tmp_path / "tree/crops/dataset.yaml").read_text())
-    assert about["spacing_mm"] == [0.5, 0.5, 4.0]
+    assert (ball[16, 16, 2], ball[0, 0, 0]) == (100, -800)
+    assert yaml.safe_load((tmp_path / "tree/crops/dataset.yaml").read_text())["spacing_mm"] == [0.5, 0.5, 4.0]
 
 
 def test_the_same_again_cuts_nothing_and_other_options_are_refused(luna, tmp_path):
-    first, nodules = prepare(luna, tmp_path / "out")
-    assert [row["nodule"] for row in first[:3]] == ["0", "0", ""]  # grouped: the two candidates are 3 mm apart
-    assert len(nodules) == 3
+    prepare(luna, tmp_path / "out")
     before = (tmp_path / "out/1.2.0/2.npy").stat().st_mtime_ns
     again, _ = prepare(luna, tmp_path / "out", negatives=0, window=[-900.0, 0.0])
     assert (tmp_path / "out/1.2.0/2.npy").stat().st_mtime_ns == before
-    assert {row["test_only"] for row in again} == {"0"}
+    assert set(again.test_only) == {"0"}
     with pytest.raises(UserError, match=r"^dest: .* crops of other options"):
         prepare(luna, tmp_path / "out", crop_mm=20.0)
 
