@@ -19,6 +19,7 @@ import pytest
 import tiny
 import yaml
 from PIL import Image
+from test_compare import Fake
 
 from downstream import compare, jobs
 from experiments import data as layout
@@ -59,9 +60,9 @@ def test_files_become_jobs_seed_by_seed(tmp_path: Path) -> None:
     titles = ["flat", "joint, seed 3", "no_intra, seed 3", *cells[0], "joint, seed 4", "no_intra, seed 4", *cells[1]]
     assert [job.title for job in plan.jobs] == [*titles, "b: joint, 2 labelled, seed 0"]
     flat, changed = plan.recipes["flat"][0], plan.recipes["no_intra"][1]
-    assert flat.options == {"arch": "resnet18", "epochs": 15}  # of the defaults, those that the script has
+    assert flat.chosen == {"arch": "resnet18", "epochs": 15}  # of the defaults, those that the script has
     base = {"arch": "resnet18", "target_shape": [8, 32, 32], "epochs": 20}
-    assert changed.options == base | {"lambda_intra": 0, "seed": 4}
+    assert changed.chosen == base | {"lambda_intra": 0, "seed": 4}
     assert changed.start == {"resnet_pretrained": flat, "trans_pretrained": "none"}
     cell = plan.comparisons["a"].cells[-1]
     assert (cell.config.weights, cell.metric) == (str(changed.weights), "accuracy")
@@ -74,7 +75,7 @@ def test_files_become_jobs_seed_by_seed(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ({"pretraining": {}}, "must be a mapping with none but defaults, recipes"),
-        ({"recipes": {"x": {"like": "y"}}}, "x: like: no entry before it is called 'y'"),
+        ({"recipes": {"x": {"like": "y"}}}, "x: must be a mapping, and `like`, if given"),
         ({"recipes": {"x": {"script": "ssl_swav2D"}}, "comparisons": {"x": {}}}, "x is described twice"),
         ({"comparisons": {"x": {"task": "detect", "initialisations": ["y.pth"]}}}, r"x: weights: y\.pth: no such file"),
     ],
@@ -97,35 +98,41 @@ def test_the_page_of_results_is_what_its_records_say(tmp_path: Path, monkeypatch
     pd.testing.assert_frame_equal(again, ours)
 
 
-TRAINING = """
-import pathlib, signal, sys, time
-here = pathlib.Path(sys.argv[2]).parent
-signal.signal(signal.SIGTERM, lambda *_: (here / "saved").touch() or sys.exit(143))
-while not (here / "saved").exists():
-    print("training", flush=True)
-    time.sleep(0.05)
-(here / "metrics.csv").write_text("epoch,loss,seconds\\n0,2,50\\n1,1,100\\n")
+SLOW = """
+import dataclasses, pathlib, time
+@dataclasses.dataclass
+class Config:
+    folder: str
+def main(cfg):
+    saved = pathlib.Path(cfg.folder) / "saved"
+    try:
+        while not saved.exists():
+            print("training", flush=True)
+            time.sleep(0.05)
+    finally:
+        saved.touch()
 """
 
 
-def test_a_pre_training_that_is_stopped_saves_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A signal for this process in the middle of a script, in whose place is one that ends only when it has saved."""
-    (tmp_path / "ssl_swav2D.py").write_text(TRAINING)
-    monkeypatch.setattr(jobs, "ROOT", tmp_path)
-    (run,) = jobs.read_recipes({"flat": {"script": "ssl_swav2D"}}, tmp_path / "recipes")["flat"]
+@pytest.mark.slow
+def test_what_is_stopped_saves_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal for this process in the middle of a script that ends only when it has saved."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    monkeypatch.syspath_prepend(tmp_path)
+    job = Fake("slow", tmp_path, script="slow", folder=str(tmp_path))
 
     def stop() -> None:
-        while not (run.folder / "log.txt").is_file() or not (run.folder / "log.txt").read_text():
+        while not (job.folder / "log.txt").is_file() or not (job.folder / "log.txt").read_text():
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop, daemon=True).start()
     with pytest.raises(SystemExit) as stopped, signals.handled():
-        jobs.run_jobs([run], tmp_path / "progress.txt")
+        jobs.run_jobs([job], tmp_path / "progress.txt")
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert run.record is None
-    assert jobs.run_jobs([run], tmp_path / "progress.txt") == []
-    assert (run.record["seconds"], run.record["last"]["loss"]) == (150, 1)
+    assert job.record is None
+    assert jobs.run_jobs([job], tmp_path / "progress.txt") == []
+    assert job.record
 
 
 @pytest.mark.slow
@@ -148,14 +155,14 @@ def test_from_a_file_to_a_page(data: Path, tmp_path: Path) -> None:
 
     summarise.main(written)
     plan = read_plan(common["experiments"], out)
-    value = {cell.initialisation: cell.record["metrics"]["accuracy"] for cell in plan.cells}
+    value = {cell.initialisation: cell.record["metrics"]["accuracy"] for cell in plan.comparisons["kind"].cells}
     text = page.read_text()
     assert f"| 2D | {value['2D']:.3f} ± nan |" in text
     assert f"| 2D - random | {value['2D'] - value['random']:+.3f} [" in text
     assert (page.parent / "results" / "comparisons.png").is_file()
     losses = pd.read_csv(page.parent / "results" / "recipes.csv").loss.tolist()
     assert losses == [plan.recipes["flat"][0].record["last"]["loss"]]
-    plan.cells[0].folder.rename(out / "gone")
+    plan.jobs[-1].folder.rename(out / "gone")
     with pytest.raises(UserError, match="kind: 1 of 2 cells are finished"):
         summarise.main(written)
     shutil.rmtree(out)
