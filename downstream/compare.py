@@ -62,8 +62,8 @@ class Config:
 
 
 @dataclass(eq=False)
-class Cell:
-    """One run of the task, a `jobs.Job`."""
+class Cell(jobs.Job):
+    """One run of the task."""
 
     task: ModuleType  # of downstream
     initialisation: str  # its name in tables
@@ -96,9 +96,6 @@ class Cell:
             return None
         found = read_results(self.folder)
         return found | {"metrics": dict(_flat(found["metrics"]))}
-
-    def finish(self) -> None:
-        """The task has written all."""
 
 
 def run(cfg: Config) -> dict[str, Any]:
@@ -260,7 +257,7 @@ def _initialisations(
 ) -> dict[str, str | Sequence[Pretraining]]:
     """Name in tables -> weights or the runs of a recipe; files exist, and all have the same network."""
     found: dict[str, Any] = {}
-    networks: dict[str, str] = {}
+    networks = set()
     arch = cfg.options.get("arch")
     for entry in cfg.initialisations:
         name, _, given = entry.partition("=")
@@ -276,12 +273,11 @@ def _initialisations(
                 print(f"left out: {error}")
                 continue
         found[name] = recipes.get(weights, weights)
-        networks[name] = arch or recipes[weights][0].arch if weights in recipes else choose_arch(weights, arch)
+        networks.add(arch or recipes[weights][0].arch if weights in recipes else choose_arch(weights, arch))
     if not found:
         raise UserError("initialisations: none is left; give random, files of weights or recipes")
-    if len(set(networks.values())) > 1:
-        listed = ", ".join(f"{name} {network}" for name, network in networks.items())
-        raise UserError(f"initialisations: {listed} are different networks; name one with --options.arch")
+    if len(networks) > 1:
+        raise UserError(f"initialisations: {', '.join(sorted(networks))} differ; name one with --options.arch")
     return found
 
 

