@@ -32,8 +32,8 @@ import torchvision
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from benchmarks import plain, timing
-from benchmarks.training import Updates, split, training_of, write_volumes
+from benchmarks import common, plain
+from benchmarks.common import Updates, split, training_of, write_volumes
 from datasets.embeddings import EmbeddingLoader
 from training.train import Training
 from utils import config as options
@@ -47,7 +47,7 @@ Sizes = list[tuple[int, list[int]]]  # number, height and width of images
 
 
 @dataclass
-class Config(timing.Options):
+class Config(common.Options):
     parts: tuple[Literal[PARTS], ...] = PARTS
     """what to measure"""
     arch: str = "resnet50"
@@ -74,16 +74,16 @@ class Config(timing.Options):
 
 def main(cfg: Config) -> None:
     run = distributed.start(cfg.device)
-    cfg.precisions = cfg.precisions or timing.formats(run.device)
+    cfg.precisions = cfg.precisions or common.formats(run.device)
     results: dict[str, Any] = {"arch": cfg.arch, "view": list(cfg.target_shape), "compile": cfg.compile}
     with tempfile.TemporaryDirectory(prefix="benchmark_step_") as folder:
         data = Path(distributed.broadcast_object(folder, 0), "data")
         distributed.on_main(lambda: write_volumes(data, (160, 160, 72), cfg.volumes))
         for part in cfg.parts:
-            timing.say(f"\n{part}, {timing.device_name(run.device)}, {run.world_size} process(es)")
+            common.say(f"\n{part}, {common.device_name(run.device)}, {run.world_size} process(es)")
             results[part] = {"stage3": stage3, "stage2": stage2, "stage1": stage1}[part](data, cfg, run)
         distributed.everywhere(lambda: None)  # no process goes before the others, and the volumes with the first
-    timing.write(results, run.device)
+    common.write(results, run.device)
     distributed.stop()
 
 
@@ -127,7 +127,7 @@ def stage2(data: Path, cfg: Config, run: Run) -> dict[str, Any]:
         from_disk = training_on(2, data, cfg, run, precision=precision, cached_views=1)
         work[f"cached {precision}"] = Updates(cached(from_disk))
     pairs = [("reference", name) for name in work if name != "reference"] if cfg.reference else []
-    return timing.compare(work, cfg.repeats, device=run.device, pairs=pairs)
+    return common.compare(work, cfg.repeats, device=run.device, pairs=pairs)
 
 
 def cached(training: Training) -> Training:
@@ -151,15 +151,15 @@ def compare(
     if reference:
         pairs += [("reference", ours) for ours, _ in pairs]
         work["reference"] = reference
-    result = {"images": sizes, **timing.compare(work, cfg.repeats, device=device, pairs=pairs)}
+    result = {"images": sizes, **common.compare(work, cfg.repeats, device=device, pairs=pairs)}
     result["split"] = {f"ours {of}": split(work[f"ours {of}"], cfg.repeats, device) for of in cfg.precisions}
     for name, parts in result["split"].items():
-        timing.say(f"  {name}: " + ", ".join(f"{part} {share:.1%}" for part, share in parts.items()))
+        common.say(f"  {name}: " + ", ".join(f"{part} {share:.1%}" for part, share in parts.items()))
     for precision in cfg.precisions:
         recomputing = Updates(training_on(stage, data, cfg, run, precision=precision, recompute=True))
         recomputing()  # the first has no momenta of one before
         work[f"recompute {precision}"] = recomputing
-    return result | {"added_gib": timing.added_gib(work, device)}
+    return result | {"added_gib": common.added_gib(work, device)}
 
 
 def bare_resnet(cfg: Config, sizes: Sizes, precision: str, device: torch.device) -> Callable[[], None]:

@@ -31,7 +31,6 @@ import torch
 from downstream.encoders import content_of
 from training.scripts import load
 from utils import config
-from utils.config import commit
 from utils.errors import UserError
 from utils.files import write_json, write_text
 
@@ -175,7 +174,7 @@ class Pretraining:
         metrics = pd.read_csv(self.folder / "metrics.csv")
         found = {"recipe": self.group, "seed": self.seed, "script": self.script, "options": told}
         found |= {"seconds": round(float(metrics.seconds.sum()), 1), "last": metrics.iloc[-1].to_dict()}
-        found |= {"commit": commit(), "torch": torch.__version__}
+        found |= {"commit": config.commit(), "torch": torch.__version__}
         write_json(found, self.folder / "recipe.json")
         return f"loss {found['last']['loss']:.3f}"
 

@@ -46,6 +46,11 @@ class Pair:
         """Slices, rows, columns."""
         return self.image.slices, self.image.height, self.image.width
 
+    @property
+    def channels(self) -> int:
+        """Of the image."""
+        return len(self.image.channel_names) or 1
+
 
 def number_classes(structures: Mapping[str, Sequence[int]]) -> dict[int, int]:
     """Classes 0, 1, ... of the label values: values that belong to the same structures share one; in none: class 0.
@@ -110,7 +115,7 @@ class LabelledVolumes:
                 mm = list(map(float, spacing or (1, 1, 1)))
                 mm.insert(0, mm.pop(image.slice_axis))
                 self.pairs.append(Pair(case, people.get(case, case), image, labels[case], tuple(mm), written))
-        if len({pair.image.channels for pair in self.pairs}) > 1:
+        if len({pair.channels for pair in self.pairs}) > 1:
             problems.append(f"{root}: some volumes have more channels than others; keep those of one kind")
         if problems:
             raise bad_files(problems, f"data_path {root}")

@@ -118,7 +118,7 @@ class Segmentation(task.Task):
         self.loss_of = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
 
     def build(self) -> SliceUNet:
-        cfg, channels = self.cfg, self.data.pairs[0].image.channels
+        cfg, channels = self.cfg, self.data.pairs[0].channels
         arch = choose_arch(cfg.weights, cfg.arch)
         if arch not in ARCHITECTURES:
             raise UserError(f"weights: {cfg.weights} is a {arch}; the U-Net takes {', '.join(ARCHITECTURES)}")
@@ -149,7 +149,7 @@ class Segmentation(task.Task):
         h, w = content_size(height, width, size)
         top, left = (size - h) // 2, (size - w) // 2
         content = slice(top, top + h), slice(left, left + w)
-        images = torch.zeros(depth, pair.image.channels, size, size, dtype=torch.float16)
+        images = torch.zeros(depth, pair.channels, size, size, dtype=torch.float16)
         for channel, limits in enumerate(intensity_limits(pair)):
             for place, pixels in enumerate(read_image(pair)[channel]):
                 images[place, channel, content[0], content[1]] = grey(pixels, *limits, (h, w))

@@ -29,7 +29,6 @@ from downstream.metrics import format_metrics
 from downstream.splits import Split, choose_labelled, draw_split, write_split
 from training.resume import explained
 from utils import checkpoint, config, distributed, signals
-from utils.config import commit
 from utils.errors import UserError
 from utils.files import write_csv, write_json
 from utils.optim import WarmupCosine, parameter_groups
@@ -235,7 +234,7 @@ class Course:
             **trained,
             **outcome.about,
             "seconds": round(self.seconds(), 1),
-            "commit": commit(),
+            "commit": config.commit(),
             "torch": torch.__version__,
             "config": config.to_dict(cfg),
             "settings": self.settings,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention, data, kmeans, step, timing
+from benchmarks import attention, common, data, kmeans, step
 from utils import config as options
 from utils.distributed import Run
 
@@ -25,21 +25,21 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_pieces_take_turns_and_ratios_are_those_of_neighbours(monkeypatch):
     order = []
-    timing.measure({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2)
+    common.measure({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2)
     assert "".join(order) == "ab" + "abab"
     ticks = iter([0, 2, 2, 3, 3, 12, 12, 15, 15, 19, 19, 23])  # slow takes 2, 9, 4 s, fast 1, 3, 4
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(common.time, "perf_counter", lambda: next(ticks))
     nothing = {name: lambda: None for name in ("slow", "fast")}
-    found = timing.compare(nothing, 3, warmup=0, pairs=[("slow", "fast")])
+    found = common.compare(nothing, 3, warmup=0, pairs=[("slow", "fast")])
     assert found["slow over fast"] == 2.0  # of 2, 3 and 1
     assert found["slow"] == {"median_s": 4.0, "iqr_s": 3.5, "repeats": 3}
 
 
 def test_other_commands_do_not_replace_a_result_and_the_same_one_does(tmp_path, monkeypatch):
-    monkeypatch.setattr(timing, "RESULTS", tmp_path)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
     for words, value in ((["step"], 1), (["step", "--compile", "true"], 2), (["step"], 3)):
         monkeypatch.setattr(sys, "argv", [f"/somewhere/benchmarks/{words[0]}.py", *words[1:]])
-        timing.write({"value": value})
+        common.write({"value": value})
     (file,) = tmp_path.iterdir()
     written = json.loads(file.read_text())
     assert {name: entry["results"]["value"] for name, entry in written.items()} == {"step --compile true": 2, "step": 3}
@@ -57,7 +57,7 @@ def test_other_commands_do_not_replace_a_result_and_the_same_one_does(tmp_path, 
     ],
 )
 def test_a_benchmark_runs_and_writes_its_results(module, changes, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(timing, "RESULTS", tmp_path)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(data, "RAW", {"24 x 24 x 8 int16": ((24, 24, 8), "int16")})
     module.main(module.Config(**changes, device="cpu", repeats=1))
     (file,) = tmp_path.iterdir()

@@ -129,7 +129,8 @@ def test_dicom_images_are_read_as_they_are_shown_and_as_png_would_be(tmp_path):
     data.save_as(tmp_path / "a.dicom")
     stored = data.pixel_array.astype(int)
     Image.fromarray((stored - stored.min()).astype(np.uint16)).save(tmp_path / "c.png")
-    data.PhotometricInterpretation = "MONOCHROME1"
+    data.PhotometricInterpretation, data.Modality = "MONOCHROME1", "DX"  # a radiograph
+    del data.ImagePositionPatient, data.ImageOrientationPatient
     data.PixelData = (stored.max() + stored.min() - stored).astype(np.int16).tobytes()
     data.save_as(tmp_path / "b.dcm")
     rows = [(name, "Mass", 5, "R1", 6, 4, 60, 40) for name in "abc"]

@@ -190,6 +190,7 @@ def write_source(source: Path) -> None:
     (source / "chest_xray" / "labels.csv").write_text("\n".join(rows) + "\n")
 
 
+@pytest.mark.slow
 def test_data_are_laid_out_once_without_tested_patients(tmp_path: Path) -> None:
     dest = tmp_path / "data"
     write_source(tmp_path / "source")

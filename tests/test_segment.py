@@ -80,7 +80,7 @@ def test_what_prepare_data_writes_is_read_in_slice_order(tmp_path):
     data = LabelledVolumes(tmp_path / "data")
     [pair] = data.pairs
     assert data.structures == {"whole tumour": [1, 2, 4], "tumour core": [1, 4], "enhancing tumour": [4]}
-    assert (pair.shape, pair.image.channels, pair.spacing_mm) == ((9, 10, 12), 4, (2.0, 1.0, 1.5))
+    assert (pair.shape, pair.channels, pair.spacing_mm) == ((9, 10, 12), 4, (2.0, 1.0, 1.5))
     values = np.array([0, 1, 2, 4])[read_label(pair, data.classes)]  # classes are numbered in the order of the values
     for number, image in enumerate(read_image(pair), start=1):
         np.testing.assert_array_equal(image, values + 10 * number)
