@@ -11,7 +11,7 @@ the balanced accuracy over structures (0.5 is chance), for each initialisation o
 
 from __future__ import annotations
 
-import csv
+import itertools
 import os
 import shutil
 import subprocess
@@ -21,8 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
-import torch.nn.functional as F
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from conversion.phantoms import ANATOMIES, STRUCTURES, phantom
@@ -32,6 +34,7 @@ from utils import config as options
 
 Cases = tuple[Tensor, np.ndarray]  # images [N, D, H, W] in 0..1, which structures each slice shows [N, D, structures]
 ARCH, SHAPE = "resnet18", (32, 40, 40)  # slices, height, width
+LABELLED, UNLABELLED = 10, 20  # phantoms of each anatomy whose label maps the vote may use, and that it is tested on
 IMAGES = "--size_crops [40] --nmb_crops [2] --min_scale_crops [0.25] --max_scale_crops [1.0] --slices_per_volume 16 "
 IMAGES += "--batch_size 64 --epochs 10 --base_lr 2"
 VOLUMES = "--target_shape [32,40,40] --d_model 128 --batch_size 5 --epochs 6"
@@ -51,46 +54,37 @@ class Config:
     """data sets to train on"""
     dump_path: str = "runs/demo"
     """folder of everything that the demo writes; emptied at the start"""
-    labelled: int = 10
-    """phantoms of each anatomy whose label maps the vote may use"""
-    unlabelled: int = 20
-    """phantoms of each anatomy that the vote is tested on"""
 
 
 def main(cfg: Config) -> None:
     started, folder = time.monotonic(), Path(cfg.dump_path)
     shutil.rmtree(folder, ignore_errors=True)
-    rows = [("random initialisation", [resnet_of(None, seed) for seed in range(3)], "-")]
+    networks = {"random, mean of 3": [resnet_of(None, seed) for seed in range(3)]}
     for script, args, name, file in RUNS:
-        seconds = train(script, f"{args} --warmup_epochs 1".split(), cfg)
+        train(script, f"{args} --warmup_epochs 1".split(), cfg)
         if name:
-            rows.append((name, [resnet_of(folder / "weights" / file)], f"{seconds:.0f} s"))
+            networks[name] = [resnet_of(folder / "weights" / file)]
     print("\n=== which structures does a slice show? k-NN on frozen features", flush=True)
-    held_out = [cases(anatomy, cfg.labelled + cfg.unlabelled) for anatomy in ANATOMIES]
-    print(f"\n{'frozen ResNet':28s}" + "".join(f"{a:>9s}" for a in (*ANATOMIES, "mean")) + f"{'training':>11s}")
-    for name, resnets, took in rows:
-        scores = np.mean([[score(resnet, *drawn, cfg.labelled) for drawn in held_out] for resnet in resnets], axis=0)
-        print(f"{name:28s}" + "".join(f"{s:9.3f}" for s in (*scores, scores.mean())) + f"{took:>11s}", flush=True)
-    labelled = f"{cfg.labelled} labelled, {cfg.unlabelled} test phantoms of each anatomy"
-    print(f"balanced accuracy; {labelled}; random: 3 seeds\n")
+    held_out = {anatomy: cases(anatomy, LABELLED + UNLABELLED) for anatomy in ANATOMIES}
+    table = pd.DataFrame(index=list(networks), columns=list(held_out), dtype=float)
+    for name, anatomy in itertools.product(networks, held_out):
+        table.loc[name, anatomy] = np.mean([score(net, *held_out[anatomy]) for net in networks[name]])
+    print(f"\n{table.assign(mean=table.mean(axis=1)).round(3).to_string()}")
+    print(f"balanced accuracy; {LABELLED} labelled, {UNLABELLED} test phantoms of each anatomy\n")
     for script in ("mask_swav", "mask_deepcluster"):
-        with open(folder / script / "metrics.csv", newline="") as file:
-            last = list(csv.DictReader(file))[-1]
-        loss, guess = float(last["loss"]), float(last["interpolation"])
-        print(f"{script}: error {loss:.3f} on masked slices; interpolation between neighbours {guess:.3f}")
+        last = pd.read_csv(folder / script / "metrics.csv").iloc[-1]
+        print(f"{script}: error {last.loss:.3f} on masked slices; interpolation of neighbours {last.interpolation:.3f}")
     minutes = (time.monotonic() - started) / 60
     print(f"\nweights  {folder}/weights\nlogs     {folder}/*/metrics.csv\ntook     {minutes:.1f} min")
 
 
-def train(script: str, args: list[str], cfg: Config) -> float:
-    """Run a script in a process of its own; returns the seconds that it took."""
-    began = time.monotonic()
+def train(script: str, args: list[str], cfg: Config) -> None:
+    """Run a script in a process of its own."""
     print(f"\n=== {script}.py {' '.join(args)}", flush=True)
     args = [*args, "--arch", ARCH, "--workers", "0", "--data_path", cfg.data_path]
     args += ["--dump_path", f"{cfg.dump_path}/{script}", "--pretrained_path", f"{cfg.dump_path}/weights"]
     if code := subprocess.run([sys.executable, f"{script}.py", *args]).returncode:
         raise SystemExit(f"demo stopped: {script}.py failed with exit code {code}")
-    return time.monotonic() - began
 
 
 def cases(anatomy: str, count: int) -> Cases:
@@ -118,15 +112,13 @@ def resnet_of(path: Path | None, seed: int = 0) -> GreyResNet:
 
 
 @torch.no_grad()
-def score(resnet: GreyResNet, images: Tensor, shown: np.ndarray, labelled: int, k: int = 5) -> float:
+def score(resnet: GreyResNet, images: Tensor, shown: np.ndarray, k: int = 5) -> float:
     """Balanced accuracy over structures of a k-NN vote (cosine) from the slices of the labelled cases."""
-    features = torch.stack([F.normalize(pooled(resnet(case.unsqueeze(1))), dim=1) for case in images])  # [N, D, C]
-    bank, queries = features[:labelled].flatten(0, 1), features[labelled:].flatten(0, 1)
-    known, truth = (shown[part].reshape(-1, shown.shape[-1]) for part in (slice(labelled), slice(labelled, None)))
-    nearest = (queries @ bank.T).topk(k, dim=1).indices.numpy()
-    voted = known[nearest].mean(axis=1) > 0.5
-    per_structure = [(voted[t, s].mean() + (~voted[~t, s]).mean()) / 2 for s, t in enumerate(truth.T)]
-    return float(np.mean(per_structure))
+    features = torch.cat([pooled(resnet(case.unsqueeze(1))) for case in images])  # [N * D, C]
+    truth, known = shown.reshape(len(features), -1), LABELLED * shown.shape[1]
+    voted = KNeighborsClassifier(k, metric="cosine").fit(features[:known], truth[:known]).predict(features[known:])
+    parts = zip(truth[known:].T, voted.T, strict=True)
+    return float(np.mean([balanced_accuracy_score(*of_structure) for of_structure in parts]))
 
 
 if __name__ == "__main__":

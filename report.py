@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+import pandas as pd
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from plotly.offline import get_plotlyjs
 
-from datasets.index import fingerprint
+from datasets.index import describe, fingerprint
 from reporting import embed, figures, page, views
 from reporting.embed import Level, MapMethod, Network
 from reporting.runs import STAGES, RunFolder, read_runs, read_tables
@@ -75,7 +76,7 @@ def main(cfg: Config) -> None:
         shown.append(about_run(run, cfg, thumbs))
         for note in run.notes:
             print(f"  note: {note}", flush=True)
-    same_data: dict[tuple[Any, ...], list[str]] = {}  # rows of the table -> the runs that have these data
+    same_data: dict[str, list[str]] = {}  # table of the data -> the runs that have these
     for about in shown:
         same_data.setdefault(about["data"], []).append(about["name"])
     page.render(
@@ -85,7 +86,7 @@ def main(cfg: Config) -> None:
         made=datetime.now().astimezone(),
         runs=shown,
         options=compare_options(runs),
-        data={", ".join(names): rows for rows, names in same_data.items() if rows},
+        data={", ".join(names): table for table, names in same_data.items() if table},
         curves=figures.curves(runs),
         tables=tables,
         stages=STAGES,
@@ -98,7 +99,7 @@ def main(cfg: Config) -> None:
 
 def about_run(run: RunFolder, cfg: Config, thumbs: page.Thumbnails) -> dict[str, Any]:
     """All that the page shows of one run. What cannot be shown is said in `run.notes`."""
-    about = vars(run) | dict.fromkeys(("data", "levels", "neighbours", "attention", "masked"), ())
+    about = vars(run) | dict.fromkeys(("data", "datasets", "levels", "neighbours", "attention", "masked"), ())
     about["last"] = run.metrics.iloc[-1].to_dict() if len(run.metrics) else {}
     try:
         loader = embed.open_data(run, cfg.data_path, cfg.cache_path, cfg.workers)
@@ -106,15 +107,14 @@ def about_run(run: RunFolder, cfg: Config, thumbs: page.Thumbnails) -> dict[str,
         run.notes.append(f"The data cannot be read, so there are no pictures: {error}")
         return about
     samples = loader.dataset.samples
-    about["data"] = embed.data_of(samples)
+    about["data"], about["datasets"] = describe(samples), list(dict.fromkeys(sample.dataset for sample in samples))
     if run.state is None:
         return about
     if fingerprint(samples) != run.state["data"]:
         run.notes.append(f"{samples[0].data_path} does not hold the data that the run was trained on.")
     network = Network(run, loader, cfg.seed)
-    names = list(dict.fromkeys(sample.dataset for sample in samples))
     levels = [level for level in (network.slices(cfg.slices), network.volumes(cfg.volumes)) if level]
-    about["levels"] = [about_level(level, run, cfg, thumbs, names) for level in levels]
+    about["levels"] = [about_level(level, run, cfg, thumbs, about["datasets"]) for level in levels]
     about["neighbours"] = about_neighbours(levels[-1], cfg, thumbs) if levels else []  # of volumes, where there are any
     seen, missed = network.attention(cfg.examples), network.masked_errors(cfg.examples)
     about["attention"] = [(item.sample, thumbs.strip(item), figures.attention_maps(item, maps)) for item, maps in seen]
@@ -147,11 +147,9 @@ def about_neighbours(level: Level, cfg: Config, thumbs: page.Thumbnails) -> list
 def compare_options(runs: list[RunFolder]) -> list[tuple[str, list[str], bool]]:
     """(option, its value in every run or -, whether the runs that have it differ), in the order of the scripts."""
     values = [config.to_dict(run.config) for run in runs]
-    rows = []
-    for name in dict.fromkeys(name for of_run in values for name in of_run):
-        texts = [json.dumps(of_run[name], ensure_ascii=False) if name in of_run else "-" for of_run in values]
-        rows.append((name, [text.strip('"') for text in texts], len(set(texts) - {"-"}) > 1))
-    return rows
+    texts = [{name: json.dumps(value, ensure_ascii=False).strip('"') for name, value in own.items()} for own in values]
+    table = pd.DataFrame(texts).fillna("-")
+    return [(name, values.tolist(), values[values != "-"].nunique() > 1) for name, values in table.items()]
 
 
 def command(given: list[str]) -> None:

@@ -25,7 +25,7 @@ import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import nn
 
-from benchmarks import plain, timing
+from benchmarks import common, plain
 from models.transformer import DeformableAttention1D
 from utils import config as options
 from utils import distributed
@@ -35,7 +35,7 @@ HEADS = 8
 
 
 @dataclass
-class Config(timing.Options):
+class Config(common.Options):
     batches: tuple[PositiveInt, ...] = (2, 8, 16, 64)
     """volumes of a batch, each view counted"""
     slices: PositiveInt = 64
@@ -54,7 +54,7 @@ def main(cfg: Config) -> None:
         results["memory as in a plain script"] = measure_all(cfg, torch.device("cpu"))
     device = distributed.start(cfg.device).device  # from here on, a CPU's memory is kept
     results["memory as in training"] = measure_all(cfg, device)
-    timing.write(results, device)
+    common.write(results, device)
 
 
 def measure_all(cfg: Config, device: torch.device) -> dict[str, Any]:
@@ -62,15 +62,15 @@ def measure_all(cfg: Config, device: torch.device) -> dict[str, Any]:
     package = plain.installed("deformable_attention")
     up_to = cfg.package_up_to or (64 if device.type == "cuda" else 8)
     found = {}
-    for precision in cfg.precisions or timing.formats(device):
+    for precision in cfg.precisions or common.formats(device):
         for batch in cfg.batches:
-            print(f"\n{batch} volumes of {cfg.slices} slices, {precision}, {timing.device_name(device)}")
+            print(f"\n{batch} volumes of {cfg.slices} slices, {precision}, {common.device_name(device)}")
             work = layers(cfg, precision, batch, device, package and batch <= up_to)
-            found[f"{precision}, {batch} volumes"] = timing.compare(work, cfg.repeats, warmup=2, device=device)
+            found[f"{precision}, {batch} volumes"] = common.compare(work, cfg.repeats, warmup=2, device=device)
     return found
 
 
-def layers(cfg: Config, precision: str, batch: int, device: torch.device, with_package: bool) -> timing.Work:
+def layers(cfg: Config, precision: str, batch: int, device: torch.device, with_package: bool) -> common.Work:
     """Forward and backward of each kind of attention on the same batch."""
     torch.manual_seed(0)
     x = torch.randn(batch, cfg.slices, cfg.d_model, device=device, requires_grad=True)

@@ -26,8 +26,8 @@ import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks import plain, timing
-from benchmarks.training import config_of, write_volumes
+from benchmarks import common, plain
+from benchmarks.common import config_of, write_volumes
 from datasets.augment import PAPER_TRANSFORMS, MultiCrop, VolumeViews
 from datasets.loaders import canvas_size
 from training import scripts
@@ -42,7 +42,7 @@ PARTS = ("loader", "views")
 
 
 @dataclass
-class Config(timing.Options):
+class Config(common.Options):
     parts: tuple[Literal[PARTS], ...] = PARTS
     """what to measure"""
     target_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = (64, 128, 128)
@@ -82,7 +82,7 @@ def main(cfg: Config) -> None:
         results["loader"] = measure_loaders(cfg)
     if "views" in cfg.parts:
         results["views"] = measure_views(cfg, device)
-    timing.write(results, device)
+    common.write(results, device)
 
 
 def measure_loaders(cfg: Config) -> dict[str, Any]:
@@ -93,11 +93,11 @@ def measure_loaders(cfg: Config) -> dict[str, Any]:
             for workers in cfg.workers:
                 print(f"\nan epoch of {cfg.volumes} volumes {name}, two views each, {workers} workers")
                 work = epochs(Path(folder, name), workers, cfg)
-                found[f"{name}, {workers} workers"] = timing.compare(work, cfg.repeats)
+                found[f"{name}, {workers} workers"] = common.compare(work, cfg.repeats)
     return found
 
 
-def epochs(root: Path, workers: int, cfg: Config) -> timing.Work:
+def epochs(root: Path, workers: int, cfg: Config) -> common.Work:
     chosen = {"target_shape": cfg.target_shape, "batch_size": BATCH, "workers": workers, "policy": "paper"}
     device = torch.device("cpu")
     ours = scripts.load("mask_swav").data(config_of("mask_swav", root, device, **chosen), Run(0, 1, device))
@@ -112,7 +112,7 @@ def epochs(root: Path, workers: int, cfg: Config) -> timing.Work:
 def measure_views(cfg: Config, device: torch.device) -> dict[str, Any]:
     slices, height, width = cfg.target_shape
     samples = cfg.batch_size or (32 if device.type == "cuda" else 1)
-    print(f"\n{samples} sample(s) a call, {timing.device_name(device)}")
+    print(f"\n{samples} sample(s) a call, {common.device_name(device)}")
     canvases = canvases_of(cfg.target_shape, samples, device)
     images, _, *places = canvases_of((1, *CROPS["sizes"][0]), samples, device)
     epochs, ours = itertools.count(), VolumeViews(height, width, "paper", seed=0)
@@ -122,13 +122,13 @@ def measure_views(cfg: Config, device: torch.device) -> dict[str, Any]:
     if plain.installed("torchio"):
         theirs, crop = plain.released_transforms(), torch.rand(1, slices, height, width)
         seven["TorchIO"] = lambda: [transform(crop) for transform in theirs for _ in range(samples)]
-    found: dict[str, Any] = {"samples": samples, "seven": timing.compare(seven, cfg.repeats, device=device)}
+    found: dict[str, Any] = {"samples": samples, "seven": common.compare(seven, cfg.repeats, device=device)}
     policies: dict[str, Callable[[], object]] = {}
     for policy in ("paper", "strong"):
         views, crops = VolumeViews(height, width, policy, seed=0), MultiCrop(**CROPS, policy=policy, seed=0)
         policies[f"views {policy}"] = lambda views=views: views(*canvases, next(epochs))
         policies[f"crops {policy}"] = lambda crops=crops: crops(images[:, 0], *places, next(epochs))
-    found["policies"] = timing.compare(policies, cfg.repeats, device=device, pairs=[])
+    found["policies"] = common.compare(policies, cfg.repeats, device=device, pairs=[])
     for name, record in found["policies"].items():
         each, what = (2, "views") if name.startswith("views") else (1, "images")
         record["per_second"] = samples * each / record["median_s"]

@@ -8,7 +8,7 @@
 All start from the same centroids, do the same number of iterations and take turns. Points: unit vectors around random
 centres, each as far from its centre as the centre is long. Objective: mean cosine between a point and its nearest
 centroid, computed in float32 for all. torch compares points in half precision where the device computes in it;
-`torch_float32` does not. Memory: what a run of torch adds to the points themselves.
+`torch_float32` does not. On a GPU also the memory that each adds to the points.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from benchmarks import plain, timing
+from benchmarks import common, plain
 from objectives.kmeans import assign, fast_products, kmeans_faiss, kmeans_torch
 from utils import config as options
 from utils import distributed
@@ -33,7 +33,7 @@ MADE_AT_ONCE = 2**14
 
 
 @dataclass
-class Config(timing.Options):
+class Config(common.Options):
     points: NonNegativeInt = 0
     """points of all processes; 0: 100,000 on a CPU, 1,000,000 on a GPU"""
     clusters: PositiveInt = 3000
@@ -64,26 +64,24 @@ def main(cfg: Config) -> None:
     }
     if cfg.reference and run.world_size == 1 and plain.installed("faiss"):
         work["faiss"] = lambda: kmeans_faiss(points, start, iterations)
-    timing.say(
+    common.say(
         f"{n:,} points, {cfg.dim} dimensions, {cfg.clusters:,} clusters, {iterations} iterations,\n"
-        f"{timing.device_name(run.device)}, {run.world_size} process(es), {torch.get_num_threads()} thread(s) each"
+        f"{common.device_name(run.device)}, {run.world_size} process(es), {torch.get_num_threads()} thread(s) each"
     )
     about = {"points": n, "clusters": cfg.clusters, "dim": cfg.dim, "iterations": iterations}
     about |= {"products": str(products or torch.float32).removeprefix("torch.")}
-    timing.write(about | measure(work, own, cfg, run), run.device)
+    common.write(about | measure(work, own, cfg, run), run.device)
     distributed.stop()
 
 
 def measure(work: dict[str, Callable[[], Tensor]], own: Tensor, cfg: Config, run: Run) -> dict[str, Any]:
-    """Memory, times and the mean cosine of each."""
-    extra = timing.added_bytes(work["torch"], run.device) / 2**20
-    timing.say(f"  {extra:.0f} MiB beside the points")
+    """Times, mean cosine and memory of each."""
     found: dict[str, Tensor] = {}
     keeping = {name: lambda name=name: found.update({name: work[name]()}) for name in work}
-    times = timing.compare(keeping, cfg.repeats, warmup=0, device=run.device)
+    times = common.compare(keeping, cfg.repeats, warmup=0, device=run.device)
     cosine = {name: mean_cosine(own, centroids.to(own)) for name, centroids in found.items()}
-    timing.say("  mean cosine: " + ", ".join(f"{name} {value:.6f}" for name, value in cosine.items()))
-    return {"memory_beside_points_mib": extra, "mean_cosine": cosine, "times": times}
+    common.say("  mean cosine: " + ", ".join(f"{name} {value:.6f}" for name, value in cosine.items()))
+    return {"mean_cosine": cosine, "times": times, "added_gib": common.added_gib(work, run.device)}
 
 
 def make_points(n: int, dim: int, centres: int) -> Tensor:

@@ -13,8 +13,7 @@ Pieces that take turns in the same process:
              gradients that nobody uses, as in the method's released code
   cached     stage 2 from embeddings that an epoch before left on disk (`cached_views`)
 `split` says where the time of our steps goes; what the observers of the clusters cost is its `diagnostics`.
-`added_gib` is what a step allocates at its peak beside weights and optimiser, with `--recompute true` as well.
-`encode` is stage 2's frozen ResNet and projection alone: folded against not folded, both ours.
+`added_gib` is what a step allocates on a GPU at its peak beside weights and optimiser, also with `--recompute true`.
 With `torchrun --nproc_per_node=2 -m benchmarks.step` ours trains on both processes together, a core each on a CPU; what
 that costs is the ratio to the same command by python with OMP_NUM_THREADS=1.
 The volumes' cache takes 4 MB for each of `volumes` below the temporary folder.
@@ -25,7 +24,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,11 +32,9 @@ import torchvision
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from benchmarks import plain, timing
-from benchmarks.training import Updates, split, training_of, write_volumes
+from benchmarks import common, plain
+from benchmarks.common import Updates, split, training_of, write_volumes
 from datasets.embeddings import EmbeddingLoader
-from models.encoder import JointEncoder
-from models.folding import FrozenSlices
 from training.train import Training
 from utils import config as options
 from utils import distributed
@@ -51,7 +47,7 @@ Sizes = list[tuple[int, list[int]]]  # number, height and width of images
 
 
 @dataclass
-class Config(timing.Options):
+class Config(common.Options):
     parts: tuple[Literal[PARTS], ...] = PARTS
     """what to measure"""
     arch: str = "resnet50"
@@ -78,16 +74,16 @@ class Config(timing.Options):
 
 def main(cfg: Config) -> None:
     run = distributed.start(cfg.device)
-    cfg.precisions = cfg.precisions or timing.formats(run.device)
+    cfg.precisions = cfg.precisions or common.formats(run.device)
     results: dict[str, Any] = {"arch": cfg.arch, "view": list(cfg.target_shape), "compile": cfg.compile}
     with tempfile.TemporaryDirectory(prefix="benchmark_step_") as folder:
         data = Path(distributed.broadcast_object(folder, 0), "data")
         distributed.on_main(lambda: write_volumes(data, (160, 160, 72), cfg.volumes))
         for part in cfg.parts:
-            timing.say(f"\n{part}, {timing.device_name(run.device)}, {run.world_size} process(es)")
+            common.say(f"\n{part}, {common.device_name(run.device)}, {run.world_size} process(es)")
             results[part] = {"stage3": stage3, "stage2": stage2, "stage1": stage1}[part](data, cfg, run)
-        distributed.barrier()  # before the volumes go
-    timing.write(results, run.device)
+        distributed.everywhere(lambda: None)  # no process goes before the others, and the volumes with the first
+    common.write(results, run.device)
     distributed.stop()
 
 
@@ -119,7 +115,7 @@ def stage1(data: Path, cfg: Config, run: Run) -> dict[str, Any]:
 
 
 def stage2(data: Path, cfg: Config, run: Run) -> dict[str, Any]:
-    """Steps from views, from cached embeddings and the plain way; encoding alone."""
+    """Steps from views, from cached embeddings and the plain way."""
     work: dict[str, Callable[[], object]] = {}
     if cfg.reference:
         theirs = training_on(2, data, cfg, run, precision="fp32")
@@ -128,36 +124,18 @@ def stage2(data: Path, cfg: Config, run: Run) -> dict[str, Any]:
         work["reference"] = Updates(theirs)
     for precision in cfg.precisions:
         work[f"ours {precision}"] = Updates(training_on(2, data, cfg, run, precision=precision))
-        work[f"cached {precision}"] = Updates(cached(training_on(2, data, cfg, run, precision=precision)))
+        from_disk = training_on(2, data, cfg, run, precision=precision, cached_views=1)
+        work[f"cached {precision}"] = Updates(cached(from_disk))
     pairs = [("reference", name) for name in work if name != "reference"] if cfg.reference else []
-    result = timing.compare(work, cfg.repeats, device=run.device, pairs=pairs)
-    return {**result, "encode": encode(cfg, run)}
+    return common.compare(work, cfg.repeats, device=run.device, pairs=pairs)
 
 
 def cached(training: Training) -> Training:
     """The same from embeddings on disk, as mask_swav.py builds it, and with all of them there."""
-    cfg = training.config
-    loader = EmbeddingLoader(training.loader, training.core, cfg)
+    loader = EmbeddingLoader(training.loader, training.core, training.config)
     for _ in loader.epoch(0):
         pass
-    return Training(training.core, loader, cfg, training.run)
-
-
-def encode(cfg: Config, run: Run) -> dict[str, Any]:
-    """The frozen ResNet and projection on a batch of volumes, folded or not."""
-    encoder = JointEncoder(cfg.arch, layers=1).eval().to(run.device)
-    volumes = torch.rand(cfg.batch_size, *cfg.target_shape, device=run.device)
-    mask = torch.ones(volumes.shape[:2], dtype=torch.bool, device=run.device)
-    number = Precision(cfg.precisions[-1], run.device)
-
-    @torch.no_grad()
-    def run_with(encode: Callable[[Tensor, Tensor], object]) -> None:
-        with number.autocast():
-            encode(volumes, mask)
-
-    timing.say(f"  encode {mask.numel()} slices, {number.name}")
-    work = {"folded": partial(run_with, FrozenSlices(encoder)), "unfolded": partial(run_with, encoder.tokens)}
-    return {"precision": number.name, **timing.compare(work, cfg.repeats, device=run.device)}
+    return Training(training.core, loader, training.config, training.run)
 
 
 def compare(
@@ -173,17 +151,15 @@ def compare(
     if reference:
         pairs += [("reference", ours) for ours, _ in pairs]
         work["reference"] = reference
-    result = {"images": sizes, **timing.compare(work, cfg.repeats, device=device, pairs=pairs)}
+    result = {"images": sizes, **common.compare(work, cfg.repeats, device=device, pairs=pairs)}
     result["split"] = {f"ours {of}": split(work[f"ours {of}"], cfg.repeats, device) for of in cfg.precisions}
     for name, parts in result["split"].items():
-        timing.say(f"  {name}: " + ", ".join(f"{part} {share:.1%}" for part, share in parts.items()))
+        common.say(f"  {name}: " + ", ".join(f"{part} {share:.1%}" for part, share in parts.items()))
     for precision in cfg.precisions:
         recomputing = Updates(training_on(stage, data, cfg, run, precision=precision, recompute=True))
         recomputing()  # the first has no momenta of one before
         work[f"recompute {precision}"] = recomputing
-    result["added_gib"] = {name: timing.added_bytes(step, device) / 2**30 for name, step in work.items()}
-    timing.say("  GiB added: " + ", ".join(f"{name} {gib:.2f}" for name, gib in result["added_gib"].items()))
-    return result
+    return result | {"added_gib": common.added_gib(work, device)}
 
 
 def bare_resnet(cfg: Config, sizes: Sizes, precision: str, device: torch.device) -> Callable[[], None]:

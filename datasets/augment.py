@@ -4,8 +4,7 @@ Parameters are drawn on the CPU, per sample and view, from `seeding.stream(seed,
 then worked on where the batch is (`transforms`), and nothing waits for the device. On a CPU, what comes out for a
 sample is the same bit for bit whatever the batch it is in and the number of threads; a GPU may round differently.
 
-Intensities are 0 to 1 with 0 as background, before and after. Half precision, as the store hands it out, is widened
-while it is resampled.
+Intensities are 0 to 1 with 0 as background, before and after; half precision is widened while it is resampled.
 """
 
 from __future__ import annotations
@@ -65,8 +64,8 @@ RANGES: dict[str, Ranges] = {
 class Uniforms:
     """Uniform random numbers of one view of a batch, each sample's from its own stream.
 
-    All are drawn at once, and whatever is made of them is computed for the whole batch: drawing sample by sample
-    would take longer than the transforms do on a GPU. Every call hands out the next ones.
+    Every call hands out the next ones. What is made of them is computed for the whole batch: sample by sample would
+    take longer than the transforms do on a GPU.
     """
 
     COUNT = 64  # per sample and view
@@ -112,12 +111,11 @@ class VolumeViews:
     def __call__(
         self, volumes: Tensor, mask: Tensor, extents: Tensor, index: Tensor, epoch: int, views: int = 2
     ) -> Tensor:
-        """Views 1 to `views` of a batch of volumes.
+        """Views 1 to `views` of a batch: [views, B, D, H, W] float32, 0 to 1, padded slices exactly 0.
 
         volumes: [B, D, S, S] floats 0 to 1.  mask: [B, D] bool, True for real slices, which come first.
         extents: [B, 2] height and width in pixels of the content, centred on the canvas (its first row is
         (S - height) // 2).  index: [B] global sample indices.  All but volumes belong on the CPU.
-        Returns [views, B, D, H, W] float32, 0 to 1, padded slices exactly 0.
         """
         B, D, S, _ = volumes.shape
         length = mask.sum(1).cpu()

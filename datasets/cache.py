@@ -17,10 +17,7 @@ from utils.errors import UserError
 
 
 def is_whole(path: Path, shape: tuple[int, ...] | None = None) -> bool:
-    """Whether an NPY is there and as long as its header says. shape: also whether this is its array's.
-
-    Raises UserError where the folder cannot be read.
-    """
+    """Whether an NPY is there, as long as its header says and, if given, of this shape. Raises UserError."""
     try:
         found, dtype, offset = npy_header(path)
         return path.stat().st_size == offset + dtype.itemsize * math.prod(found) and found == (shape or found)
@@ -37,8 +34,7 @@ def cached(folder: Path, key: str, make: Callable[[Path], Any], shape: tuple[int
     np.save(temporary, array)`; an OSError of its own counts as one of writing.
 
     One thread of one process makes a file and others wait for it. The lock lies on the temporary file, and the system
-    ends it with its process, however that dies. Raises what `make` does, and UserError where the folder cannot be
-    written.
+    ends it with its process, however that dies. Raises what `make` does; UserError where nothing can be written.
     """
     path, temporary = folder / f"{key}.npy", folder / f".{key}.tmp.npy"
     try:
@@ -50,8 +46,8 @@ def cached(folder: Path, key: str, make: Callable[[Path], Any], shape: tuple[int
                     mine = temporary
                 except OSError:  # a file system without locks: several may do the same work
                     mine = folder / f".{key}.{uuid.uuid4().hex}.tmp.npy"
-                if mine == temporary and not _is_at(temporary, file.fileno()):
-                    continue  # its owner has renamed or removed it meanwhile
+                if mine == temporary and not os.fstat(file.fileno()).st_nlink:
+                    continue  # its owner failed and removed it
                 try:
                     if not is_whole(path, shape):
                         make(mine)
@@ -62,14 +58,6 @@ def cached(folder: Path, key: str, make: Callable[[Path], Any], shape: tuple[int
     except OSError as error:
         raise _cannot_write(folder, error) from None
     return path
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether the open file still has this name."""
-    try:
-        return os.path.samefile(path, descriptor)
-    except FileNotFoundError:
-        return False
 
 
 def key_of(*parts: Any) -> str:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -29,9 +28,8 @@ DEVIATIONS = 5.0  # robust standard deviations: of normal values fewer than one 
 NAMED, LINES = 3, 12  # files that a message names; lines that the start of a training run may print
 
 THINNER = 2.0  # a plane in which the two sides differ so much holds the slice axis, if a third axis is as long
-THINNER_EQUAL = 1.6  # less is enough where the other two are equal: 300 x 512 x 512, but not a head of 160 x 256 x 256
+THINNER_EQUAL = 1.6  # enough where the other two are equal: 300 x 512 x 512, but not a head of 160 x 256 x 256
 LONGER = 8.0  # slices per in-plane pixel; a whole-body PET has 6.5 (1,100 slices of 168 pixels)
-DOMINATES = 0.9  # share of the files: all other data sets together give one sample in ten
 
 SCALE_FACTOR = 8.0  # MR scanners' scales differ by small factors; 0..1 among 0..1000 differs by 1000
 LEVEL_SHARE = 0.4  # of the median range: CT without its offset of -1024 moves by half of it, other anatomy by less
@@ -39,39 +37,23 @@ BLANK = 0.2  # share of slices; scans have some blank ones at their ends, a fift
 HU_LOWEST, HU_HIGHEST, HU_RANGE = -4096, 8192, 100  # HU; padding goes down to -3024, a 12-bit scale up to 3071
 
 
-# What files of a data set have, and what to do about it. An outlier lies far from the median of its data set.
+# What files of a data set have, and what to do about it.
 WARNINGS = {
-    "few slices": (
-        "fewer slices than a view ({}), and will be padded",
-        "lower the first number of --target_shape, or leave them out if they are fragments",
-    ),
-    "slice axis": (
-        "slices along axis {} by dataset.yaml or default, which does not look right",
-        "if all lie along axis {}, write it into dataset.yaml (slice_axis), otherwise turn them (np.moveaxis)",
-    ),
-    "mixed dtypes": (
-        "another dtype than the others ({})",
-        "make sure that all hold the same kind of values, not raw ones beside rescaled ones",
-    ),
-    "window": (
-        "an unsigned dtype, but window {} of dataset.yaml begins below 0",
-        "correct the window, or convert the volumes to HU again",
-    ),
+    "few slices": ("fewer slices than a view ({}), and will be padded", "lower --target_shape, or leave fragments out"),
+    "slice axis": ("slices along axis {}, which does not look right", "turn them, or set slice_axis ({}?) for all"),
+    "mixed dtypes": ("another dtype than the others ({})", "make sure that none is raw beside rescaled ones"),
+    "window": ("an unsigned dtype where the window {} begins below 0", "correct the window, or convert to HU again"),
     "in-plane size": ("another height x width than the others (median {})", "make sure that they show the same"),
     "slice count": ("another number of slices than the others (median {})", "make sure that each is one whole scan"),
     "file size": ("another number of bytes than the others (median {})", "they may be empty or not what you meant"),
     "not HU": (
-        "intensities that are not Hounsfield units, although dataset.yaml says CT",
-        "apply rescale slope and intercept, read unsigned as signed numbers, or correct dataset.yaml",
+        "no Hounsfield units, although dataset.yaml says CT",
+        "apply rescale slope and intercept, or correct it",
     ),
-    "almost constant": (
-        "one value in 99 % of their pixels",
-        "look at them; where that is meant (vessels alone), training scales by minimum and maximum",
-    ),
+    "almost constant": ("one value in 99 % of their pixels", "look at them; it may be meant (vessels alone)"),
     "intensity": (
         "intensities far from the others' (0.5 / 50 / 99.5 % percentiles, median {})",
-        "look whether modality, scale or offset differ; a scale alone does no harm, as training scales each file by "
-        "its own percentiles, unless dataset.yaml gives a window",
+        "look whether modality, scale or offset differ; a scale alone does no harm unless dataset.yaml gives a window",
     ),
     "blank slices": (f"more than {BLANK:.0%} blank slices", "crop the volumes to their content"),
 }
@@ -100,11 +82,7 @@ class Content:
 
 
 def check(
-    data_path: str | Path,
-    full: bool = False,
-    target_shape: Sequence[int] | None = None,
-    workers: int = 1,
-    progress: bool = True,
+    data_path: str, full: bool, target_shape: Sequence[int], workers: int = 1, progress: bool = False
 ) -> tuple[list[Sample], list[Finding], dict[Sample, Content]]:
     """(samples with a good header, everything found with the errors first, contents of the samples that were read).
 
@@ -146,7 +124,7 @@ def header_warnings(samples: Sequence[Sample], target_shape: Sequence[int] | Non
 
 
 def header_findings(samples: Sequence[Sample], target_shape: Sequence[int] | None = None) -> list[Finding]:
-    """Warnings about sizes, slice axes, dtypes and the balance of the data sets."""
+    """Warnings about sizes, slice axes and dtypes. target_shape: as in `header_warnings`."""
     found: list[Finding] = []
     for members in groups(samples).values():
         turned: dict[Sample, int] = {}
@@ -154,15 +132,6 @@ def header_findings(samples: Sequence[Sample], target_shape: Sequence[int] | Non
             turned = _turned(members)
             found += _volume_findings(members, turned, target_shape[0] if target_shape else 0)
         found += _odd_sizes(members, set(turned))
-    for kind in ("volume", "image"):
-        counts = Counter(s.dataset for s in samples if s.kind == kind)
-        for name, count in counts.items():
-            if len(counts) > 1 and count > DOMINATES * counts.total():
-                message = (
-                    f"{name}: has {count} of {counts.total()} {kind}s of {len(counts)} data sets; "
-                    "--sampling_temperature 2 draws the others more often"
-                )
-                found.append(Finding("warning", "balance", name, message))
     return found
 
 

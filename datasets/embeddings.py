@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,16 +29,6 @@ from utils.precision import Precision
 
 LAYOUT = 1  # of the files; a new number makes all of them anew
 VIEWS = 2
-
-
-class Embedder(Protocol):
-    """What turns views into embeddings: stage 2's learner."""
-
-    def targets(self, views: Tensor, mask: Tensor) -> Tensor:
-        """[V, B, D, H, W] and mask [B, D] -> [V, B, D, d], no gradient."""
-
-    def targets_digest(self) -> str:
-        """Changes with every weight that the targets depend on."""
 
 
 class Embeddings(Dataset):
@@ -99,24 +89,21 @@ class Embeddings(Dataset):
 class EmbeddingLoader:
     """Stage 2 from cached embeddings: a `VolumeLoader`'s batches with `targets` [2, B, D, d] in place of `views`.
 
-    With cached_views n > 0, epoch e sees version e mod n of every volume, with fresh masked slices. Embeddings are
-    stored in float32 where they are computed in it, otherwise in float16, which holds bf16 and fp16 results: nothing
-    is lost. What is not on disk yet is computed when its turn comes and written: by any process, for all and for later
-    runs. So nothing depends on what was there, on the number of workers and processes, or on interruptions.
+    embedder: stage 2's learner: `targets` turns views into embeddings, `targets_digest` changes with every weight that
+    they depend on.  With cached_views n, epoch e sees version e mod n of every volume, with fresh masked slices.
+    float32 is stored as such, bf16 and fp16 as float16: nothing is lost. What is not on disk yet is computed when its
+    turn comes and written: by any process, for all and for later runs. So nothing depends on what was there, on the
+    number of workers and processes, or on interruptions.
     """
 
-    def __init__(self, volumes: VolumeLoader, embedder: Embedder, cfg: Any) -> None:
+    def __init__(self, volumes: VolumeLoader, embedder: Any, cfg: Any) -> None:
         self.volumes, self.embedder, self.cfg, self.run = volumes, embedder, cfg, volumes.run
         self.precision = Precision(cfg.precision, self.run.device)
         self.batches, self.samples, self.steps = volumes.batches, volumes.samples, volumes.steps
         self.dataset, self.names = volumes.dataset, volumes.names
         self.counts, self.groups = volumes.counts, volumes.groups
         self.loader: DataLoader | None = None
-
-    @property
-    def reading(self) -> list[Reading]:
-        """What the data-loading workers are at."""
-        return [self.loader.dataset] if self.loader else []
+        self.reading: list[Reading] = []
 
     def epoch(self, epoch: int, seen: int = 0) -> Iterator[Batch]:
         if self.loader is None:
@@ -145,6 +132,7 @@ class EmbeddingLoader:
         if self.run.is_main:
             print(f"cached_views: embeddings, {total} in {folder}; still to be made: {left}", flush=True)
         self.loader = torch_loader(self.cache, self.batches, self.cfg.workers, self.run.device, collate=_collate)
+        self.reading = [self.loader.dataset]
 
     def _complete(self, samples: list[dict[str, Any]], version: int) -> list[dict[str, Any]]:
         """The samples with embeddings; those of the ones that came without are computed and written."""

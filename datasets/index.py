@@ -63,6 +63,11 @@ class Sample:
     channel_names: tuple[str, ...] = field(default=(), compare=False)  # of a file with a fourth axis
 
     @property
+    def channels(self) -> int:
+        """Length of the file's fourth axis; 1 where it has three."""
+        return len(self.channel_names) or 1
+
+    @property
     def data_path(self) -> Path:
         """The data tree that the sample was found in."""
         return self.path.parents[self.name.count("/")]
@@ -241,7 +246,13 @@ def _inspect(file: str, root: Path, settings: dict[str, Any]) -> Sample | str:
         kind, name = _kind(file), path.relative_to(root).as_posix()
         layout = _volume_header(path, status.st_size, settings) if kind == "volume" else _image_header(path)
         about = {"size_bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "modality": settings.get("modality")}
-        return Sample(path, name, name.split("/")[0], kind, **layout, **about)
+        sample = Sample(path, name, name.split("/")[0], kind, **layout, **about)
+        if min(sample.height, sample.width) < MIN_SIDE or not sample.slices:
+            raise ValueError(
+                f"has {sample.slices} slices of {sample.height} x {sample.width} pixels, below {MIN_SIDE}; remove it, "
+                "or set slice_axis in dataset.yaml if its slices lie along another axis"
+            )
+        return sample
     except ValueError as error:
         return f"{path}: {error}"
     except OSError as error:
@@ -258,29 +269,24 @@ def _volume_header(path: Path, size_bytes: int, settings: dict[str, Any]) -> dic
             "np.abs(volume), and never Python objects"
         )
     found = " x ".join(map(str, shape)) or "a single number"
-    channels = tuple(settings.get("channels") or ()) if len(shape) == 4 else ()
-    if len(shape) != 3 and not channels:
+    channels = tuple(settings.get("channels") or ())
+    if len(shape) != 3 and (len(shape) != 4 or len(channels) != shape[3]):
         raise ValueError(
             f"is {len(shape)}D ({found}) where height x width x slices is needed; save 2D slices as images (.png), one "
-            "volume per file, or name the channels of a fourth axis in dataset.yaml, e.g. channels: [t1, t2]"
+            "volume per file, or name all channels of a fourth axis in dataset.yaml, e.g. channels: [t1, t2]"
         )
-    if channels and len(channels) != shape[3]:
-        raise ValueError(f"has {shape[3]} channels ({found}) where dataset.yaml names {len(channels)}; correct either")
     expected = offset + dtype.itemsize * math.prod(shape)
     if size_bytes != expected:
         what = "is truncated" if size_bytes < expected else "has trailing bytes"
         raise ValueError(f"{what}: {size_bytes} bytes where {found} {dtype} needs {expected}; copy it again")
     axis = 2 if settings.get("slice_axis") is None else settings["slice_axis"]
     height, width = (length for i, length in enumerate(shape[:3]) if i != axis)
-    if min(height, width) < MIN_SIDE or not shape[axis]:
-        raise ValueError(
-            f"has {shape[axis]} slices of {height} x {width} pixels along axis {axis} ({found}), where {MIN_SIDE} are "
-            "the least; remove it, or set slice_axis in dataset.yaml if its slices lie along another axis"
-        )
     window = settings.get("window")
-    limits = None if window is None else (float(window[0]), float(window[1]))
-    sizes = {"slices": shape[axis], "height": height, "width": width, "slice_axis": axis}
-    return {**sizes, "window": limits, "dtype": dtype.name, "channel_names": channels}
+    return {
+        **{"slices": shape[axis], "height": height, "width": width, "slice_axis": axis, "dtype": dtype.name},
+        "window": None if window is None else (float(window[0]), float(window[1])),
+        "channel_names": channels if len(shape) == 4 else (),
+    }
 
 
 def _image_header(path: Path) -> dict[str, Any]:
@@ -300,8 +306,6 @@ def _image_header(path: Path) -> dict[str, Any]:
         raise ValueError(f"is a stack of {pages} pages; save it as a volume, height x width x {pages} .npy")
     if width * height > MAX_IMAGE_PIXELS:
         raise too_large
-    if min(height, width) < MIN_SIDE:
-        raise ValueError(f"has {height} x {width} pixels, below {MIN_SIDE} in one direction; remove it")
     return {"slices": 1, "height": height, "width": width, "slice_axis": 2, "window": None, "dtype": mode}
 
 

@@ -1,8 +1,9 @@
 """Batches of each stage: reading in workers, augmentation on the device.
 
-A loader has `samples` and `steps` (per epoch, over all processes), `counts` and `groups`, and `epoch(e, seen)`, which
-yields batches from the place where all processes together have seen `seen` samples of the epoch. What it yields is a
-pure function of (data, options, e, seen): nothing depends on the number of workers, and a run can go on anywhere.
+A loader has `samples` and `steps` (per epoch, over all processes), `counts`, `groups` (level -> data set of every
+index), `reading` (what workers are at) and `epoch(e, seen)`, which yields batches from the place where all processes
+together have seen `seen` samples of the epoch. What it yields is a pure function of (data, options, e, seen): nothing
+depends on the number of workers, and a run can go on anywhere.
 """
 
 from __future__ import annotations
@@ -51,11 +52,7 @@ class Slices(Dataset):
             places = ((np.arange(count) + 0.5) * sample.slices / count).astype(np.int32)
             parts.append(np.stack((np.full_like(places, i), places), axis=1))
         self.items = np.concatenate([np.empty((0, 2), np.int32), *parts])  # sample, slice
-
-    @property
-    def groups(self) -> list[str]:
-        """The data set of every item."""
-        return [self.samples[i].dataset for i in self.items[:, 0].tolist()]
+        self.groups = [self.samples[i].dataset for i in self.items[:, 0].tolist()]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -64,7 +61,7 @@ class Slices(Dataset):
         _, index = key
         i, s = self.items[index].tolist()
         image = torch.from_numpy(self.store.read(i, s, s + 1, half=True)[0])
-        return {"image": image, "extent": torch.from_numpy(self.store.extents[i].astype(np.int64)), "index": index}
+        return {"image": image, "extent": torch.from_numpy(self.store.extents[i]), "index": index}
 
     def name(self, index: int) -> str:
         i, s = self.items[index].tolist()
@@ -81,11 +78,7 @@ class VolumeWindows(Dataset):
     def __init__(self, store: SliceStore, slices: int, seed: int) -> None:
         self.store, self.samples, self.slices, self.seed = store, store.samples, slices, seed
         self.items = volumes(self.samples)
-
-    @property
-    def groups(self) -> list[str]:
-        """The data set of every item."""
-        return [self.samples[i].dataset for i in self.items]
+        self.groups = [self.samples[i].dataset for i in self.items]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -99,7 +92,7 @@ class VolumeWindows(Dataset):
         window = torch.from_numpy(self.store.read(i, start, start + length, half=True))
         volume = window.new_zeros(self.slices, *window.shape[1:])
         volume[:length] = window
-        extent = torch.from_numpy(self.store.extents[i].astype(np.int64))
+        extent = torch.from_numpy(self.store.extents[i])
         return {"volume": volume, "length": length, "start": start, "extent": extent, "index": index}
 
     def name(self, index: int) -> str:
@@ -119,14 +112,10 @@ class ImageLoader:
         how = cfg.batch_size, cfg.seed, run, "images and slices", cfg.sampling_temperature
         self.batches = EpochBatches(self.dataset.groups, *how)
         self.loader = torch_loader(self.dataset, self.batches, cfg.workers, run.device)
+        self.reading = [self.loader.dataset]
         self.samples, self.steps = self.batches.samples, self.batches.steps
         self.counts = Counts(len(self.dataset), self.batches.global_batch)
-        self.groups: dict[str, Sequence[str]] = {"intra": self.dataset.groups}  # level -> data set of every index
-
-    @property
-    def reading(self) -> list[guards.Reading]:
-        """What the data-loading workers are at."""
-        return [self.loader.dataset]
+        self.groups: dict[str, Sequence[str]] = {"intra": self.dataset.groups}
 
     def epoch(self, epoch: int, seen: int = 0) -> Iterator[Batch]:
         self.batches.begin(epoch, seen)
@@ -145,9 +134,8 @@ class ImageLoader:
 class VolumeLoader:
     """Stages 2 and 3, from their options: two views of volumes, with what the learner needs beside them (`Batch`).
 
-    mask_ratio > 0 adds `masked` (stage 2, or stage 3 with L_mask). intra_slices > 0 adds `picked` and `slice_index`
-    (stage 3). images_per_step > 0 adds `images` and `image_index` from the 2D data sets; their indices follow those of
-    all slices of all volumes.
+    mask_ratio > 0 adds `masked`, intra_slices > 0 `picked` and `slice_index`, images_per_step > 0 `images` and
+    `image_index` from the 2D data sets; their indices follow those of all slices of all volumes.
     """
 
     def __init__(
@@ -170,6 +158,7 @@ class VolumeLoader:
         self.batches = EpochBatches(groups, cfg.batch_size, cfg.seed, run, "volumes", temperature)
         self.samples, self.steps = self.batches.samples, self.batches.steps
         self.loader = torch_loader(self.dataset, self.batches, cfg.workers, run.device)
+        self.reading = [self.loader.dataset]
         # Slice s of volume i has index slice_offsets[i] + s over all slices; the last entry is their number.
         self.slice_offsets = torch.tensor([0, *(store.samples[i].slices for i in self.dataset.items)]).cumsum(0)
         self.total_slices = int(self.slice_offsets[-1])
@@ -182,17 +171,13 @@ class VolumeLoader:
             passes = EpochBatches(images, 1, cfg.seed, Run(0, 1, run.device), "images", temperature)
             self.image_batches = CyclingBatches(passes, images_per_step, run, self.steps)
             self.image_loader = torch_loader(self.image_dataset, self.image_batches, cfg.workers, run.device)
+            self.reading.append(self.image_loader.dataset)
         each = cfg.batch_size * intra_slices + (images_per_step if images else 0)
         of_volumes = len(self.dataset), self.batches.global_batch
         self.counts = Counts(self.total_slices + len(images), each * run.world_size, *of_volumes)
         of_slices = np.repeat(np.array(groups, dtype=object), np.diff(self.slice_offsets.numpy()))
         intra = np.concatenate([of_slices, np.array(images, dtype=object)])
-        self.groups: dict[str, Sequence[str]] = {"inter": groups, "intra": intra}  # level -> data set of every index
-
-    @property
-    def reading(self) -> list[guards.Reading]:
-        """What the data-loading workers are at."""
-        return [loader.dataset for loader in (self.loader, self.image_loader) if loader is not None]
+        self.groups: dict[str, Sequence[str]] = {"inter": groups, "intra": intra}
 
     def epoch(self, epoch: int, seen: int = 0) -> Iterator[Batch]:
         self.batches.begin(epoch, seen)

@@ -19,14 +19,12 @@ class EpochBatches:
 
     groups: the data set of each sample, any hashable.  batch_size: most samples per process and step.
     sampling_temperature: T >= 1, a data set of n samples gets a share of the epoch proportional to n ** (1 / T). With
-    1 every sample stands exactly once in an epoch; with more, small data sets repeat and large ones take turns, and an
-    epoch has as many samples as before.
+    1 every sample stands exactly once in an epoch; with more, small data sets repeat and large ones take turns.
 
-    Epochs need not divide by the global batch: batches differ by at most one sample, and so do the shares of the
-    processes in a batch. The place in an epoch is the number of samples `seen` by all processes, from which everything
-    that follows is computed, so a run can go on there with any number of processes: in the same order, every sample
-    once. (Only where fewer samples are left than there are processes, and with one sample per process and step, are
-    those left out of this epoch.)
+    Batches differ by at most one sample, and so do the shares of the processes in a batch. The place in an epoch is the
+    number of samples `seen` by all processes, from which all that follows is computed: a run goes on there with any
+    number of processes, in the same order, every sample once. (Only where fewer samples are left than there are
+    processes, and with one sample per process and step, are those left out of this epoch.)
     """
 
     def __init__(
@@ -41,6 +39,8 @@ class EpochBatches:
         self.samples, self.global_batch, self.seed, self.run = len(groups), batch_size * run.world_size, seed, run
         if not sampling_temperature >= 1:
             raise UserError(f"sampling_temperature: {sampling_temperature:g} is below 1, every sample once; raise it")
+        if not self.samples:
+            raise UserError(f"data_path: there are no {what} in it, which this stage trains on")
         if self.samples < self.global_batch:
             raise UserError(
                 f"batch_size: {batch_size} per process x {run.world_size} process(es) need {self.global_batch} {what}, "

@@ -43,11 +43,10 @@ def prepare(
 ) -> SliceStore:
     """Scan data_path, check it by its headers, and build its cache; what is in it is the same on every process.
 
-    on_bad: what to do with files that cannot be used, by their header or by their content (NaN or Inf, no contrast,
-    broken image data): `error` raises one UserError that lists them when all the good ones are done, `skip` leaves
-    them out and prints each on process 0. workers: threads that build, per process. progress: show what looks odd
-    about the data (check_data.py tells more), the building and, at the end, a table of the data sets. target_shape:
-    slices, height and width of a view of volumes, for these warnings. only: the one data set that is taken; None: all.
+    on_bad: `error` raises one UserError that lists all files that cannot be used, by their header or by their content
+    (NaN or Inf, no contrast, broken image data), when the good ones are done; `skip` leaves them out and prints each.
+    workers: threads that build, per process. progress: show what looks odd about the data, the building and a table of
+    the data sets. target_shape: slices, height and width of a view of volumes. only: the one data set that is taken.
     """
 
     def usable(good: list[Sample], problems: list[str]) -> list[Sample]:
@@ -76,26 +75,22 @@ def prepare(
 class SliceStore:
     """Slices of all samples as squares with values in 0..1, read from a cache on disk.
 
-    samples: from `datasets.index.scan`.  size: side S of the square in-plane canvas, pixels.
-    cache_path: folder of the cache, or None for `.cache` inside the data tree.
-
-    Has `samples` (what the index counts), `size`, and `extents`: [N, 2] int32, height and width in canvas pixels
-    of the content of each sample.
+    size: side S of the square in-plane canvas, pixels.  cache_path: folder of the cache; None: .cache in the data tree.
+    Has `samples` (what the index counts) and `extents`: [N, 2] height and width in pixels of the content of each.
     """
 
     def __init__(self, samples: Sequence[Sample], size: int, cache_path: str | Path | None = None) -> None:
         self.samples, self.size = samples, size
         self.folder = cache_folder(samples[0].data_path, cache_path) / f"slices_{size}px_v{FORMAT}"
         self.files = [self.folder / f"{_key(sample)}.npy" for sample in samples]
-        self.extents = np.array([content_size(s.height, s.width, size) for s in samples], dtype=np.int32)
+        self.extents = np.array([content_size(s.height, s.width, size) for s in samples])
 
     def read(self, index: int, start: int, stop: int, half: bool = False) -> np.ndarray:
         """Slices start..stop-1 of a sample: [stop - start, S, S] float32 in 0..1, centred, zeros around them.
 
         half: float16 instead, as they are stored: a quarter of the time, and half as much to move to a GPU.
-        Only these slices are read from disk, into memory that is freed with the result (no memory map: a file cut
-        short under a map kills the process). Raises IndexError for slices that the sample does not have, UserError
-        where the cached copy is gone or cut short.
+        Only these slices are read, and not by a memory map: a file cut short under a map kills the process. Raises
+        IndexError for slices that the sample does not have, UserError where the cached copy is gone or cut short.
         """
         sample = self.samples[index]
         if not 0 <= start < stop <= sample.slices:

@@ -1,13 +1,11 @@
 """Image transforms of whole batches, with parameters of their own for every sample.
 
 Pure functions of a batch x [B, D, H, W] (B samples, D slices, H x W pixels; images have D = 1) and of parameter
-tensors whose first axis is the sample. x is float32 with 0 as background (`resample` also takes half precision);
-results are not clamped. A sample whose parameter is neutral (named in each docstring) comes out bit for bit as it
-went in, at no cost.
+tensors whose first axis is the sample. x is float32 with 0 as background; results are not clamped. A sample whose
+parameter is neutral (named in each docstring) comes out bit for bit as it went in, at no cost.
 
 Parameters stay on the CPU: which samples to work on is then known without waiting for the device, and nothing here
-reads from it. Pixels are worked on by operations that give the same bits however many threads share them out; matrix
-products, whose rounding depends on the threads, are avoided.
+reads from it. Matrix products are avoided, as their rounding depends on the number of threads.
 
 `length` [B] is the number of real slices of each sample, which come first; None: all. They do not depend on padded
 slices, in which anything may stand afterwards (`only_real` clears them).

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -60,10 +59,11 @@ class Annotated:
     def fill(self, classes: Sequence[str], merge_iou: float) -> None:
         """Set boxes, labels and crowd; boxes of several readers are fused class by class."""
         boxes, labels, crowd = [np.zeros((0, 4))], [], []
+        several = len({mark.reader for mark in self.marks if mark.name in classes}) > 1
         for label, name in enumerate(classes, start=1):
             own = [mark for mark in self.marks if mark.name == name]
             found, flags = np.array([mark.box for mark in own]).reshape(-1, 4), [mark.crowd for mark in own]
-            if len({mark.reader for mark in self.marks if mark.name in classes}) > 1:
+            if several:
                 found = fuse(found, [mark.reader for mark in own], merge_iou)
                 flags = [False] * len(found)
             boxes.append(found)
@@ -132,29 +132,26 @@ Read = tuple[list[Annotated], list[str], list[str]]  # images with their marks, 
 
 def _read_coco(path: Path, root: Path) -> Read:
     """Classes by category id."""
-    where = "the file"
+    where, images = "the file", {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         categories = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
         classes = [categories[i] for i in sorted(categories)]
-        images = {entry["id"]: _coco_image(entry, root) for entry in content["images"]}
+        for entry in content["images"]:
+            name, height, width = str(entry["file_name"]), entry.get("height", 0), entry.get("width", 0)
+            patient = str(entry.get("patient_id", entry.get("patient", name)))
+            images[entry["id"]] = Annotated(name, root / name, patient, height, width)
         for number, entry in enumerate(content["annotations"]):
             where = f"annotation {entry.get('id', number)}"
             x, y, w, h = map(float, entry["bbox"])
-            name, crowd = categories[entry["category_id"]], bool(entry.get("iscrowd"))
-            images[entry["image_id"]].marks.append(Mark(name, (x, y, x + w, y + h), where, crowd=crowd))
+            mark = Mark(categories[entry["category_id"]], (x, y, x + w, y + h), where, crowd=bool(entry.get("iscrowd")))
+            images[entry["image_id"]].marks.append(mark)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"annotations: {path}: {where} is not as in COCO ({error!r}); {COCO}") from None
     for what, names in (("categories", classes), ("images", [image.name for image in images.values()])):
         if len(set(names)) < len(content[what]):
             raise UserError(f"annotations: {path}: two {what} have the same id or name; give each its own")
     return list(images.values()), classes, []
-
-
-def _coco_image(entry: dict[str, Any], root: Path) -> Annotated:
-    name = str(entry["file_name"])
-    patient = str(entry.get("patient_id", entry.get("patient", name)))
-    return Annotated(name, root / name, patient, entry.get("height", 0), entry.get("width", 0))
 
 
 def _read_table(path: Path, root: Path) -> Read:

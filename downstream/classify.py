@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
@@ -25,14 +26,8 @@ from datasets.augment import Ranges, VolumeViews
 from downstream import task
 from downstream.encoders import load_encoder, load_joint_encoder
 from downstream.features import Cases, Features, StackEncoder, fit_logistic_regression, frozen_features, vote
-from downstream.labels import data_set_labels, label_items, read_labels
-from downstream.metrics import (
-    classification_intervals,
-    classification_scores,
-    format_scores,
-    undefined,
-    validation_score,
-)
+from downstream.labels import label_items, read_labels
+from downstream.metrics import classification_intervals, classification_scores, undefined, validation_score
 from downstream.splits import choose_by_turns
 from downstream.task import Outcome, Task, fingerprint
 from models.encoder import JointEncoder
@@ -101,13 +96,13 @@ class Classification(Task):
         if cfg.level == "slice" and cfg.model == "joint":
             raise UserError("model: joint describes whole volumes; use --level volume, or --model intra for slices")
         if cfg.label_fractions and (cfg.labelled or max(cfg.label_fractions) > 1 or cfg.mode == "finetune"):
-            raise UserError(
-                f"label_fractions: {cfg.label_fractions} must be parts, at most 1, of --mode knn or linear, and stand "
-                "without --labelled, which takes a number of cases"
-            )
+            raise UserError("label_fractions: must be at most 1, of --mode knn or linear, and stand without --labelled")
         self.cases = cases = Cases(cfg.data_path, cfg.size, cfg.slices, cfg.cache_path, cfg.on_bad, cfg.level)
-        columns = cfg.case_column, cfg.label_column, cfg.patient_column
-        table = read_labels(cfg.labels, cases.names, *columns) if cfg.labels else data_set_labels(cases)
+        if cfg.labels:
+            table = read_labels(cfg.labels, cases.names, cfg.case_column, cfg.label_column, cfg.patient_column)
+        else:
+            table = pd.DataFrame({"label": [sample.dataset for sample in cases.samples]})
+            table = table.assign(place=table.index, patient=None, test_only=False)
         self.items, self.classes = label_items(cases, table, cfg.classes, cfg.positive, cfg.patient_pattern)
         self.labels, self.stack = self.items.label.to_numpy(), self.items["stack"].to_numpy()
         self.patients = dict(zip(self.items.case, self.items.patient, strict=True))
@@ -157,11 +152,8 @@ class Classification(Task):
     def describe(self) -> str:
         counts = self.items.drop_duplicates("case").label.value_counts()
         listed = ", ".join(f"{name} {counts.get(k, 0)}" for k, name in enumerate(self.classes))
-        return (
-            f"{counts.sum()} cases of {self.items.patient.nunique()} patients: {listed}\n"
-            f"train {len(self.labelled)} (labelled), validation {len(self.split.validation)}, "
-            f"test {len(self.split.test)} cases"
-        )
+        shares = [f"{share}: {n} labelled" for share, n in self.sizes.items() if share]
+        return "\n".join([f"{counts.sum()} cases of {self.items.patient.nunique()} patients: {listed}", *shares])
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """The new layer learns ten times as fast."""
@@ -223,11 +215,8 @@ class Classification(Task):
             for table, part in ((values, scores), (intervals, spread), (reasons, why)):
                 table |= {name + suffix: value for name, value in part.items()}
         about = {"intervals": intervals, "reasons": reasons, "patients": len(set(people)), "chosen": chosen}
-        table = format_scores(values, intervals, reasons)
-        if self.cfg.label_fractions:
-            about["label_counts"] = self.sizes
-            table = "\n".join([*(f"{suffix}: {size} labelled" for suffix, size in self.sizes.items()), table])
-        return Outcome(values, self.rows(test, found), table, about)
+        about |= {"label_counts": self.sizes} if self.cfg.label_fractions else {}
+        return Outcome(values, self.rows(test, found), about)
 
     def by_features(
         self, encoder: GreyResNet | JointEncoder, test: np.ndarray
@@ -256,17 +245,15 @@ class Classification(Task):
 
     def rows(self, test: np.ndarray, found: dict[str, np.ndarray]) -> list[dict[str, Any]]:
         """Of cases.csv: a line per test item."""
-        rows = []
-        for place, item in enumerate(self.items.iloc[test].itertuples()):
-            row = {"case": item.case, "patient": item.patient}
-            if self.cfg.level == "slice":
-                row["slice"] = int(self.cases.stacks[item.stack][0, 1])
-            row["label"] = self.classes[item.label]
-            for suffix, probability in found.items():
-                values = zip(self.classes, probability[place].tolist(), strict=True)
-                row |= {f"p({name}){suffix}": f"{p:.6f}" for name, p in values}
-            rows.append(row)
-        return rows
+        items = self.items.iloc[test]
+        table = items[["case", "patient"]].copy()
+        if self.cfg.level == "slice":
+            table["slice"] = [int(self.cases.stacks[i][0, 1]) for i in items["stack"]]
+        table["label"] = [self.classes[k] for k in items.label]
+        for suffix, probability in found.items():
+            for name, column in zip(self.classes, probability.T, strict=True):
+                table[f"p({name}){suffix}"] = [f"{p:.6f}" for p in column]
+        return table.to_dict("records")
 
 
 run, check = functools.partial(task.run, Classification), functools.partial(task.check, Classification)

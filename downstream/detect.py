@@ -120,16 +120,12 @@ class Detection(Task):
     def examine(self) -> None:
         for part, images in self.parts.items():
             if not self.count(images):
-                raise UserError(
-                    f"{part}: none of its {len(images)} images has a box; use more images, another --split or seed, or "
-                    "--empty drop"
-                )
+                raise UserError(f"{part}: none of its {len(images)} images has a box; change --split, or --empty drop")
         self.files = prepare([image for images in self.parts.values() for image in images], self.cfg)
 
     def describe(self) -> str:
-        table = pd.DataFrame({part: self.count(images) for part, images in self.parts.items()}, self.classes).fillna(0)
-        table.loc["images"] = {part: len(images) for part, images in self.parts.items()}
-        return table.astype(int).to_string()
+        boxes = pd.DataFrame({part: self.count(images) for part, images in self.parts.items()}, self.classes)
+        return f"boxes:\n{boxes.fillna(0).astype(int).to_string()}"
 
     def batch(self, epoch: int, step: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         """Images [1, h, w] and their boxes [n, 4] and labels [n], without crowds, at working resolution."""
@@ -142,13 +138,11 @@ class Detection(Task):
         pixels, targets = [], []
         for place in range(step * per_step, (step + 1) * per_step):
             image = images[order[place]]
-            own, boxes, labels = (
-                self.read(image),
-                *(torch.from_numpy(x[~image.crowd]) for x in (image.boxes, image.labels)),
-            )
-            boxes = boxes * self.scale(image)
-            if mirror[place]:
-                own, boxes = mirrored(own, boxes)
+            boxes, labels = (torch.from_numpy(array[~image.crowd]) for array in (image.boxes, image.labels))
+            own, boxes = self.read(image), boxes * self.scale(image)
+            if mirror[place]:  # left to right
+                own, width = own.flip(-1), own.shape[-1]
+                boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1)
             pixels.append(own)
             targets.append({"boxes": boxes.to(self.device), "labels": labels.to(self.device)})
         return pixels, targets
@@ -164,7 +158,6 @@ class Detection(Task):
     def test(self, model: nn.Module, folder: Path) -> Outcome:
         images = self.parts["test"]
         found = self.predict(model, images)
-        scores, counts = score(found, images, self.classes), self.count(images)
         rows, boxes = [], []
         for image, own in zip(images, found, strict=True):
             counted = {"boxes": self.count([image]).total(), "found": len(own["boxes"])}
@@ -173,12 +166,7 @@ class Detection(Task):
                 line = (image.name, self.classes[label - 1], f"{value:.4f}", *(f"{x:.1f}" for x in box))
                 boxes.append(dict(zip(PREDICTIONS, line, strict=True)))
         write_csv(boxes, folder / "predictions.csv", PREDICTIONS)
-        table = pd.DataFrame(
-            {"boxes": count, "AP50": scores[f"ap50{suffix}"], "mAP": scores[f"map{suffix}"]}
-            for count, suffix in [*((counts[name], f"_{name}") for name in self.classes), (counts.total(), "")]
-        ).set_axis([*self.classes, "all"])
-        shown = table.to_string(float_format="{:.3f}".format)
-        return Outcome(scores, rows, shown, {"images": len(images), "classes": self.classes})
+        return Outcome(score(found, images, self.classes), rows, {"images": len(images), "classes": self.classes})
 
     def predict(self, model: nn.Module, images: list[Annotated]) -> list[dict[str, Tensor]]:
         """Of each image boxes [n, 4] in pixels of its file, best first, scores [n] and labels [n], on the CPU."""
@@ -286,12 +274,6 @@ def normalised(path: Path, size: int) -> np.ndarray:
     if not high > low:  # also where there are NaN
         raise ValueError("is constant or holds NaN; export it again or remove its annotations")
     return grey(pixels, low, high, content_size(*pixels.shape, size)).numpy()
-
-
-def mirrored(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Image [1, h, w] and its boxes, left to right."""
-    width = image.shape[-1]
-    return image.flip(-1), torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1)
 
 
 def score(found: list[dict[str, Tensor]], images: Sequence[Annotated], classes: Sequence[str]) -> dict[str, float]:

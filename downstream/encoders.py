@@ -124,7 +124,5 @@ def _imagenet_file(arch: str) -> Path:
     for name in reversed(names):
         if (folder / name).is_file():
             return folder / name
-    raise UserError(
-        f"weights: imagenet: {folder} holds none of {', '.join(names)}, and nothing is downloaded here; fetch one with "
-        f"torchvision.models.{arch}(weights='DEFAULT'), or give --weights another file"
-    )
+    fetch = f"fetch it with torchvision.models.{arch}(weights='DEFAULT')"
+    raise UserError(f"weights: imagenet: {folder} holds no {names[-1]}, and nothing is downloaded here; {fetch}")

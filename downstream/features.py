@@ -59,7 +59,7 @@ class Cases:
             cache_path = root / ".cache"
         tree, only = (root.parent, root.name) if alone else (root, None)
         self.store = prepare(tree, size, cache_path, on_bad, progress=False, only=only)
-        self.samples, self.size = self.store.samples, size
+        self.samples = self.store.samples
         self.names = [sample.name.split("/", 1)[1] if alone else sample.name for sample in self.samples]
         items = np.asarray(Slices(self.store, slices).items)  # [n, 2]: sample and slice, sample by sample
         ends = np.arange(1, len(items)) if level == "slice" else np.flatnonzero(np.diff(items[:, 0])) + 1

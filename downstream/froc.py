@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from jsonargparse.typing import NonNegativeInt
 
-from downstream.metrics import bootstrap, format_scores
+from downstream.metrics import bootstrap, format_metrics
 from downstream.splits import without_suffix
 from utils import config, options
 from utils.errors import UserError
@@ -75,7 +75,7 @@ def run(cfg: Config) -> dict[str, Any]:
         rows.append({"false_positives_per_scan": rate, "sensitivity": found[name], "low": low, "high": high})
     write_csv(rows, Path(cfg.run) / "froc.csv")
     print(f"{result['candidates']} candidates and {result['nodules']} nodules of {result['scans']} test scans")
-    print(format_scores(found, intervals, result["reasons"]))
+    print(format_metrics(found, result))
     print(f"wrote {cfg.run}/froc.json, froc.csv")
     return result
 

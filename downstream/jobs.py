@@ -22,7 +22,6 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +31,6 @@ import torch
 from downstream.encoders import content_of
 from training.scripts import load
 from utils import config
-from utils.config import commit
 from utils.errors import UserError
 from utils.files import write_json, write_text
 
@@ -144,30 +142,16 @@ class Pretraining:
     def __post_init__(self) -> None:
         self.title = self.group if self.seed is None else f"{self.group}, seed {self.seed}"
         self.needs = [of for of in self.start.values() if isinstance(of, Pretraining)]
-        self.config_class = load(self.script).Config
-
-    @cached_property
-    def key(self) -> str:
-        """Of the script, the recipe's options that its result depends on, and what it starts from.
-
-        Not of what the data hold, nor of the script's code and constants: the record names the commit of those.
-        """
-        free = {field.name for field in fields(self.config_class) if field.metadata.get("may_change")} - MATTER
+        script = load(self.script).Config
+        self.arch = self.options.get("arch", script.arch)
+        # The key is of what the result depends on, save for what the data hold and for the script's code and constants:
+        # the record names the commit of those.
+        free = {field.name for field in fields(script) if field.metadata.get("may_change")} - MATTER
         options = {name: value for name, value in self.options.items() if name not in free}
         start = {option: of.key if isinstance(of, Pretraining) else content_of(of) for option, of in self.start.items()}
-        return short_key([self.script, options, start])
-
-    @property
-    def folder(self) -> Path:
-        return self.root / f"{self.script}_{self.key}"
-
-    @property
-    def weights(self) -> Path:
-        return self.folder / "weights.pth"
-
-    @property
-    def arch(self) -> str:
-        return self.options.get("arch", self.config_class.arch)
+        self.key = short_key([self.script, options, start])
+        self.folder = self.root / f"{self.script}_{self.key}"
+        self.weights = self.folder / "weights.pth"
 
     @property
     def record(self) -> dict[str, Any] | None:
@@ -190,7 +174,7 @@ class Pretraining:
         metrics = pd.read_csv(self.folder / "metrics.csv")
         found = {"recipe": self.group, "seed": self.seed, "script": self.script, "options": told}
         found |= {"seconds": round(float(metrics.seconds.sum()), 1), "last": metrics.iloc[-1].to_dict()}
-        found |= {"commit": commit(), "torch": torch.__version__}
+        found |= {"commit": config.commit(), "torch": torch.__version__}
         write_json(found, self.folder / "recipe.json")
         return f"loss {found['last']['loss']:.3f}"
 

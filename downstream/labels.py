@@ -43,10 +43,8 @@ def read_labels(
         case, label, patient = (row.get(column) for column in columns.values())
         place = places.get(naming.find(case, where))
         if place is None:
-            raise UserError(
-                f"{where}: {case!r} is none of the {len(names)} cases in data_path (the first is {names[0]}); correct "
-                "it or remove the line"
-            )
+            known = f"the {len(names)} cases in data_path (the first is {names[0]})"
+            raise UserError(f"{where}: {case!r} is none of {known}; correct it or remove the line")
         if place in table:
             raise UserError(f"{where}: {case!r} stands in line {table[place]['line']} already; keep one")
         if not label or patient == "":
@@ -55,12 +53,6 @@ def read_labels(
         test_only = row.get("test_only", "0") not in ("", "0")  # negatives of LUNA16 that are too many to train on
         table[place] = {"line": line, "place": place, "label": label, "patient": patient, "test_only": test_only}
     return pd.DataFrame(table.values())
-
-
-def data_set_labels(cases: Cases) -> pd.DataFrame:
-    """A table as of `read_labels` in which the label of a case is its data set."""
-    labels = [sample.dataset for sample in cases.samples]
-    return pd.DataFrame({"place": range(len(labels)), "label": labels, "patient": None, "test_only": False})
 
 
 def label_items(
@@ -123,8 +115,6 @@ def _column(path: str | Path, row: dict[str, str], what: str, wanted: str | None
     """The wanted column, or the first of the known ones; patients need not be told."""
     found = [name for name in ([wanted] if wanted else KNOWN[what]) if name in row]
     if not found and (wanted or what != "patient"):
-        raise UserError(
-            f"labels: {path} has no column {wanted or ' or '.join(KNOWN[what])}, but {', '.join(row)}; name the right "
-            f"one with --{what}_column"
-        )
+        lacking = wanted or " or ".join(KNOWN[what])
+        raise UserError(f"labels: {path} has no column {lacking}, but {', '.join(row)}; name it with --{what}_column")
     return found[0] if found else None

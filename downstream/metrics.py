@@ -16,10 +16,10 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from monai.metrics import compute_hausdorff_distance
 from scipy.stats import rankdata
 from torch import Tensor, isin
 
@@ -45,6 +45,8 @@ def hd95_mm(prediction: Tensor, reference: Tensor, spacing_mm: Sequence[float]) 
 
     prediction, reference: [D, H, W] bool.  spacing_mm: along these axes. nan when both are empty, inf when one is.
     """
+    from monai.metrics import compute_hausdorff_distance
+
     found, there = bool(prediction.any()), bool(reference.any())
     if not (found and there):
         return math.inf if found or there else math.nan
@@ -86,12 +88,6 @@ def summarise(cases: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, d
     rows = list(table.values())
     sums = {count: sum(row[count] for row in rows) for count in COUNTS}
     return table | {"mean": {metric: mean([row[metric] for row in rows]) for metric in OVERLAPS} | sums}
-
-
-def format_overlaps(summary: Mapping[str, Mapping[str, float]]) -> str:
-    """`summarise`'s result as text, one line per structure."""
-    table = pd.DataFrame(summary).T.astype(dict.fromkeys(COUNTS, int))
-    return table.to_string(float_format="{:.3f}".format)
 
 
 def mean(values: Sequence[float]) -> float:
@@ -190,14 +186,14 @@ def classification_intervals(
     return bootstrap(resampled, len(names), repeats, seed)
 
 
-def format_scores(
-    values: Mapping[str, float], intervals: Mapping[str, tuple[float, float]], reasons: Mapping[str, str]
-) -> str:
-    """A line per metric, with its interval and, where it is nan or leaves a class out, the reason."""
-    width, lines = max(map(len, values)) + 2, []
-    for name, value in values.items():
-        low, high = intervals.get(name, (math.nan, math.nan))
+def format_metrics(metrics: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    """Groups of metrics as a table, or a line per metric with the interval and the reason that `about` has of it."""
+    if isinstance(next(iter(metrics.values())), Mapping):
+        return pd.DataFrame(metrics).T.to_string(float_format="{:.3g}".format)
+    lines, width = [], max(map(len, metrics)) + 2
+    for name, value in metrics.items():
+        low, high = about.get("intervals", {}).get(name, (math.nan, math.nan))
         interval = "" if math.isnan(low) else f"   95 % [{low:.3f}, {high:.3f}]"
-        reason = f"   ({reasons[name]})" if name in reasons else ""
-        lines.append(f"{name:<{width}}{value:6.3f}{interval}{reason}")
+        reason = about.get("reasons", {}).get(name)
+        lines.append(f"{name:<{width}}{value:6.3f}{interval}{f'   ({reason})' if reason else ''}")
     return "\n".join(lines)

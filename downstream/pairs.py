@@ -46,25 +46,10 @@ class Pair:
         """Slices, rows, columns."""
         return self.image.slices, self.image.height, self.image.width
 
-
-@dataclass(frozen=True)
-class LabelledVolumes:
-    """Pairs and what their label values mean."""
-
-    name: str
-    pairs: list[Pair]
-    structures: Structures
-    notes: list[str]  # what a user should know of them
-
-    @functools.cached_property
-    def classes(self) -> dict[int, int]:
-        """The class of each declared label value; 0 is background."""
-        return number_classes(self.structures)
-
     @property
-    def members(self) -> Structures:
-        """The classes that make up each structure."""
-        return {name: sorted({self.classes[value] for value in values}) for name, values in self.structures.items()}
+    def channels(self) -> int:
+        """Of the image."""
+        return len(self.image.channel_names) or 1
 
 
 def number_classes(structures: Mapping[str, Sequence[int]]) -> dict[int, int]:
@@ -84,56 +69,60 @@ def number_classes(structures: Mapping[str, Sequence[int]]) -> dict[int, int]:
     return classes
 
 
-def find_pairs(
-    data_path: str | Path,
-    structures: Structures | None = None,
-    slice_axis: int | None = None,
-    window: Sequence[float] | None = None,
-    patients: str | None = None,
-) -> LabelledVolumes:
-    """Find the pairs of a prepared data set, check them by their headers, and learn what their labels mean.
+class LabelledVolumes:
+    """The pairs of a prepared data set, found and checked by their headers, and what their label values mean.
 
     structures, slice_axis and window win over what dataset.yaml says.  patients: JSON or YAML file that maps cases to
     patients, in place of cases.csv. Raises one UserError that lists what does not fit.
+    Has name, pairs, structures, classes (of `number_classes`), members (the classes that make up each structure) and
+    notes (what a user should know of the data).
     """
-    root = Path(data_path).expanduser().resolve()
-    labels = {path.stem: path for path in sorted((root / LABELS).glob("[!.]*.npy"))}
-    if not labels:
-        raise UserError(_no_pairs(root))
-    found = scan(root.parent, only=root.name)
-    images = {sample.path.stem: sample for sample in found if sample.kind == "volume" and sample.path.parent == root}
-    about, table = read_settings(root), {row["id"]: row for row in read_cases(root, "id")}
-    people = _patients(patients, table, [case for case in images if case in labels])
-    problems = [
-        f"{path}: has no image {root / case}.npy; add it" for case, path in labels.items() if case not in images
-    ]
-    pairs, notes = [], Counter()
-    for case, sample in images.items():
-        row = table.get(case, {})
-        if case not in labels and row.get("label") == "":  # prepare_data.py knew of none
-            notes["without labels, which are left out"] += 1
-        elif case not in labels:
-            problems.append(f"{sample.path}: has no label {root / LABELS / case}.npy; add it")
-        else:
-            spacing = _spacing(row["spacing_mm"], root) if row.get("spacing_mm") else about.get("spacing_mm")
-            notes["of unknown spacing, whose HD95 counts voxels"] += not spacing
-            notes["whose patient no file names: each counts as a patient of its own"] += not people
-            if not is_whole(labels[case], tuple(shape := _file_shape(sample))):
+
+    def __init__(
+        self,
+        data_path: str | Path,
+        structures: Structures | None = None,
+        slice_axis: int | None = None,
+        window: Sequence[float] | None = None,
+        patients: str | None = None,
+    ) -> None:
+        root = Path(data_path).expanduser().resolve()
+        labels = {path.stem: path for path in sorted((root / LABELS).glob("[!.]*.npy"))}
+        if not labels:
+            raise UserError(_no_pairs(root))
+        found, problems = scan(root.parent, only=root.name)
+        images = {s.path.stem: s for s in found if s.kind == "volume" and s.path.parent == root}
+        about, table = read_settings(root), {row["id"]: row for row in read_cases(root, "id")}
+        people = _patients(patients, table, [case for case in images if case in labels])
+        problems += [f"{labels[case]}: has no image {root / case}.npy; add it" for case in labels if case not in images]
+        self.pairs, notes = [], Counter()
+        for case, sample in images.items():
+            row = table.get(case, {})
+            if case not in labels and row.get("label") == "":  # prepare_data.py knew of none
+                notes["without labels, which are left out"] += 1
+            elif case not in labels:
+                problems.append(f"{sample.path}: has no label {root / LABELS / case}.npy; add it")
+            elif not is_whole(labels[case], tuple(shape := _file_shape(sample))):
                 wanted = " x ".join(map(str, shape))
                 problems.append(
                     f"{labels[case]}: is not a whole array of {wanted} voxels, as its image; convert it again"
                 )
-            patient, written = people.get(case, case), labels[case].stat().st_mtime_ns
-            image = _as_asked(sample, slice_axis, window)
-            mm = list(map(float, spacing or (1, 1, 1)))
-            mm.insert(0, mm.pop(image.slice_axis))
-            pairs.append(Pair(case, patient, image, labels[case], tuple(mm), written))
-    if len({pair.image.channels for pair in pairs}) > 1:
-        problems.append(f"{root}: some volumes have more channels than others; keep those of one kind")
-    if problems:
-        raise bad_files(problems, f"data_path {root}")
-    said = [f"{count} volumes {what}" for what, count in notes.items() if count]
-    return LabelledVolumes(root.name, pairs, structures or _declared(root, about), said)
+            else:
+                spacing = _spacing(row["spacing_mm"], root) if row.get("spacing_mm") else about.get("spacing_mm")
+                notes["of unknown spacing, whose HD95 counts voxels"] += not spacing
+                notes["whose patient no file names: each counts as a patient of its own"] += not people
+                image, written = _as_asked(sample, slice_axis, window), labels[case].stat().st_mtime_ns
+                mm = list(map(float, spacing or (1, 1, 1)))
+                mm.insert(0, mm.pop(image.slice_axis))
+                self.pairs.append(Pair(case, people.get(case, case), image, labels[case], tuple(mm), written))
+        if len({pair.channels for pair in self.pairs}) > 1:
+            problems.append(f"{root}: some volumes have more channels than others; keep those of one kind")
+        if problems:
+            raise bad_files(problems, f"data_path {root}")
+        self.name, self.notes = root.name, [f"{count} volumes {what}" for what, count in notes.items() if count]
+        self.structures = structures or _declared(root, about)
+        self.classes = number_classes(self.structures)
+        self.members = {name: sorted({self.classes[v] for v in values}) for name, values in self.structures.items()}
 
 
 def read_image(pair: Pair) -> np.ndarray:
@@ -161,10 +150,8 @@ def label_values(pair: Pair) -> tuple[float, ...]:
 def require_declared(pair: Pair, classes: Mapping[int, int]) -> None:
     """Raise UserError for a label value that `classes` does not have."""
     if unknown := sorted(set(label_values(pair)) - set(classes)):
-        raise UserError(
-            f"{pair.label}: holds label values {_some(unknown)} outside the declared {_some(sorted(classes))}; correct "
-            "the file, or declare them: --structures '{NAME: [VALUE, ...]}'"
-        )
+        values = f"{_some(unknown)} outside the declared {_some(sorted(classes))}"
+        raise UserError(f"{pair.label}: holds label values {values}; correct it, or declare them with --structures")
 
 
 @functools.cache
@@ -181,9 +168,7 @@ def intensity_limits(pair: Pair) -> tuple[tuple[float, float], ...]:
         if low == high:
             raise UserError(f"{path}: is constant (all voxels are {low:g}); remove this case")
         if window and (high <= window[0] or low >= window[1]):
-            raise UserError(
-                f"{path}: its intensities, {low:g} to {high:g}, lie outside the window {window}; correct it"
-            )
+            raise UserError(f"{path}: its intensities, {low:g} to {high:g}, lie outside the window {window}; change it")
         limits.append(window or robust_limits(array))
     return tuple(limits)
 
@@ -252,10 +237,8 @@ def _declared(root: Path, about: Mapping[str, Any]) -> Structures:
         pairs = [(value, key) if str(key).isdigit() else (key, value) for key, value in about["structures"].items()]
         lists = {str(name): [int(value) for value in np.atleast_1d(values)] for name, values in pairs}
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(
-            f"{root / 'dataset.yaml'}: nothing says what the label values mean; write there, or as --structures, "
-            "structures: {left atrium: [1]}"
-        ) from None
+        remedy = "write there, or as --structures, {left atrium: [1]}"
+        raise UserError(f"{root / 'dataset.yaml'}: structures: do not say what label values mean; {remedy}") from None
     return {name: values for name, values in lists.items() if values != [0]}
 
 

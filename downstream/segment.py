@@ -29,7 +29,15 @@ from datasets.render import content_size, robust_limits
 from datasets.transforms import gamma, jitter, resample
 from downstream import metrics, task
 from downstream.encoders import choose_arch, grey, has_transformer, load_encoder, load_joint_encoder
-from downstream.pairs import Pair, find_pairs, intensity_limits, label_values, read_image, read_label, require_declared
+from downstream.pairs import (
+    LabelledVolumes,
+    Pair,
+    intensity_limits,
+    label_values,
+    read_image,
+    read_label,
+    require_declared,
+)
 from models.encoder import JointEncoder
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, multi_scale
 from utils import config
@@ -103,14 +111,14 @@ class Segmentation(task.Task):
 
     def __init__(self, cfg: Config, device: torch.device) -> None:
         super().__init__(cfg, device)
-        self.data = find_pairs(cfg.data_path, cfg.structures, cfg.slice_axis, cfg.window, cfg.patients)
+        self.data = LabelledVolumes(cfg.data_path, cfg.structures, cfg.slice_axis, cfg.window, cfg.patients)
         self.pairs = {pair.case: pair for pair in self.data.pairs}
         self.patients = {case: pair.patient for case, pair in self.pairs.items()}
         self.fingerprint = task.fingerprint(path for pair in self.data.pairs for path in (pair.image.path, pair.label))
         self.loss_of = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
 
     def build(self) -> SliceUNet:
-        cfg, channels = self.cfg, self.data.pairs[0].image.channels
+        cfg, channels = self.cfg, self.data.pairs[0].channels
         arch = choose_arch(cfg.weights, cfg.arch)
         if arch not in ARCHITECTURES:
             raise UserError(f"weights: {cfg.weights} is a {arch}; the U-Net takes {', '.join(ARCHITECTURES)}")
@@ -135,19 +143,30 @@ class Segmentation(task.Task):
         self.cases = {name: self.case(name) for name in [*self.labelled, *self.split.validation]}
 
     def case(self, name: str) -> Case:
-        return load_case(self.pairs[name], self.data.classes, self.cfg.size)
+        """Read, normalised, and fitted to size x size."""
+        pair, size = self.pairs[name], self.cfg.size
+        depth, height, width = pair.shape
+        h, w = content_size(height, width, size)
+        top, left = (size - h) // 2, (size - w) // 2
+        content = slice(top, top + h), slice(left, left + w)
+        images = torch.zeros(depth, pair.channels, size, size, dtype=torch.float16)
+        for channel, limits in enumerate(intensity_limits(pair)):
+            for place, pixels in enumerate(read_image(pair)[channel]):
+                images[place, channel, content[0], content[1]] = grey(pixels, *limits, (h, w))
+        classes = torch.zeros(depth, size, size, dtype=torch.uint8)
+        label = torch.from_numpy(read_label(pair, self.data.classes))[:, None]
+        classes[:, content[0], content[1]] = F.interpolate(label, (h, w), mode="nearest-exact")[:, 0]
+        return Case(pair, images, classes, content)
 
     def shown(self, cases: Sequence[str]) -> set[int]:
         """The structures' classes in some cases."""
         return {self.data.classes[value] for case in cases for value in label_values(self.pairs[case])} - {0}
 
     def describe(self) -> str:
-        data, split, there = self.data, self.split, self.shown(self.labelled)
+        data, there = self.data, self.shown(self.labelled)
         absent = [name for name, members in data.members.items() if not there & set(members)]
         lines = [
             f"{data.name}: {len(data.pairs)} volumes; {', '.join(data.structures)}",
-            f"{len(self.labelled)} labelled for training, {len(split.validation)} for validation, "
-            f"{len(split.test)} for the test",
             *data.notes,
             *(f"warning: no labelled volume shows {name}; it cannot be learnt" for name in absent),
         ]
@@ -207,8 +226,7 @@ class Segmentation(task.Task):
                 rows.append({"case": name, "patient": case.pair.patient, "structure": structure, **numbers})
             if len(scores) <= self.cfg.overlays:
                 draw(case, prediction.numpy(), reference.numpy(), folder / f"{name}.png")
-        summary = metrics.summarise(scores)
-        return task.Outcome(summary, rows, metrics.format_overlaps(summary))
+        return task.Outcome(metrics.summarise(scores), rows)
 
 
 run, check = functools.partial(task.run, Segmentation), functools.partial(task.check, Segmentation)
@@ -229,22 +247,6 @@ def stretches(depths: tuple[int, ...], length: int, count: int, seed: int, epoch
         ]
         found += [one_pass[i] for i in random.permutation(len(one_pass))]
     return found
-
-
-def load_case(pair: Pair, classes: dict[int, int], size: int) -> Case:
-    """Read, normalise and fit to size x size. Raises UserError for unusable voxels."""
-    depth, height, width = pair.shape
-    h, w = content_size(height, width, size)
-    top, left = (size - h) // 2, (size - w) // 2
-    content = slice(top, top + h), slice(left, left + w)
-    images = torch.zeros(depth, pair.image.channels, size, size, dtype=torch.float16)
-    for channel, limits in enumerate(intensity_limits(pair)):
-        for place, pixels in enumerate(read_image(pair)[channel]):
-            images[place, channel, content[0], content[1]] = grey(pixels, *limits, (h, w))
-    canvas = torch.zeros(depth, size, size, dtype=torch.uint8)
-    labels = torch.from_numpy(read_label(pair, classes))[:, None]
-    canvas[:, content[0], content[1]] = F.interpolate(labels, (h, w), mode="nearest-exact")[:, 0]
-    return Case(pair, images, canvas, content)
 
 
 def augment(

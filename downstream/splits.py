@@ -102,10 +102,8 @@ def read_split(path: str | Path) -> Split:
         raise UserError(f"{path}: is not valid JSON ({error}); correct it") from None
     lists = values.values() if isinstance(values, dict) and set(values) == set(PARTS) else [None]
     if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
-        raise UserError(
-            f"{path}: must hold the lists {', '.join(PARTS)} of case names, and nothing else (quote names that are "
-            "numbers)"
-        )
+        lists = ", ".join(PARTS)
+        raise UserError(f"{path}: must hold the lists {lists} of case names (quoted where they are numbers), no more")
     return Split(**values)
 
 

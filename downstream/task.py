@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from downstream.encoders import content_of, describe_weights
+from downstream.metrics import format_metrics
 from downstream.splits import Split, choose_labelled, draw_split, write_split
 from training.resume import explained
 from utils import checkpoint, config, distributed, signals
-from utils.config import commit
 from utils.errors import UserError
 from utils.files import write_csv, write_json
 from utils.optim import WarmupCosine, parameter_groups
@@ -72,7 +72,6 @@ class Outcome:
 
     metrics: dict[str, Any]  # name -> number, or group -> name -> number
     rows: list[dict[str, Any]]  # of cases.csv
-    table: str  # printed
     about: dict[str, Any] = field(default_factory=dict)  # what else results.json says
 
 
@@ -110,7 +109,7 @@ class Task(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """What is trained and tested on, in a few lines, with warnings; printed when a run starts."""
+        """What the data show, in a few lines, with warnings; printed when a run starts."""
 
     def load(self) -> None:  # noqa: B027 - nor has every task anything to do here
         """Read into memory what training keeps there."""
@@ -153,11 +152,11 @@ class Task(ABC):
 
 def check(kind: type[Task], cfg: Any) -> None:
     """Raise UserError for whatever would stop `run`: options, weights, split, labels, data. Nothing is trained."""
-    task, _, finished, _ = _open(kind, cfg)
-    if not finished:
+    opened = Course(kind, cfg)
+    if not opened.finished:
         with redirect_stdout(io.StringIO()):  # what was loaded is said when it is used
-            task.build()
-        task.examine()
+            opened.task.build()
+        opened.task.examine()
 
 
 def run(kind: type[Task], cfg: Any) -> dict[str, Any]:
@@ -167,48 +166,11 @@ def run(kind: type[Task], cfg: Any) -> dict[str, Any]:
     Raises UserError before anything is trained, or when the loss is not finite; SystemExit (128 + signal) after a
     signal, once everything that was done is saved.
     """
-    began, folder = time.monotonic(), Path(cfg.dump_path)
     with signals.handled():
-        task, settings, finished, state = _open(kind, cfg)
-        if finished:
-            print(f"{folder} holds this run, finished; for another one choose another --dump_path", flush=True)
-            return finished
-        model = task.build()
-        task.examine()
-        print(task.describe(), flush=True)
-        config.save_yaml(config.to_dict(cfg), folder / "config.yaml")
-        write_split(task.split, folder / "split.json")
-        task.load()
-        fit = Fit(task, model, settings, state, began)
-        while fit.at.epoch < task.epochs:
-            fit.epoch()
-        if task.epochs:
-            model.load_state_dict(fit.kept)
-            checkpoint.write(fit.kept, folder / "best.pth")
-        model.eval()
-        with fit.saved_when_stopped():
-            outcome = task.test(model, folder)
-        trained = {"best_epoch": fit.at.best_epoch + 1, "history": fit.at.history} if task.epochs else {}
-        result = {
-            "metrics": outcome.metrics,
-            "cases": len(task.split.test),
-            "weights": describe_weights(cfg.weights),
-            "labelled": task.labelled,
-            **trained,
-            **outcome.about,
-            "seconds": round(fit.seconds(), 1),
-            "commit": commit(),
-            "torch": torch.__version__,
-            "config": config.to_dict(cfg),
-            "settings": settings,
-        }
-        write_csv(outcome.rows, folder / "cases.csv")
-        write_json(result, folder / RESULTS)  # the last: it says that the run is finished
-        for name in (checkpoint.LATEST, checkpoint.PREVIOUS):
-            (folder / name).unlink(missing_ok=True)
-    best = f"; epoch {result['best_epoch']} of {task.epochs} was the best on validation" if task.epochs > 1 else ""
-    print(f"{outcome.table}\n{result['cases']} test cases{best}\nwrote {folder}/results.json and cases.csv", flush=True)
-    return result
+        opened = Course(kind, cfg)
+        if opened.finished:
+            print(f"{cfg.dump_path} holds this run, finished; for another one choose another --dump_path", flush=True)
+        return opened.finished or opened.finish()
 
 
 @dataclass
@@ -224,21 +186,80 @@ class Progress:
     seconds: float = 0.0  # of the parts of the run before this one
 
 
-class Fit:
-    """Training under way: all that a checkpoint holds, and what is done with it."""
+class Course:
+    """The course of one run: opened and checked, trained from where a checkpoint is, tested."""
 
-    def __init__(
-        self, task: Task, model: nn.Module, settings: dict[str, Any], state: dict[str, Any] | None, began: float
-    ) -> None:
-        self.task, self.cfg, self.settings = task, task.cfg, settings
-        self.folder, self.model = Path(self.cfg.dump_path), model.to(task.device)
-        self.at, self.began, self.saved_at = Progress(), began, began
+    def __init__(self, kind: type[Task], cfg: Any) -> None:
+        """Check options, data, split and weights file, and that `dump_path` holds no run with others."""
+        self.cfg, self.folder, self.began = cfg, Path(cfg.dump_path), time.monotonic()
+        config.check(cfg)
+        place = distributed.start(cfg.device, cfg.seed)
+        if place.world_size > 1:
+            raise UserError("downstream tasks train in one process; start them with python, not with torchrun")
+        describe_weights(cfg.weights)  # a missing file is found before the data are read
+        self.task = task = kind(cfg, place.device)
+        task.split = draw_split(cfg.split, cfg.fractions, task.patients, cfg.split_seed, task.needed)
+        task.labelled = task.choose(task.split.train)
+        self.settings = settings_of(cfg) | {"data": task.fingerprint}
+        self.finished = read_results(self.folder) if (self.folder / RESULTS).is_file() else None
+        self.state = None if self.finished else checkpoint.load(self.folder)
+        begun = self.finished or self.state
+        if begun and (changed := _differences(begun.get("settings"), self.settings)):
+            said = f"{self.folder} holds a run made with other options ({'; '.join(changed)})"
+            raise UserError(f"dump_path: {said}; choose another, or delete that folder to start again")
+        self.at, self.saved_at = Progress(), self.began
         self.kept: dict[str, Tensor] = {}  # weights of the best epoch
-        if task.epochs:
-            self.optimizer = torch.optim.AdamW(task.groups(model), self.cfg.base_lr)
-            self.rate = WarmupCosine(self.cfg.base_lr, 0.0, 0.0, task.warmup_steps, task.epochs * task.steps)
-            if state:
-                self.load(state)
+
+    def finish(self) -> dict[str, Any]:
+        """Train and test, and write what comes out."""
+        cfg, task, folder = self.cfg, self.task, self.folder
+        self.model = task.build()
+        task.examine()
+        print(task.describe())
+        labelled, validation, test = (len(cases) for cases in (task.labelled, task.split.validation, task.split.test))
+        print(f"train {labelled} (labelled), validation {validation}, test {test} cases", flush=True)
+        config.save_yaml(config.to_dict(cfg), folder / "config.yaml")
+        write_split(task.split, folder / "split.json")
+        task.load()
+        self.model.to(task.device)
+        trained = self.train() if task.epochs else {}
+        self.model.eval()
+        with self.saved_when_stopped():
+            outcome = task.test(self.model, folder)
+        result = {
+            "metrics": outcome.metrics,
+            "cases": test,
+            "weights": describe_weights(cfg.weights),
+            "labelled": task.labelled,
+            **trained,
+            **outcome.about,
+            "seconds": round(self.seconds(), 1),
+            "commit": config.commit(),
+            "torch": torch.__version__,
+            "config": config.to_dict(cfg),
+            "settings": self.settings,
+        }
+        write_csv(outcome.rows, folder / "cases.csv")
+        write_json(result, folder / RESULTS)  # the last: it says that the run is finished
+        for name in (checkpoint.LATEST, checkpoint.PREVIOUS):
+            (folder / name).unlink(missing_ok=True)
+        best = f"; epoch {result['best_epoch']} of {task.epochs} was the best on validation" if task.epochs > 1 else ""
+        print(format_metrics(outcome.metrics, outcome.about))
+        print(f"{test} test cases{best}\nwrote {folder}/results.json and cases.csv", flush=True)
+        return result
+
+    def train(self) -> dict[str, Any]:
+        """The epochs that are still to be done; what the result says of all."""
+        task = self.task
+        self.optimizer = torch.optim.AdamW(task.groups(self.model), self.cfg.base_lr)
+        self.rate = WarmupCosine(self.cfg.base_lr, 0.0, 0.0, task.warmup_steps, task.epochs * task.steps)
+        if self.state:
+            self.load(self.state)
+        while self.at.epoch < task.epochs:
+            self.epoch()
+        self.model.load_state_dict(self.kept)
+        checkpoint.write(self.kept, self.folder / "best.pth")
+        return {"best_epoch": self.at.best_epoch + 1, "history": self.at.history}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take up a run that was stopped."""
@@ -285,10 +306,8 @@ class Fit:
             loss = task.loss(self.model, batch)
         value = loss.item()
         if not math.isfinite(value):
-            raise UserError(
-                f"the loss is {value} in epoch {at.epoch + 1}, step {at.seen + 1}; start again, with another "
-                "--dump_path, at a lower --base_lr, or change --weights"
-            )
+            where = f"epoch {at.epoch + 1}, step {at.seen + 1}"
+            raise UserError(f"the loss is {value} in {where}; lower --base_lr or change --weights, and --dump_path")
         self.optimizer.zero_grad()
         task.precision.backward(loss)
         task.precision.step(self.optimizer)
@@ -351,32 +370,6 @@ def settings_of(cfg: Any) -> dict[str, Any]:
     chosen = {f.name: values[f.name] for f in fields(cfg) if not f.metadata.get("may_change")}
     files = {name: content for name, value in chosen.items() if (content := content_of(value)) != value}
     return {"options": {name: value for name, value in chosen.items() if name not in files}, "files": files}
-
-
-def _open(kind: type[Task], cfg: Any) -> tuple[Task, dict[str, Any], dict[str, Any] | None, dict[str, Any] | None]:
-    """Check options, data, split and weights file, and that `dump_path` holds no run with others.
-
-    Returns the task, the settings that its result depends on, and of this run the result if it is finished, the
-    checkpoint if it was stopped.
-    """
-    config.check(cfg)
-    place = distributed.start(cfg.device, cfg.seed)
-    if place.world_size > 1:
-        raise UserError("downstream tasks train in one process; start them with python, not with torchrun")
-    describe_weights(cfg.weights)  # a missing file is found before the data are read
-    task, folder = kind(cfg, place.device), Path(cfg.dump_path)
-    task.split = draw_split(cfg.split, cfg.fractions, task.patients, cfg.split_seed, task.needed)
-    task.labelled = task.choose(task.split.train)
-    settings = settings_of(cfg) | {"data": task.fingerprint}
-    finished = read_results(folder) if (folder / RESULTS).is_file() else None
-    state = None if finished else checkpoint.load(folder)
-    begun = finished or state
-    if begun and (changed := _differences(begun.get("settings"), settings)):
-        raise UserError(
-            f"dump_path: {folder} holds a run made with other options ({'; '.join(changed)}); "
-            "choose another --dump_path, or delete that folder to start again"
-        )
-    return task, settings, finished, state
 
 
 def _differences(old: dict[str, Any] | None, new: dict[str, Any]) -> list[str]:

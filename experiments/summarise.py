@@ -83,12 +83,11 @@ def finished_cells(plan: Plan, partial: bool) -> pd.DataFrame:
 
 def finished_recipes(plan: Plan) -> pd.DataFrame:
     """A row per pre-training that is finished, with the last line of its metrics.csv."""
-    rows = []
-    for run in (run for runs in plan.recipes.values() for run in runs):
-        if record := run.record:
-            about = {name: record[name] for name in ("recipe", "seed", "script", "seconds", "commit", "torch")}
-            rows.append(about | {name: record["last"].get(name) for name in LAST})
-    return pd.DataFrame(rows)
+    found = []
+    for record in (run.record for runs in plan.recipes.values() for run in runs if run.record):
+        about = {name: record[name] for name in ("recipe", "seed", "script", "seconds", "commit", "torch")}
+        found.append(about | {name: record["last"].get(name) for name in LAST})
+    return pd.DataFrame(found)
 
 
 def update(path: Path, new: pd.DataFrame, key: str) -> pd.DataFrame:

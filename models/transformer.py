@@ -10,6 +10,7 @@ along the feature axis and its weights are tied to one slice count.)
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -106,9 +107,7 @@ class DeformableAttention1D(nn.Module):
         """q [B, D, d] (zero at padded slices), lengths [B] -> positions [B, G, n] in slices, valid [B, n]."""
         D = q.shape[1]
         q = F.pad(q, (0, 0, 0, -D % self.stride)).transpose(1, 2)  # [B, d, n * stride]
-        with torch.autocast(
-            q.device.type, enabled=False
-        ):  # small, where half precision costs accuracy and gains no time
+        with torch.autocast(q.device.type, enabled=False):  # small: half precision costs accuracy and gains no time
             offsets = self.offset_head(F.gelu(self.offset_conv(q.to(self.offset_conv.weight.dtype))))  # [B, G, n]
         centres = torch.arange(offsets.shape[2], device=q.device) * self.stride
         offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))  # positions never in half precision
@@ -126,7 +125,11 @@ class DeformableAttention1D(nn.Module):
         out = _ScalarNetwork.apply(flat, first.weight, first.bias.unsqueeze(1), last.weight, last.bias.unsqueeze(1))
         return out.view(-1, *signed_log.shape).permute(1, 2, 0, 3, 4).flatten(1, 2)
 
-    def forward(self, x: Tensor, mask: Tensor, return_maps: bool = False) -> Tensor | tuple[Tensor, AttentionMaps]:
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.attend(x, mask)[0]
+
+    def attend(self, x: Tensor, mask: Tensor) -> tuple[Tensor, AttentionMaps]:
+        """What `forward` returns, and what it looked at."""
         B, D, d = x.shape
         lengths = mask.sum(dim=1)
         q = self.to_q(x) * mask.unsqueeze(-1)
@@ -140,16 +143,14 @@ class DeformableAttention1D(nn.Module):
         sampled = (hats.transpose(-1, -2) @ grouped).transpose(1, 2).reshape(B, -1, d)  # [B, n, d]
 
         k, v = self.to_kv(sampled).chunk(2, dim=-1)
-        q, k, v = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v)
-        )  # [B, heads, D or n, d / heads]
+        # [B, heads, D or n, d / heads]
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         signed_log = distance.detach().sign() * torch.log1p(far)
         bias = self.position_bias(signed_log)
         scores = (q @ k.transpose(-1, -2)).to(positions.dtype) * self.scale + bias.to(positions.dtype)
         weights = scores.masked_fill(~valid.view(B, 1, 1, -1), float("-inf")).softmax(dim=-1)
         out = self.dropout(weights).to(v.dtype) @ v  # [B, heads, D, d / heads]
-        out = self.to_out(out.transpose(1, 2).flatten(2))
-        return (out, AttentionMaps(positions, weights)) if return_maps else out
+        return self.to_out(out.transpose(1, 2).flatten(2)), AttentionMaps(positions, weights)
 
 
 class OrdinaryAttention1D(nn.Module):
@@ -184,40 +185,26 @@ class Layer(nn.Module):
     `stride` slices, so without it a slice hardly sees its direct neighbours; docs/DECISIONS.md has the measurement.
     """
 
-    def __init__(
-        self, d_model: int, hidden: int, dropout: float, heads: int, attention: Attention = "deformable"
-    ) -> None:
+    def __init__(self, d_model: int, hidden: int, dropout: float, heads: int, deformable: bool = True) -> None:
         super().__init__()
         self.local = nn.Conv1d(d_model, d_model, 3, padding=1, groups=d_model)
         self.norm1 = nn.LayerNorm(d_model)
-        deformable = attention == "deformable"
-        self.attention = (
-            DeformableAttention1D(d_model, heads=heads, groups=heads)
-            if deformable
-            else OrdinaryAttention1D(d_model, heads)
-        )
+        kind = partial(DeformableAttention1D, groups=heads) if deformable else OrdinaryAttention1D
+        self.attention = kind(d_model, heads=heads)
         self.norm2 = nn.LayerNorm(d_model)
         self.mlp = nn.Sequential(nn.Linear(d_model, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, d_model))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(
-        self, x: Tensor, mask: Tensor, return_maps: bool = False
-    ) -> Tensor | tuple[Tensor, AttentionMaps | None]:
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = x + self.local(x.transpose(1, 2)).transpose(1, 2)  # padded slices are zero, as is the convolution's border
-        maps = None
-        if return_maps and isinstance(self.attention, DeformableAttention1D):
-            attended, maps = self.attention(self.norm1(x), mask, return_maps=True)
-        else:
-            attended = self.attention(self.norm1(x), mask)
-        x = x + self.dropout(attended)
-        x = x + self.dropout(self.mlp(self.norm2(x)))
-        return (x, maps) if return_maps else x
+        x = x + self.dropout(self.attention(self.norm1(x), mask))
+        return x + self.dropout(self.mlp(self.norm2(x)))
 
 
 class SliceTransformer(nn.Module):
     """f_inter: slice embeddings [B, D, d] and mask [B, D] (real slices first) -> contextual slice embeddings [B, D, d].
 
-    Outputs at padded slices are zero. With return_maps, also a list of `AttentionMaps`, one per deformable layer.
+    Outputs at padded slices are zero.
     attention: `deformable`, `ordinary`, or `mean`: no layers at all, so that the mean over slices is that of the slice
     embeddings themselves.
     """
@@ -233,18 +220,25 @@ class SliceTransformer(nn.Module):
     ) -> None:
         super().__init__()
         count = 0 if attention == "mean" else layers
-        self.layers = nn.ModuleList(Layer(d_model, hidden, dropout, heads, attention) for _ in range(count))
+        deformable = attention == "deformable"
+        self.layers = nn.ModuleList(Layer(d_model, hidden, dropout, heads, deformable) for _ in range(count))
 
-    def forward(
-        self, x: Tensor, mask: Tensor, return_maps: bool = False
-    ) -> Tensor | tuple[Tensor, list[AttentionMaps]]:
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = x * mask.unsqueeze(-1)
-        maps = []
         for layer in self.layers:
-            if return_maps:
-                x, seen = layer(x, mask, return_maps=True)
-                maps += [seen] if seen else []
-            else:
-                x = layer(x, mask)
-            x = x * mask.unsqueeze(-1)
-        return (x, maps) if return_maps else x
+            x = layer(x, mask) * mask.unsqueeze(-1)
+        return x
+
+    def maps(self, x: Tensor, mask: Tensor) -> list[AttentionMaps]:
+        """What each deformable layer looks at."""
+        found: list[AttentionMaps] = []
+
+        def look(attention: DeformableAttention1D, given: tuple[Tensor, Tensor], _: Tensor) -> None:
+            found.append(attention.attend(*given)[1])
+
+        deformable = [part for part in self.modules() if isinstance(part, DeformableAttention1D)]
+        hooks = [attention.register_forward_hook(look) for attention in deformable]
+        self(x, mask)
+        for hook in hooks:
+            hook.remove()
+        return found

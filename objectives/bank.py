@@ -61,11 +61,11 @@ class MemoryBank:
 
     def seen_everywhere(self) -> Tensor:
         """[N] bool on the CPU, equal on every process."""
-        return self._join(self.seen.unsqueeze(0))[0]
+        return self.join(self.seen.unsqueeze(0))[0]
 
     def state(self) -> dict[str, Tensor]:
         """All processes call it together; each gets the whole bank on the CPU."""
-        return {"embeddings": self._join(self.embeddings), "seen": self.seen_everywhere()}
+        return {"embeddings": self.join(self.embeddings), "seen": self.seen_everywhere()}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """From `state` of a run with any number of processes. Raises ValueError when the shape does not fit."""
@@ -77,7 +77,7 @@ class MemoryBank:
         self.embeddings.copy_(state["embeddings"][:, rank() :: world_size()])
         self.seen.copy_(state["seen"][rank() :: world_size()])
 
-    def _join(self, own: Tensor) -> Tensor:
+    def join(self, own: Tensor) -> Tensor:
         """[c, own rows, ...] of every process -> [c, N, ...] on the CPU, rows back in index order.
 
         Row by row of all processes, in blocks, so that the device needs no room for the whole.

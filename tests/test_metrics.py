@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -18,7 +19,7 @@ from downstream.metrics import (
     bootstrap,
     classification_scores,
     dice,
-    format_overlaps,
+    format_metrics,
     hd95_mm,
     iou,
     score,
@@ -98,7 +99,7 @@ def test_means_are_over_cases_then_structures_and_leave_out_absent_ones():
     }  # fmt: skip
     assert (summary["b"]["dice"], summary["b"]["present"], summary["b"]["absent"]) == (0.9, 1, 2)
     assert summary["mean"]["dice"] == pytest.approx(0.65)  # of 0.4 and 0.9, though b was there once
-    assert "0.400" in format_overlaps(summary).splitlines()[1]
+    assert "0.4" in format_metrics(summary, {}).splitlines()[1]
 
 
 def test_structures_that_overlap_are_scored_as_unions_of_classes():
@@ -182,19 +183,26 @@ def test_froc_of_a_scan_drawn_twice_is_that_of_two_equal_scans():
     assert weighted == pytest.approx(curve(score[keep], np.repeat([0, 2, 1], 10), copied_hit, [0, 1, 2], 3))
 
 
-@pytest.mark.parametrize(
-    ("table", "old", "new", "message"),
-    [
+def test_froc_of_tables_is_written_and_those_that_do_not_fit_are_named(tmp_path):
+    tables = {
+        "cases": "case,p(none),p(nodule)\na/2.npy,0.1,0.9\nb/1.npy,0.8,0.2\n",
+        "labels": "case,series,nodule\na/2,a,3\nb/1,b,\nc,c,5\n",
+        "nodules": "series,nodule\na,3\na,4\nc,5\n",
+    }
+    cfg = froc.Config(run=str(tmp_path), **{name: str(tmp_path / f"{name}.csv") for name in ("labels", "nodules")})
+    for table, old, new, message in (
         ("cases", "p(", "q(", "run: .* has no column p"),
         ("labels", "a/2", "a/7", "labels: .* has no case 'a/2'"),
         ("labels", "series", "scan", "labels: .* has no column series"),
-        ("nodules", "a,3", "a,4", "nodules: .* has no nodule 3"),
-    ],
-)
-def test_tables_that_do_not_fit_are_named(tmp_path, table, old, new, message):
-    tables = {"cases": "case,p(nodule)\na/2.npy,1\n", "labels": "case,series,nodule\na/2,a,3\n"}
-    for name, text in (tables | {"nodules": "series,nodule\na,3\n"}).items():
-        (tmp_path / f"{name}.csv").write_text(text.replace(old, new) if name == table else text)
-    files = {name: str(tmp_path / f"{name}.csv") for name in ("labels", "nodules")}
-    with pytest.raises(UserError, match=message):
-        froc.run(froc.Config(run=str(tmp_path), **files))
+        ("nodules", "a,3", "a,7", "nodules: .* has no nodule 3"),
+    ):
+        for name, text in tables.items():
+            (tmp_path / f"{name}.csv").write_text(text.replace(old, new) if name == table else text)
+        with pytest.raises(UserError, match=message):
+            froc.run(cfg)
+    (tmp_path / "nodules.csv").write_text(tables["nodules"])
+    result = froc.run(cfg)
+    assert (result["candidates"], result["nodules"], result["scans"], result["metrics"]["cpm"]) == (2, 2, 2, 0.5)
+    assert json.loads((tmp_path / "froc.json").read_text())["metrics"] == result["metrics"]
+    first, line, *_ = (tmp_path / "froc.csv").read_text().splitlines()
+    assert (first, line[:10]) == ("false_positives_per_scan,sensitivity,low,high", "0.125,0.5,")

@@ -117,9 +117,9 @@ def test_queue_starts_with_its_epoch_fills_and_is_used_once_full() -> None:
 # ---- DeepCluster-v2
 
 
-def deepcluster(samples: int, *sizes: int, dim: int = 4, backend: str = "torch", **options: Any) -> DeepClusterV2:
+def deepcluster(samples: int, *sizes: int, dim: int = 4, **options: Any) -> DeepClusterV2:
     torch.manual_seed(0)
-    return DeepClusterV2(dim, list(sizes), samples, kmeans_backend=backend, **options)
+    return DeepClusterV2(dim, list(sizes), samples, **options)
 
 
 def test_unassigned_samples_do_not_count() -> None:
@@ -140,11 +140,8 @@ def test_unassigned_samples_do_not_count() -> None:
     assert float(nothing) == 0
 
 
-@pytest.mark.parametrize("backend", ["torch", "faiss"])
-def test_begin_epoch_assigns_every_seen_sample_to_its_nearest_prototype(backend: str) -> None:
-    if backend == "faiss":
-        pytest.importorskip("faiss")
-    objective = deepcluster(40, 5, 3, 4, backend=backend)
+def test_begin_epoch_assigns_every_seen_sample_to_its_nearest_prototype() -> None:
+    objective = deepcluster(40, 5, 3, 4)
     seen = torch.tensor([i for i in range(40) if i % 7])
     z = unit(2, len(seen), 4)
     objective.remember(z, seen)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 
 import nibabel
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny import write_pairs
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import prepare_data
 from downstream import segment
 from downstream.encoders import has_transformer, load_encoder, load_joint_encoder
-from downstream.pairs import find_pairs, number_classes, read_image, read_label
+from downstream.pairs import LabelledVolumes, number_classes, read_image, read_label
 from downstream.segment import Config, Segmentation, SliceUNet, augment, predict, run
 from downstream.splits import Split, check_split, choose_labelled, draw_split, make_split, write_split
 from models.encoder import JointEncoder
@@ -74,13 +74,13 @@ def test_what_prepare_data_writes_is_read_in_slice_order(tmp_path):
         nifti = nibabel.Nifti1Image(label + 10 * number, np.diag([1.5, 1.0, 2.0, 1.0]))
         nibabel.save(nifti, folder / f"Brats18_1_{kind}.nii.gz")
     with pytest.raises(UserError, match=r"NIfTI files; .* prepare_data.py --source \S+source --dest Training_Data"):
-        find_pairs(tmp_path / "source")
+        LabelledVolumes(tmp_path / "source")
     made = {"source": str(tmp_path / "source"), "dest": str(tmp_path / "data"), "preset": "brats2018", "workers": 1}
     prepare_data.main(prepare_data.Config(**made))
-    data = find_pairs(tmp_path / "data")
+    data = LabelledVolumes(tmp_path / "data")
     [pair] = data.pairs
     assert data.structures == {"whole tumour": [1, 2, 4], "tumour core": [1, 4], "enhancing tumour": [4]}
-    assert (pair.shape, pair.image.channels, pair.spacing_mm) == ((9, 10, 12), 4, (2.0, 1.0, 1.5))
+    assert (pair.shape, pair.channels, pair.spacing_mm) == ((9, 10, 12), 4, (2.0, 1.0, 1.5))
     values = np.array([0, 1, 2, 4])[read_label(pair, data.classes)]  # classes are numbered in the order of the values
     for number, image in enumerate(read_image(pair), start=1):
         np.testing.assert_array_equal(image, values + 10 * number)
@@ -99,12 +99,12 @@ def test_arrays_of_several_channels_and_any_slice_axis(tmp_path):
     )
     rows = [{"id": "b", "label": "labels/b.npy", "spacing_mm": "5 x 2 x 3"}, {"id": "d", "label": "", "spacing_mm": ""}]
     write_csv(rows, tmp_path / "cases.csv")
-    data = find_pairs(tmp_path)
+    data = LabelledVolumes(tmp_path)
     assert [pair.spacing_mm for pair in data.pairs] == [(1, 2, 3), (5, 2, 3), (1, 2, 3)]
     assert data.structures == {"all": [1]}
     assert "1 volumes without labels, which are left out" in data.notes
     np.testing.assert_array_equal(read_image(data.pairs[0]), image.transpose(3, 0, 1, 2))
-    assert find_pairs(tmp_path, {"one": [1]}, slice_axis=1).pairs[0].shape == (10, 9, 11)
+    assert LabelledVolumes(tmp_path, {"one": [1]}, slice_axis=1).pairs[0].shape == (10, 9, 11)
 
 
 # Splits
@@ -122,14 +122,9 @@ def test_a_patient_is_in_one_part_order_does_not_matter_and_every_part_gets_one(
     assert [len(part) for part in (few.train, few.validation, few.test)] == [1, 1, 1]
     with pytest.raises(UserError, match="2 patient"):
         make_split(list("abc"), list("xyy"), [0.98, 0.01, 0.01], seed=0)
-
-
-def test_smaller_choices_of_labelled_cases_are_within_larger_ones():
-    train = [f"c{i}" for i in range(30)]
-    chosen = [choose_labelled(train, count, seed=1) for count in (5, 10, 0)]
-    assert chosen[0] == chosen[1][:5] == chosen[2][:5]
-    assert sorted(chosen[2]) == sorted(train)
-    assert choose_labelled(train[::-1], 5, 0) == choose_labelled(train, 5, 0) != choose_labelled(train, 5, 1)
+    chosen = [choose_labelled(cases[::step], count, seed=1) for count, step in ((5, 1), (10, -1), (0, 1))]
+    assert chosen[0] == chosen[1][:5] == chosen[2][:5]  # smaller choices are within larger ones
+    assert sorted(chosen[2]) == sorted(cases)
 
 
 def named(split: Split, cases: list[str], patients: Sequence[str] = ()) -> Split:
@@ -320,9 +315,8 @@ def test_a_run_learns_and_writes_what_it_returns(balls, tmp_path):
     result = run(tiny(balls, tmp_path / "a", labelled=4, epochs=6, base_lr=0.003, overlays=1))
     assert result["history"][-1]["loss"] < 0.7 * result["history"][0]["loss"]
     assert result["metrics"]["mean"]["dice"] > 0.5
-    with open(tmp_path / "a/cases.csv", newline="") as file:
-        rows = [float(row["dice"]) for row in csv.DictReader(file) if row["structure"] == "bright"]
-    assert np.mean(rows) == pytest.approx(result["metrics"]["bright"]["dice"], rel=1e-5)
+    rows = pd.read_csv(tmp_path / "a/cases.csv")
+    assert rows[rows.structure == "bright"].dice.mean() == pytest.approx(result["metrics"]["bright"]["dice"], rel=1e-5)
     assert len(list((tmp_path / "a").glob("*.png"))) == 1
 
 
@@ -353,7 +347,7 @@ LABEL = np.zeros((24, 20, 9), np.float32)
         ("labels/c4.npy", LABEL + 7, "c4.npy: holds label values 7.0 outside the declared 0, 1, 2"),
         ("c0.npy", np.where(np.arange(9) == 3, np.nan, LABEL), "c0.npy: holds NaN or Inf"),
         ("c0.npy", LABEL, "c0.npy: is constant"),
-        ("dataset.yaml", None, "nothing says what the label values mean"),
+        ("dataset.yaml", None, "structures: do not say what label values mean"),
         ("cases.csv", "id,label,patient\nc0,labels/c0.npy,p0\n", "does not name the patient of c1, c2"),
         ("cases.csv", "id,label,spacing_mm\nc0,labels/c0.npy,1 x 2\n", "'1 x 2' is not three numbers"),
     ],

@@ -22,7 +22,6 @@ from datasets.loaders import VolumeLoader
 from models.encoder import JointEncoder
 from models.heads import ProjectionHead
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet
-from models.transformer import SliceTransformer
 from objectives import DeepClusterV2, ImageClustering, JointClustering, MaskedSlices, SwAV
 from objectives.kmeans import kmeans_torch
 from utils import guards, optim
@@ -269,16 +268,6 @@ def test_what_waits_is_found(name: str) -> None:
         WAITS[name](torch.arange(6.0))
 
 
-def test_deepcluster_does_not_wait() -> None:
-    objective = DeepClusterV2(8, [5, 3], samples=20, kmeans_backend="torch")
-    objective.remember(unit(2, 18, 8), torch.arange(18))
-    objective.begin_epoch(0)
-    z, index = unit(3, 4, 8).requires_grad_(), torch.tensor([7, 19, 3, 7])  # 19 has no assignment, 7 stands there twice
-    with no_waiting():
-        objective(z, index).backward()
-    assert objective.bank.seen.sum() == 19
-
-
 @pytest.mark.parametrize("empty", ["reseed", "keep"])
 @pytest.mark.parametrize("products", [None, torch.bfloat16])
 def test_kmeans_does_not_wait_even_when_clusters_are_empty(empty: str, products: torch.dtype | None) -> None:
@@ -286,10 +275,3 @@ def test_kmeans_does_not_wait_even_when_clusters_are_empty(empty: str, products:
     start = points[[0, 0, 1, 2]]
     with no_waiting():
         kmeans_torch(points, start, 3, empty=empty, products=products)
-
-
-@pytest.mark.parametrize("half", [False, True])
-def test_the_transformer_does_not_wait(half: bool) -> None:
-    net, x, mask = SliceTransformer(32, 2, hidden=48), torch.randn(2, 9, 32), torch.arange(9) < torch.tensor([[9], [5]])
-    with no_waiting(), torch.autocast("cpu", torch.bfloat16, enabled=half):
-        net(x.requires_grad_(), mask).float().square().mean().backward()

@@ -69,7 +69,7 @@ class Line(Task):
 
     def test(self, model: nn.Module, folder: Path) -> Outcome:
         rows = [{"case": case, "error": float(model(torch.ones(1, 1)))} for case in self.split.test]
-        return Outcome({"error": rows[0]["error"], "undefined": math.nan}, rows, "a table")
+        return Outcome({"error": rows[0]["error"], "undefined": math.nan}, rows)
 
 
 def line(tmp_path: Path) -> tuple[type[Task], Config]:

@@ -42,13 +42,6 @@ def theta(canvas: int, centre, window, degrees: float = 0.0) -> Tensor:
     return torch.from_numpy(window_theta(canvas, centre, window, np.array([degrees]), flips))
 
 
-def test_identity_theta_and_whole_pixel_windows_are_copied_exactly():
-    x = noisy()
-    assert torch.equal(transforms.resample(x, torch.eye(2, 3).expand(3, 2, 3), 20, 20), x)
-    shifted = theta(20, (4 + 8, 1 + 6), (16, 12)).expand(3, 2, 3)
-    assert torch.equal(transforms.resample(x, shifted, 16, 12), x[:, :, 4:20, 1:13])
-
-
 def test_resampling_equals_map_coordinates(volume):
     x, (top, left, side), degrees = volume[:1, :36, :36], (6, 3, 25), 20.0
     c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))

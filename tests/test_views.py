@@ -20,7 +20,6 @@ from reporting import views
 from training import scripts
 from utils import config
 from utils.distributed import Run
-from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -92,14 +91,3 @@ def test_what_was_done_is_named_as_it_was_drawn():
     draws["downsampling"] = np.array([[1.0, 2.5, 1.0]])
     done = ["turned by -9.0°", "mirrored top and bottom", "rows coarser by 2.5", "gamma 1.11"]
     assert views.describe(draws, 0, 100) == ["window 50 x 50 of 100 px", *done]
-
-
-def test_what_cannot_be_shown_is_named(data, tmp_path):
-    with pytest.raises(UserError, match="is not the folder of a run"):
-        views.options_of(str(tmp_path))
-    with pytest.raises(UserError, match="is not one of the training scripts"):
-        views.options_of("ssl_swav4D")
-    with pytest.raises(UserError, match=r"data_path: .* does not exist"):
-        shown("mask_swav", tmp_path / "i.html", {"data_path": str(tmp_path / "no")})
-    with pytest.raises(UserError, match="is not a folder"):
-        shown("mask_swav", tmp_path / "no" / "i.html", {})

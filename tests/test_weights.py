@@ -159,17 +159,3 @@ def test_a_resnet_is_the_same_after_rounding_and_another_is_not(source, joint, r
             theirs = getattr(encoder, part).state_dict()
             for name, value in getattr(fresh, part).state_dict().items():
                 torch.testing.assert_close(value, theirs[name], atol=1e-3, rtol=1e-3)
-
-
-def test_stage_3_gets_projection_and_transformer_bit_by_bit(joint):
-    encoder, folder = joint
-    fresh = JointEncoder("resnet18", 32, layers=2)
-    fresh.encoder.load_state_dict(encoder.encoder.state_dict())
-    weights.load_transformer(fresh, chosen(folder, trans="joint.pth"))
-    for part in ("projection", "transformer"):
-        theirs = getattr(encoder, part).state_dict()
-        assert all(torch.equal(v, theirs[k]) for k, v in getattr(fresh, part).state_dict().items())
-    with pytest.warns(UserWarning, match="another ResNet"):
-        weights.load_transformer(JointEncoder("resnet18", 32, layers=2), chosen(folder, trans="joint.pth"))
-    with pytest.raises(UserError, match=r"(?s)joint\.pth projection\..*d_model"):
-        weights.load_transformer(JointEncoder("resnet18", 64, layers=2), chosen(folder, trans="joint.pth"))

@@ -16,6 +16,16 @@ from training import train
 from utils import files, signals
 
 
+def save(path: Path, array: np.ndarray) -> Path:
+    """An array as a volume (.npy) or image."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, array)
+    else:
+        Image.fromarray(array).save(path)
+    return path
+
+
 def write_data(root: Path, volumes: int = 8, images: int = 4) -> Path:
     """Blobs that differ from case to case: 24 x 24 x 12 volumes and 24 x 24 images."""
     rng = np.random.default_rng(0)

@@ -27,10 +27,9 @@ from datasets.loaders import OneAhead
 from training import scripts
 from utils import checkpoint, distributed, guards, signals
 from utils.errors import UserError
-from utils.seeding import FILLING
 
 GIB = 2**30
-WARM_UP = 3  # steps that are not counted, beside those whose batches the workers had in stock
+WARM_UP = 3  # updates that are not counted, beside those whose batches the workers had in stock
 PREFETCHED = 2  # batches that each data-loading worker keeps in stock
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
 STEPS = 3  # of a probe: the first has no momenta, the second makes them, the third finds all in place
@@ -39,8 +38,8 @@ SPARE = 0.9  # share of the free memory of a CPU that a probe may need
 # ---- --dry_run
 
 
-class Step(NamedTuple):
-    """What a step takes."""
+class Update(NamedTuple):
+    """What an update takes."""
 
     seconds: float = 0.0
     waited: float = 0.0  # of them, for data
@@ -48,24 +47,23 @@ class Step(NamedTuple):
 
 
 def dry_run(training: Any) -> None:
-    """Make `dry_run` real updates and print one table of the whole run; nothing is kept but the cache of the data.
+    """Make `dry_run` real updates of a `training.train.Training` and print one table of the whole run.
 
-    training: `training.train.Training`. All processes call it together.
+    All processes call it together. The pass that fills memory banks, less than an epoch, is not in it.
     """
     config, loader, folder = training.config, training.loader, training.folder.absolute()
     disk = next(place for place in (folder, *folder.parents) if place.is_dir())  # that the run will write to
     with tempfile.TemporaryDirectory(dir=disk) as temporary, signals.handled():
         training.folder = Path(temporary)
-        filling = loader.steps * _filling(training).seconds if training.core.fills_memory else 0.0
         clustering = _seconds(training, lambda: begin_full_epoch(training))
         cached = min(getattr(config, "cached_views", 0), config.epochs)
-        first = _update(training, 0) if cached else Step()
+        first = _update(training, 0) if cached else Update()
         later = _update(training, cached) if cached < config.epochs else first
         ending = _seconds(training, lambda: _end_epoch(training))
         size = (training.folder / checkpoint.LATEST).stat().st_size if training.run.is_main else 0
     updates = -(-loader.steps // config.accumulate)
     total = updates * (cached * first.seconds + (config.epochs - cached) * later.seconds)
-    total += filling + config.epochs * (clustering + ending)
+    total += config.epochs * (clustering + ending)
     if training.run.is_main:
         rows = [("whole run", _duration(total), f"{config.epochs} epochs of {updates} updates")]
         if cached:
@@ -74,7 +72,6 @@ def dry_run(training: Any) -> None:
         rows += [
             ("clustering", f"{clustering:.1f} s", "at the start of each epoch"),
             ("figures and checkpoint", f"{ending:.1f} s", "at the end of each epoch"),
-            ("memory banks", f"{filling:.0f} s", "to fill them before the first epoch"),
         ]
         width, middle = (max(len(row[column]) for row in rows) for column in (0, 1))
         print(
@@ -86,7 +83,7 @@ def dry_run(training: Any) -> None:
         )
 
 
-def _table(training: Any, update: Step, size: int) -> list[tuple[str, str, str]]:
+def _table(training: Any, update: Update, size: int) -> list[tuple[str, str, str]]:
     """Rows of an update, and of what the run needs room for; size: bytes of a checkpoint."""
     config, run, store = training.config, training.run, training.loader.dataset.store
     kept = 2 + (config.epochs - 1) // config.checkpoint_freq
@@ -101,46 +98,19 @@ def _table(training: Any, update: Step, size: int) -> list[tuple[str, str, str]]
     ]
 
 
-def _update(training: Any, epoch: int) -> Step:
+def _update(training: Any, epoch: int) -> Update:
     """An update from an epoch on: where views are cached, first while they are made, then while they are read."""
-    parts = training.config.accumulate
+    parts, count = training.config.accumulate, training.config.dry_run
     epochs = itertools.repeat(epoch) if getattr(training.config, "cached_views", 0) else itertools.count(epoch)
     batches = OneAhead(batch for e in epochs for batch in training.loader.epoch(e))
     warm_up = WARM_UP + PREFETCHED * training.config.workers
-
-    def update(step: int) -> int:
-        return training.update(batches, step * parts, parts)[1]
-
-    return _step(training, batches, update, warm_up, training.config.dry_run)
-
-
-def _filling(training: Any) -> Step:
-    """A step of the pass that fills the memory banks, of which an epoch may have few."""
-    batches = OneAhead(training.loader.epoch(FILLING))
-    warm_up = min(WARM_UP, training.loader.steps - 1)
-
-    def remember(_: int) -> int:
-        with torch.no_grad(), training.precision.autocast():
-            training.core.remember(batches.next)
-        batches.step()
-        return 0
-
-    training.core.train()
-    training.statistics.remember()
-    step = _step(training, batches, remember, warm_up, min(training.config.dry_run, training.loader.steps - warm_up))
-    training.statistics.restore()
-    return step
-
-
-def _step(training: Any, batches: OneAhead, work: Callable[[int], int], warm_up: int, count: int) -> Step:
-    """The mean of `count` steps after some that are not counted; work: number of the step -> samples."""
     for step in range(warm_up):
-        work(step)
+        training.update(batches, step * parts, parts)
     _wait(training)
     began, waited = time.monotonic(), batches.waited
-    samples = sum(work(step) for step in range(warm_up, warm_up + count))
+    samples = sum(training.update(batches, (warm_up + i) * parts, parts)[1] for i in range(count))
     _wait(training)
-    return Step((time.monotonic() - began) / count, (batches.waited - waited) / count, samples / count)
+    return Update((time.monotonic() - began) / count, (batches.waited - waited) / count, samples / count)
 
 
 def _end_epoch(training: Any) -> None:

@@ -7,6 +7,7 @@ import warnings
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.encoder import JointEncoder
@@ -41,9 +42,7 @@ def inflate(state: dict[str, Tensor], how: Inflation = "centre") -> dict[str, Te
         k = weight.shape[-1]
         if how == "mean":
             return (weight / k).unsqueeze(2).repeat(1, 1, k, 1, 1)
-        centred = weight.new_zeros(*weight.shape[:2], k, *weight.shape[2:])
-        centred[:, :, k // 2] = weight
-        return centred
+        return F.pad(weight.unsqueeze(2), (0, 0, 0, 0, k // 2, k - 1 - k // 2))
 
     return {name: deep(value) if value.dim() == 4 else value for name, value in state.items()}
 
@@ -51,8 +50,7 @@ def inflate(state: dict[str, Tensor], how: Inflation = "centre") -> dict[str, Te
 def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Floating tensors as float16, everything else as it is. Raises UserError naming tensors that do not fit."""
     small = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
-    broken = [name for name, value in small.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
+    if broken := [name for name, value in small.items() if value.is_floating_point() and not value.isfinite().all()]:
         largest = max(float(state[name].abs().max()) for name in broken)
         raise UserError(
             f"half: {', '.join(broken[:3])}{', ...' * (len(broken) > 3)} hold values up to {largest:g}, which half "

@@ -39,12 +39,9 @@ def start(config: Any) -> Run:
 def fit(learner: Learner, loader: Any, config: Any, run: Run, export: Callable[[Learner, Path, dict], None]) -> None:
     """Train what a script has built to `config.epochs`, going on from a checkpoint in `dump_path`, and export it.
 
-    run: this process among the others.  With `dry_run` or `fit_batch` nothing is trained or written: what the run
-    costs, or which batch fits, is said.
-    Writes to dump_path: config.yaml, metrics.csv (a line per epoch), warnings.csv and guards.BAD_STEPS where there were
-    any, checkpoints, and what `tensorboard` and `wandb_project` ask for. A step whose loss or gradient is not finite is
-    not applied, and its files are named. Raises UserError after `max_bad_steps` of them in a row; SystemExit (128 +
-    signal) after a signal, once the step is finished and saved.
+    run: this process among the others.  An update whose loss or gradient is not finite is skipped, and its files are
+    named. Raises UserError after `max_bad_steps` of them in a row; SystemExit (128 + signal) after a signal, once the
+    step is finished and saved.
     """
     training = Training(learner, loader, config, run)
     if config.fit_batch:
@@ -140,7 +137,7 @@ class Training:
                 self.save()
                 if agreed.stop:
                     bar.close()
-                    _stop(self.log, agreed.stop, at.epoch, step - 1)
+                    self.stop(agreed.stop, at.epoch, step - 1)
         bar.close()
         self.finish_epoch(time.monotonic() - began, batches.waited, at.seen - first_seen)
 
@@ -184,7 +181,8 @@ class Training:
 
     def backward(self, batch: Batch, now: int, parts: int, last: bool) -> dict[str, Tensor]:
         """Forward and backward pass of one of an update's `parts` batches; processes join gradients in the last."""
-        seed_dropout(self.config.seed, now, self.run.rank)
+        # Dropout is a function of the step: a resumed run draws what the first would have drawn.
+        torch.manual_seed(int(stream(self.config.seed, now, self.run.rank, 0, DROPOUT).integers(2**63)))
         with distributed.gradients_stay_local(self.learner, not last):
             with self.precision.autocast(), profile.span("forward"):
                 losses = self.learner(batch)
@@ -201,8 +199,8 @@ class Training:
         what = "the gradient" if agreed.finite else "the loss"
         said = guards.report_bad_step(what, files, at.epoch, step, at.bad_in_a_row, limit, self.folder)
         if at.bad_in_a_row >= limit:
-            there = (self.folder / checkpoint.LATEST).exists()
-            kept = f"{self.folder} keeps the last good checkpoint" if there else "none was saved yet"
+            saved = (self.folder / checkpoint.LATEST).exists()
+            kept = f"{self.folder} keeps the last good checkpoint" if saved else "none was saved yet"
             raise UserError(
                 f"{said}. The run stops ({kept}). Check these files; or start again, with another --dump_path, at a "
                 "lower --base_lr or with --precision fp32"
@@ -221,7 +219,14 @@ class Training:
         self.save(keep=not is_last and at.epoch % self.config.checkpoint_freq == 0)
         stop = int(distributed.all_max(torch.tensor(signals.caught(), device=self.run.device)))
         if stop and not is_last:
-            _stop(self.log, stop, at.epoch - 1, self.loader.steps - 1)
+            self.stop(stop, at.epoch - 1, self.loader.steps - 1)
+
+    def stop(self, signal: int, epoch: int, step: int) -> NoReturn:
+        """Leave after a signal, once the step is saved, all processes together."""
+        self.log.say(f"stopped by signal {signal} after epoch {epoch} step {step}; run the same command to go on")
+        self.log.close()
+        distributed.stop()
+        raise SystemExit(128 + signal)
 
     def save(self, keep: bool = False) -> None:
         """Replace the newest checkpoint, and keep this one for good as well."""
@@ -276,16 +281,3 @@ def _agree(losses: dict[str, Tensor], gradients_finite: Tensor, due: bool, run: 
     flags = torch.cat([flags, (~gradients_finite).to(flags).view(1)])
     *sums, stop, save, bad = torch.cat([distributed.all_sum(values), distributed.all_max(flags)]).tolist()
     return Agreed(dict(zip(losses, sums, strict=True)), not bad, int(stop), bool(save))
-
-
-def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Dropout of a step is a function of (seed, step, rank): a resumed run draws what the first would have drawn."""
-    torch.manual_seed(int(stream(seed, step, rank, 0, DROPOUT).integers(2**63)))
-
-
-def _stop(log: Log, stop: int, epoch: int, step: int) -> NoReturn:
-    """Leave after a signal, once the step is saved, all processes together."""
-    log.say(f"stopped by signal {stop} after epoch {epoch} step {step}; run the same command to go on")
-    log.close()
-    distributed.stop()
-    raise SystemExit(128 + stop)

@@ -63,7 +63,7 @@ def load_backbone(resnet: GreyResNet, config: Any) -> None:
 
 def load_resnet(resnet: GreyResNet, path: Path, remedy: str) -> None:
     """A ResNet from a file of any known layout. Raises UserError; remedy: what to do where there is no such file."""
-    _load_grey(resnet, _strip(_unwrap(_read(path, remedy))), path)
+    _load_grey(resnet, _unwrap(_read(path, remedy)), path)
 
 
 def load_transformer(encoder: JointEncoder, config: Any) -> None:
@@ -90,13 +90,12 @@ def load_transformer(encoder: JointEncoder, config: Any) -> None:
 
 def load_mask_head(learner: nn.Module, config: Any) -> None:
     """Load stage 2's mask token and decoder into a learner that goes on predicting masked slices."""
-    if config.trans_pretrained == "none":
-        return
-    path = Path(config.pretrained_path) / config.trans_pretrained
-    state = _read(path, f"run {STAGE_2} first")
-    _load(learner.decoder, _below(state, "decoder."), path, label=" decoder.")
-    with torch.no_grad():
-        learner.mask_token.copy_(state["mask_token"])
+    if config.trans_pretrained != "none":
+        path = Path(config.pretrained_path) / config.trans_pretrained
+        state = _read(path, f"run {STAGE_2} first")
+        _load(learner.decoder, _below(state, "decoder."), path, " decoder.")
+        with torch.no_grad():
+            learner.mask_token.copy_(state["mask_token"])
 
 
 def save_resnet(learner: nn.Module, path: Path, record: dict[str, Any]) -> None:
@@ -108,8 +107,7 @@ def joint_state(encoder: JointEncoder) -> dict[str, Tensor]:
     """Prefixes `encoder.` (torchvision layout), `projection.` and `transformer.`."""
     state = {f"encoder.{key}": value for key, value in encoder.encoder.torchvision_state().items()}
     for part in ("projection", "transformer"):
-        tensors = getattr(encoder, part).state_dict()
-        state |= {f"{part}.{key}": plain(value) for key, value in tensors.items()}
+        state |= {f"{part}.{key}": plain(value) for key, value in getattr(encoder, part).state_dict().items()}
     return state
 
 
@@ -131,13 +129,13 @@ def save_joint(learner: nn.Module, path: Path, record: dict[str, Any]) -> None:
 def load_joint(path: Path, dropout: float = 0.1) -> JointEncoder:
     """The encoder of a stage 2 or stage 3 file; architecture and width come from the `.json` beside it."""
     about = path.with_suffix(".json")
-    if not about.is_file():
-        raise UserError(f"{about}: missing; it stands beside the weights and says their arch and d_model")
     try:
         made_by = json.loads(about.read_text())["config"]
         arch, d_model, layers = made_by["arch"], made_by["d_model"], made_by["layers"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{about}: damaged; it should say the arch, d_model and layers of {path.name}") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{about}: missing or damaged; it should say the arch, d_model and layers of {path.name}"
+        ) from None
     attention = made_by.get("attention", "deformable")  # files of before there was a choice do not say
     encoder = JointEncoder(arch, d_model, layers, dropout, attention=attention)
     state = _read(path, "run mask_*.py or ssl_*3D.py first")
@@ -213,18 +211,13 @@ def _read(path: Path, remedy: str) -> dict[str, Any]:
     return state
 
 
-def _unwrap(state: dict[str, Any]) -> dict[str, Any]:
-    """Follow the dictionaries that trainers wrap around a state dict."""
+def _unwrap(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors in the dictionaries that trainers wrap around them, without the prefix of the ResNet's names."""
     while not any(key.endswith("conv1.weight") for key in state):
         inner = next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), None)
         if inner is None:
             break
         state = inner
-    return state
-
-
-def _strip(state: dict[str, Any]) -> dict[str, Tensor]:
-    """Tensors only, without the prefix under which the ResNet stands."""
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     stems = [key for key in tensors if key.endswith("conv1.weight") and ".layer" not in f".{key}"]
     prefix = stems[0].removesuffix("conv1.weight") if stems else ""

@@ -32,8 +32,10 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         with contextlib.suppress(OSError):  # makes the renaming last through a power failure, where that can be asked
             descriptor = os.open(path.parent, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 @contextlib.contextmanager

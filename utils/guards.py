@@ -63,10 +63,9 @@ class BatchNormStatistics:
 
 
 def report_bad_step(what: str, names: list[str], epoch: int, step: int, in_a_row: int, limit: int, folder: Path) -> str:
-    """Say which files a step held that was not applied, and note all of them in BAD_STEPS; returns what it said.
+    """Say which files a step held that was not applied, and note them in BAD_STEPS; all processes call it together.
 
-    names: files of this process's batch. All processes call it together. Raises UserError when that file cannot be
-    written.
+    names: files of this process's batch.  Returns what it said. Raises UserError when BAD_STEPS cannot be written.
     """
     everyone = [name for part in gather_objects(names) for name in part]
     more = f" and {len(everyone) - NAMES_SHOWN} more" if len(everyone) > NAMES_SHOWN else ""

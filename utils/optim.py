@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -32,26 +32,17 @@ class LARC(Optimizer):
         clip: bool = False,
         eps: float = 1e-8,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "trust": trust,
-            "clip": clip,
-            "eps": eps,
-            "adapt": True,
-        }
-        super().__init__(params, defaults)
+        rates = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, rates | {"trust": trust, "clip": clip, "eps": eps, "adapt": True})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
-        if closure is not None:
-            raise ValueError("LARC does not use a closure")
+    def step(self) -> None:
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]
             if not weights:
                 continue
-            for part in _together(weights):
+            # At once on a GPU, where every call has a price; one by one on a CPU, where a tensor stays in the cache.
+            for part in [weights] if weights[0].is_cuda else [[w] for w in weights]:
                 self._move(part, group)
 
     def _move(self, weights: list[torch.Tensor], group: dict[str, Any]) -> None:
@@ -88,11 +79,6 @@ class LARC(Optimizer):
         moves = (w_norm > 0) & (g_norm > 0)
         decays = torch.where(moves, ratio * decay, 0)
         return list(torch.where(moves, ratio, 1).unbind()), list(decays.unbind())
-
-
-def _together(weights: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """All at once on a GPU, where every call has a price; one by one on a CPU, where a tensor stays in the cache."""
-    return [weights] if weights[0].is_cuda else [[w] for w in weights]
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

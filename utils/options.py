@@ -23,15 +23,8 @@ from jsonargparse.typing import (
 
 from utils.errors import UserError
 
-ARCHITECTURES = (  # torchvision's ResNets
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
-)
+# torchvision's ResNets
+ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
 FREE = True  # an option that may differ when a run is continued: it changes neither data nor mathematics
 QueueLength = restricted_number_type("QueueLength", int, (">=", -1))
 Prototypes = NonNegativeInt | list[NonNegativeInt]

@@ -1,11 +1,9 @@
 """Where the time of a step goes: named spans, timed on the device that does the work.
 
-    with profile.recording(device):
-        with profile.span("forward"):
-            ...
-        profile.seconds()  # {"forward": 1.2, ...}
-
-Outside `recording` a span does nothing and costs a function call.
+with profile.recording(device):
+    with profile.span("forward"):
+        ...
+    profile.seconds()  # {"forward": 1.2, ...}
 """
 
 from __future__ import annotations
@@ -77,7 +75,7 @@ def recording(device: torch.device, on: bool = True) -> Iterator[Spans | None]:
 
 
 def span(name: str) -> AbstractContextManager[None]:
-    """A part of a step, timed while `recording`."""
+    """A part of a step, timed while `recording`; otherwise it costs a function call."""
     return _current.span(name) if _current else _NOTHING
 
 

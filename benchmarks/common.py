@@ -1,11 +1,10 @@
-"""What benchmarks share: fair timing, the environment that a figure belongs to, and the file it is written to."""
+"""What benchmarks share: fair timing, the file of results, volumes on disk, and a script's own updates on them."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import itertools
 import json
-import math
 import os
 import platform
 import re
@@ -19,17 +18,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jsonargparse.typing import PositiveInt
 
-from training.cost import peak_memory
-from utils import files
+from datasets.loaders import OneAhead
+from training import scripts
+from training.train import Training
+from utils import files, profile
 from utils.config import commit
-from utils.distributed import rank, world_size
+from utils.distributed import Run, rank, world_size
 from utils.precision import Precision
 
 RESULTS = Path(__file__).parent / "results"
-PEAK_RESET = Path("/proc/self/clear_refs")  # Linux
 PACKAGES = {"torch", "torchvision", "numpy", "faiss-cpu", "torchio", "SimpleITK", "deformable-attention"}
+DISTINCT = 8  # volumes of a tree that differ; the others are further names (hard links) of these
 Work = Mapping[str, Callable[[], object]]  # pieces of work that are compared
 
 
@@ -96,24 +98,16 @@ def wait(device: torch.device | str) -> None:
         torch.cuda.synchronize(device)
 
 
-def added_bytes(work: Callable[[], object], device: torch.device) -> float:
-    """What the work allocates at its peak beside what is there: on a GPU by torch, on a CPU what becomes resident.
-
-    nan where the system does not tell.
-    """
-    if device.type == "cuda":
+def added_gib(work: Work, device: torch.device) -> dict[str, float]:
+    """What each piece of work allocates at its peak beside what is there, printed; on GPUs, where torch tells."""
+    found = {}
+    for name, function in work.items() if device.type == "cuda" else ():
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        work()
-        return torch.cuda.max_memory_allocated(device) - before
-    if not PEAK_RESET.exists():
-        return math.nan
-    with contextlib.suppress(AttributeError):  # other C libraries keep less
-        ctypes.CDLL(None).malloc_trim(0)  # else freed blocks would be used again unseen
-    PEAK_RESET.write_text("5")  # the peak is what is resident now
-    before = peak_memory(device)
-    work()
-    return peak_memory(device) - before
+        function()
+        found[name] = (torch.cuda.max_memory_allocated(device) - before) / 2**30
+        say(f"  {name} adds {found[name]:.2f} GiB")
+    return found
 
 
 def formats(device: torch.device) -> tuple[str, ...]:
@@ -125,7 +119,7 @@ def device_name(device: torch.device | str) -> str:
     """The model of the CPU or of the graphics card."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, TypeError):
         return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1].strip()
     return platform.machine()
 
@@ -159,3 +153,58 @@ def write(results: Mapping[str, Any], device: torch.device | str = "cpu") -> Non
     content[command] = {"environment": environment(device), "results": results}
     files.write_json(content, path)
     print(f"\nwrote {os.path.relpath(path)}")
+
+
+def write_volumes(root: Path, shape: tuple[int, int, int], count: int, dtype: str = "int16") -> None:
+    """Volumes H x W x slices below `root` as a scanner might give them: smooth structures and noise."""
+    (root / "Raw").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        file = root / "Raw" / f"{i}.npy"
+        if i >= DISTINCT:
+            os.link(file.with_name(f"{i % DISTINCT}.npy"), file)
+            continue
+        coarse = torch.from_numpy(rng.normal(0, 300, (1, 1, 12, 12, 8)))
+        volume = F.interpolate(coarse, size=shape, mode="trilinear")[0, 0].numpy() + rng.normal(0, 20, shape)
+        np.save(file, volume.astype(dtype))
+
+
+def config_of(script: str, data: Path, device: torch.device, **options: Any) -> Any:
+    """A script's own options but for these, from random weights."""
+    module = scripts.load(script)
+    values = {"data_path": str(data), "dump_path": str(data.with_name("run")), "resnet_pretrained": "none"}
+    if module.Config.stage == 3:
+        values["trans_pretrained"] = "none"
+    return module.Config(**values | {"device": device.type} | options)
+
+
+def training_of(script: str, data: Path, run: Run, **options: Any) -> Training:
+    """What a script trains with on the volumes below `data`."""
+    module, cfg = scripts.load(script), config_of(script, data, run.device, **options)
+    torch.manual_seed(cfg.seed)
+    loader = module.data(cfg, run)
+    return Training(module.model(cfg, loader.counts), loader, cfg, run)
+
+
+class Updates:
+    """A training's updates, one per call, as they follow each other within its epochs."""
+
+    def __init__(self, training: Training) -> None:
+        self.training, self.done = training, 0
+        training.core.begin_epoch(0)
+        training.learner.train()
+        self.batches = OneAhead(batch for epoch in itertools.count() for batch in training.loader.epoch(epoch))
+
+    def __call__(self) -> None:
+        with profile.span("other"):
+            self.training.update(self.batches, self.done)
+        self.done += 1
+
+
+def split(step: Callable[[], object], repeats: int, device: torch.device) -> dict[str, float]:
+    """Part of a step -> its share of the time of so many of them (spans of `utils.profile`)."""
+    with profile.recording(device) as spans:
+        for _ in range(repeats):
+            step()
+    seconds = spans.seconds()
+    return {part: seconds[part] / sum(seconds.values()) for part in sorted(seconds)}
