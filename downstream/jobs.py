@@ -67,8 +67,11 @@ def run_jobs(jobs: Sequence[Job], progress_file: Path, workers: int = 1, end: fl
     write_text(progress(jobs), progress_file)
     try:
         while time.monotonic() < end:
-            ready = [job for job in left if job not in (*running, *failed) and not set(job.needs) & set(left)]
-            for job in ready[: workers - len(running)]:
+            for job in left:
+                if len(running) == workers or job in failed or set(job.needs) & set(left):
+                    continue
+                if job.folder in [other.folder for other in running]:  # this job, or one that is the same
+                    continue
                 print(f"{job.title}: started at {time.strftime('%d %b %H:%M')}, see {job.folder}/log.txt", flush=True)
                 with signals.noted():
                     running[job] = launch(job)
@@ -82,8 +85,8 @@ def run_jobs(jobs: Sequence[Job], progress_file: Path, workers: int = 1, end: fl
                     print(f"{job.title}: FAILED ({''.join(last)})", flush=True)
                 else:
                     job.finish()
-                    left.remove(job)
                     print(f"{job.title}: done in {job.record['seconds']:.0f} s", flush=True)
+                    left = [other for other in left if not other.record]
                 write_text(progress(jobs), progress_file)
     finally:
         for process in running.values():

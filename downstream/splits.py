@@ -81,13 +81,14 @@ def draw_split(
     return split
 
 
-def read_split(file: str, cases: Iterable[str]) -> Split:
-    """The split in a YAML or JSON file, with the names that these cases have; a name of no case stays as it is.
+def read_split(file: str, patients: Mapping[str, str]) -> Split:
+    """The split in a YAML or JSON file, with the names that cases have; a name of no case stays as it is.
 
     A file may leave out folders and suffixes or have those of another task, so that one made for `segment` serves
-    `classify` on the same volumes. Raises UserError naming what is wrong with it.
+    `classify` on the same volumes, and it may name a patient in place of all of the patient's cases.
+    Raises UserError naming what is wrong with it.
     """
-    path, naming = Path(file), Naming(cases)
+    path, naming = Path(file), Naming(patients)
     try:
         values = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else read_yaml(path)
     except (OSError, ValueError) as error:
@@ -97,10 +98,15 @@ def read_split(file: str, cases: Iterable[str]) -> Split:
         lists = ", ".join(PARTS)
         raise UserError(f"{path}: must hold the lists {lists} of case names (quoted where they are numbers), no more")
 
-    def full(name: str) -> str:
-        return naming.find(name, "split") or naming.find(Path(name).name, "split") or name
+    of_patient = defaultdict(list)
+    for case, patient in patients.items():
+        of_patient[patient].append(case)
 
-    return Split(*(list(map(full, names)) for names in parts))
+    def cases(name: str) -> list[str]:
+        found = naming.find(name, "split") or naming.find(Path(name).name, "split")
+        return [found] if found else of_patient.get(name, [name])
+
+    return Split(*([case for name in names for case in cases(name)] for names in parts))
 
 
 def write_split(split: Split, path: Path) -> None:

@@ -108,16 +108,19 @@ def run(cfg):
 """
 
 
-class Fake:
+class Fake(jobs.Job):
     """A job of a tiny script."""
 
     def __init__(self, title: str, root: Path, needs: Sequence[Fake] = (), script: str = "greeting", **options) -> None:
         self.title, self.group, self.needs, self.folder = title, title[0], needs, root / title
         self.script, self.options = script, options
-        self.record: dict[str, Any] | None = None
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        return {"seconds": 1800.0} if (self.folder / "done").exists() else None
 
     def finish(self) -> None:
-        self.record = {"seconds": 1800.0}
+        (self.folder / "done").touch()
 
 
 @pytest.mark.slow
@@ -135,6 +138,8 @@ def test_a_failure_stops_only_what_needs_it_and_progress_is_written(tmp_path, ca
     assert jobs.run_jobs([bad, after, good], tmp_path / "progress.txt", workers=2) == []
     assert (tmp_path / "good" / "log.txt").read_text() == "hello\n"  # once
     assert after.record
+    assert jobs.run_jobs([Fake("twin", tmp_path), Fake("twin", tmp_path)], tmp_path / "progress.txt", workers=2) == []
+    assert (tmp_path / "twin" / "log.txt").read_text() == "hello\n"
 
 
 def test_recipes_are_known_by_what_they_are_made_from_and_paired_by_place(tmp_path, weights):
