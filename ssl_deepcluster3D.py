@@ -84,7 +84,7 @@ def main(cfg: Config) -> None:
     weights.load_transformer(learner.encoder, cfg)
     if cfg.lambda_mask:
         weights.load_mask_head(learner, cfg)
-    train.fit(learner, loader, cfg, run, weights.save_joint)
+    train.fit(learner, loader, cfg, run)
 
 
 if __name__ == "__main__":

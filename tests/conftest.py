@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import write_data
+from tiny import save_weights, write_data
 
 from models.encoder import JointEncoder
-from training import weights
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the developers' data in {SHARED}")
@@ -49,7 +47,5 @@ def joint(tmp_path_factory: pytest.TempPathFactory) -> tuple[JointEncoder, str]:
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
     path = tmp_path_factory.mktemp("weights") / "joint.pth"
-    weights.save_joint(
-        SimpleNamespace(encoder=made), path, {"config": {"arch": "resnet18", "d_model": 32, "layers": 1}}
-    )
+    save_weights(made, path, {"config": {"arch": "resnet18", "d_model": 32, "layers": 1}})
     return made.eval(), str(path)

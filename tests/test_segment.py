@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 
 import nibabel
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny import write_pairs
+from tiny import save_weights, write_pairs
 from torch import Tensor, nn
 
 import prepare_data
@@ -25,7 +24,6 @@ from downstream.segment import Config, Segmentation, SliceUNet, augment, predict
 from downstream.splits import Split, check_split, choose_labelled, draw_split, make_split, write_split
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet
-from training.weights import save_joint, save_resnet
 from utils.errors import UserError
 from utils.files import write_csv
 
@@ -162,16 +160,12 @@ def test_wrong_splits_are_refused(split, message):
 # Encoders
 
 
-def learner(encoder: nn.Module) -> SimpleNamespace:
-    return SimpleNamespace(encoder=encoder)
-
-
 def test_weights_are_found_by_name_and_file(tmp_path):
     one, same, other = (load_encoder("random", "resnet18", seed) for seed in (1, 1, 2))
     assert torch.equal(one.conv1.weight, same.conv1.weight)
     assert not torch.equal(one.conv1.weight, other.conv1.weight)
     joint, file = JointEncoder("resnet18", 16, 1), tmp_path / "swav3D.pth"
-    save_joint(learner(joint), file, MADE_BY)
+    save_weights(joint, file, MADE_BY)
     alone = str(tmp_path / "swav3D_encoder.pth")
     for name in (str(file), alone):  # the arch comes from the .json
         torch.testing.assert_close(load_encoder(name).state_dict(), joint.encoder.state_dict())
@@ -180,7 +174,7 @@ def test_weights_are_found_by_name_and_file(tmp_path):
 
 
 def test_wrong_weights_are_refused(tmp_path, monkeypatch):
-    save_resnet(learner(GreyResNet("resnet18")), tmp_path / "a.pth", MADE_BY)
+    save_weights(GreyResNet("resnet18"), tmp_path / "a.pth", MADE_BY)
     with pytest.raises(UserError, match=r"resnet50 was asked for, but .* made with resnet18"):
         load_encoder(str(tmp_path / "a.pth"), "resnet50")
     (tmp_path / "a.json").unlink()
@@ -300,7 +294,7 @@ def test_freezing_leaves_the_encoder_as_loaded(balls, tmp_path):
 def test_encoder_lr_is_the_share_of_the_encoder_alone_and_decoders_start_equal_whatever_the_encoder(balls, tmp_path):
     found = opened(tiny(balls, tmp_path, encoder_lr=0.25))
     model = found.build()
-    save_resnet(learner(load_encoder("random", "resnet18", 9)), tmp_path / "a.pth", MADE_BY)
+    save_weights(load_encoder("random", "resnet18", 9), tmp_path / "a.pth", MADE_BY)
     other = opened(tiny(balls, tmp_path, weights=str(tmp_path / "a.pth"))).build()
     torch.testing.assert_close(other.unet.decoder.state_dict(), model.unet.decoder.state_dict(), rtol=0, atol=0)
     groups = found.groups(model)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-from training import train
+from models.encoder import JointEncoder
+from training import train, weights
 from utils import files, signals
 
 
@@ -67,6 +70,12 @@ def options(script: str, data: Path, out: Path, **changes: Any) -> dict[str, Any
     if "deepcluster" in script and "mask" not in script:
         chosen |= {"kmeans_backend": "torch"}
     return chosen | changes
+
+
+def save_weights(encoder: nn.Module, path: Path, record: dict[str, Any]) -> None:
+    """The file of stage 3 for a joint encoder, of stage 1 for a ResNet."""
+    stage = 3 if isinstance(encoder, JointEncoder) else 1
+    weights.save(SimpleNamespace(encoder=encoder, stage=stage), path, record)
 
 
 def run(script: str, data: Path, out: Path, **changes) -> dict[str, torch.Tensor]:

@@ -187,15 +187,7 @@ def search(probe: Callable[[int], int | None], limit: float, most: int) -> tuple
             too_large = size
         else:
             fits = size
-        size = 2 * fits
-        others = [b for b in used if b != fits]
-        if too_large <= most and (len(used) % 2 or too_large not in used):
-            size = (fits + too_large) // 2
-        elif others:  # where the line through the nearest two meets the limit
-            near = min(others, key=lambda b: abs(b - fits))
-            each = (used[fits] - used[near]) / (fits - near)
-            size = fits + int((limit - used[fits]) / each) if each > 0 else size
-        size = max(fits + 1, min(size, 2 * fits, too_large - 1))
+        size = min(2 * fits, (fits + too_large) // 2)
     return fits, used
 
 

@@ -29,10 +29,8 @@ class Log:
     for and are not installed.
     """
 
-    def __init__(
-        self, folder: Path, config: Any, run: Run, first_epoch: int, chance: dict[str, float] | None = None
-    ) -> None:
-        self.run, self.config, self.folder, self.chance = run, config, folder, chance or {}
+    def __init__(self, folder: Path, config: Any, run: Run, first_epoch: int, chance: dict[str, float]) -> None:
+        self.run, self.config, self.folder, self.chance = run, config, folder, chance
         self._tensorboard = self._wandb = None
         distributed.on_main(lambda: self._start(first_epoch))
 
@@ -41,21 +39,16 @@ class Log:
         # Asked for before anything is written: what is missing must not leave half a run.
         tensorboard = _package("torch.utils.tensorboard", "tensorboard") if config.tensorboard else None
         wandb = _package("wandb", "wandb_project") if config.wandb_project else None
-        option = "pretrained_path"
         try:
             Path(config.pretrained_path).mkdir(parents=True, exist_ok=True)
-            option = "dump_path"
-            folder.mkdir(parents=True, exist_ok=True)
-            save_yaml(to_dict(config), folder / "config.yaml")
-            for name in (METRICS, WARNINGS):  # without what a run wrote after its last checkpoint
-                if rows := self._rows(name):
-                    self._write(name, [row for row in rows if int(row["epoch"]) < first_epoch])
-            if tensorboard:
-                self._tensorboard = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
         except OSError as error:
-            raise UserError(f"{option}: {getattr(config, option)} cannot be written ({error.strerror})") from None
-        except (KeyError, TypeError, ValueError, csv.Error) as error:
-            raise UserError(f"{folder / name}: is not this run's table ({error}); move it away") from None
+            raise UserError(f"pretrained_path: {config.pretrained_path} cannot be made ({error.strerror})") from None
+        save_yaml(to_dict(config), folder / "config.yaml")
+        for name in (METRICS, WARNINGS):  # without what a run wrote after its last checkpoint
+            if rows := self._rows(name):
+                self._write(name, [row for row in rows if int(row["epoch"]) < first_epoch])
+        if tensorboard:
+            self._tensorboard = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
         if wandb:
             self._wandb = self._start_wandb(wandb)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -36,29 +35,30 @@ def start(config: Any) -> Run:
     return distributed.start(config.device, config.seed, config.timeout_minutes)
 
 
-def fit(learner: Learner, loader: Any, config: Any, run: Run, export: Callable[[Learner, Path, dict], None]) -> None:
-    """Train what a script has built to `config.epochs`, going on from a checkpoint in `dump_path`, and export it.
+def fit(learner: Learner, loader: Any, config: Any, run: Run) -> None:
+    """Train what a script has built to `config.epochs`, from the checkpoint in `dump_path` if any; save the weights.
 
     run: this process among the others.  An update whose loss or gradient is not finite is skipped, and its files are
     named. Raises UserError after `max_bad_steps` of them in a row; SystemExit (128 + signal) after a signal, once the
     step is finished and saved.
     """
     training = Training(learner, loader, config, run)
-    if config.fit_batch:
-        return cost.fit_batch(training)
-    if config.dry_run:
-        return cost.dry_run(training)
+    if config.fit_batch or config.dry_run:
+        (cost.fit_batch if config.fit_batch else cost.dry_run)(training)
+        return
     with signals.handled(), signals.noted(), profile.recording(run.device, config.profile):
         try:
             training.start()
             while training.at.epoch < config.epochs:
                 training.epoch()
             training.log.close()
-        except (RuntimeError, OSError, EOFError, UserError) as error:  # a save may meet the worker's death as well
-            guards.name_dead_worker(error, loader.reading)
-            raise
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker ("):
+                raise
+            remedy = "probably too little memory: lower --workers or --batch_size"
+            raise UserError(f"workers: {str(error).strip()} ({remedy})") from error
     made_by = weights.record(config, loader.dataset.samples, training.at.last)
-    return export(learner, Path(config.pretrained_path) / config.checkpoint_name, made_by)
+    weights.save(learner, Path(config.pretrained_path) / config.checkpoint_name, made_by)
 
 
 class Training:

@@ -18,6 +18,7 @@ from datasets.loaders import VolumeWindows
 from models.encoder import JointEncoder, init_pca
 from models.folding import fold_batch_norm
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, fold_grey, multi_scale, plain
+from objectives.learners import Learner
 from utils import checkpoint, files
 from utils.config import commit, to_dict
 from utils.distributed import Run, gather_objects, rank
@@ -98,11 +99,6 @@ def load_mask_head(learner: nn.Module, config: Any) -> None:
             learner.mask_token.copy_(state["mask_token"])
 
 
-def save_resnet(learner: nn.Module, path: Path, record: dict[str, Any]) -> None:
-    """Flat torchvision state dict without `fc`, and what made it beside it."""
-    _save(learner.encoder.torchvision_state(), path, record)
-
-
 def joint_state(encoder: JointEncoder) -> dict[str, Tensor]:
     """Prefixes `encoder.` (torchvision layout), `projection.` and `transformer.`."""
     state = {f"encoder.{key}": value for key, value in encoder.encoder.torchvision_state().items()}
@@ -111,19 +107,22 @@ def joint_state(encoder: JointEncoder) -> dict[str, Tensor]:
     return state
 
 
-def save_masked(learner: nn.Module, path: Path, record: dict[str, Any]) -> None:
-    """Stage 2: the joint encoder with `mask_token` and `decoder.`."""
+def save(learner: Learner, path: Path, record: dict[str, Any]) -> None:
+    """The weights that a stage makes, and what made them beside them.
+
+    Stage 1: flat torchvision state dict without `fc`.  Stage 2: `joint_state` with `mask_token` and `decoder.`.
+    Stage 3: `joint_state`, and beside it `*_encoder.pth`, the flat ResNet to copy downstream.
+    """
+    if learner.stage == 1:
+        _save(learner.encoder.torchvision_state(), path, record)
+        return
     state = joint_state(learner.encoder)
-    state["mask_token"] = plain(learner.mask_token)
-    state |= {f"decoder.{key}": plain(value) for key, value in learner.decoder.state_dict().items()}
+    if learner.stage == 2:
+        state["mask_token"] = plain(learner.mask_token)
+        state |= {f"decoder.{key}": plain(value) for key, value in learner.decoder.state_dict().items()}
     _save(state, path, record)
-
-
-def save_joint(learner: nn.Module, path: Path, record: dict[str, Any]) -> None:
-    """Stage 3: the joint encoder, and beside it `*_encoder.pth`, the flat torchvision ResNet to copy downstream."""
-    encoder = learner.encoder
-    _save(joint_state(encoder), path, record)
-    _save(encoder.encoder.torchvision_state(), path.with_name(f"{path.stem}_encoder.pth"), record)
+    if learner.stage == 3:
+        _save(learner.encoder.encoder.torchvision_state(), path.with_name(f"{path.stem}_encoder.pth"), record)
 
 
 def load_joint(path: Path, dropout: float = 0.1) -> JointEncoder:
