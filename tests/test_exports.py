@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import save_weights
 from torch import Tensor, nn
 
 import export_weights
@@ -20,7 +21,8 @@ from downstream.encoders import load_encoder
 from export_weights import Config
 from models.encoder import JointEncoder
 from models.resnet import GREY_MEAN, GREY_STD, pooled
-from training import exports, weights
+from objectives import MaskedSlices
+from training import weights
 from utils import files
 from utils.errors import UserError
 
@@ -42,13 +44,10 @@ def make(arch: str, folder: Path) -> SimpleNamespace:
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
             for tensor in (module.bias, module.running_mean):
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
-    learner = nn.Module()
-    learner.encoder, learner.mask_token, learner.decoder = joint, nn.Parameter(torch.zeros(32)), nn.Linear(32, 32)
     made_by = weights.record(ssl_swav3D.Config(arch=arch, d_model=32, layers=1), [], {})
-    weights.save_masked(learner, folder / "second.pth", made_by)
-    weights.save_joint(learner, folder / "third.pth", made_by)
-    of_stage_1 = SimpleNamespace(encoder=joint.encoder)
-    weights.save_resnet(of_stage_1, folder / "first.pth", weights.record(ssl_swav2D.Config(arch=arch), [], {}))
+    weights.save(MaskedSlices(joint), folder / "second.pth", made_by)
+    save_weights(joint, folder / "third.pth", made_by)
+    save_weights(joint.encoder, folder / "first.pth", weights.record(ssl_swav2D.Config(arch=arch), [], {}))
     return SimpleNamespace(folder=folder, joint=joint)
 
 
@@ -90,7 +89,6 @@ def features(loaded: SimpleNamespace, x: Tensor) -> Tensor:
     [
         ("torchvision", 1, "first"),
         ("torchvision", 3, "second"),
-        ("timm", 3, "third"),
         ("smp", 1, "third"),
         ("monai2d", 1, "third_encoder"),
     ],
@@ -146,8 +144,8 @@ def test_encoders_of_monai_and_torchvision_take_a_resnet50(tmp_path):
 def test_what_half_precision_cannot_hold_is_refused_by_name():
     state = {"bn.running_var": torch.tensor([1.0, 7e4]), "bn.num_batches_tracked": torch.tensor(10**9)}
     with pytest.raises(UserError, match=r"bn.running_var hold values up to 70000, .*at most 65504"):
-        exports.halved(state)
-    small = exports.halved({**state, "bn.running_var": torch.tensor([1.0, 6.5e4])})
+        export_weights.halved(state)
+    small = export_weights.halved({**state, "bn.running_var": torch.tensor([1.0, 6.5e4])})
     assert small["bn.running_var"].dtype == torch.float16
     assert int(small["bn.num_batches_tracked"]) == 10**9  # a count stays one
 

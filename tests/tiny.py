@@ -45,7 +45,7 @@ def write_data(root: Path, volumes: int = 8, images: int = 4) -> Path:
 
 
 def options(script: str, data: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    """Keyword arguments of a script's Config; `changes` win."""
+    """Keyword arguments of a script's Config, from random weights; `changes` win."""
     chosen: dict[str, Any] = {
         "data_path": str(data),
         "dump_path": str(out / "runs" / script),
@@ -62,11 +62,11 @@ def options(script: str, data: Path, out: Path, **changes: Any) -> dict[str, Any
     if "2D" in script:
         chosen |= {"size_crops": [32, 16], "nmb_crops": [2, 1], "slices_per_volume": 2, "batch_size": 4}
     else:
-        chosen |= {"target_shape": [8, 32, 32], "d_model": 32, "layers": 1}
+        chosen |= {"target_shape": [8, 32, 32], "d_model": 32, "layers": 1, "resnet_pretrained": "none"}
     if "2D" in script or "3D" in script:
         chosen |= {"hidden_mlp": 32, "feat_dim": 16}
     if "3D" in script:
-        chosen |= {"intra_slices": 3, "images_per_step": 2}
+        chosen |= {"intra_slices": 3, "images_per_step": 2, "trans_pretrained": "none"}
     if "deepcluster" in script and "mask" not in script:
         chosen |= {"kmeans_backend": "torch"}
     return chosen | changes
@@ -79,10 +79,9 @@ def save_weights(encoder: nn.Module, path: Path, record: dict[str, Any]) -> None
 
 
 def run(script: str, data: Path, out: Path, **changes) -> dict[str, torch.Tensor]:
-    """The script in this process, from random weights unless told otherwise; returns the weights it wrote."""
+    """The script in this process; returns the weights it wrote."""
     module = importlib.import_module(script)
-    start = {"resnet_pretrained": "none"} | ({"trans_pretrained": "none"} if "3D" in script else {})
-    cfg = module.Config(**options(script, data, out, **(start | changes)))
+    cfg = module.Config(**options(script, data, out, **changes))
     module.main(cfg)
     return torch.load(out / "weights" / cfg.checkpoint_name, weights_only=True)
 

@@ -86,7 +86,7 @@ class Training:
             with explained(self.folder):
                 others = check_same_run(state, config, run, self.data, self.folder)
                 self.load(state)
-        self.log = Log(self.folder, config, run, self.at.epoch, self.monitor.chance)
+        self.log = Log(self.folder, config, run, self.at.epoch)
         doing = "continuing" if state else "starting"
         self.log.say(
             f"{doing} at epoch {self.at.epoch} of {config.epochs}, {self.loader.steps} steps each, {run.world_size} "
@@ -130,9 +130,9 @@ class Training:
         began, batches = time.monotonic(), OneAhead(self.loader.epoch(at.epoch, at.seen))
         while batches.next is not None:
             parts = min(self.config.accumulate, steps - step)  # batches of this update
-            agreed, samples = self.update(batches, at.epoch * steps + step, parts)
+            agreed, _ = self.update(batches, at.epoch * steps + step, parts)
             step += parts
-            bar.advance(parts, agreed.means, self.rate(at.epoch * steps + step - 1), samples, batches.waited)
+            self.log.advance(bar, parts, agreed.means, self.rate(at.epoch * steps + step - 1), batches.waited)
             if (agreed.stop or agreed.save) and step < steps:  # the epoch's end saves anyway
                 self.save()
                 if agreed.stop:
