@@ -27,7 +27,6 @@ from tqdm import tqdm
 from downstream.encoders import content_of, describe_weights
 from downstream.metrics import format_metrics
 from downstream.splits import Split, choose_labelled, draw_split, write_split
-from training.resume import explained
 from utils import checkpoint, config, distributed, signals
 from utils.errors import UserError
 from utils.files import write_csv, write_json
@@ -263,7 +262,7 @@ class Course:
 
     def load(self, state: dict[str, Any]) -> None:
         """Take up a run that was stopped."""
-        with explained(self.folder):
+        with checkpoint.explained(self.folder):
             self.model.load_state_dict(state["learner"])
             self.optimizer.load_state_dict(state["optimizer"])
             if state["scaler"]:  # empty when `precision auto` meant another format on the device before

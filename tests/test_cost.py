@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize(
     ("each", "most", "breaks", "largest"),
-    [(3.0, 1000, 1000, 2), (0.1, 1000, 1000, 78), (9.0, 1000, 1000, 0), (0.1, 37, 1000, 37), (0.1, 1000, 50, 49)],
+    [(3.0, 1000, 1000, 2), (0.11, 1000, 1000, 71), (9.0, 1000, 1000, 0), (0.11, 37, 1000, 37), (0.11, 1000, 50, 49)],
 )
 def test_the_largest_batch_is_found_in_few_probes_and_none_is_much_larger(each, most, breaks, largest):
     tried = []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -10,8 +12,10 @@ import torch
 from processes import run_processes
 from tiny import losses, run, stop_after
 from torch import nn
+from torch.utils.data import get_worker_info
 
 from datasets.batch import Batch
+from datasets.loaders import VolumeWindows
 from objectives.learners import Learner
 from training.train import Training
 from utils import checkpoint, guards
@@ -145,3 +149,16 @@ def test_a_process_with_other_weights_is_named_on_all():
     assert len(set(said)) == 1
     assert said[0].startswith("process 1 on ")
     assert "other weights than the rest after epoch 3 (1 tensors, first 1.running_var)" in said[0]
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_said_with_a_remedy(data, tmp_path, monkeypatch):
+    """As when the kernel kills it for want of memory."""
+
+    def kill(*_: Any) -> None:
+        assert get_worker_info()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(VolumeWindows, "__getitem__", kill)
+    with pytest.raises(UserError, match=r"DataLoader worker \(pid.*lower --workers"):
+        run("mask_swav", data, tmp_path, workers=1)

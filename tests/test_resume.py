@@ -21,7 +21,6 @@ from trials import Trial
 
 import mask_swav
 from objectives import SwAV
-from training.resume import check_same_run
 from training.scripts import SCRIPTS
 from utils import checkpoint
 from utils.config import to_dict
@@ -259,9 +258,9 @@ def test_which_batches_may_go_on(before, after, says, tmp_path):
     place = Run(0, after[1], torch.device("cpu"))
     if says is None:
         with pytest.raises(UserError, match=f"batch_size: {before[0]} -> {after[0]}"):
-            check_same_run(state, config, place, "x", tmp_path)
+            checkpoint.check_same_run(state, config, place, "x", tmp_path)
     else:
-        assert check_same_run(state, config, place, "x", tmp_path) == says
+        assert checkpoint.check_same_run(state, config, place, "x", tmp_path) == says
 
 
 @pytest.mark.parametrize(("before", "after"), [(6, 6), (6, 4), (4, 6), (0, 4), (4, 0)])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import losses, options, run
-from trials import Trial, arguments, read_steps, worker_of
+from trials import Trial, arguments, count_steps, worker_of
 
 import mask_swav
 import ssl_deepcluster3D
@@ -130,7 +130,7 @@ def test_a_lost_worker_is_started_again_and_the_run_ends_as_if_it_had_not_been(d
     how += ["--rdzv-endpoint=localhost:0", "--rdzv-conf=last_call_timeout=1"]
     torchrun = launch(data, elastic, how, **changes)
     try:
-        wait_until(lambda: len(read_steps(elastic / "steps.0")) >= 6)
+        wait_until(lambda: count_steps(elastic / "steps.0") >= 6)
         os.kill(worker_of(torchrun), signal.SIGKILL)
         assert torchrun.wait(300) == 0, (elastic / "log.txt").read_text()
     finally:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import gc
 import inspect
 import itertools
-import os
 import resource
 import sys
 import tempfile
@@ -249,13 +248,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a new process could take."""
+    """Bytes that a new process could take; of a CPU, on Linux alone."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        return _kib(meminfo, "MemAvailable:")
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return _kib(Path("/proc/meminfo"), "MemAvailable:")
 
 
 def _kib(file: Path, name: str) -> int:

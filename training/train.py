@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +19,6 @@ from objectives.learners import Learner
 from training import cost, weights
 from training.log import Log
 from training.monitor import Monitor
-from training.resume import Progress, check_same_run, explained
 from utils import checkpoint, distributed, guards, profile, signals
 from utils.config import to_dict
 from utils.distributed import Run
@@ -30,8 +29,9 @@ from utils.seeding import DROPOUT, FILLING, stream
 
 
 def start(config: Any) -> Run:
-    """Join the other processes, after whatever would stop the run later than here. Raises UserError."""
-    weights.check(config)
+    """Join the other processes, unless a weights file is missing: UserError before any long work."""
+    for option in weights.MADE_BY:
+        weights.chosen(config, option)
     return distributed.start(config.device, config.seed, config.timeout_minutes)
 
 
@@ -61,6 +61,33 @@ def fit(learner: Learner, loader: Any, config: Any, run: Run) -> None:
     weights.save(learner, Path(config.pretrained_path) / config.checkpoint_name, made_by)
 
 
+@dataclass
+class Progress:
+    """Where a run is, as far as it is not in weights, optimiser and objectives."""
+
+    epoch: int = 0
+    seen: int = 0  # samples of this epoch that all processes together have seen
+    counted: int = 0  # those of them that entered `sums`: not those of skipped updates
+    sums: dict[str, float] = field(default_factory=dict)  # of the losses of this epoch, times samples
+    last: dict[str, float] = field(default_factory=dict)  # the means of the epoch before
+    bad_steps: int = 0  # skipped updates of this epoch
+    bad_in_a_row: int = 0
+
+    def applied(self, means: dict[str, float], samples: int) -> None:
+        """An update of so many samples was made."""
+        self.bad_in_a_row, self.counted = 0, self.counted + samples
+        for name, value in means.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value * samples
+
+    def means(self) -> dict[str, float]:
+        """Of the losses of this epoch."""
+        return {name: value / self.counted for name, value in self.sums.items()}
+
+    def next_epoch(self) -> None:
+        self.last = self.means()
+        self.epoch, self.seen, self.counted, self.bad_steps, self.sums = self.epoch + 1, 0, 0, 0, {}
+
+
 class Training:
     """A run under way: all that a checkpoint holds, and the three things done with it: an update, an epoch, a save."""
 
@@ -83,8 +110,8 @@ class Training:
         config, run = self.config, self.run
         state, others = checkpoint.load(self.folder), ""
         if state:
-            with explained(self.folder):
-                others = check_same_run(state, config, run, self.data, self.folder)
+            with checkpoint.explained(self.folder):
+                others = checkpoint.check_same_run(state, config, run, self.data, self.folder)
                 self.load(state)
         self.log = Log(self.folder, config, run, self.at.epoch)
         doing = "continuing" if state else "starting"

@@ -24,25 +24,25 @@ from utils.config import commit, to_dict
 from utils.distributed import Run, gather_objects, rank
 from utils.errors import UserError
 
-STAGE_1, STAGE_2 = "ssl_swav2D.py or ssl_deepcluster2D.py", "mask_swav.py or mask_deepcluster.py"
+MADE_BY = {
+    "resnet_pretrained": "ssl_swav2D.py or ssl_deepcluster2D.py",
+    "trans_pretrained": "mask_swav.py or mask_deepcluster.py",
+}
 WRAPPERS = ("state_dict", "model_state_dict", "model", "classy_state_dict", "base_model", "trunk")
 
 
-def check(config: Any) -> None:
-    """Refuse weights files of the options that are missing, damaged or of another network, before any long work.
-
-    The networks have shapes but no values here, so nothing is loaded and no random number drawn. Raises UserError.
-    """
-    with torch.device("meta"):
-        if config.stage == 1:
-            resnet = GreyResNet(config.arch)
-        else:
-            encoder = JointEncoder(config.arch, config.d_model, config.layers, attention=config.attention)
-            resnet = encoder.encoder
-    if config.resnet_pretrained != "none":
-        load_backbone(resnet, config)
-    if config.stage == 3 and config.trans_pretrained != "none":
-        load_transformer(encoder, config)
+def chosen(config: Any, option: str) -> Path | None:
+    """The weights file that an option names; None for `none`. Raises UserError where there is no such file."""
+    name = getattr(config, option, "none")
+    path = Path(config.pretrained_path) / name
+    if name == "none":
+        return None
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such weights file; run {MADE_BY[option]} first, or copy one there, or pass --{option} none to "
+            "go on with random weights"
+        )
+    return path
 
 
 def load_backbone(resnet: GreyResNet, config: Any) -> None:
@@ -52,17 +52,13 @@ def load_backbone(resnet: GreyResNet, config: Any) -> None:
     builds on pre-trained weights. Raises UserError when the file is missing, unreadable, or any backbone tensor is
     absent or has another shape.
     """
-    if config.resnet_pretrained != "none":
-        remedy = (
-            f"run {STAGE_1} first, or copy a ResNet there (torchvision, SwAV / DeepCluster-v2 and VISSL layouts load), "
-            "or pass --resnet_pretrained none to go on with random weights"
-        )
-        load_resnet(resnet, Path(config.pretrained_path) / config.resnet_pretrained, remedy)
+    if path := chosen(config, "resnet_pretrained"):
+        load_resnet(resnet, path)
     elif config.stage > 1:
-        _say_random("slice encoder (ResNet)", f"resnet_pretrained is none; {STAGE_1} make pre-trained ones")
+        _say_random("slice encoder (ResNet)", "resnet_pretrained")
 
 
-def load_resnet(resnet: GreyResNet, path: Path, remedy: str) -> None:
+def load_resnet(resnet: GreyResNet, path: Path, remedy: str = "") -> None:
     """A ResNet from a file of any known layout. Raises UserError; remedy: what to do where there is no such file."""
     _load_grey(resnet, _unwrap(_read(path, remedy)), path)
 
@@ -74,14 +70,12 @@ def load_transformer(encoder: JointEncoder, config: Any) -> None:
     this transformer. It is the same where no weight of the stems differs by more than 2^-10 of the largest, which is
     what storing either file in half precision may change. Raises UserError as `load_backbone` does.
     """
-    if config.trans_pretrained == "none":
-        _say_random("projection and transformer", f"trans_pretrained is none; {STAGE_2} make pre-trained ones")
+    path = chosen(config, "trans_pretrained")
+    if not path:
+        _say_random("projection and transformer", "trans_pretrained")
         return
-    path = Path(config.pretrained_path) / config.trans_pretrained
-    state = _read(path, f"run {STAGE_2} first, or pass --trans_pretrained none to go on with random weights")
+    state = _read(path)
     _load_parts(encoder, state, path)
-    if encoder.encoder.conv1.weight.is_meta:
-        return
     ours = encoder.encoder.conv1.weight.detach().cpu()
     theirs = _below(state, "encoder.").get("conv1.weight")
     rounding = torch.finfo(torch.float16).eps * float(ours.abs().max())
@@ -91,9 +85,8 @@ def load_transformer(encoder: JointEncoder, config: Any) -> None:
 
 def load_mask_head(learner: nn.Module, config: Any) -> None:
     """Load stage 2's mask token and decoder into a learner that goes on predicting masked slices."""
-    if config.trans_pretrained != "none":
-        path = Path(config.pretrained_path) / config.trans_pretrained
-        state = _read(path, f"run {STAGE_2} first")
+    if path := chosen(config, "trans_pretrained"):
+        state = _read(path)
         _load(learner.decoder, _below(state, "decoder."), path, " decoder.")
         with torch.no_grad():
             learner.mask_token.copy_(state["mask_token"])
@@ -185,8 +178,9 @@ def record(config: Any, samples: list[Sample], result: dict[str, float]) -> dict
     }
 
 
-def _say_random(what: str, why: str) -> None:
+def _say_random(what: str, option: str) -> None:
     if rank() == 0:
+        why = f"{option} is none; {MADE_BY[option]} make pre-trained ones"
         print(f"{'!' * 20}\nWARNING: {what} start from RANDOM weights ({why})\n{'!' * 20}", flush=True)
 
 
@@ -194,7 +188,7 @@ def _below(state: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
 
 
-def _read(path: Path, remedy: str) -> dict[str, Any]:
+def _read(path: Path, remedy: str = "") -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such weights file; {remedy}")
     try:
@@ -254,8 +248,6 @@ def _load(module: nn.Module, state: dict[str, Tensor], path: Path, label: str) -
         raise UserError(f"{line}; {_some(problems)}. Were arch, d_model and layers the same when it was made?")
     if broken := [key for key in both if state[key].is_floating_point() and not state[key].isfinite().all()]:
         raise UserError(f"{path}: {_some(broken)} hold NaN or Inf; what made this file went wrong, take another")
-    if next(module.parameters()).is_meta:  # `check` asks whether it would fit
-        return
     module.load_state_dict({key: state[key] for key in both}, strict=False)
     if rank() == 0:
         print(f"{line} ({_some(unexpected)})" if unexpected else line, flush=True)
