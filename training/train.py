@@ -43,9 +43,10 @@ def fit(learner: Learner, loader: Any, config: Any, run: Run) -> None:
     step is finished and saved.
     """
     training = Training(learner, loader, config, run)
-    if config.fit_batch or config.dry_run:
-        (cost.fit_batch if config.fit_batch else cost.dry_run)(training)
-        return
+    if config.fit_batch:
+        return cost.fit_batch(training)
+    if config.dry_run:
+        return cost.dry_run(training)
     with signals.handled(), signals.noted(), profile.recording(run.device, config.profile):
         try:
             training.start()
@@ -58,7 +59,7 @@ def fit(learner: Learner, loader: Any, config: Any, run: Run) -> None:
             remedy = "probably too little memory: lower --workers or --batch_size"
             raise UserError(f"workers: {str(error).strip()} ({remedy})") from error
     made_by = weights.record(config, loader.dataset.samples, training.at.last)
-    weights.save(learner, Path(config.pretrained_path) / config.checkpoint_name, made_by)
+    return weights.save(learner, Path(config.pretrained_path) / config.checkpoint_name, made_by)
 
 
 @dataclass
