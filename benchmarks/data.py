@@ -5,7 +5,8 @@
 
 loader  Epochs from the second on take turns, over the same files in the same process. Plain: np.load of the whole file,
         CropOrPad, two views by one random TorchIO transform each. Ours: the loader of mask_swav.py with policy `paper`.
-        With `workers`, reading (plain: everything) is done by that many processes. Always on the CPU.
+        With `workers`, reading (plain: everything) is done by that many processes. Always on the CPU. The temporary
+        folder (TMPDIR) holds 1.5 GB meanwhile.
 views   Seven views of a volume, one by each transform of policy `paper`, ours and TorchIO's. Ours starts from
         half-precision canvases on the device, as training does, and ends with float32 views; drawing the parameters is
         included. TorchIO, which works on the CPU alone, starts from the cropped float32 volume. Then both policies as
@@ -38,12 +39,11 @@ from utils.distributed import Run
 BATCH = 4  # volumes that the loaders yield at a time
 RAW = {"512 x 512 x 200 int16": ((512, 512, 200), "int16"), "240 x 240 x 155 float64": ((240, 240, 155), "float64")}
 CROPS = {"sizes": [(224, 224), (96, 96)], "counts": [2, 6], "scales": [(0.3, 1.0), (0.05, 0.3)]}
-PARTS = ("loader", "views")
 
 
 @dataclass
 class Config(common.Options):
-    parts: tuple[Literal[PARTS], ...] = PARTS
+    parts: tuple[Literal["loader", "views"], ...] = ("loader", "views")
     """what to measure"""
     target_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = (64, 128, 128)
     """slices, height and width of a view"""
@@ -51,10 +51,6 @@ class Config(common.Options):
     """loader: raw volumes of each kind"""
     workers: tuple[NonNegativeInt, ...] = (0, 2)
     """loader: loading processes, one measurement each"""
-    folder: str | None = None
-    """loader: where to put the data (1.5 GB, removed afterwards); null: the system's temporary folder"""
-    batch_size: NonNegativeInt = 0
-    """views: volumes or images per call; 0: 1 on a CPU, which works on one at a time anyway, 32 on a GPU"""
 
 
 class PlainVolumes(Dataset):
@@ -87,7 +83,7 @@ def main(cfg: Config) -> None:
 
 def measure_loaders(cfg: Config) -> dict[str, Any]:
     found: dict[str, Any] = {"volumes": cfg.volumes}
-    with tempfile.TemporaryDirectory(prefix="benchmark_data_", dir=cfg.folder) as folder:
+    with tempfile.TemporaryDirectory(prefix="benchmark_data_") as folder:
         for name, (shape, dtype) in RAW.items():
             write_volumes(Path(folder, name), shape, cfg.volumes, dtype)
             for workers in cfg.workers:
@@ -111,14 +107,12 @@ def epochs(root: Path, workers: int, cfg: Config) -> common.Work:
 
 def measure_views(cfg: Config, device: torch.device) -> dict[str, Any]:
     slices, height, width = cfg.target_shape
-    samples = cfg.batch_size or (32 if device.type == "cuda" else 1)
+    samples = 32 if device.type == "cuda" else 1  # a CPU works on one at a time anyway
     print(f"\n{samples} sample(s) a call, {common.device_name(device)}")
     canvases = canvases_of(cfg.target_shape, samples, device)
     images, _, *places = canvases_of((1, *CROPS["sizes"][0]), samples, device)
     epochs, ours = itertools.count(), VolumeViews(height, width, "paper", seed=0)
-    seven: dict[str, Callable[[], object]] = {
-        "ours": lambda: ours(*canvases, next(epochs), views=len(PAPER_TRANSFORMS)),
-    }
+    seven: dict[str, Callable[[], object]] = {"ours": lambda: ours(*canvases, next(epochs), len(PAPER_TRANSFORMS))}
     if plain.installed("torchio"):
         theirs, crop = plain.released_transforms(), torch.rand(1, slices, height, width)
         seven["TorchIO"] = lambda: [transform(crop) for transform in theirs for _ in range(samples)]

@@ -127,10 +127,3 @@ class SwAV(nn.Module):
             fitted[:, : kept.shape[1]] = kept
             state[f"{prefix}queue"] = fitted
         super()._load_from_state_dict(state, prefix, *args)
-
-    def memory_state(self) -> dict[str, Tensor]:
-        """Nothing beyond the buffers: the queue is in the state dict."""
-        return {}
-
-    def load_memory_state(self, state: dict[str, Tensor]) -> None:
-        pass

@@ -11,15 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks import attention, common, data, kmeans, step
+from benchmarks import common, data, kmeans, step
 from utils import config as options
-from utils.distributed import Run
 
 ROOT = Path(__file__).parents[1]
-RUN = Run(0, 1, torch.device("cpu"))
-PARTS = {"augment", "backward", "data", "diagnostics", "f_intra", "forward", "objective", "optimizer", "other"}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -50,7 +46,6 @@ def test_other_commands_do_not_replace_a_result_and_the_same_one_does(tmp_path, 
 @pytest.mark.parametrize(
     ("module", "changes", "expected"),
     [
-        (attention, {"batches": (2,), "slices": 8, "d_model": 64}, "memory as in training"),
         (kmeans, {"points": 64, "clusters": 4, "dim": 8, "iterations": 1, "reference": False}, "mean_cosine"),
         (step, {"arch": "resnet18", "target_shape": (8, 32, 32), "images": 2, "volumes": 2}, "stage2"),
         (data, {"target_shape": (4, 16, 16), "volumes": 4, "workers": (0,)}, "loader"),
@@ -74,7 +69,7 @@ def test_all_gpu_benchmarks_are_run_and_the_worst_status_is_that_of_all(tmp_path
     assert done.returncode
     assert "Error 3" in done.stderr
     calls = [line.split()[1:] for line in called.read_text().splitlines()]
-    names = ["step", "attention", "kmeans", "step", "data", "step"]
+    names = ["step", "kmeans", "step", "data", "step"]
     assert [name for name, *_ in calls] == [f"benchmarks.{name}" for name in names]
     for name, *arguments in calls:  # which they understand
         module = importlib.import_module(name)

@@ -206,10 +206,10 @@ def bank_on_two_processes(state: dict[str, Tensor], at_once: int) -> dict[str, A
     bank.GATHERED_AT_ONCE = at_once
     written, loaded = deepcluster(7, 3), deepcluster(7, 3)
     remember_joint(written, slice(rank() * 2, rank() * 2 + 2))
-    loaded.load_memory_state(state)
+    loaded.bank.load(state)
     written.begin_epoch(0)
     own = len(written.bank.embeddings[0])
-    return {"banks": (written.memory_state(), loaded.memory_state()), "own": own, "buffers": written.state_dict()}
+    return {"banks": (written.bank.state(), loaded.bank.state()), "own": own, "buffers": written.state_dict()}
 
 
 @pytest.mark.slow
@@ -218,7 +218,7 @@ def test_bank_state_is_the_same_on_any_number_of_processes(at_once: int, monkeyp
     monkeypatch.setattr("objectives.bank.GATHERED_AT_ONCE", at_once)
     alone, again = deepcluster(7, 3), deepcluster(7, 3)
     remember_joint(alone, slice(None))
-    state = alone.memory_state()
+    state = alone.bank.state()
     assert state["seen"].tolist() == [True] * 6 + [False]
     assert_close(state["embeddings"][:, 5], unit(2, 4, 4, seed=2)[:, 1])
     alone.begin_epoch(0)
@@ -227,10 +227,10 @@ def test_bank_state_is_the_same_on_any_number_of_processes(at_once: int, monkeyp
     for out in results:
         assert_close(out["banks"], (state, state))
         assert_close(out["buffers"], alone.state_dict())
-    again.load_memory_state(results[0]["banks"][0])
-    assert_close(again.memory_state(), state)
+    again.bank.load(results[0]["banks"][0])
+    assert_close(again.bank.state(), state)
     with pytest.raises(ValueError, match=r"\(2, 7, 4\) does not fit \(2, 8, 4\)"):
-        deepcluster(8, 3).load_memory_state(state)
+        deepcluster(8, 3).bank.load(state)
 
 
 def test_prototypes_decay_but_biases_do_not() -> None:
