@@ -209,7 +209,9 @@ def bank_on_two_processes(state: dict[str, Tensor], at_once: int) -> dict[str, A
     loaded.bank.load(state)
     written.begin_epoch(0)
     own = len(written.bank.embeddings[0])
-    return {"banks": (written.bank.state(), loaded.bank.state()), "own": own, "buffers": written.state_dict()}
+    codes = sinkhorn(PROTOTYPES[:0] if rank() == 0 else PROTOTYPES)  # an empty share takes part and gets nothing
+    states = written.bank.state(), loaded.bank.state()
+    return {"banks": states, "own": own, "buffers": written.state_dict(), "codes": codes}
 
 
 @pytest.mark.slow
@@ -227,6 +229,7 @@ def test_bank_state_is_the_same_on_any_number_of_processes(at_once: int, monkeyp
     for out in results:
         assert_close(out["banks"], (state, state))
         assert_close(out["buffers"], alone.state_dict())
+    assert_close(torch.cat([out["codes"] for out in results]), sinkhorn(PROTOTYPES))
     again.bank.load(results[0]["banks"][0])
     assert_close(again.bank.state(), state)
     with pytest.raises(ValueError, match=r"\(2, 7, 4\) does not fit \(2, 8, 4\)"):
