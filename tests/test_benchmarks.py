@@ -31,17 +31,6 @@ def test_pieces_take_turns_and_ratios_are_those_of_neighbours(monkeypatch):
     assert found["slow"] == {"median_s": 4.0, "iqr_s": 3.5, "repeats": 3}
 
 
-def test_other_commands_do_not_replace_a_result_and_the_same_one_does(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "RESULTS", tmp_path)
-    for words, value in ((["step"], 1), (["step", "--compile", "true"], 2), (["step"], 3)):
-        monkeypatch.setattr(sys, "argv", [f"/somewhere/benchmarks/{words[0]}.py", *words[1:]])
-        common.write({"value": value})
-    (file,) = tmp_path.iterdir()
-    written = json.loads(file.read_text())
-    assert {name: entry["results"]["value"] for name, entry in written.items()} == {"step --compile true": 2, "step": 3}
-    assert written["step"]["environment"]["commit"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "changes", "expected"),

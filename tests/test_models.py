@@ -190,22 +190,6 @@ def test_blocks_of_the_position_bias_equal_the_network_at_once(dtype: torch.dtyp
     assert_close(*found, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.slow
-def test_the_exported_attention_takes_more_slices_than_one_block_holds() -> None:
-    module, sizes = attention(), {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
-    example = random(2, 12, WIDTH), first(9, 12).repeat(2, 1)
-    program = torch.export.export(module, example, dynamic_shapes=(sizes, sizes)).module()
-    given = random(3, 90, WIDTH), first(80, 90).repeat(3, 1)
-    with torch.no_grad():
-        assert_close(program(*given), module(*given))
-
-
-@pytest.mark.parametrize("options", [{"heads": 5, "groups": 5}, {"heads": 8, "groups": 3}, {"kernel": 5}])
-def test_sizes_that_do_not_fit_are_refused(options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="must be"):
-        DeformableAttention1D(WIDTH, **options)
-
-
 def test_ordinary_attention_equals_torchs_on_the_real_slices() -> None:
     torch.manual_seed(0)
     ours = OrdinaryAttention1D(WIDTH, heads=8)
@@ -231,13 +215,13 @@ def test_a_frozen_resnet_keeps_its_weights_and_statistics_while_the_rest_learns(
     torch.manual_seed(0)
     joint = JointEncoder("resnet18", WIDTH, layers=1)
     learner = JointClustering(joint, nn.Linear(512, 8), SwAV(8, [4]), SwAV(WIDTH, [4]), freeze=True).train()
-    before = {name: value.clone() for name, value in joint.encoder.state_dict().items()}
+    before = {name: value.clone() for name, value in joint.resnet.state_dict().items()}
     batch = Batch(torch.arange(2), views=torch.rand(2, 2, 3, 32, 32), mask=torch.ones(2, 3, dtype=torch.bool))
     batch = batch._replace(picked=torch.tensor([[0], [2]]), slice_index=torch.tensor([0, 5]))
     optimizer = torch.optim.SGD([p for p in learner.parameters() if p.requires_grad], lr=0.1)
     learner(batch)["loss"].backward()
     optimizer.step()
-    assert_close(dict(joint.encoder.state_dict()), before, rtol=0, atol=0)
+    assert_close(dict(joint.resnet.state_dict()), before, rtol=0, atol=0)
     assert joint.projection.weight.grad.any()
     assert joint.transformer.layers[0].attention.to_q.weight.grad.any()
 
