@@ -125,7 +125,7 @@ def learner_and_batches(kind: str) -> tuple[nn.Module, list[Batch]]:
     encoder = joint_encoder()
     if what == "masked":
         return MaskedSlices(encoder), list(volume_batches(volumes, images=False))
-    head = ProjectionHead(encoder.encoder.num_features, 32, 16)
+    head = ProjectionHead(encoder.resnet.num_features, 32, 16)
     intra, inter = objective(how, 16, 54, 2 * volumes + 2), objective(how, 32, 8, volumes)
     return JointClustering(encoder, head, intra, inter, 0.7, 1.3), list(volume_batches(volumes))
 
@@ -236,7 +236,7 @@ LAMBDAS = [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (1.0, 1.0, 1.0), (0.0, 0.0, 1.0), (
 def two_steps(lambdas: tuple[float, float, float]) -> bool:
     torch.manual_seed(0)
     encoder = joint_encoder()
-    head = ProjectionHead(encoder.encoder.num_features, 32, 16)
+    head = ProjectionHead(encoder.resnet.num_features, 32, 16)
     intra, inter = objective("swav", 16, 54, 10), objective("swav", 32, 8, 4)
     learner = JointClustering(encoder, head, intra, inter, *lambdas)
     learner = distributed.wrap(learner, Run(rank(), world_size(), torch.device("cpu")))

@@ -33,7 +33,7 @@ def save_joint(folder: Path, layers: int = 2) -> JointEncoder:
     torch.manual_seed(1)
     encoder = JointEncoder("resnet18", 32, layers=layers)
     weights.save_joint(
-        SimpleNamespace(encoder=encoder, resnet=encoder.encoder),
+        SimpleNamespace(encoder=encoder, resnet=encoder.resnet),
         folder / "joint.pth",
         {"config": {"arch": "resnet18", "d_model": 32, "layers": layers}},
     )

@@ -37,7 +37,7 @@ def check(config: Any) -> None:
             resnet = GreyResNet(config.arch)
         else:
             encoder = JointEncoder(config.arch, config.d_model, config.layers, attention=config.attention)
-            resnet = encoder.encoder
+            resnet = encoder.resnet
     if config.resnet_pretrained != "none":
         load_backbone(resnet, config)
     if config.stage == 3 and config.trans_pretrained != "none":
@@ -79,9 +79,9 @@ def load_transformer(encoder: JointEncoder, config: Any) -> None:
     path = Path(config.pretrained_path) / config.trans_pretrained
     state = _read(path, f"run {STAGE_2} first, or pass --trans_pretrained none to go on with random weights")
     _load_parts(encoder, state, path)
-    if encoder.encoder.conv1.weight.is_meta:
+    if encoder.resnet.conv1.weight.is_meta:
         return
-    ours = encoder.encoder.conv1.weight.detach().cpu()
+    ours = encoder.resnet.conv1.weight.detach().cpu()
     theirs = _below(state, "encoder.").get("conv1.weight")
     rounding = torch.finfo(torch.float16).eps * float(ours.abs().max())
     if theirs is None or not torch.allclose(fold_grey(theirs.float()), ours, rtol=0, atol=rounding):
@@ -105,7 +105,7 @@ def save_resnet(learner: nn.Module, path: Path, record: dict[str, Any]) -> None:
 
 def joint_state(encoder: JointEncoder) -> dict[str, Tensor]:
     """Prefixes `encoder.` (torchvision layout), `projection.` and `transformer.`."""
-    state = {f"encoder.{key}": value for key, value in encoder.encoder.torchvision_state().items()}
+    state = {f"encoder.{key}": value for key, value in encoder.resnet.torchvision_state().items()}
     for part in ("projection", "transformer"):
         state |= {f"{part}.{key}": plain(value) for key, value in getattr(encoder, part).state_dict().items()}
     return state
@@ -123,7 +123,7 @@ def save_joint(learner: nn.Module, path: Path, record: dict[str, Any]) -> None:
     """Stage 3: the joint encoder, and beside it `*_encoder.pth`, the flat torchvision ResNet to copy downstream."""
     encoder = learner.encoder
     _save(joint_state(encoder), path, record)
-    _save(encoder.encoder.torchvision_state(), path.with_name(f"{path.stem}_encoder.pth"), record)
+    _save(encoder.resnet.torchvision_state(), path.with_name(f"{path.stem}_encoder.pth"), record)
 
 
 def load_joint(path: Path, dropout: float = 0.1) -> JointEncoder:
@@ -139,7 +139,7 @@ def load_joint(path: Path, dropout: float = 0.1) -> JointEncoder:
     attention = made_by.get("attention", "deformable")  # files of before there was a choice do not say
     encoder = JointEncoder(arch, d_model, layers, dropout, attention=attention)
     state = _read(path, "run mask_*.py or ssl_*3D.py first")
-    _load_grey(encoder.encoder, _below(state, "encoder."), path, label=" encoder.")
+    _load_grey(encoder.resnet, _below(state, "encoder."), path, label=" encoder.")
     _load_parts(encoder, state, path)
     return encoder
 
@@ -157,7 +157,7 @@ def fit_projection(
     every = [(i, s) for i, count in zip(volumes.items, counts, strict=True) for s in range(count)]
     chosen = [every[int(k)] for k in np.linspace(0, len(every) - 1, min(slices, len(every)))]
     encoder.eval().to(run.device)
-    resnet = fold_batch_norm(encoder.encoder)
+    resnet = fold_batch_norm(encoder.resnet)
     features = []
     for start in range(run.rank * 32, len(chosen), run.world_size * 32):
         part = [volumes.store.read(i, s, s + 1) for i, s in chosen[start : start + 32]]
