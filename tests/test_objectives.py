@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from processes import run_processes
+from tiny import random, unit
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -21,14 +22,6 @@ from objectives.sizes import prototype_counts, queue_size
 from utils.distributed import rank
 from utils.errors import UserError
 from utils.optim import LARC, parameter_groups
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def unit(*shape: int, seed: int = 0) -> Tensor:
-    return F.normalize(random(*shape, seed=seed), dim=-1)
 
 
 def swav(*sizes: int, dim: int = 8, **options: Any) -> SwAV:
@@ -68,15 +61,6 @@ def test_sinkhorn_loss_and_gradients_survive_hard_embeddings_in_half_precision(d
         assert loss.dtype == torch.float32, name
         for values in (loss, leaf.grad, objective.prototypes.heads[0].weight.grad):
             assert values.isfinite().all(), name
-
-
-def test_rows_that_take_no_part_change_nothing() -> None:
-    scores = unit(10, 16) @ PROTOTYPES.T
-    rows = torch.tensor([0, 3, 4, 9])
-    q = sinkhorn(scores, taking_part=torch.zeros(10, dtype=torch.bool).index_fill(0, rows, True))
-    assert torch.equal(q[rows], sinkhorn(scores[rows]))
-    assert q.sum() == pytest.approx(4)
-    assert torch.equal(sinkhorn(scores, taking_part=torch.ones(10, dtype=torch.bool)), sinkhorn(scores))
 
 
 def test_frozen_prototypes_move_only_after_their_steps() -> None:

@@ -19,7 +19,7 @@ import report
 from models.transformer import AttentionMaps
 from reporting import embed, figures
 from reporting.embed import Network
-from reporting.runs import read_runs, read_table, read_tables, read_warnings
+from reporting.runs import read_runs, read_tables, read_warnings
 from training.weights import load_joint
 from utils.errors import UserError
 
@@ -168,16 +168,6 @@ def test_what_is_gone_is_said(made, tmp_path):
     html = (tmp_path / "p.html").read_text()
     assert "There is no readable checkpoint" in html
     assert "No run has finished an epoch yet" in html
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [("epoch,loss\n0,low\n", "could not convert"), ("epoch,loss\n,1\n", "non-finite"), ("\0\1\2", "epoch")],
-)
-def test_a_broken_table_is_named(text, says, tmp_path):
-    (tmp_path / "metrics.csv").write_text(text)
-    with pytest.raises(UserError, match=rf"metrics\.csv: is not a run's table.*{says}"):
-        read_table(tmp_path / "metrics.csv", float)
 
 
 def test_columns_become_charts():

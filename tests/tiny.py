@@ -16,6 +16,16 @@ from training import train
 from utils import files, signals
 
 
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Normally distributed numbers, the same for the same seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def unit(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Random vectors of unit length."""
+    return torch.nn.functional.normalize(random(*shape, seed=seed), dim=-1)
+
+
 def save(path: Path, array: np.ndarray) -> Path:
     """An array as a volume (.npy) or image."""
     path.parent.mkdir(parents=True, exist_ok=True)
