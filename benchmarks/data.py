@@ -89,7 +89,7 @@ def measure_views(cfg: Config, device: torch.device) -> dict[str, Any]:
 
 def rates(work: dict[str, Callable[[], object]], cfg: Config, device: torch.device, samples: int) -> dict[str, Any]:
     """Times of each piece, and how many of its samples that is a second."""
-    found = common.compare(work, cfg.repeats, device=device, pairs=[])
+    found = common.compare(work, cfg.repeats, device)
     for name, record in found.items():
         record["samples_per_second"] = samples / record["median_s"]
         print(f"  {name}: {record['samples_per_second']:,.1f} per second")

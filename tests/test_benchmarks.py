@@ -21,12 +21,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_pieces_take_turns_and_ratios_are_those_of_neighbours(monkeypatch):
     order = []
-    common.measure({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2)
-    assert "".join(order) == "ab" + "abab"
-    ticks = iter([0, 2, 2, 3, 3, 12, 12, 15, 15, 19, 19, 23])  # slow takes 2, 9, 4 s, fast 1, 3, 4
+    work = {name: lambda name=name: order.append(name) for name in ("slow", "fast")}
+    ticks = iter([0, 9, 9, 10, 0, 2, 2, 3, 3, 12, 12, 15, 15, 19, 19, 23])  # slow takes 9, 2, 9, 4 s, fast 1, 1, 3, 4
     monkeypatch.setattr(common.time, "perf_counter", lambda: next(ticks))
-    nothing = {name: lambda: None for name in ("slow", "fast")}
-    found = common.compare(nothing, 3, warmup=0, pairs=[("slow", "fast")])
+    found = common.compare(work, 3, pairs=[("slow", "fast")])
+    assert order == ["slow", "fast"] * 4
     assert found["slow over fast"] == 2.0  # of 2, 3 and 1
     assert found["slow"] == {"median_s": 4.0, "iqr_s": 3.5, "repeats": 3}
 

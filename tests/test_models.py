@@ -9,11 +9,9 @@ from tiny import random
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from datasets.batch import Batch
 from models.encoder import JointEncoder, init_orthogonal, init_pca
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, fold_grey, multi_scale
 from models.transformer import DeformableAttention1D, OrdinaryAttention1D, SliceTransformer
-from objectives import JointClustering, SwAV
 
 WIDTH = 32
 
@@ -206,21 +204,6 @@ def test_mean_is_the_mean_of_the_slice_embeddings_and_nothing_else() -> None:
     assert_close(joint.holistic(tokens, mask), nn.functional.normalize(expected, dim=1))
     assert not joint.transformer.state_dict()
     assert joint.transformer.maps(tokens, mask) == []
-
-
-def test_a_frozen_resnet_keeps_its_weights_and_statistics_while_the_rest_learns() -> None:
-    torch.manual_seed(0)
-    joint = JointEncoder("resnet18", WIDTH, layers=1)
-    learner = JointClustering(joint, nn.Linear(512, 8), SwAV(8, [4]), SwAV(WIDTH, [4]), freeze=True).train()
-    before = {name: value.clone() for name, value in joint.resnet.state_dict().items()}
-    batch = Batch(torch.arange(2), views=torch.rand(2, 2, 3, 32, 32), mask=torch.ones(2, 3, dtype=torch.bool))
-    batch = batch._replace(picked=torch.tensor([[0], [2]]), slice_index=torch.tensor([0, 5]))
-    optimizer = torch.optim.SGD([p for p in learner.parameters() if p.requires_grad], lr=0.1)
-    learner(batch)["loss"].backward()
-    optimizer.step()
-    assert_close(dict(joint.resnet.state_dict()), before, rtol=0, atol=0)
-    assert joint.projection.weight.grad.any()
-    assert joint.transformer.layers[0].attention.to_q.weight.grad.any()
 
 
 def test_padded_slices_never_reach_batch_norm() -> None:
