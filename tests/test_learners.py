@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import random
+from tiny import random, shake
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -246,28 +246,13 @@ def test_image_clustering_joins_the_crops_of_all_sizes() -> None:
 # ---- the folded slice encoder
 
 
-def lived_in(module: nn.Module) -> nn.Module:
-    """BatchNorm as after training: no scale, shift, mean or variance at its initial value."""
-    generator = torch.Generator().manual_seed(0)
-    for norm in module.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            for tensor, low, high in (
-                (norm.weight, 0.5, 1.5),
-                (norm.bias, -0.5, 0.5),
-                (norm.running_mean, -0.5, 0.5),
-                (norm.running_var, 0.5, 1.5),
-            ):
-                tensor.data.uniform_(low, high, generator=generator)
-    return module
-
-
 def volumes(*shape: int) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize(("arch", "chunk"), [("resnet18", 1), ("resnet18", 1000), ("resnet50", 3)])
 def test_embeddings_are_those_of_the_joint_encoder_whatever_the_chunk(arch, chunk, monkeypatch):
-    encoder = lived_in(JointEncoder(arch, 32, 1)).eval()
+    encoder = shake(JointEncoder(arch, 32, 1)).eval()
     x, mask = volumes(3, 5, 32, 32), torch.arange(5) < torch.tensor([[5], [2], [4]])
     monkeypatch.setitem(folding.CHUNK_PIXELS, "cpu", chunk * 32 * 32)
     found = FrozenSlices(encoder)(x, mask)
@@ -277,7 +262,7 @@ def test_embeddings_are_those_of_the_joint_encoder_whatever_the_chunk(arch, chun
 
 
 def test_the_learner_predicts_the_embeddings_of_the_unfolded_network_and_saves_that_one(tmp_path):
-    encoder = lived_in(JointEncoder("resnet18", 32, 1))
+    encoder = shake(JointEncoder("resnet18", 32, 1))
     loaded = {name: value.clone() for name, value in encoder.resnet.torchvision_state().items()}
     learner = MaskedSlices(encoder).train()
     names = set(learner.state_dict())

@@ -5,26 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torchvision
-from tiny import random
+from tiny import random, shake
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from models.encoder import JointEncoder, init_orthogonal, init_pca
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, fold_grey, multi_scale
 from models.transformer import DeformableAttention1D, OrdinaryAttention1D, SliceTransformer
 
 WIDTH = 32
-
-
-def shake(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Random numbers in every parameter and running statistic, so that no zero, one or symmetry hides a mistake."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, value in module.state_dict().items():
-        if name.endswith("running_var"):
-            value.uniform_(0.5, 1.5, generator=generator)
-        elif value.is_floating_point():
-            value.add_(torch.randn(value.shape, generator=generator, dtype=value.dtype), alpha=0.1)
-    return module
 
 
 def first(length: int, of: int) -> Tensor:
@@ -50,15 +40,6 @@ def transformer(attention: str = "deformable", layers: int = 2) -> SliceTransfor
 # ---- grey ResNet
 
 
-def stages_of(net: nn.Module, x: Tensor) -> list[Tensor]:
-    x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
-    stages = []
-    for layer in (net.layer1, net.layer2, net.layer3, net.layer4):
-        x = layer(x)
-        stages.append(x)
-    return stages
-
-
 @torch.no_grad()
 def test_folded_resnet_equals_torchvision_on_the_repeated_image_and_so_do_its_exported_weights() -> None:
     torch.manual_seed(0)
@@ -72,7 +53,8 @@ def test_folded_resnet_equals_torchvision_on_the_repeated_image_and_so_do_its_ex
     found, repeated = grey(images), ((images - GREY_MEAN) / GREY_STD).repeat(1, 3, 1, 1)
     assert [tuple(stage.shape) for stage in found] == [(3, 64, 8, 8), (3, 128, 4, 4), (3, 256, 2, 2), (3, 512, 1, 1)]
     for other in (colour, back):
-        for ours, theirs in zip(found, stages_of(other, repeated), strict=True):
+        stages = create_feature_extractor(other, [f"layer{k}" for k in (1, 2, 3, 4)])(repeated)
+        for ours, theirs in zip(found, stages.values(), strict=True):
             assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
     means = [stage.mean(dim=(2, 3)) for stage in found]
     assert_close(multi_scale(found), torch.cat([mean / mean.norm(dim=1, keepdim=True) for mean in means], dim=1))
