@@ -40,6 +40,7 @@ class DeepClusterV2(nn.Module):
     precision: of training; with `fp32` k-means compares points in float32, too (see `fast_products`).
     """
 
+    assign_crops = 2
     fills_memory = True  # the bank needs a pass over the data before the first epoch
     observer: Callable[..., None] | None = None  # sees what every training step computes (diagnostics.Diagnostics)
 
@@ -52,18 +53,17 @@ class DeepClusterV2(nn.Module):
         kmeans_iterations: int = 10,
         kmeans_backend: str = "auto",
         seed: int = 0,
-        assign_crops: int = 2,
         precision: str = "auto",
     ) -> None:
         super().__init__()
         self.prototypes = Prototypes(dim, sizes, trainable=False)
-        self.bank = MemoryBank(samples, assign_crops, dim)
+        self.bank = MemoryBank(samples, self.assign_crops, dim)
         self.register_buffer("assignments", torch.full((len(sizes), samples), UNASSIGNED, dtype=torch.int32))
         self.temperature, self.kmeans_iterations, self.seed = temperature, kmeans_iterations, seed
         self.faiss = kmeans_backend == "faiss"
         if self.faiss and importlib.util.find_spec("faiss") is None:
             raise UserError("kmeans_backend: faiss is not installed; pip install faiss-cpu, or use torch")
-        self.assign_crops, self.precision = assign_crops, precision
+        self.precision = precision
 
     @classmethod
     def of(cls, cfg: Any, dim: int, counts: Counts, level: str) -> DeepClusterV2:

@@ -21,7 +21,7 @@ from objectives.sinkhorn import sinkhorn
 from objectives.sizes import prototype_counts, queue_size
 from utils.distributed import rank
 from utils.errors import UserError
-from utils.optim import LARC, parameter_groups
+from utils.optim import parameter_groups
 
 
 def swav(*sizes: int, dim: int = 8, **options: Any) -> SwAV:
@@ -63,20 +63,13 @@ def test_sinkhorn_loss_and_gradients_survive_hard_embeddings_in_half_precision(d
             assert values.isfinite().all(), name
 
 
-def test_frozen_prototypes_move_only_after_their_steps() -> None:
-    objective = swav(5, freeze_prototypes_niters=2)
-    weight = objective.prototypes.heads[0].weight
-    optimizer = LARC(objective.parameters(), lr=10.0)
-    moves = []
+def test_prototypes_get_no_gradient_in_their_first_steps() -> None:
+    objective, moving = swav(5, freeze_prototypes_niters=2), []
     for step in range(4):
-        before = weight.detach().clone()
-        objective(unit(2, 6, 8, seed=step)).backward()
+        objective(unit(2, 6, 8)).backward()
         objective.cancel_gradients(step)
-        optimizer.step()
-        optimizer.zero_grad()
-        moves.append(float((weight.detach() - before).norm()))
-    assert moves[:2] == pytest.approx([0, 0], abs=1e-6)
-    assert min(moves[2:]) > 1e-3
+        moving.append(objective.prototypes.heads[0].weight.grad is not None)
+    assert moving == [False, False, True, True]
 
 
 def test_queue_starts_with_its_epoch_fills_and_is_used_once_full() -> None:
