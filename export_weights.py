@@ -155,7 +155,7 @@ def read(weights: str, arch: str | None = None) -> Source:
     if checksum != hashlib.sha256(path.read_bytes()).hexdigest():
         raise UserError(f"{about}: is of other weights than {path.name} (sha256 differs); copy both files again")
     joint = load_joint_encoder(weights, arch).eval() if has_transformer(weights) else None
-    return Source(path, record, joint.encoder if joint else load_encoder(weights, arch).eval(), joint)
+    return Source(path, record, joint.resnet if joint else load_encoder(weights, arch).eval(), joint)
 
 
 def impossible(name: str, source: Source, half: bool) -> str | None:

@@ -268,7 +268,7 @@ class Classifier(StackEncoder):
     def __init__(self, encoder: GreyResNet | JointEncoder, classes: int) -> None:
         super().__init__(encoder)
         joint = isinstance(encoder, JointEncoder)
-        width = encoder.encoder.num_features + encoder.projection.out_features if joint else encoder.num_features
+        width = encoder.resnet.num_features + encoder.projection.out_features if joint else encoder.num_features
         self.head = nn.Linear(width, classes)
 
     def forward(self, volumes: Tensor, mask: Tensor) -> Tensor:

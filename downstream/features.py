@@ -95,7 +95,7 @@ class StackEncoder(nn.Module):
 
     def parts(self, volumes: Tensor, mask: Tensor) -> list[Tensor]:
         joint = self.encoder if isinstance(self.encoder, JointEncoder) else None
-        resnet = joint.encoder if joint else self.encoder
+        resnet = joint.resnet if joint else self.encoder
         rows = real_rows(mask)
         images = volumes.flatten(0, 1)[rows].unsqueeze(1)
         slices, scales = [], []

@@ -43,7 +43,7 @@ def joint(tmp_path_factory: pytest.TempPathFactory) -> tuple[JointEncoder, str]:
     """A small joint encoder whose BatchNorm has statistics of its own, and the stage 3 file of it."""
     torch.manual_seed(3)
     made = JointEncoder("resnet18", 32, 1)
-    for module in made.encoder.modules():
+    for module in made.resnet.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
     path = tmp_path_factory.mktemp("weights") / "joint.pth"

@@ -278,12 +278,10 @@ def test_features_do_not_depend_on_what_else_is_encoded_and_are_the_encoders(tre
     batch, mask = cases.read_batch(range(3))
     with torch.no_grad():
         embedded = encoder.holistic(encoder.tokens(batch, mask)[1], mask)
-        slices = (pooled if features == "pooled" else multi_scale)(encoder.encoder(batch[mask][:, None]))
+        slices = (pooled if features == "pooled" else multi_scale)(encoder.resnet(batch[mask][:, None]))
     means = torch.stack([part.mean(0) for part in slices.split([3, 4, 5])])
     np.testing.assert_allclose(together, torch.cat([means, embedded], dim=1), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(
-        frozen_features(encoder.encoder, cases, [0, 1, 2], features), means, rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(frozen_features(encoder.resnet, cases, [0, 1, 2], features), means, rtol=1e-4, atol=1e-5)
 
 
 def test_stored_values_are_those_of_training_from_a_tree_and_from_a_single_folder(tree, tmp_path):

@@ -286,7 +286,7 @@ def test_the_body_gives_the_encoders_maps_of_a_grey_image_and_heads_depend_on_th
     image = torch.rand(1, 64, 64)
     normalised = model.transform([image])[0].tensors
     torch.testing.assert_close(normalised[0], (image - GREY_MEAN) / GREY_STD)
-    expected = encoder.encoder(image[None])[first:]
+    expected = encoder.resnet(image[None])[first:]
     for stage, got in zip(expected, model.backbone.body(normalised).values(), strict=True):
         torch.testing.assert_close(got, stage, rtol=1e-4, atol=1e-4)
 

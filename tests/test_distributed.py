@@ -120,7 +120,7 @@ def learner_and_batches(kind: str, lambdas: Sequence[float] = (0.7, 1.3)) -> tup
     encoder = joint_encoder()
     if what == "masked":
         return MaskedSlices(encoder), list(volume_batches(volumes, images=False))
-    head = ProjectionHead(encoder.encoder.num_features, 32, 16)
+    head = ProjectionHead(encoder.resnet.num_features, 32, 16)
     intra, inter = objective(how, 16, 54, 2 * volumes + 2), objective(how, 32, 8, volumes)
     return JointClustering(encoder, head, intra, inter, *lambdas), list(volume_batches(volumes))
 

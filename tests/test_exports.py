@@ -100,7 +100,7 @@ def test_the_lines_of_the_card_load_the_files_and_give_our_features(
 
     card = export(resnet18, tmp_path, stem, format=name, channels=channels)
     loaded = follow(card, tmp_path, monkeypatch)
-    ours = pooled(resnet18.joint.encoder(images))
+    ours = pooled(resnet18.joint.resnet(images))
     x = ((images - GREY_MEAN) / GREY_STD).repeat(1, channels, 1, 1)
     torch.testing.assert_close(features(loaded, x), ours, **TOLERANCE)
     assert card["input"]["shape"] == f"[N, {channels}, H, W]"
@@ -118,7 +118,7 @@ def test_half_precision_in_one_file_loads_into_a_float32_network(name, suffix, r
     assert (tmp_path / f"third_{name}_fp16{suffix}").stat().st_size < 23e6  # ResNet-18 has 11.2 million weights
     loaded = follow(card, tmp_path, monkeypatch)
     assert {value.dtype for value in loaded.resnet.parameters()} == {torch.float32}
-    ours = pooled(resnet18.joint.encoder(images))
+    ours = pooled(resnet18.joint.resnet(images))
     # Each weight is off by 2^-11 of itself at most (tiny ones by 3e-8), and the errors of many average out.
     error = features(loaded, (images - GREY_MEAN) / GREY_STD) - ours
     assert 0 < error.norm() < 2e-3 * ours.norm()
@@ -155,7 +155,7 @@ def test_by_default_a_volume_of_any_depth_gives_the_2d_features(resnet18, images
     card = export(resnet18, tmp_path, format="monai3d", channels=3)
     loaded = follow(card, tmp_path, monkeypatch)
     volume = ((images - GREY_MEAN) / GREY_STD).repeat(1, 3, 1, 1).unsqueeze(2).expand(-1, -1, 2, -1, -1)
-    torch.testing.assert_close(loaded.resnet.eval()(volume), pooled(resnet18.joint.encoder(images)), **TOLERANCE)
+    torch.testing.assert_close(loaded.resnet.eval()(volume), pooled(resnet18.joint.resnet(images)), **TOLERANCE)
     assert (card["inflation"], card["input"]["shape"]) == ("centre", "[N, 3, D, H, W]")
 
 
@@ -180,7 +180,7 @@ def test_onnxruntime_gives_features_and_maps_of_any_size(resnet18, images, tmp_p
     card = export(resnet18, tmp_path, format="onnx")
     for x in (images, images[:1, :, :50, :40]):
         loaded = follow(card, tmp_path, monkeypatch, images=x.numpy())
-        stages = resnet18.joint.encoder(x)
+        stages = resnet18.joint.resnet(x)
         torch.testing.assert_close(torch.from_numpy(loaded.features), pooled(stages), **TOLERANCE)
         (third,) = loaded.session.run(["stage3"], {"images": x.numpy()})
         torch.testing.assert_close(torch.from_numpy(third), stages[2], **TOLERANCE)

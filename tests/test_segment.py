@@ -168,7 +168,7 @@ def test_weights_are_found_by_name_and_file(tmp_path):
     save_weights(joint, file, MADE_BY)
     alone = str(tmp_path / "swav3D_encoder.pth")
     for name in (str(file), alone):  # the arch comes from the .json
-        torch.testing.assert_close(load_encoder(name).state_dict(), joint.encoder.state_dict())
+        torch.testing.assert_close(load_encoder(name).state_dict(), joint.resnet.state_dict())
     torch.testing.assert_close(load_joint_encoder(str(file)).state_dict(), joint.state_dict())
     assert (has_transformer(str(file)), has_transformer(alone)) == (True, False)
 

@@ -95,13 +95,13 @@ def test_loss_curve_is_that_of_the_plain_network_and_the_plain_optimiser(one_thr
     """In float64, where rounding does not grow with the steps as it does in float32 on so small a batch."""
     ours = learner().double()
     plain = copy.deepcopy(ours)
-    plain.encoder.encoder = PlainResNet(ours.encoder.encoder)
+    plain.encoder.encoder = PlainResNet(ours.resnet)
     groups, momenta, expected = optim.parameter_groups(plain, 1e-4), {}, []
     for step in range(STEPS):
         loss = plain(batch(step % 2, torch.float64))["loss"]
         loss.backward()
         # LARC's step depends on the tensor's norm, which three equal channels change: update the stem as a grey one.
-        conv1 = plain.encoder.encoder.net.conv1.weight
+        conv1 = plain.encoder.resnet.net.conv1.weight
         plain_larc([{**g, "params": [p for p in g["params"] if p is not conv1]} for g in groups], momenta, 1.0)
         grey = conv1.detach().sum(dim=1, keepdim=True).requires_grad_()
         grey.grad = conv1.grad[:, :1].clone()
@@ -124,7 +124,7 @@ def test_float32_and_bf16_stay_near_float64(one_thread: None) -> None:
         with Precision("bf16" if name == "bf16" else "fp32", torch.device("cpu")).autocast():
             loss = module(batch(0, dtype))["loss"]
         loss.backward()
-        gradient = torch.cat([p.grad.flatten() for p in module.encoder.encoder.parameters()]).double()
+        gradient = torch.cat([p.grad.flatten() for p in module.resnet.parameters()]).double()
         found[name] = float(loss.detach()), gradient
     exact, direction = found["fp64"]
     for name, loss_tolerance, cosine in (("fp32", 1e-5, 0.9999), ("bf16", 5e-3, 0.8)):
@@ -143,7 +143,7 @@ def test_recomputing_changes_no_bit(synchronised: bool, one_thread: None) -> Non
     assert list(losses(usual)) == list(losses(again))
     for (name, a), b in zip(usual.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-    assert int(usual.encoder.encoder.bn1.num_batches_tracked) == STEPS
+    assert int(usual.resnet.bn1.num_batches_tracked) == STEPS
 
 
 @pytest.mark.slow

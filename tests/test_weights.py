@@ -122,7 +122,7 @@ def test_joint_files_have_the_promised_names_and_load_back(joint):
     images = torch.rand(2, 1, 32, 32)
     with torch.no_grad():
         theirs = resnet.eval()(((images - 0.449) / 0.226).repeat(1, 3, 1, 1))
-        torch.testing.assert_close(pooled(encoder.encoder(images)), theirs, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(pooled(encoder.resnet(images)), theirs, atol=1e-4, rtol=1e-4)
         again = weights.load_joint(folder / "joint.pth").eval()
         volumes, mask = torch.rand(2, 6, 32, 32), torch.ones(2, 6, dtype=torch.bool)
         ours = [e.holistic(e.tokens(volumes, mask)[1], mask) for e in (encoder, again)]
@@ -153,7 +153,7 @@ def test_a_resnet_is_the_same_after_rounding_and_another_is_not(source, joint, r
     fresh = JointEncoder("resnet18", 32, layers=2)
     torch.save(source, folder / "first.pth")
     torch.save(halved(source), folder / "first_half.pth")
-    weights.load_backbone(encoder.encoder, chosen(folder, "first.pth"))
+    weights.load_backbone(encoder.resnet, chosen(folder, "first.pth"))
     state = weights.joint_state(encoder)
     half = halved(state)
     restored = {name: v.float() if v.is_floating_point() else v for name, v in half.items()}

@@ -19,6 +19,27 @@ from training import train, weights
 from utils import files, signals
 
 
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Normally distributed numbers, the same for the same seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def unit(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Random vectors of unit length."""
+    return torch.nn.functional.normalize(random(*shape, seed=seed), dim=-1)
+
+
+def shake(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Random numbers in every parameter and running statistic, so that no zero, one or symmetry hides a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in module.state_dict().items():
+        if name.endswith("running_var"):
+            value.uniform_(0.5, 1.5, generator=generator)
+        elif value.is_floating_point():
+            value.add_(torch.randn(value.shape, generator=generator, dtype=value.dtype), alpha=0.1)
+    return module
+
+
 def save(path: Path, array: np.ndarray) -> Path:
     """An array as a volume (.npy) or image."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -76,7 +76,7 @@ def load_transformer(encoder: JointEncoder, config: Any) -> None:
         return
     state = _read(path)
     _load_parts(encoder, state, path)
-    ours = encoder.encoder.conv1.weight.detach().cpu()
+    ours = encoder.resnet.conv1.weight.detach().cpu()
     theirs = _below(state, "encoder.").get("conv1.weight")
     rounding = torch.finfo(torch.float16).eps * float(ours.abs().max())
     if theirs is None or not torch.allclose(fold_grey(theirs.float()), ours, rtol=0, atol=rounding):
@@ -94,7 +94,7 @@ def load_mask_head(learner: nn.Module, config: Any) -> None:
 
 def joint_state(encoder: JointEncoder) -> dict[str, Tensor]:
     """Prefixes `encoder.` (torchvision layout), `projection.` and `transformer.`."""
-    state = {f"encoder.{key}": value for key, value in encoder.encoder.torchvision_state().items()}
+    state = {f"encoder.{key}": value for key, value in encoder.resnet.torchvision_state().items()}
     for part in ("projection", "transformer"):
         state |= {f"{part}.{key}": plain(value) for key, value in getattr(encoder, part).state_dict().items()}
     return state
@@ -107,7 +107,7 @@ def save(learner: Learner, path: Path, record: dict[str, Any]) -> None:
     Stage 3: `joint_state`, and beside it `*_encoder.pth`, the flat ResNet to copy downstream.
     """
     if learner.stage == 1:
-        _save(learner.encoder.torchvision_state(), path, record)
+        _save(learner.resnet.torchvision_state(), path, record)
         return
     state = joint_state(learner.encoder)
     if learner.stage == 2:
@@ -115,7 +115,7 @@ def save(learner: Learner, path: Path, record: dict[str, Any]) -> None:
         state |= {f"decoder.{key}": plain(value) for key, value in learner.decoder.state_dict().items()}
     _save(state, path, record)
     if learner.stage == 3:
-        _save(learner.encoder.encoder.torchvision_state(), path.with_name(f"{path.stem}_encoder.pth"), record)
+        _save(learner.resnet.torchvision_state(), path.with_name(f"{path.stem}_encoder.pth"), record)
 
 
 def load_joint(path: Path, dropout: float = 0.1) -> JointEncoder:
@@ -131,7 +131,7 @@ def load_joint(path: Path, dropout: float = 0.1) -> JointEncoder:
     attention = made_by.get("attention", "deformable")  # files of before there was a choice do not say
     encoder = JointEncoder(arch, d_model, layers, dropout, attention=attention)
     state = _read(path, "run mask_*.py or ssl_*3D.py first")
-    _load_grey(encoder.encoder, _below(state, "encoder."), path, label=" encoder.")
+    _load_grey(encoder.resnet, _below(state, "encoder."), path, label=" encoder.")
     _load_parts(encoder, state, path)
     return encoder
 
@@ -149,7 +149,7 @@ def fit_projection(
     every = [(i, s) for i, count in zip(volumes.items, counts, strict=True) for s in range(count)]
     chosen = [every[int(k)] for k in np.linspace(0, len(every) - 1, min(slices, len(every)))]
     encoder.eval().to(run.device)
-    resnet = fold_batch_norm(encoder.encoder)
+    resnet = fold_batch_norm(encoder.resnet)
     features = []
     for start in range(run.rank * 32, len(chosen), run.world_size * 32):
         part = [volumes.store.read(i, s, s + 1) for i, s in chosen[start : start + 32]]
