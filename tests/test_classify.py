@@ -84,12 +84,9 @@ def test_bright_squares_are_told_apart_by_frozen_features(images, tmp_path):
     assert result["metrics"]["auc"] == result["metrics"]["balanced_accuracy"] == 1
     assert (result["cases"], result["patients"], result["reasons"]) == (6, 3, {})
     assert result["intervals"]["auc"] == (1, 1)
-    written = json.loads((tmp_path / "run/results.json").read_text())
-    assert written["metrics"] == result["metrics"]
     rows = pd.read_csv(tmp_path / "run/cases.csv")
     assert rows.case.tolist() == json.loads((tmp_path / "run/split.json").read_text())["test"]
     assert (rows["p(finding)"] + rows["p(no finding)"]).tolist() == pytest.approx([1] * len(rows))
-    assert not (tmp_path / "run/best.pth").exists()
 
 
 @pytest.mark.parametrize(("mode", "level"), [("knn", "slice"), ("linear", "volume")])
@@ -189,7 +186,6 @@ def test_some_cases_are_for_the_test_only_and_a_split_may_name_patients(images, 
         ("file,finding\nx_00.png,a\nx_00,b\n", "line 3: 'x_00' stands in line 2 already"),
         ("file,finding\nx_00.png,\n", "line 2: 'x_00.png' has no finding"),
         ("file,verdict\nx_00.png,a\n", "has no column label or finding or class, but file, verdict"),
-        ("file,finding\nx_00.png\n", "line 2: has not the header's 2 fields"),
         ("file,finding\nx_00.png,a\nx_01.png,a\n", "have the same label"),
     ],
 )
@@ -232,9 +228,9 @@ def test_a_case_is_found_by_path_or_unique_name_with_or_without_suffix(tmp_path)
 
 
 def test_patients_are_read_from_file_names():
-    pattern = r"^(.*?)(?:_(?:t1|t2|t1ce|flair))?_frame_"
     names = ["Brain/Brats18_2013_1_1_t1ce_frame_097.png", "Heart/la_030_frame_12.png"]
-    assert name_patients(names, pattern) == ["Brats18_2013_1_1", "la_030"]
+    found = name_patients(names, r"^(.*?)(?:_(?:t1|t2|t1ce|flair))?_frame_")
+    assert found == ["Brats18_2013_1_1", "la_030"]
     for wrong, message in ((r"^la", "with a group"), (r"(", "with a group"), (r"(mr\d)", "finds no patient")):
         with pytest.raises(UserError, match=message):
             name_patients(names, wrong)
@@ -248,14 +244,11 @@ def test_the_nearest_neighbours_vote_by_similarity():
     labels = np.array([0, 0, 1, 1, 1])
     train -= train.mean(axis=0)  # so that centring changes nothing
     test = np.array([[2.0, 0.1], [-3.0, 0.0]])
-    probability = vote(train, labels, test, classes=3, k=2)
-    assert probability.argmax(1).tolist() == [0, 1]
-    assert probability.sum(1) == pytest.approx(1)
-    assert (probability[:, 2] == 0).all()
+    assert vote(train, labels, test, classes=3, k=2).argmax(1).tolist() == [0, 1]
     everybody = vote(train, labels, test, classes=3, k=99)
     angle = train @ test[0] / np.linalg.norm(train, axis=1) / np.linalg.norm(test[0])
     weight = np.exp(angle / 0.07)
-    assert everybody[0, 1] == pytest.approx(weight[2:].sum() / weight.sum(), rel=1e-6)
+    assert everybody[0] == pytest.approx([weight[:2].sum() / weight.sum(), weight[2:].sum() / weight.sum(), 0])
 
 
 def test_a_class_without_labelled_cases_gets_probability_zero():
@@ -290,7 +283,7 @@ def test_stored_values_are_those_of_training_from_a_tree_and_from_a_single_folde
     store = prepare(tree, 32, tmp_path, progress=False)
     cases = Cases(tree, 32, slices=0, cache_path=tmp_path)
     np.testing.assert_array_equal(cases.read(2), store.read(2, 0, 5))
-    assert cases.extents([2]).tolist() == [[26, 32]]  # 24 x 30
+    assert cases.extents[2].tolist() == [26, 32]  # 24 x 30
     single = Cases(tree / "Dark", 32, slices=3, cache_path=tmp_path, level="slice")
     assert single.names[:2] == ["Dark_p0_0.npy", "Dark_p0_1.npy"]
     assert single.owner[:7].tolist() == [0, 0, 0, 1, 1, 1, 2]
