@@ -172,7 +172,8 @@ def _measure(image: Annotated) -> str | None:
 
 def _wrong_boxes(images: dict[str, Annotated], marks: pd.DataFrame) -> list[str]:
     """A line for each mark without a name or area, or that leaves its image by more than rounding does."""
-    marks = marks[[name in images and images[name].height > 0 for name in marks.image]]  # the others are reported
+    readable = [name for name, image in images.items() if image.height]  # what is wrong with others is said already
+    marks = marks[marks.image.isin(readable)]
     boxes = marks[BOX].to_numpy(float)
     sizes = np.array([[images[name].width, images[name].height] * 2 for name in marks.image]).reshape(-1, 4)
     cut = boxes.clip(0, sizes)

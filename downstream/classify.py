@@ -27,7 +27,6 @@ from downstream.features import Cases, Features, StackEncoder, fit_logistic_regr
 from downstream.labels import label_items
 from downstream.metrics import classification_intervals, classification_scores, undefined, validation_score
 from downstream.splits import choose_by_turns
-from downstream.task import Outcome, Task, fingerprint
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet, wide
 from utils import config
@@ -68,7 +67,7 @@ class Config(task.Options):
     bootstrap: NonNegativeInt = running(1000, "resamplings of the test patients for the 95 % intervals; 0: none")
 
 
-class Classification(Task):
+class Classification(task.Task):
     """Labels of stacks of slices: whole cases, or with level `slice` single slices.
 
     Metrics are those of `classification_scores`, each followed by @fraction where label_fractions are given. Beside
@@ -88,7 +87,7 @@ class Classification(Task):
         self.items, self.classes = label_items(cases, cfg)
         self.labels, self.stack = self.items.label.to_numpy(), self.items["stack"].to_numpy()
         self.patients = dict(zip(self.items.case, self.items.patient, strict=True))
-        self.fingerprint = fingerprint(sample.path for sample in cases.samples)
+        self.fingerprint = task.fingerprint(sample.path for sample in cases.samples)
 
     def choose(self, train: list[str]) -> list[str]:
         """The classes by turns: the labels of a smaller fraction are the first of a larger one's."""
@@ -180,7 +179,7 @@ class Classification(Task):
             raise UserError("fine-tuning gives NaN or Inf; lower --base_lr, or change --weights")
         return found
 
-    def test(self, model: nn.Module, folder: Path) -> Outcome:
+    def test(self, model: nn.Module, folder: Path) -> task.Outcome:
         test = self.stacks(self.split.test, test=True)
         people = self.items.patient.iloc[test].tolist()
         found, chosen = ({"": self.probabilities(model, test)}, {}) if self.epochs else self.by_features(model, test)
@@ -197,7 +196,7 @@ class Classification(Task):
                 table |= {name + suffix: value for name, value in part.items()}
         about = {"intervals": intervals, "reasons": reasons, "patients": len(set(people)), "chosen": chosen}
         about |= {"label_counts": self.sizes} if self.cfg.label_fractions else {}
-        return Outcome(values, self.rows(test, found), about)
+        return task.Outcome(values, self.rows(test, found), about)
 
     def by_features(
         self, encoder: GreyResNet | JointEncoder, test: np.ndarray

@@ -36,7 +36,6 @@ from datasets.render import content_size, read_grey, robust_limits
 from downstream import task
 from downstream.boxes import DICOM_SUFFIXES, Annotated, read_boxes
 from downstream.encoders import grey, load_encoder
-from downstream.task import Outcome, Task, fingerprint
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet
 from utils import config
 from utils.errors import UserError
@@ -75,7 +74,7 @@ class Config(task.Options):
     workers: PositiveInt = running(4, "threads that prepare images", FREE)
 
 
-class Detection(Task):
+class Detection(task.Task):
     """Boxes in images, scored by `score`."""
 
     def __init__(self, cfg: Config, device: torch.device) -> None:
@@ -88,7 +87,7 @@ class Detection(Task):
         images, self.classes = read_boxes(cfg.annotations, cfg.data_path, cfg.classes, cfg.merge_iou)
         self.images = {image.name: image for image in images if len(image.boxes) or cfg.empty == "keep"}
         self.patients = {name: image.patient for name, image in self.images.items()}
-        self.fingerprint = fingerprint(image.path for image in self.images.values())
+        self.fingerprint = task.fingerprint(image.path for image in self.images.values())
 
     @functools.cached_property
     def parts(self) -> dict[str, list[Annotated]]:
@@ -141,7 +140,7 @@ class Detection(Task):
         scores = score(self.predict(model, images), images, self.classes)
         return {"ap50": scores["ap50"], "map": scores["map"]}
 
-    def test(self, model: nn.Module, folder: Path) -> Outcome:
+    def test(self, model: nn.Module, folder: Path) -> task.Outcome:
         images = self.parts["test"]
         found = self.predict(model, images)
         rows, boxes = [], []
@@ -152,7 +151,7 @@ class Detection(Task):
                 line = image.name, self.classes[label - 1], f"{value:.4f}", *(f"{x:.1f}" for x in box)
                 boxes.append(dict(zip(PREDICTIONS, line, strict=True)))
         write_csv(boxes, folder / "predictions.csv", PREDICTIONS)
-        return Outcome(score(found, images, self.classes), rows, {"images": len(images), "classes": self.classes})
+        return task.Outcome(score(found, images, self.classes), rows, {"images": len(images), "classes": self.classes})
 
     def predict(self, model: nn.Module, images: list[Annotated]) -> list[dict[str, Tensor]]:
         """Of each image boxes [n, 4] in pixels of its file, best first, scores [n] and labels [n], on the CPU."""

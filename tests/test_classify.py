@@ -17,7 +17,7 @@ from test_task import stopping
 
 from datasets.store import prepare
 from downstream import classify, task
-from downstream.features import Cases, fit_logistic_regression, frozen_features, vote
+from downstream.features import Cases, frozen_features, vote
 from downstream.labels import name_patients, read_labels
 from downstream.splits import choose_by_turns
 from models.resnet import multi_scale, pooled
@@ -180,39 +180,26 @@ def test_some_cases_are_for_the_test_only_and_a_split_may_name_patients(images, 
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "options", "message"),
     [
-        ("file,finding\nx_00.png,a\nx_99.png,b\n", "line 3: 'x_99.png' is none of the 24 cases"),
-        ("file,finding\nx_00.png,a\nx_00,b\n", "line 3: 'x_00' stands in line 2 already"),
-        ("file,finding\nx_00.png,\n", "line 2: 'x_00.png' has no finding"),
-        ("file,verdict\nx_00.png,a\n", "has no column label or finding or class, but file, verdict"),
-        ("file,finding\nx_00.png,a\nx_01.png,a\n", "have the same label"),
+        ("file,finding\nx_00.png,a\nx_99.png,b\n", {}, "line 3: 'x_99.png' is none of the 24 cases"),
+        ("file,finding\nx_00.png,a\nx_00,b\n", {}, "line 3: 'x_00' stands in line 2 already"),
+        ("file,finding\nx_00.png,\n", {}, "line 2: 'x_00.png' has no finding"),
+        ("file,verdict\nx_00.png,a\n", {}, "has no column label or finding or class, but file, verdict"),
+        ("file,finding\nx_00.png,a\nx_01.png,a\n", {}, "have the same label"),
+        ("", {"classes": ["finding", "fracture"]}, r"no case has the label 'fracture'; there are finding, no"),
+        ("", {"positive": "fracture"}, "has the label 'fracture'"),
+        ("", {"label_fractions": [5.0]}, "label_fractions: must be at most 1"),
+        ("", {"model": "joint", "level": "slice"}, "model: joint describes whole volumes"),
+        ("", {"data_path": "nowhere"}, "data_path: .*nowhere is not a folder"),
     ],
 )
-def test_errors_in_the_labels_name_the_line_and_the_remedy(images, tmp_path, content, message):
-    (tmp_path / "labels.csv").write_text(content)
+def test_wrong_labels_and_options_are_named_before_anything_is_computed(images, tmp_path, content, options, message):
+    if content:
+        (tmp_path / "labels.csv").write_text(content)
+        options = {"labels": str(tmp_path / "labels.csv"), "classes": []}
     with pytest.raises(UserError, match=message):
-        run(images, tmp_path, labels=str(tmp_path / "labels.csv"), classes=[])
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"classes": ["finding", "fracture"]}, r"no case has the label 'fracture'; there are finding, no"),
-        ({"positive": "fracture"}, "has the label 'fracture'"),
-        ({"label_fractions": [5.0]}, "label_fractions: must be at most 1"),
-        ({"model": "joint", "level": "slice"}, "model: joint describes whole volumes"),
-        ({"data_path": "nowhere"}, "data_path: .*nowhere is not a folder"),
-    ],
-)
-def test_wrong_options_are_named_before_anything_is_computed(images, tmp_path, wrong, message):
-    with pytest.raises(UserError, match=message):
-        classify.check(config(images, tmp_path, **wrong))
-
-
-def test_steps_that_give_nan_are_one_clear_error(images, tmp_path):
-    with pytest.raises(UserError, match="lower --base_lr"):
-        run(images, tmp_path, mode="finetune", epochs=1, batch_size=6, base_lr=1e20)
+        classify.check(config(images, tmp_path, **options))
 
 
 def test_a_case_is_found_by_path_or_unique_name_with_or_without_suffix(tmp_path):
@@ -249,14 +236,6 @@ def test_the_nearest_neighbours_vote_by_similarity():
     angle = train @ test[0] / np.linalg.norm(train, axis=1) / np.linalg.norm(test[0])
     weight = np.exp(angle / 0.07)
     assert everybody[0] == pytest.approx([weight[:2].sum() / weight.sum(), weight[2:].sum() / weight.sum(), 0])
-
-
-def test_a_class_without_labelled_cases_gets_probability_zero():
-    x = np.array([[0.0], [1.0], [0.1], [0.9]])
-    y = np.array([0, 2, 0, 2])
-    probability, _ = fit_logistic_regression((x, y), (x, y), x, classes=3)
-    assert (probability[:, 1] == 0).all()
-    assert probability.sum(1) == pytest.approx(1)
 
 
 # --- features ---
