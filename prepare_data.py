@@ -26,11 +26,11 @@ from typing import Literal
 from jsonargparse.typing import NonNegativeInt
 from tqdm import tqdm
 
-from conversion.convert import Window, attempt, outside, source_key
+from conversion.convert import Window, attempt, source_key
 from conversion.layouts import PRESETS, Found, Source, find
 from conversion.montage import montage
 from conversion.table import Case, assign_ids, describe, in_order, read_table, write_table
-from conversion.volume import BadFile, Options
+from conversion.volume import Options
 from conversion.workers import outcomes
 from datasets.index import LABEL_FOLDERS, MONTAGE, scan
 from datasets.index import describe as describe_samples
@@ -80,16 +80,22 @@ def main(cfg: Config) -> None:
         with _only_run(dest):
             table = read_table(dest)
             sources = assign_ids(found.sources, {name: case.id for name, case in table.items()})
-            todo, problems = _compare(sources, table, dest, cfg, window)
+            todo = []
+            for source in sources:
+                case = table.get(source.name)
+                if case and case.key == source_key(source, cfg) and case.is_whole(dest):
+                    case.modality, case.patient = source.modality, source.patient
+                else:
+                    todo.append(source)
             one = partial(attempt, dest=dest, options=cfg, window=window)
-            problems += _keep(outcomes({s.name: s for s in todo}, one, cfg.workers), table, dest)
+            problems = _keep(outcomes({s.name: s for s in todo}, one, cfg.workers), table, dest)
             if not table:
                 raise UserError("nothing was converted, for the reasons above")
             structures = preset.structures if preset else found.description.structures
             asked = "keep" if cfg.window == "keep" else window
             content = describe(in_order(table), dest, cfg.spacing_mm, asked, found.description.about, structures)
             montage(in_order(table), dest, content.get("window"))
-            samples, _ = scan(dest.parent, dest.name)
+            samples, _ = scan(dest.resolve().parent, dest.resolve().name)
             print(
                 f"{describe_samples(samples)}\n{dest}: {len(todo) - len(problems)} cases converted, "
                 f"{len(sources) - len(todo)} there already, problems: {len(found.problems) + len(problems)}; look at "
@@ -97,8 +103,6 @@ def main(cfg: Config) -> None:
             )
             if content["modality"] == "CT" and not content.get("window"):
                 print("note: CT without --window: training scales each volume by its percentiles, not by HU")
-    except PermissionError as error:
-        raise UserError(f"dest: {dest} cannot be written ({error.strerror}); choose another folder") from None
     except SystemExit:  # Ctrl-C or SIGTERM, see utils/signals.py
         print(f"\nstopped; the same command goes on from what is in {dest}", file=sys.stderr)
         raise
@@ -184,26 +188,6 @@ def _only_run(dest: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 dest.rmdir()  # where nothing was converted: training would stop at an empty data set
-
-
-def _compare(
-    sources: Sequence[Source], table: dict[str, Case], dest: Path, options: Options, window: Window
-) -> tuple[list[Source], list[str]]:
-    """(sources that are not there yet as they should be, problems)."""
-    todo, problems = [], []
-    for source in sources:
-        case = table.get(source.name)
-        try:
-            key = source_key(source, options)
-        except BadFile as error:
-            problems.append(f"{source.path}: {error}")
-            continue
-        shown = not (case and case.is_volume and outside(float(case.minimum), float(case.maximum), window))
-        if case and case.key == key and case.is_whole(dest) and shown:
-            case.modality, case.patient = source.modality, source.patient
-        else:
-            todo.append(source)
-    return todo, problems
 
 
 def _keep(results: Iterable[tuple[str, Case | str]], table: dict[str, Case], dest: Path) -> list[str]:

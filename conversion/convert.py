@@ -42,9 +42,8 @@ def attempt(source: Source, dest: Path, options: Options, window: Window = None)
     window: intensities that will become 0 and 1; a volume outside of it would be all black or all white.
     """
     case = Case(id=source.id, source=source.name, modality=source.modality, patient=source.patient)
-    case.original_files = str(len(source.files))
+    case.original_files, case.key = str(len(source.files)), source_key(source, options)
     try:
-        case.key = source_key(source, options)
         if source.format in ("image", "dicom_image"):
             _image(source, case, dest)
         else:
@@ -57,20 +56,12 @@ def attempt(source: Source, dest: Path, options: Options, window: Window = None)
 
 
 def source_key(source: Source, options: Options) -> str:
-    """Changes with the source's files and with the options. Raises BadFile where a file is gone."""
-    files = [*source.files, *([source.label] if source.label else [])]
-    try:
-        stats = [(file.name, (status := file.stat()).st_size, status.st_mtime_ns) for file in files]
-    except OSError as error:
-        raise BadFile(f"cannot be read ({error.strerror}); copy it again") from None
+    """Changes with the source's files and with the options."""
+    files = [file for file in (*source.files, source.label) if file and file.exists()]
+    stats = [(file.name, (status := file.stat()).st_size, status.st_mtime_ns) for file in files]
     settings = [(f.name, getattr(options, f.name)) for f in fields(Options)]
     text = repr((source.name, sorted(stats), source.channels, settings, VERSION))
     return hashlib.sha256(os.fsencode(text)).hexdigest()[:32]
-
-
-def outside(low: float, high: float, window: Window) -> bool:
-    """Whether a window would make everything black or everything white."""
-    return window is not None and (high <= window[0] or low >= window[1])
 
 
 def _volume(source: Source, case: Case, dest: Path, options: Options, window: Window) -> None:
@@ -81,7 +72,7 @@ def _volume(source: Source, case: Case, dest: Path, options: Options, window: Wi
         raise BadFile(f"has slices of {side} pixels, below {MIN_SIDE}; remove it, or choose another --slice_axis")
     label = _read_label(source, volume, view, options)
     low, high = _range(view)
-    if outside(low, high, window):
+    if window and (high <= window[0] or low >= window[1]):
         raise BadFile(
             f"its intensities, {low:g} to {high:g}, lie outside the window {list(window)}; correct --window, or "
             "convert it into a data set of its own"

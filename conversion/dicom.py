@@ -180,11 +180,11 @@ def _value(header: Any, frame: int, sequence: str, name: str) -> Any:
     return None
 
 
-def intensities(path: Path) -> np.ndarray | list[np.ndarray]:
+def intensities(path: Path, as_shown: bool = False) -> list[np.ndarray]:
     """Of every frame the [H, W] intensities: stored values -> modality values -> display polarity, each step here only.
 
-    Whole numbers stay whole. MONOCHROME1, whose smallest value is shown white, is inverted in a radiograph; slices of
-    volumes keep their numbers, which measure something.
+    Whole numbers stay whole. as_shown: MONOCHROME1, whose smallest value is shown white, is inverted, as a radiograph
+    needs; slices of volumes keep their numbers, which measure something.
     """
     import pydicom
     from pydicom.pixels import apply_modality_lut
@@ -200,7 +200,7 @@ def intensities(path: Path) -> np.ndarray | list[np.ndarray]:
         slope, intercept = (_value(data, i, VALUES, name) for name in ("RescaleSlope", "RescaleIntercept"))
         values = (float(1 if slope is None else slope), float(intercept or 0))
         frames.append(apply_modality_lut(pixels, data) if "ModalityLUTSequence" in data else rescaled(pixels, *values))
-    if data.get("PhotometricInterpretation") == "MONOCHROME1" and not _is_slice(data):
+    if as_shown and data.get("PhotometricInterpretation") == "MONOCHROME1":
         frames = [pixels.max() - pixels + pixels.min() for pixels in frames]
     return frames
 
@@ -235,7 +235,7 @@ def read_dicom_image(path: Path) -> np.ndarray:
     if int(dicom_header(path).get("NumberOfFrames") or 1) > 1:
         raise BadFile("is a film of several frames without positions; export the frames you want as PNG")
     try:
-        return intensities(path)[0]
+        return intensities(path, as_shown=True)[0]
     except BadFile:
         raise
     except Exception as error:  # decoders fail in many ways on arbitrary bytes

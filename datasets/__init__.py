@@ -1,1 +1,1 @@
-"""Files to tensors: the sample index, the slice store, samplers, augmentation and generated phantoms."""
+"""Files to tensors: the sample index, the slice store, samplers, loaders and augmentation."""

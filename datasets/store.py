@@ -83,7 +83,8 @@ class SliceStore:
         self.samples, self.size = samples, size
         self.folder = cache_folder(samples[0].data_path, cache_path) / f"slices_{size}px_v{FORMAT}"
         self.files = [self.folder / f"{_key(sample)}.npy" for sample in samples]
-        self.extents = np.array([content_size(s.height, s.width, size) for s in samples])
+        self.shapes = [(s.slices, *content_size(s.height, s.width, size)) for s in samples]  # of the files
+        self.extents = np.array(self.shapes)[:, 1:]
 
     def read(self, index: int, start: int, stop: int, half: bool = False) -> np.ndarray:
         """Slices start..stop-1 of a sample: [stop - start, S, S] float32 in 0..1, centred, zeros around them.
@@ -95,7 +96,7 @@ class SliceStore:
         sample = self.samples[index]
         if not 0 <= start < stop <= sample.slices:
             raise IndexError(f"{sample.path}: slices {start}..{stop} of {sample.slices} were asked for")
-        height, width = map(int, self.extents[index])
+        _, height, width = self.shapes[index]
         try:
             count, offset = (stop - start) * height * width, NPY_HEADER + start * height * width * 2
             content = np.fromfile(self.files[index], np.float16, count, offset=offset)
@@ -152,8 +153,8 @@ class SliceStore:
 
     def _missing(self, progress: bool) -> list[int]:
         """What is to be made; UserError where there is no room for it."""
-        todo = [i for i, file in enumerate(self.files) if not is_whole(file, self._shape(i))]
-        need = sum(NPY_HEADER + 2 * math.prod(self._shape(i)) for i in todo)
+        todo = [i for i, file in enumerate(self.files) if not is_whole(file, self.shapes[i])]
+        need = sum(NPY_HEADER + 2 * math.prod(self.shapes[i]) for i in todo)
         size = make_room(self.folder, need, f"prepared slices of {len(todo)} files")
         if todo and progress and rank() == 0:
             print(f"preparing {len(todo)} files in {self.folder}: {size}", flush=True)
@@ -163,12 +164,9 @@ class SliceStore:
         """Write one cache file unless it is there, or say what is wrong with its source."""
         sample, key = self.samples[index], self.files[index].stem
         try:
-            cached(self.folder, key, lambda file: np.save(file, render(sample, self.size)), self._shape(index))
+            cached(self.folder, key, lambda file: np.save(file, render(sample, self.size)), self.shapes[index])
         except BadSource as error:
             return index, f"{sample.path}: {error}"
-
-    def _shape(self, index: int) -> tuple[int, int, int]:
-        return self.samples[index].slices, *self.extents[index].tolist()
 
 
 def unused_files(samples: Sequence[Sample], cache_path: str | Path | None = None) -> list[Path]:

@@ -241,7 +241,7 @@ def test_a_data_set_that_dominates_is_named():
 def train(out: Path, **changes) -> tuple[list[str], list[dict[str, str]]]:
     """Stage 1 on the phantoms: reported conditions, rows of metrics.csv."""
     small = {"size_crops": [24], "nmb_crops": [2], "min_scale_crops": [0.25], "max_scale_crops": [1.0]}
-    small |= {"slices_per_volume": 1, "batch_size": 16, "hidden_mlp": 128, "feat_dim": 32}
+    small |= {"slices_per_volume": 3, "batch_size": 16, "hidden_mlp": 128, "feat_dim": 32}
     few = {"epochs": 8, "warmup_epochs": 1, "freeze_prototypes_niters": 0, "cache_path": str(out / "cache")}
     run("ssl_swav2D", PHANTOMS, out, **(small | few | changes))
     folder = out / "runs" / "ssl_swav2D"
