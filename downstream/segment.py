@@ -34,10 +34,8 @@ from models.encoder import JointEncoder
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, multi_scale
 from utils import config
 from utils.errors import UserError
-from utils.files import whole_file
 from utils.optim import parameter_groups
 from utils.options import FREE, constants, data, model, optimisation, running
-from utils.precision import Precision
 from utils.seeding import SHUFFLE, stream
 
 LAYERS = 4  # of a transformer that starts from random weights
@@ -187,7 +185,7 @@ class Segmentation(task.Task):
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Mean Dice over structures, of means over the volumes, at working resolution."""
         cases = [self.cases[name] for name in self.split.validation]
-        volumes = [(predict(model, case, self.cfg, native=False), case.classes) for case in cases]
+        volumes = [(self.predict(model, case, native=False), case.classes) for case in cases]
         found = [[metrics.dice(*metrics.masks(*one, own)) for one in volumes] for own in self.data.members.values()]
         return {"validation_dice": metrics.mean(list(map(metrics.mean, found)))}
 
@@ -195,7 +193,7 @@ class Segmentation(task.Task):
         scores, rows = [], []
         for name in self.split.test:
             case = self.case(name)
-            prediction = predict(model, case, self.cfg, native=True)
+            prediction = self.predict(model, case, native=True)
             reference = torch.from_numpy(pairs.read_label(case.pair, self.data.classes))
             scores.append(metrics.score(prediction, reference, self.data.members, case.pair.spacing_mm))
             for structure, values in scores[-1].items():
@@ -204,6 +202,33 @@ class Segmentation(task.Task):
             if len(scores) <= self.cfg.overlays:
                 draw(case, prediction.numpy(), reference.numpy(), folder / f"{name}.png")
         return task.Outcome(metrics.summarise(scores), rows)
+
+    def predict(self, model: nn.Module, case: Case, native: bool) -> Tensor:
+        """Classes of a volume, uint8 on the CPU: [D, H, W] on the grid of its file, or [D, S, S] at working resolution.
+
+        With f_inter, stretches of slices overlap by half and their probabilities are averaged. Probabilities, not
+        classes, are resampled to the file's grid.
+        """
+        cfg, depth = self.cfg, len(case.images)
+        length, hop = (cfg.inter_slices, max(1, cfg.inter_slices // 2)) if cfg.f_inter else (cfg.batch_size,) * 2
+        probabilities, seen = None, torch.zeros(depth, 1, 1, 1)
+        for start in sorted({min(start, max(0, depth - length)) for start in range(0, depth, hop)}):
+            part = slice(start, start + length)
+            images = case.images[part].float().to(self.device)
+            with self.precision.autocast():
+                logits = model(images, [len(images)])
+            softmax = logits.float().softmax(dim=1).cpu()
+            if probabilities is None:
+                probabilities = torch.zeros(depth, *softmax.shape[1:])
+            probabilities[part] += softmax
+            seen[part] += 1
+        probabilities /= seen
+        if not native:
+            return probabilities.argmax(1).to(torch.uint8)
+        inside = probabilities[:, :, case.content[0], case.content[1]]
+        size = case.pair.shape[1:]
+        resized = (F.interpolate(one[None], size, mode="bilinear", antialias=True).argmax(1) for one in inside)
+        return torch.cat(list(resized)).to(torch.uint8)
 
 
 run, check = functools.partial(task.run, Segmentation), functools.partial(task.check, Segmentation)
@@ -246,37 +271,6 @@ def augment(
     return gamma(images, log_gamma), moved
 
 
-@torch.no_grad()
-def predict(model: SliceUNet, case: Case, cfg: Config, native: bool) -> Tensor:
-    """Classes of a whole volume, uint8 on the CPU: [D, H, W] on the file's grid, or [D, S, S] at working resolution.
-
-    With f_inter, stretches of slices overlap by half and their probabilities are averaged. Probabilities, not classes,
-    are resampled to the file's grid.
-    """
-    device = next(model.parameters()).device
-    precision = Precision(cfg.precision, device)
-    length, hop = (cfg.inter_slices, max(1, cfg.inter_slices // 2)) if cfg.f_inter else (cfg.batch_size,) * 2
-    depth = len(case.images)
-    probabilities, seen = None, torch.zeros(depth, 1, 1, 1)
-    for start in sorted({min(start, max(0, depth - length)) for start in range(0, depth, hop)}):
-        part = slice(start, start + length)
-        images = case.images[part].float().to(device)
-        with precision.autocast():
-            logits = model(images, [len(images)])
-        softmax = logits.float().softmax(dim=1).cpu()
-        if probabilities is None:
-            probabilities = torch.zeros(depth, *softmax.shape[1:])
-        probabilities[part] += softmax
-        seen[part] += 1
-    probabilities /= seen
-    if not native:
-        return probabilities.argmax(1).to(torch.uint8)
-    size = case.pair.shape[1:]
-    inside = probabilities[:, :, case.content[0], case.content[1]]
-    resized = (F.interpolate(one[None], size, mode="bilinear", antialias=True).argmax(1) for one in inside)
-    return torch.cat(list(resized)).to(torch.uint8)
-
-
 def draw(case: Case, prediction: np.ndarray, reference: np.ndarray, path: Path) -> None:
     """PNG of the slice with most labelled pixels: outlines of the reference on the left, of the prediction right."""
     from matplotlib.figure import Figure
@@ -290,8 +284,7 @@ def draw(case: Case, prediction: np.ndarray, reference: np.ndarray, path: Path) 
         for number in np.unique(classes[classes > 0]):
             axes.contour(classes == number, levels=[0.5], colors=f"C{number}", linewidths=1)
         axes.set_axis_off()
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    figure.savefig(path, dpi=150)
 
 
 class SliceUNet(nn.Module):

@@ -59,13 +59,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(folder: Path, out: Path, **changes: Any) -> classify.Config:
-    chosen: dict[str, Any] = {
-        "data_path": str(folder),
-        "arch": "resnet18",
-        "size": 32,
-        "bootstrap": 20,
-        "device": "cpu",
-    }
+    chosen = {"data_path": str(folder), "arch": "resnet18", "size": 32, "bootstrap": 20, "device": "cpu"}
     chosen |= {"fractions": [0.5, 0.25, 0.25], "dump_path": str(out / "run"), "cache_path": str(out / "cache")}
     if (folder / "labels.csv").exists():
         chosen |= {"labels": str(folder / "labels.csv"), "classes": CLASSES}

@@ -21,7 +21,7 @@ import prepare_data
 from downstream import segment
 from downstream.encoders import has_transformer, load_encoder, load_joint_encoder
 from downstream.pairs import LabelledVolumes, number_classes, read_image, read_label
-from downstream.segment import Config, Segmentation, SliceUNet, augment, predict, run
+from downstream.segment import Config, Segmentation, SliceUNet, augment, run
 from downstream.splits import Split, check_split, choose_labelled, draw_split, make_split, write_split
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet
@@ -231,20 +231,20 @@ class Threshold(nn.Module):
         return -100 * (images - self.levels.view(1, 3, 1, 1)).abs()
 
 
+@torch.no_grad()
 def test_predictions_return_to_the_grid_of_the_file(tmp_path):
     root = write_pairs(tmp_path / "data", 5, (37, 28, 9))
     for label in (root / "labels").iterdir():
         np.save(root / label.name, np.load(label).astype(np.float32))
-    cfg = tiny(root, tmp_path, f_inter=True, labelled=1)
-    found = opened(cfg)
+    found = opened(tiny(root, tmp_path, f_inter=True, labelled=1))
     case = found.case("c0")
     assert case.images.shape == (9, 1, 32, 32)
     reference = torch.from_numpy(read_label(case.pair, found.data.classes))
-    prediction = predict(Threshold(), case, cfg, native=True)
+    prediction = found.predict(Threshold(), case, native=True)
     assert prediction.shape == reference.shape == case.pair.shape
     scores = segment.metrics.score(prediction, reference, found.data.members, case.pair.spacing_mm)
     assert scores["bright"]["dice"] > 0.85  # its border is that of the dim half, where grey values mix
-    prediction = predict(Threshold(), case, cfg, native=False)
+    prediction = found.predict(Threshold(), case, native=False)
     assert (prediction != case.classes)[prediction != 1].float().mean() < 0.02
 
 
