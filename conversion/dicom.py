@@ -21,7 +21,6 @@ from conversion.volume import TO_RAS, BadFile, Options, Volume, by, choose, reas
 SLICE_TOLERANCE = 0.1  # slice distances may differ from their median by this share of it
 PIXEL_TOLERANCE = 0.01  # pixel spacings of one series may differ by this share
 SAME_POSITION_MM = 0.01
-SAME_FACING = 0.05  # scanners round the directions of the slices of one series differently
 NOT_IMAGES = {"SEG", "RTSTRUCT", "RTPLAN", "RTDOSE", "SR", "PR", "KO", "REG", "DOC"}  # modalities
 NEED_POSITIONS = {"CT", "MR", "PT", "NM"}  # modalities of slices, never of single radiographs
 SHARED, PER_FRAME = "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"
@@ -51,10 +50,9 @@ class Frame:
 
 
 def read_dicom(files: Sequence[Path], options: Options) -> Volume:
-    """The slices of one series, in the order of their positions, whatever the files are called.
+    """The slices of one series by their positions; several at each of them (time points, echoes) are channels.
 
-    Copies of a slice (equal SOPInstanceUID) count once. Several different slices at every position (time points,
-    echoes) are channels; irregular distances are an error unless options.allow_gaps.
+    Copies of a slice (equal SOPInstanceUID) count once. Raises BadFile for gaps unless options.allow_gaps.
     """
     headers = {}
     for path in files:
@@ -85,8 +83,8 @@ def _at_positions(frames: list[Frame]) -> list[list[Frame]]:
     spacings = np.array([frame.pixel_spacing for frame in frames])
     if (np.abs(spacings - spacings[0]) > PIXEL_TOLERANCE * spacings[0]).any():
         raise BadFile(
-            f"holds slices of several pixel spacings, {by(spacings.min(0))} to {by(spacings.max(0))} mm; convert the "
-            "slices of each by themselves"
+            f"holds slices of several pixel spacings, {by(spacings.min(0))} to {by(spacings.max(0))} mm; convert those "
+            "of each by themselves"
         )
     normal = np.cross(*frames[0].orientation)
     groups: list[list[Frame]] = []
@@ -127,16 +125,8 @@ def _distance(frames: list[Frame], allow_gaps: bool) -> tuple[float, list[str]]:
 
 def _stacked(frames: list[Frame]) -> np.ndarray:
     """[slices, rows, columns] intensities."""
-    array, shown = np.empty((0,)), None
-    for k, frame in enumerate(frames):
-        if frame.path is not shown:
-            pictures, shown = intensities(frame.path), frame.path
-        picture = pictures[frame.index]
-        if k == 0:
-            array = np.empty((len(frames), *picture.shape), dtype=picture.dtype)
-        array = array.astype(np.result_type(array, picture), copy=False)
-        array[k] = picture
-    return array
+    pictures = {path: intensities(path) for path in {frame.path for frame in frames}}
+    return np.stack([pictures[frame.path][frame.index] for frame in frames])
 
 
 def _frames(path: Path, header: Any) -> list[Frame]:
@@ -262,13 +252,12 @@ def dicom_header(path: Path) -> Any:
 def group_series(files: Iterable[Path], problems: list[str]) -> list[Series]:
     """Series and radiographs of files by their headers; what is wrong with the others goes to `problems`."""
     groups: dict[tuple[Any, ...], list[tuple[Path, str, str]]] = defaultdict(list)
-    facings: dict[tuple[Any, ...], list[tuple[float, ...]]] = defaultdict(list)
     for file in files:
         try:
             header = dicom_header(file)
             patient = str(header.get("PatientID") or "")
             patient = hashlib.sha256(patient.encode()).hexdigest()[:12] if patient else ""
-            key = _series_key(header, file, facings) if _is_slice(header) else (file,)
+            key = _series_key(header, file)
         except BadFile as error:
             problems.append(f"{file}: {error}")
         except Exception as error:  # pydicom converts a value when it is asked for it
@@ -282,18 +271,12 @@ def group_series(files: Iterable[Path], problems: list[str]) -> list[Series]:
     return series
 
 
-def _series_key(header: Any, file: Path, facings: dict[tuple[Any, ...], list[tuple[float, ...]]]) -> tuple[Any, ...]:
-    """What the files of a series have in common. facings: the directions met so far, of which near ones are one."""
-    same = (str(header.get("SeriesInstanceUID") or file.parent), int(header.Rows), int(header.Columns))
-    facing = tuple(float(x) for x in header.get("ImageOrientationPatient") or ())
-    known = facings[same]
-    alike = [f for f in known if len(f) == len(facing) and np.allclose(f, facing, rtol=0, atol=SAME_FACING)]
-    if not alike:
-        known.append(facing)
-    return (same[0], tuple(round(x, 1) + 0.0 for x in (*alike, facing)[0]), *same[1:])
-
-
-def _is_slice(header: Any) -> bool:
-    """Whether the pictures of this file know their place in space, or would have to."""
-    lengths = [len(header.get(name) or ()) for name in ("ImagePositionPatient", "ImageOrientationPatient")]
-    return lengths == [3, 6] or PER_FRAME in header or header.get("Modality") in NEED_POSITIONS
+def _series_key(header: Any, file: Path) -> tuple[Any, ...]:
+    """What the files of a series have in common; the file alone where it is a radiograph, without a place in space."""
+    position, facing = (header.get(name) or () for name in ("ImagePositionPatient", "ImageOrientationPatient"))
+    placed = (len(position), len(facing)) == (3, 6) or PER_FRAME in header
+    if not placed and header.get("Modality") not in NEED_POSITIONS:
+        return (file,)
+    # -1, 0 or 1 each, as headers of one series round differently; 0.9 keeps 30 and 60 degrees off the edge.
+    coarse = tuple(round(0.9 * float(x)) for x in facing)
+    return (str(header.get("SeriesInstanceUID") or file.parent), coarse, int(header.Rows), int(header.Columns))
