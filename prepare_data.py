@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -122,8 +123,7 @@ def _check(cfg: Config) -> tuple[list[Path], Path]:
             raise UserError(f"dest: source {place} lies inside {dest} or the other way round; choose another folder")
     if cfg.spacing_mm and len(cfg.spacing_mm) != 3:
         raise UserError(f"spacing_mm: {cfg.spacing_mm} are not three numbers: rows, columns, slices")
-    sides = sorted("RAS".find(code) % 3 if code in "RAS" else "LPI".find(code) for code in cfg.orientation)
-    if cfg.orientation and sides != [0, 1, 2]:
+    if cfg.orientation and sorted(cfg.orientation) not in map(sorted, product("RL", "AP", "SI")):
         raise UserError(f"orientation: {cfg.orientation!r} is not one each of R or L, A or P, S or I, e.g. LPS")
     several = [] if isinstance(cfg.images, str) else cfg.images
     for option, patterns in (("labels", [cfg.labels] if cfg.labels else []), ("images", several)):

@@ -62,7 +62,7 @@ def _volume(source: Source, case: Case, dest: Path, options: Options, window: Wi
         side = by(view.array.shape[:2])
         raise BadFile(f"has slices of {side} pixels, below {MIN_SIDE}; remove it, or choose another --slice_axis")
     label = _read_label(source, volume, view, options)
-    low, high = _range(view)
+    low, high = _range(view.channels)
     if window and (high <= window[0] or low >= window[1]):
         raise BadFile(f"its intensities, {low:g} to {high:g}, lie outside the window {list(window)}; correct --window")
     view = _resampled(view, options.spacing_mm)
@@ -94,14 +94,13 @@ def _read(source: Source, options: Options) -> Volume:
     return volume
 
 
-def _range(view: Volume) -> tuple[float, float]:
-    """The smallest and the largest intensity. Raises BadFile where a channel has only one."""
-    ranges = [(float(channel.min()), float(channel.max())) for channel in view.channels]
-    for number, (low, high) in enumerate(ranges):
-        if low == high:
-            voxels = "voxels" if view.array.ndim == 3 else f"voxels of channel {number}"
-            raise BadFile(f"is constant (all {voxels} are {low:g}), so there is nothing to learn from it; remove it")
-    return min(low for low, _ in ranges), max(high for _, high in ranges)
+def _range(pixels: Sequence[np.ndarray]) -> tuple[float, float]:
+    """The smallest and the largest intensity of channels. Raises BadFile where one has only one."""
+    lows, highs = ([float(end(channel)) for channel in pixels] for end in (np.min, np.max))
+    for low, high in zip(lows, highs, strict=True):
+        if not low < high:  # also of NaN
+            raise BadFile(f"is constant (all values are {low:g}), so there is nothing to learn from it; remove it")
+    return min(lows), max(highs)
 
 
 def _resampled(view: Volume, spacing_mm: Sequence[float]) -> Volume:
@@ -196,7 +195,9 @@ def _image(source: Source, case: Case, dest: Path) -> None:
     """Write one image and its label map: the file itself, copied, or a DICOM radiograph as a grey PNG."""
     path, radiograph = source.path, source.format == "dicom_image"
     pixels = read_dicom_image(path) if radiograph else _decode(path)
-    low, high = _check(pixels)
+    if min(pixels.shape) < MIN_SIDE:
+        raise BadFile(f"has {by(pixels.shape)} pixels, below {MIN_SIDE}; remove it")
+    low, high = _range([pixels])
     pixels = _grey(pixels, low, high) if radiograph else pixels
     case.file = source.id + (".png" if radiograph else path.suffix.lower())
     case.shape = case.original_shape = by(pixels.shape)
@@ -230,13 +231,3 @@ def _decode(path: Path) -> np.ndarray:
         return read_grey(path)
     except (ValueError, PermissionError) as error:
         raise BadFile(f"{error}") from None
-
-
-def _check(pixels: np.ndarray) -> tuple[float, float]:
-    """The range of the pixels. Raises BadFile for an image that training could not use."""
-    low, high = float(pixels.min()), float(pixels.max())
-    if min(pixels.shape) < MIN_SIDE:
-        raise BadFile(f"has {by(pixels.shape)} pixels, below {MIN_SIDE}; remove it")
-    if not low < high:  # also of NaN
-        raise BadFile(f"is constant (all pixels are {low:g}), so there is nothing to learn from it; remove it")
-    return low, high

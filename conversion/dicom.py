@@ -21,6 +21,7 @@ from conversion.volume import TO_RAS, BadFile, Options, Volume, by, choose, reas
 SLICE_TOLERANCE = 0.1  # slice distances may differ from their median by this share of it
 PIXEL_TOLERANCE = 0.01  # pixel spacings of one series may differ by this share
 SAME_POSITION_MM = 0.01
+SAME_FACING = 0.05  # scanners round the directions of the slices of one series differently
 NOT_IMAGES = {"SEG", "RTSTRUCT", "RTPLAN", "RTDOSE", "SR", "PR", "KO", "REG", "DOC"}  # modalities
 NEED_POSITIONS = {"CT", "MR", "PT", "NM"}  # modalities of slices, never of single radiographs
 SHARED, PER_FRAME = "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"
@@ -252,12 +253,13 @@ def dicom_header(path: Path) -> Any:
 def group_series(files: Iterable[Path], problems: list[str]) -> list[Series]:
     """Series and radiographs of files by their headers; what is wrong with the others goes to `problems`."""
     groups: dict[tuple[Any, ...], list[tuple[Path, str, str]]] = defaultdict(list)
+    facings: dict[tuple[Any, ...], list[list[float]]] = defaultdict(list)
     for file in files:
         try:
             header = dicom_header(file)
             patient = str(header.get("PatientID") or "")
             patient = hashlib.sha256(patient.encode()).hexdigest()[:12] if patient else ""
-            key = _series_key(header, file)
+            key = _series_key(header, file, facings)
         except BadFile as error:
             problems.append(f"{file}: {error}")
         except Exception as error:  # pydicom converts a value when it is asked for it
@@ -271,12 +273,17 @@ def group_series(files: Iterable[Path], problems: list[str]) -> list[Series]:
     return series
 
 
-def _series_key(header: Any, file: Path) -> tuple[Any, ...]:
-    """What the files of a series have in common; the file alone where it is a radiograph, without a place in space."""
+def _series_key(header: Any, file: Path, facings: dict[tuple[Any, ...], list[list[float]]]) -> tuple[Any, ...]:
+    """What the files of a series have in common; the file alone where it is a radiograph, without a place in space.
+
+    facings: the directions met so far, of which near ones are one.
+    """
     position, facing = (header.get(name) or () for name in ("ImagePositionPatient", "ImageOrientationPatient"))
     placed = (len(position), len(facing)) == (3, 6) or PER_FRAME in header
     if not placed and header.get("Modality") not in NEED_POSITIONS:
         return (file,)
-    # -1, 0 or 1 each, as headers of one series round differently; 0.9 keeps 30 and 60 degrees off the edge.
-    coarse = tuple(round(0.9 * float(x)) for x in facing)
-    return (str(header.get("SeriesInstanceUID") or file.parent), coarse, int(header.Rows), int(header.Columns))
+    same = (str(header.get("SeriesInstanceUID") or file.parent), int(header.Rows), int(header.Columns))
+    facing = [float(x) for x in facing]
+    facings[same].append(facing)
+    near = (f for f in facings[same] if len(f) == len(facing) and np.allclose(f, facing, rtol=0, atol=SAME_FACING))
+    return (same[0], tuple(round(x, 1) + 0.0 for x in next(near)), *same[1:])

@@ -119,17 +119,16 @@ class Source:
     """One case: a file, a file per channel, or the files of a DICOM series; or a label map.
 
     name: the last part of the place given and the path below it, the same on every machine; a series adds "#" and
-    eight hexadecimal digits of its UID's hash.  stem: the shortest id that says what it is.  channels: their names,
-    where the data set tells them.
+    eight hexadecimal digits of its UID's hash.
     """
 
     name: str
-    stem: str
+    stem: str  # the shortest id that says what it is
     format: str
     files: tuple[Path, ...]
     modality: str = ""
     patient: str = ""
-    channels: tuple[str, ...] = ()
+    channels: tuple[str, ...] = ()  # names, where the data set tells them
     label: Path | None = None
     id: str = ""  # in the data set, see conversion.table.assign_ids
     text: str = ""  # what the "*" of its pattern stands for, or its stem
@@ -162,18 +161,17 @@ class Found:
 
 def find(
     places: Sequence[Path],
-    images: Sequence[str] = ("*",),
-    labels: str = "",
-    modality: str = "",
-    channel: int | str | None = None,
-    preset: Preset | None = None,
+    images: Sequence[str],
+    labels: str,
+    modality: str,
+    channel: int | str | None,
+    preset: Preset | None,
 ) -> Found:
-    """Everything to convert in files and folders, in a fixed order.
+    """Everything to convert in files and folders, in a fixed order. Raises UserError where a place is missing.
 
-    images: patterns of file names; several: one for each channel of a case.  labels: a pattern, too; the label of an
-    image is the file for which its "*" stands for the same text. Without it, label maps lie in folders of labels beside
-    the images and have their names.  channel: "all" makes one case of nnU-Net's CASE_0000, CASE_0001, ...
-    preset: replaces images and labels.  Raises UserError where a place is missing.
+    images: patterns of file names; several: one for each channel of a case.  labels: a pattern whose "*" stands for the
+    same text as the image's; "": label maps lie in folders of labels beside the images and have their names.
+    channel: "all" makes one case of nnU-Net's CASE_0000, CASE_0001, ...  preset: replaces images and labels.
     """
     if preset:
         images, labels, modality = list(preset.images.values()), preset.labels, modality or preset.modality

@@ -80,10 +80,8 @@ def _stack(files: Sequence[Path], volumes: Sequence[Volume]) -> Volume:
     for file, volume in zip(files, volumes, strict=True):
         alike = volume.array.shape == first.array.shape and volume.codes == first.codes
         if not (alike and (first.affine is None or np.allclose(volume.spacing_mm, first.spacing_mm, SAME_SPACING))):
-            raise BadFile(
-                f"{file.name}: {by(volume.array.shape)} voxels of {by(volume.spacing_mm)} mm, {volume.codes}, do not "
-                f"match {by(first.array.shape)} of {by(first.spacing_mm)} mm, {first.codes}, of {files[0].name}"
-            )
+            what = f"{by(volume.array.shape)} voxels or their spacing or orientation"
+            raise BadFile(f"{file.name}: {what} do not match {files[0].name}; copy the right file")
     return replace(first, array=np.stack([volume.array.T for volume in volumes]).T)  # slices stay in one piece
 
 

@@ -2,8 +2,7 @@
 
 A loader has `samples` and `steps` (per epoch, over all processes), `counts`, `groups` (level -> data set of every
 index), `reading` (what workers are at) and `epoch(e, seen)`, which yields batches from the place where all processes
-together have seen `seen` samples of the epoch. What it yields is a pure function of (data, options, e, seen): nothing
-depends on the number of workers, and a run can go on anywhere.
+have seen `seen` samples: a pure function of (data, options, e, seen), whatever the workers.
 """
 
 from __future__ import annotations
@@ -239,7 +238,7 @@ def draw_masks(
     """[B, slices] bool, True where a slice is masked: ceil(ratio * length) real slices of every volume.
 
     lengths [B] real slices, index [B] global sample index. style: `random` (anywhere) or `span` (one contiguous run).
-    At least one slice stays visible. A pure function of (seed, epoch, index, view).
+    At least one slice stays visible.
     """
     masked = torch.zeros(len(lengths), slices, dtype=torch.bool)
     for b, (length, i) in enumerate(zip(lengths.tolist(), index.tolist(), strict=True)):

@@ -11,7 +11,6 @@ from torch.testing import assert_close
 
 from datasets import augment
 from datasets.augment import RANGES, MultiCrop, VolumeViews
-from utils.seeding import stream
 
 POLICIES = ("paper", "strong")
 STILL = {"degrees": (0.0, 0.0), "noise_p": 0.0, "bias_p": 0.0, "gamma_p": 0.0, "blur_p": 0.0, "anisotropy_p": 0.0}
@@ -112,18 +111,6 @@ def applied(p: dict[str, np.ndarray]) -> np.ndarray:
             p["log_gamma"] != 0,
         ]
     )
-
-
-def test_numbers_come_from_the_stream_of_the_sample():
-    u = augment.Uniforms(seed=7, epoch=3, index=[9, 4], view=2)
-    first, later = u(0, 1), u(-1, 1, size=3)
-    for row, index in enumerate((9, 4)):
-        numbers = stream(7, 3, index, 2).random(4)
-        assert first[row] == numbers[0]
-        np.testing.assert_allclose(later[row], 2 * numbers[1:] - 1)
-    first = u.numbers[0].tolist()
-    for seed, epoch, index, view in ((8, 3, 9, 2), (7, 2, 9, 2), (7, 3, 8, 2), (7, 3, 9, 1)):
-        assert not set(first) & set(augment.Uniforms(seed, epoch, [index], view).numbers[0].tolist())
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -104,7 +104,7 @@ def test_brats_by_preset_by_patterns_and_one_modality_of_it(tmp_path, capsys):
     write_nifti(source / "P1/P1_t2.nii.gz", PATIENT[:-1])
     (source / "P2/P2_t1.nii.gz").unlink()
     said = refused(capsys, source, tmp_path / "bad", preset="brats2018")
-    assert "P1_t2.nii.gz: 9 x 12 x 9 voxels of 0.5 x 0.75 x 2 mm, LPS, do not match 10 x 12 x 9" in said
+    assert "P1_t2.nii.gz: 9 x 12 x 9 voxels or their spacing or orientation do not match P1_flair.nii.gz" in said
     assert "P2_flair.nii.gz: its case has 3 of 4 channels; add the others" in said
     assert "choose 0 to 3, or all" in refused(capsys, source, tmp_path / "bad", preset="brats2018", channel=4)
 

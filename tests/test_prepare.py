@@ -171,7 +171,6 @@ def test_resampled_label_maps_hold_no_new_values_and_stay_on_their_image(tmp_pat
 def test_a_named_window_is_for_ct_and_training_applies_it(tmp_path, capsys):
     file, dest = write_nifti(tmp_path / "a.nii", *stored("RAS", PATIENT - 500)), tmp_path / "tree/ct"
     assert "named one for CT only, but there are 1 of modality unknown" in refused(capsys, file, dest, window="lung")
-    assert "for CT only" in refused(capsys, file, dest, window="lung", modality="MRI")
     assert "-500 to 579, lie outside the window" in refused(capsys, file, dest, window=[-900.0, -600.0])
     convert(file, dest, window="brain", modality="CT")
     assert scan(tmp_path / "tree")[0][0].window == (0, 80)
@@ -185,8 +184,7 @@ def test_a_named_window_is_for_ct_and_training_applies_it(tmp_path, capsys):
     assert "window" not in settings(dest)
     write_series(tmp_path / "in/ct")
     write_series(tmp_path / "in/mr", Modality="MR", SeriesInstanceUID="4.5")
-    for window in ("lung", [0.0, 100.0]):
-        assert "a data set of its own" in refused(capsys, tmp_path / "in", tmp_path / "out", window=window)
+    assert "a data set of its own" in refused(capsys, tmp_path / "in", tmp_path / "out", window=[0.0, 100.0])
 
 
 def test_a_second_run_converts_only_what_is_missing_or_changed(tmp_path, capsys):
@@ -306,7 +304,7 @@ def spoil(root: Path) -> dict[str, str]:
     good = PATIENT.astype(np.float64)
     arrays = {
         "nan.npy": (np.where(good == 1, np.nan, good), "1 of 1080 voxels are NaN or Inf"),
-        "constant.npy": (good * 0 + 42, "is constant (all voxels are 42)"),
+        "constant.npy": (good * 0 + 42, "is constant (all values are 42)"),
         "huge.npy": (1e300 * good, "or beyond float32"),
         "2d.npy": (good[0], "is 2D"),
         "4d.npy": (np.stack([good, good]), "choose --channel 0 to 8"),
