@@ -1,9 +1,14 @@
 """Batches of each stage: reading in workers, augmentation on the device.
 
 A loader has `samples` and `steps` (per epoch, over all processes), `counts`, `groups` (level -> data set of every
+<<<<<<< HEAD
 index) and `epoch(e, seen)`, which yields batches from the place where all processes together have seen `seen` samples
 of the epoch. What it yields is a pure function of (data, options, e, seen): nothing depends on the number of workers,
 and a run can go on anywhere.
+=======
+index), `reading` (what workers are at) and `epoch(e, seen)`, which yields batches from the place where all processes
+have seen `seen` samples: a pure function of (data, options, e, seen), whatever the workers.
+>>>>>>> w-J
 """
 
 from __future__ import annotations
@@ -236,7 +241,7 @@ def draw_masks(
     """[B, slices] bool, True where a slice is masked: ceil(ratio * length) real slices of every volume.
 
     lengths [B] real slices, index [B] global sample index. style: `random` (anywhere) or `span` (one contiguous run).
-    At least one slice stays visible. A pure function of (seed, epoch, index, view).
+    At least one slice stays visible.
     """
     masked = torch.zeros(len(lengths), slices, dtype=torch.bool)
     for b, (length, i) in enumerate(zip(lengths.tolist(), index.tolist(), strict=True)):
