@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -71,45 +72,41 @@ class Config(Options, Files):
 def main(cfg: Config) -> None:
     cfg = replace(cfg, orientation=cfg.orientation.upper())
     places, dest = _check(cfg)
-    window, preset = _window(cfg.window), PRESETS.get(cfg.preset)
+    preset = PRESETS.get(cfg.preset)
     images = [cfg.images] if isinstance(cfg.images, str) else cfg.images
     found = find(places, images, cfg.labels, cfg.modality, cfg.channel, preset)
     _say_what_was_found(found, places)
-    _check_window(cfg.window, found.sources)
-    try:
-        with _only_run(dest):
-            table = read_table(dest)
-            sources = assign_ids(found.sources, {name: case.id for name, case in table.items()})
-            todo = []
-            for source in sources:
-                case = table.get(source.name)
-                if case and case.key == source_key(source, cfg) and case.is_whole(dest):
-                    case.modality, case.patient = source.modality, source.patient
-                else:
-                    todo.append(source)
-            one = partial(attempt, dest=dest, options=cfg, window=window)
-            problems = _keep(outcomes({s.name: s for s in todo}, one, cfg.workers), table, dest)
-            if not table:
-                raise UserError("nothing was converted, for the reasons above")
-            structures = preset.structures if preset else found.description.structures
-            asked = "keep" if cfg.window == "keep" else window
-            content = describe(in_order(table), dest, cfg.spacing_mm, asked, found.description.about, structures)
-            montage(in_order(table), dest, content.get("window"))
-            samples, _ = scan(dest.resolve().parent, dest.resolve().name)
-            print(
-                f"{describe_samples(samples)}\n{dest}: {len(todo) - len(problems)} cases converted, "
-                f"{len(sources) - len(todo)} there already, problems: {len(found.problems) + len(problems)}; look at "
-                f"{dest / MONTAGE}"
-            )
-            if content["modality"] == "CT" and not content.get("window"):
-                print("note: CT without --window: training scales each volume by its percentiles, not by HU")
-    except SystemExit:  # Ctrl-C or SIGTERM, see utils/signals.py
-        print(f"\nstopped; the same command goes on from what is in {dest}", file=sys.stderr)
-        raise
-    if (count := len(found.problems) + len(problems)) and cfg.on_error == "error":
+    window = _window(cfg.window, found.sources)
+    with _only_run(dest):
+        table = read_table(dest)
+        sources = assign_ids(found.sources, {name: case.id for name, case in table.items()})
+        todo = {}
+        for source in sources:
+            case = table.get(source.name)
+            if case and case.key == source_key(source, cfg) and case.is_whole(dest):
+                case.modality, case.patient = source.modality, source.patient
+            else:
+                todo[source.name] = source
+        one = partial(attempt, dest=dest, options=cfg, window=window)
+        problems = found.problems + _keep(outcomes(todo, one, cfg.workers), table, dest)
+        if not table:
+            raise UserError("nothing was converted, for the reasons above")
+        structures = preset.structures if preset else found.description.structures
+        asked = "keep" if cfg.window == "keep" else window
+        content = describe(in_order(table), dest, cfg.spacing_mm, asked, found.description.about, structures)
+        montage(in_order(table), dest, content.get("window"))
+    samples, _ = scan(dest.resolve().parent, dest.resolve().name)
+    converted = len(todo) - len(problems) + len(found.problems)
+    print(
+        f"{describe_samples(samples)}\n{dest}: {converted} cases converted, {len(sources) - len(todo)} there already, "
+        f"problems: {len(problems)}; look at {dest / MONTAGE}"
+    )
+    if content["modality"] == "CT" and not content.get("window"):
+        print("note: CT without --window: training scales each volume by its percentiles, not by HU")
+    if problems and cfg.on_error == "error":
         raise UserError(
-            f"problems: {count}, listed above; everything else was converted. Correct them and run the same command "
-            "again, or leave them out with --on_error skip"
+            f"problems: {len(problems)}, listed above; everything else was converted. Correct them and run the same "
+            "command again, or leave them out with --on_error skip"
         )
 
 
@@ -122,48 +119,34 @@ def _check(cfg: Config) -> tuple[list[Path], Path]:
     if dest.name.startswith(".") or dest.name.lower() in LABEL_FOLDERS:
         raise UserError(f"dest: training never reads a folder called {dest.name}; choose another name")
     for place in (place.resolve() for place in places):
-        if dest.resolve().is_relative_to(place):
-            raise UserError(f"dest: {dest} lies inside source {place}, and would be converted again; choose another")
-        if place.is_relative_to(dest.resolve()):
-            raise UserError(f"source: {place} lies inside dest {dest}, where results may replace it; move it elsewhere")
+        if dest.resolve().is_relative_to(place) or place.is_relative_to(dest.resolve()):
+            raise UserError(f"dest: source {place} lies inside {dest} or the other way round; choose another folder")
     if cfg.spacing_mm and len(cfg.spacing_mm) != 3:
         raise UserError(f"spacing_mm: {cfg.spacing_mm} are not three numbers: rows, columns, slices")
-    sides = sorted("RAS".find(code) % 3 if code in "RAS" else "LPI".find(code) for code in cfg.orientation)
-    if cfg.orientation and sides != [0, 1, 2]:
+    if cfg.orientation and sorted(cfg.orientation) not in map(sorted, product("RL", "AP", "SI")):
         raise UserError(f"orientation: {cfg.orientation!r} is not one each of R or L, A or P, S or I, e.g. LPS")
-    patterns = {
-        "labels": [cfg.labels] if cfg.labels else [],
-        "images": [] if isinstance(cfg.images, str) else cfg.images,
-    }
-    for option, texts in patterns.items():
-        if any(text.count("*") != 1 for text in texts):
-            raise UserError(f"{option}: {texts} need one '*' each, which stands for what files of a case share")
+    several = [] if isinstance(cfg.images, str) else cfg.images
+    for option, patterns in (("labels", [cfg.labels] if cfg.labels else []), ("images", several)):
+        if any(pattern.count("*") != 1 for pattern in patterns):
+            raise UserError(f"{option}: {patterns} need one '*' each, which stands for what files of a case share")
     return places, dest
 
 
-def _window(window: str | list[float]) -> Window:
-    """The window asked for, None for none and keep."""
+def _window(window: str | list[float], sources: Sequence[Source]) -> Window:
+    """The window asked for, None for none and keep. It is for all volumes, so they must measure the same thing."""
     if window in ("keep", "none"):
         return None
     limits = WINDOWS_HU.get(window) if isinstance(window, str) else window
     if limits is None or len(limits) != 2 or not limits[0] < limits[1]:
         raise UserError(f"window: {window!r} is not one of {', '.join(WINDOWS_HU)}, none, keep or two growing numbers")
-    return limits[0], limits[1]
-
-
-def _check_window(window: str | list[float], sources: Sequence[Source]) -> None:
-    """A window holds for every volume of a data set, so all of them must measure the same thing."""
-    if window in ("keep", "none"):
-        return
     found = Counter(s.modality or "unknown" for s in sources if s.format not in ("image", "dicom_image"))
-    if not found:
-        raise UserError("window: is for volumes, of which there are none; images are scaled by their percentiles")
-    text = ", ".join(f"{count} of modality {name}" for name, count in found.most_common())
-    if len(found) > 1 or (isinstance(window, str) and set(found) != {"CT"}):
+    if len(found) != 1 or (isinstance(window, str) and set(found) != {"CT"}):
+        text = ", ".join(f"{count} of modality {name}" for name, count in found.most_common()) or "no volumes"
         raise UserError(
             f"window: {window} holds for one modality, a named one for CT only, but there are {text}; say --modality "
             "CT if they are CT, or convert each modality into a data set of its own"
         )
+    return limits[0], limits[1]
 
 
 @contextlib.contextmanager
@@ -217,9 +200,10 @@ def _keep(results: Iterable[tuple[str, Case | str]], table: dict[str, Case], des
 
 
 def _say_what_was_found(found: Found, places: Sequence[Path]) -> None:
-    ignored = ", ".join(f"{count} {suffix}" for suffix, count in sorted(found.ignored.items()) if count > 0)
-    for note in [*(f"note: {note}" for note in found.notes), *([f"not converted: {ignored}"] if ignored else [])]:
-        print(note, flush=True)
+    for note in found.notes:
+        print(f"note: {note}", flush=True)
+    if ignored := ", ".join(f"{count} {suffix}" for suffix, count in sorted(found.ignored.items()) if count > 0):
+        print(f"not converted: {ignored}", flush=True)
     for problem in found.problems:
         print(f"problem: {problem}", file=sys.stderr, flush=True)
     if not found.sources and not found.problems:

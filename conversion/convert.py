@@ -1,13 +1,4 @@
-"""One case of any format to its files in a prepared tree, which is what training and downstream read:
-
-    <dest>/<id>.npy          a volume (height, width, slices), or (height, width, slices, channels); an image: <id>.png
-    <dest>/labels/<id>.npy   its label map (height, width, slices) in an unsigned integer type; of an image: <id>.png
-    <dest>/cases.csv         a line per case with the columns of conversion.table.Case
-    <dest>/dataset.yaml      what holds for all cases; a key is missing where nothing is known or cases differ
-
-docs/DATA.md describes both tables. A volume is turned to one of three planes as radiologists view them, by permuting
-and flipping its axes (never by interpolation), and resampled if asked.
-"""
+"""One case of any format to its files in a prepared tree, which is what training and downstream read (docs/DATA.md)."""
 
 from __future__ import annotations
 
@@ -26,8 +17,8 @@ from conversion.layouts import Source
 from conversion.readers import read
 from conversion.table import LABELS, Case
 from conversion.volume import BadFile, Options, Volume, arrange, by
-from datasets.index import IMAGE_FORMATS, MAX_IMAGE_PIXELS, MIN_SIDE
-from datasets.render import BadSource, read_grey
+from datasets.index import MIN_SIDE, image_header
+from datasets.render import read_grey
 from utils.files import whole_file
 
 VERSION = 3  # raise it when the content of converted files changes, so that they are made again
@@ -71,12 +62,9 @@ def _volume(source: Source, case: Case, dest: Path, options: Options, window: Wi
         side = by(view.array.shape[:2])
         raise BadFile(f"has slices of {side} pixels, below {MIN_SIDE}; remove it, or choose another --slice_axis")
     label = _read_label(source, volume, view, options)
-    low, high = _range(view)
+    low, high = _range(view.channels)
     if window and (high <= window[0] or low >= window[1]):
-        raise BadFile(
-            f"its intensities, {low:g} to {high:g}, lie outside the window {list(window)}; correct --window, or "
-            "convert it into a data set of its own"
-        )
+        raise BadFile(f"its intensities, {low:g} to {high:g}, lie outside the window {list(window)}; correct --window")
     view = _resampled(view, options.spacing_mm)
     count = len(view.channels)
     names = source.channels if len(source.channels) == count else map(str, range(count))
@@ -100,22 +88,19 @@ def _read(source: Source, options: Options) -> Volume:
     named = bool(source.channels) and options.channel is None
     volume = read(source.format, source.files, replace(options, channel="all") if named else options)
     if named and volume.array.ndim == 4 and volume.array.shape[3] != len(source.channels):
-        raise BadFile(
-            f"is 4D ({by(volume.array.shape)}) but dataset.json names {len(source.channels)} channels; correct it, or "
-            "choose with --channel"
-        )
+        count = len(source.channels)
+        raise BadFile(f"is 4D ({by(volume.array.shape)}) but dataset.json names {count} channels; choose --channel")
     volume.codes = options.orientation or volume.codes
     return volume
 
 
-def _range(view: Volume) -> tuple[float, float]:
-    """The smallest and the largest intensity. Raises BadFile where a channel has only one."""
-    ranges = [(float(channel.min()), float(channel.max())) for channel in view.channels]
-    for number, (low, high) in enumerate(ranges):
-        if low == high:
-            voxels = "voxels" if view.array.ndim == 3 else f"voxels of channel {number}"
-            raise BadFile(f"is constant (all {voxels} are {low:g}), so there is nothing to learn from it; remove it")
-    return min(low for low, _ in ranges), max(high for _, high in ranges)
+def _range(pixels: Sequence[np.ndarray]) -> tuple[float, float]:
+    """The smallest and the largest intensity of channels. Raises BadFile where one has only one."""
+    lows, highs = ([float(end(channel)) for channel in pixels] for end in (np.min, np.max))
+    for low, high in zip(lows, highs, strict=True):
+        if not low < high:  # also of NaN
+            raise BadFile(f"is constant (all values are {low:g}), so there is nothing to learn from it; remove it")
+    return min(lows), max(highs)
 
 
 def _resampled(view: Volume, spacing_mm: Sequence[float]) -> Volume:
@@ -169,17 +154,14 @@ def _read_label(source: Source, volume: Volume, view: Volume, options: Options) 
         label = read(format, (path,), Options(array_axis=options.array_axis, array_key=key))
         label.codes = options.orientation or label.codes
         if label.codes != volume.codes:  # masks saved without their image's header lie differently by mistake
-            volume.notes.append(
-                f"label map stored as {label.codes or 'unknown'}, image as {volume.codes or 'unknown'}: each turned "
-                "by its own header, see whether they match"
-            )
+            lies = f"label map stored as {label.codes or 'unknown'}, image as {volume.codes or 'unknown'}"
+            volume.notes.append(f"{lies}: each turned by its own header, see whether they match")
         label = arrange(label, view.plane if view.plane and label.codes else "auto")
         spacings = (label.spacing_mm or view.spacing_mm or (), view.spacing_mm or label.spacing_mm or ())
         if label.array.shape != view.array.shape[:3] or not np.allclose(*spacings, rtol=SPACING_TOLERANCE, atol=0):
             raise BadFile(
                 f"{by(label.array.shape)} voxels of {by(label.spacing_mm)} mm do not match its image, "
-                f"{by(view.array.shape[:3])} of {by(view.spacing_mm)} mm; find the label map that belongs to it, or "
-                "remove this one"
+                f"{by(view.array.shape[:3])} of {by(view.spacing_mm)} mm; find the one that belongs to it, or remove it"
             )
         values = label.array
         if values.dtype.kind == "f":
@@ -213,7 +195,9 @@ def _image(source: Source, case: Case, dest: Path) -> None:
     """Write one image and its label map: the file itself, copied, or a DICOM radiograph as a grey PNG."""
     path, radiograph = source.path, source.format == "dicom_image"
     pixels = read_dicom_image(path) if radiograph else _decode(path)
-    low, high = _check(pixels)
+    if min(pixels.shape) < MIN_SIDE:
+        raise BadFile(f"has {by(pixels.shape)} pixels, below {MIN_SIDE}; remove it")
+    low, high = _range([pixels])
     pixels = _grey(pixels, low, high) if radiograph else pixels
     case.file = source.id + (".png" if radiograph else path.suffix.lower())
     case.shape = case.original_shape = by(pixels.shape)
@@ -243,20 +227,7 @@ def _grey(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
 def _decode(path: Path) -> np.ndarray:
     """[H, W] grey values of an image file. Raises BadFile where it is none, is broken, or is a stack."""
     try:
-        pixels = read_grey(path)
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            if image.format == "TIFF" and (pages := image.n_frames) > 1:
-                raise BadFile(f"is a stack of {pages} pages; save it as a volume, height x width x {pages} .npy")
-    except BadSource as error:
+        image_header(path)
+        return read_grey(path)
+    except (ValueError, PermissionError) as error:
         raise BadFile(f"{error}") from None
-    return pixels
-
-
-def _check(pixels: np.ndarray) -> tuple[float, float]:
-    """The range of the pixels. Raises BadFile for an image that training could not use."""
-    size, low, high = by(pixels.shape), float(pixels.min()), float(pixels.max())
-    if min(pixels.shape) < MIN_SIDE or pixels.size > MAX_IMAGE_PIXELS:
-        raise BadFile(f"has {size} pixels, not {MIN_SIDE} in each direction to {MAX_IMAGE_PIXELS} in all; remove it")
-    if not low < high:  # also of NaN
-        raise BadFile(f"is constant (all pixels are {low:g}), so there is nothing to learn from it; remove it")
-    return low, high

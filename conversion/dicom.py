@@ -51,10 +51,9 @@ class Frame:
 
 
 def read_dicom(files: Sequence[Path], options: Options) -> Volume:
-    """The slices of one series, in the order of their positions, whatever the files are called.
+    """The slices of one series by their positions; several at each of them (time points, echoes) are channels.
 
-    Copies of a slice (equal SOPInstanceUID) count once. Several different slices at every position (time points,
-    echoes) are channels; irregular distances are an error unless options.allow_gaps.
+    Copies of a slice (equal SOPInstanceUID) count once. Raises BadFile for gaps unless options.allow_gaps.
     """
     headers = {}
     for path in files:
@@ -85,8 +84,8 @@ def _at_positions(frames: list[Frame]) -> list[list[Frame]]:
     spacings = np.array([frame.pixel_spacing for frame in frames])
     if (np.abs(spacings - spacings[0]) > PIXEL_TOLERANCE * spacings[0]).any():
         raise BadFile(
-            f"holds slices of several pixel spacings, {by(spacings.min(0))} to {by(spacings.max(0))} mm; convert the "
-            "slices of each by themselves"
+            f"holds slices of several pixel spacings, {by(spacings.min(0))} to {by(spacings.max(0))} mm; convert those "
+            "of each by themselves"
         )
     normal = np.cross(*frames[0].orientation)
     groups: list[list[Frame]] = []
@@ -127,16 +126,8 @@ def _distance(frames: list[Frame], allow_gaps: bool) -> tuple[float, list[str]]:
 
 def _stacked(frames: list[Frame]) -> np.ndarray:
     """[slices, rows, columns] intensities."""
-    array, shown = np.empty((0,)), None
-    for k, frame in enumerate(frames):
-        if frame.path is not shown:
-            pictures, shown = intensities(frame.path), frame.path
-        picture = pictures[frame.index]
-        if k == 0:
-            array = np.empty((len(frames), *picture.shape), dtype=picture.dtype)
-        array = array.astype(np.result_type(array, picture), copy=False)
-        array[k] = picture
-    return array
+    pictures = {path: intensities(path) for path in {frame.path for frame in frames}}
+    return np.stack([pictures[frame.path][frame.index] for frame in frames])
 
 
 def _frames(path: Path, header: Any) -> list[Frame]:
@@ -262,13 +253,13 @@ def dicom_header(path: Path) -> Any:
 def group_series(files: Iterable[Path], problems: list[str]) -> list[Series]:
     """Series and radiographs of files by their headers; what is wrong with the others goes to `problems`."""
     groups: dict[tuple[Any, ...], list[tuple[Path, str, str]]] = defaultdict(list)
-    facings: dict[tuple[Any, ...], list[tuple[float, ...]]] = defaultdict(list)
+    facings: dict[tuple[Any, ...], list[list[float]]] = defaultdict(list)
     for file in files:
         try:
             header = dicom_header(file)
             patient = str(header.get("PatientID") or "")
             patient = hashlib.sha256(patient.encode()).hexdigest()[:12] if patient else ""
-            key = _series_key(header, file, facings) if _is_slice(header) else (file,)
+            key = _series_key(header, file, facings)
         except BadFile as error:
             problems.append(f"{file}: {error}")
         except Exception as error:  # pydicom converts a value when it is asked for it
@@ -282,18 +273,17 @@ def group_series(files: Iterable[Path], problems: list[str]) -> list[Series]:
     return series
 
 
-def _series_key(header: Any, file: Path, facings: dict[tuple[Any, ...], list[tuple[float, ...]]]) -> tuple[Any, ...]:
-    """What the files of a series have in common. facings: the directions met so far, of which near ones are one."""
+def _series_key(header: Any, file: Path, facings: dict[tuple[Any, ...], list[list[float]]]) -> tuple[Any, ...]:
+    """What the files of a series have in common; the file alone where it is a radiograph, without a place in space.
+
+    facings: the directions met so far, of which near ones are one.
+    """
+    position, facing = (header.get(name) or () for name in ("ImagePositionPatient", "ImageOrientationPatient"))
+    placed = (len(position), len(facing)) == (3, 6) or PER_FRAME in header
+    if not placed and header.get("Modality") not in NEED_POSITIONS:
+        return (file,)
     same = (str(header.get("SeriesInstanceUID") or file.parent), int(header.Rows), int(header.Columns))
-    facing = tuple(float(x) for x in header.get("ImageOrientationPatient") or ())
-    known = facings[same]
-    alike = [f for f in known if len(f) == len(facing) and np.allclose(f, facing, rtol=0, atol=SAME_FACING)]
-    if not alike:
-        known.append(facing)
-    return (same[0], tuple(round(x, 1) + 0.0 for x in (*alike, facing)[0]), *same[1:])
-
-
-def _is_slice(header: Any) -> bool:
-    """Whether the pictures of this file know their place in space, or would have to."""
-    lengths = [len(header.get(name) or ()) for name in ("ImagePositionPatient", "ImageOrientationPatient")]
-    return lengths == [3, 6] or PER_FRAME in header or header.get("Modality") in NEED_POSITIONS
+    facing = [float(x) for x in facing]
+    facings[same].append(facing)
+    near = (f for f in facings[same] if len(f) == len(facing) and np.allclose(f, facing, rtol=0, atol=SAME_FACING))
+    return (same[0], tuple(round(x, 1) + 0.0 for x in next(near)), *same[1:])

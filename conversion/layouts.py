@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from conversion.dicom import group_series
-from datasets.index import IMAGE_SUFFIXES, LABEL_FOLDERS, MONTAGE, SIDE_FILES
+from datasets.index import IMAGE_SUFFIXES, LABEL_FOLDERS, SIDE_FILES, walk
 from utils.errors import UserError
 
 FORMATS = {
@@ -119,17 +119,16 @@ class Source:
     """One case: a file, a file per channel, or the files of a DICOM series; or a label map.
 
     name: the last part of the place given and the path below it, the same on every machine; a series adds "#" and
-    eight hexadecimal digits of its UID's hash.  stem: the shortest id that says what it is.  channels: their names,
-    where the data set tells them.
+    eight hexadecimal digits of its UID's hash.
     """
 
     name: str
-    stem: str
+    stem: str  # the shortest id that says what it is
     format: str
     files: tuple[Path, ...]
     modality: str = ""
     patient: str = ""
-    channels: tuple[str, ...] = ()
+    channels: tuple[str, ...] = ()  # names, where the data set tells them
     label: Path | None = None
     id: str = ""  # in the data set, see conversion.table.assign_ids
     text: str = ""  # what the "*" of its pattern stands for, or its stem
@@ -162,18 +161,17 @@ class Found:
 
 def find(
     places: Sequence[Path],
-    images: Sequence[str] = ("*",),
-    labels: str = "",
-    modality: str = "",
-    channel: int | str | None = None,
-    preset: Preset | None = None,
+    images: Sequence[str],
+    labels: str,
+    modality: str,
+    channel: int | str | None,
+    preset: Preset | None,
 ) -> Found:
-    """Everything to convert in files and folders, in a fixed order.
+    """Everything to convert in files and folders, in a fixed order. Raises UserError where a place is missing.
 
-    images: patterns of file names; several: one for each channel of a case.  labels: a pattern, too; the label of an
-    image is the file for which its "*" stands for the same text. Without it, label maps lie in folders of labels beside
-    the images and have their names.  channel: "all" makes one case of nnU-Net's CASE_0000, CASE_0001, ...
-    preset: replaces images and labels.  Raises UserError where a place is missing.
+    images: patterns of file names; several: one for each channel of a case.  labels: a pattern whose "*" stands for the
+    same text as the image's; "": label maps lie in folders of labels beside the images and have their names.
+    channel: "all" makes one case of nnU-Net's CASE_0000, CASE_0001, ...  preset: replaces images and labels.
     """
     if preset:
         images, labels, modality = list(preset.images.values()), preset.labels, modality or preset.modality
@@ -199,18 +197,10 @@ def find(
         person = about.patients.get(s.stem) or about.patients.get(NNUNET_CHANNEL.sub("", s.stem)) or s.patient
         what = modality or about.modality(channel, s.stem) or s.modality
         found.sources.append(replace(s, modality=what, patient=person))
-    if about.patients and (nameless := [s.stem for s in found.sources if not s.patient]):
-        found.notes.append(f"dataset.json does not name the patients of {len(nameless)} cases, e.g. {nameless[0]}")
     twice = [name for name, count in Counter(s.name for s in sources).items() if count > 1]
     if twice:
         raise UserError(f"source: two of the places hold a {twice[0]}; give the folder above them instead")
-    suspects = [
-        s.name
-        for s in found.sources
-        if s.label is None
-        and (LOOKS_LIKE_LABEL.search(s.stem) or any(map(LOOKS_LIKE_LABEL.match, s.name.split("/")[1:-1])))
-    ]
-    if suspects:
+    if suspects := [s.name for s in found.sources if s.label is None and LOOKS_LIKE_LABEL.search(s.stem)]:
         found.notes.append(
             f"{len(suspects)} files look like label maps but are taken as images ({suspects[0]}); choose images and "
             "label maps by name, e.g. --images '*_flair.nii.gz' --labels '*_seg.nii.gz'"
@@ -235,28 +225,13 @@ def _list(places: Sequence[Path], found: Found) -> dict[Path, str]:
         if not place.exists():
             raise UserError(f"source: {place} does not exist; give files or a folder")
         root = place if place.is_dir() else place.parent
-        for file in _below(place, found) if place.is_dir() else [place]:
+        for file in walk(place) if place.is_dir() else [place]:
             name = f"{root.name}/{file.relative_to(root).as_posix()}"
             if os.fsencode(name).decode(errors="replace") == name:
                 files.setdefault(file, name)
             else:  # as from archives of other systems
                 found.problems.append(f"{os.fsencode(file)!r}: has a name that is not UTF-8; rename it")
     return files
-
-
-def _below(place: Path, found: Found) -> Iterator[Path]:
-    seen = set()
-
-    def failed(error: OSError) -> None:
-        found.problems.append(f"{error.filename}: cannot be listed ({error.strerror}); change its permissions")
-
-    for parent, folders, names in os.walk(place, followlinks=True, onerror=failed):
-        known = os.path.realpath(parent) in seen  # by a link that leads back up
-        seen.add(os.path.realpath(parent))
-        folders[:] = [] if known else sorted(name for name in folders if not name.startswith("."))
-        for name in [] if known else sorted(names):
-            if not name.startswith(".") and not (name == MONTAGE and Path(parent) == place):
-                yield Path(parent) / name
 
 
 def _sort(
@@ -363,16 +338,11 @@ def _of_dicom(dicom: Sequence[Source], found: Found) -> list[Source]:
     """DICOM files grouped into series by their headers, and single radiographs."""
     listed = {item.path: item for item in dicom}
     progress = tqdm(listed, desc="reading DICOM headers", unit="file", disable=None, leave=False)
-    groups = group_series(progress, found.problems)
-    per_folder = Counter(folder for s in groups if s.digest for folder in {file.parent for file in s.files})
     sources = []
-    for s in groups:
+    for s in group_series(progress, found.problems):
         source = replace(listed[s.files[0]], files=s.files, modality=s.modality, patient=s.patient)
         if s.digest:
-            folders = {file.parent for file in s.files}
-            stem = source.folder.rpartition("/")[2] or "series"
-            alone = len(folders) == 1 and per_folder[s.files[0].parent] == 1
-            stem = stem if alone else f"{stem}_{s.digest}"
+            stem = source.folder.rpartition("/")[2]
             sources.append(replace(source, name=f"{source.folder}#{s.digest}", stem=stem))
         else:
             sources.append(replace(source, format="dicom_image"))

@@ -34,7 +34,6 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from conversion.readers import read
 from conversion.volume import BadFile, Options, Volume
 from conversion.workers import outcomes
-from datasets.index import MIN_SIDE
 from utils import config
 from utils.errors import UserError
 from utils.files import read_csv, write_csv
@@ -75,8 +74,6 @@ class Config:
 def main(cfg: Config) -> None:
     if len(cfg.window) != 2 or cfg.window[0] >= cfg.window[1]:
         raise UserError(f"window: {cfg.window} must be two increasing numbers of HU, e.g. [-1000, 400]")
-    if cfg.crop_size < MIN_SIDE:
-        raise UserError(f"crop_size: training needs slices of {MIN_SIDE} pixels or more")
     dest = Path(cfg.dest).expanduser()
     scans = {file.stem: file for file in sorted(Path(cfg.source).expanduser().rglob("*.mhd"))}
     if not scans:
@@ -90,11 +87,10 @@ def main(cfg: Config) -> None:
         others.diameter_mm = others.diameter_mm.where(others.diameter_mm > 0, EXCLUDED_MM)
         hit = hit.mask(hit.isna() & find_nodules(candidates, others).notna(), "excluded")
     _describe(cfg, dest)
-    todo = {scan: (scans[scan], members) for scan, members in candidates.groupby("seriesuid")}
-    todo = {scan: members for scan, members in todo.items() if not (dest / scan).exists()}
+    by_scan = candidates.groupby("seriesuid")
+    todo = {scan: (scans[scan], members) for scan, members in by_scan if not (dest / scan).exists()}
     shape = (cfg.crop_slices, cfg.crop_size, cfg.crop_size)
-    for _ in outcomes(todo, partial(cut_crops, dest=dest, side_mm=cfg.crop_mm, shape=shape), cfg.workers):
-        pass
+    list(outcomes(todo, partial(cut_crops, dest=dest, side_mm=cfg.crop_mm, shape=shape), cfg.workers))
     series, late = candidates.seriesuid, beyond(candidates, cfg.negatives)
     labels = pd.DataFrame({"case": series + "/" + candidates.index.astype(str)})
     labels["label"] = candidates["class"].map({0: "no nodule", 1: "nodule"})
@@ -103,10 +99,7 @@ def main(cfg: Config) -> None:
     write_csv(labels.to_dict("records"), dest / "labels.csv")
     numbered = [{"series": scan, "nodule": k} for k, scan in enumerate(nodules.seriesuid)]
     write_csv(numbered, dest / "nodules.csv", ("series", "nodule"))
-    positive = int(candidates["class"].sum())
-    print(
-        f"{dest}: {len(labels)} candidates of {series.nunique()} scans, {positive} of class 1; {len(nodules)} nodules"
-    )
+    print(f"{dest}: {len(labels)} candidates of {series.nunique()} scans; {len(nodules)} nodules")
 
 
 def read_places(path: str, option: str, value: str) -> pd.DataFrame:

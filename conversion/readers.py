@@ -1,8 +1,7 @@
 """Volumes of every accepted format as intensities with their geometry, each through a maintained reader.
 
-NIfTI through nibabel (one channel of a 4D file is read alone, and sheared or rounded affines, which ITK refuses, are
-accepted); NRRD and MHA / MHD through SimpleITK; HDF5 through h5py; NPY and NPZ through numpy; DICOM:
-conversion/dicom.py. The readers are imported when a file needs them: training never does.
+NIfTI through nibabel, as it reads one channel of a 4D file alone and accepts affines that ITK refuses. The libraries
+are imported when a file needs them: training never does.
 """
 
 from __future__ import annotations
@@ -54,11 +53,9 @@ def read(format: str, files: Sequence[Path], options: Options) -> Volume:
 def _checked(array: np.ndarray, nan_value: float | None) -> np.ndarray:
     """Finite, with three or four axes, in an integer type or at most float32."""
     if array.dtype.fields or array.dtype.kind not in "iufb":
-        remedy = "k-space or raw MR data, np.abs(volume)" if array.dtype.kind == "c" else "grey values"
-        raise BadFile(f"has dtype {array.dtype}, not intensities; export it as {remedy}")
+        raise BadFile(f"has dtype {array.dtype}, not intensities; save grey values, of complex ones np.abs(volume)")
     if array.ndim not in (3, 4):
-        remedy = "save it as an image (.png), or stack the slices of a volume" if array.ndim == 2 else "save one volume"
-        raise BadFile(f"is {array.ndim}D ({by(array.shape)}) where a volume has 3 axes; {remedy}")
+        raise BadFile(f"is {array.ndim}D ({by(array.shape)}); save a slice as an image (.png), or one volume per file")
     if 0 in array.shape:
         raise BadFile(f"has an axis of length 0 ({by(array.shape)}); export it again or remove it")
     if array.dtype.kind != "f":
@@ -83,10 +80,8 @@ def _stack(files: Sequence[Path], volumes: Sequence[Volume]) -> Volume:
     for file, volume in zip(files, volumes, strict=True):
         alike = volume.array.shape == first.array.shape and volume.codes == first.codes
         if not (alike and (first.affine is None or np.allclose(volume.spacing_mm, first.spacing_mm, SAME_SPACING))):
-            raise BadFile(
-                f"{file.name}: {by(volume.array.shape)} voxels of {by(volume.spacing_mm)} mm, {volume.codes}, do not "
-                f"match {by(first.array.shape)} of {by(first.spacing_mm)} mm, {first.codes}, of {files[0].name}"
-            )
+            what = f"{by(volume.array.shape)} voxels or their spacing or orientation"
+            raise BadFile(f"{file.name}: {what} do not match {files[0].name}; copy the right file")
     return replace(first, array=np.stack([volume.array.T for volume in volumes]).T)  # slices stay in one piece
 
 
@@ -95,10 +90,6 @@ def read_nifti(path: Path, options: Options) -> Volume:
     import nibabel
     from nibabel.arrayproxy import ArrayProxy
 
-    with open(path, "rb") as file:
-        compressed = file.read(2) == b"\x1f\x8b"
-    if path.suffix.lower() == ".gz" and not compressed:
-        raise BadFile("is called .gz but is not compressed; rename it to .nii, or copy it again if it is damaged")
     image = nibabel.load(path)
     proxy = image.dataobj
     coded = any(int(image.header.get(f"{kind}_code", 1)) for kind in ("qform", "sform"))
@@ -114,12 +105,9 @@ def read_itk(path: Path, options: Options) -> Volume:
 
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
     image = SimpleITK.ReadImage(os.fspath(path))
-    axes = image.GetDimension()
+    axes, array = image.GetDimension(), SimpleITK.GetArrayFromImage(image)
     if axes < 3:
-        raise BadFile(
-            f"is {axes}D ({by(image.GetSize())}); save it as an image (.png), or stack the slices of a volume"
-        )
-    array = SimpleITK.GetArrayFromImage(image)
+        raise BadFile(f"is {axes}D ({by(image.GetSize())}); save it as an image (.png), or stack slices to a volume")
     array = array.transpose(*range(axes)[::-1], *range(axes, array.ndim))
     steps = np.array(image.GetDirection()).reshape(axes, axes) * image.GetSpacing()
     affine = np.eye(4)

@@ -87,22 +87,15 @@ def assign_ids(sources: Sequence[Source], known: dict[str, str]) -> list[Source]
     a hash of it should that not tell them apart. known: ids of earlier runs by the sources' names, which stay.
     """
     ids = known | {"": split_suffix(MONTAGE)[0]}  # a name that is taken
-    hashed = {s.name: hashlib.sha256(os.fsencode(s.name)).hexdigest()[:8] for s in sources}
-    proposals = (
-        lambda s: s.stem,
-        lambda s: split_suffix(s.name)[0].replace("/", "__"),
-        lambda s: f"{s.stem}_{hashed[s.name]}",
-    )
-    for propose in proposals:
-        wanted = {s.name: clean(propose(s)) for s in sources if s.name not in ids}
+    for proposal in range(3):
+        wanted = {}
+        for s in (s for s in sources if s.name not in ids):
+            digest = hashlib.sha256(os.fsencode(s.name)).hexdigest()[:8]
+            text = (s.stem, split_suffix(s.name)[0].replace("/", "__"), f"{s.stem}_{digest}")[proposal]
+            wanted[s.name] = re.sub(r"[^A-Za-z0-9._-]+", "_", text).lstrip(".") or "case"
         count = Counter(identifier.lower() for identifier in (*ids.values(), *wanted.values()))
         ids |= {name: identifier for name, identifier in wanted.items() if count[identifier.lower()] == 1}
     return [replace(s, id=ids[s.name]) for s in sources]
-
-
-def clean(text: str) -> str:
-    """The text with nothing in it that a file system could mind."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).lstrip(".") or "case"
 
 
 def describe(

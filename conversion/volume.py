@@ -53,18 +53,14 @@ class Options:
 class Volume:
     """Intensities on three axes, or on four with channels last, and how they lie in the patient.
 
-    affine: [4, 4] from indices to mm towards the right, the front and the head; None where the file does not say, and
-    then the axes are rows, columns, slices.  codes: for each axis the side of the patient towards which its index grows
-    (R or L, A or P, S or I), such as "LPS"; what the affine says, or "".  plane: after `arrange`, "" where the volume
-    does not know its orientation.  notes: what a person should know but nothing to stop for.
     Raises BadFile for an affine without a volume.
     """
 
     array: np.ndarray
-    affine: np.ndarray | None = None
-    notes: list[str] = field(default_factory=list)
-    codes: str = ""
-    plane: str = ""
+    affine: np.ndarray | None = None  # [4, 4] from indices to mm to the right, front and head; None: not known
+    notes: list[str] = field(default_factory=list)  # what a person should know but nothing to stop for
+    codes: str = ""  # for each axis the side towards which its index grows, such as "LPS"; "": not known
+    plane: str = ""  # after `arrange`, where codes are known
 
     def __post_init__(self) -> None:
         if self.affine is None:
@@ -88,16 +84,13 @@ class Volume:
 
 
 def arrange(volume: Volume, plane: str) -> Volume:
-    """The volume with its axes permuted and flipped, never interpolated: rows, columns, slices (and channels).
+    """The volume with its axes permuted and flipped, never interpolated; without known orientation as it is.
 
     plane: axial, coronal, sagittal or auto: slices along the axis of thickest spacing, axial where there is none.
-    A volume that does not know its orientation stays as it is.
     """
     if not volume.codes:
         if plane != "auto":
-            raise BadFile(
-                f"does not say how it lies in the patient; --slice_axis {plane} needs --orientation, e.g. LPS"
-            )
+            raise BadFile(f"does not say how it lies in the patient; {plane} slices need --orientation, e.g. LPS")
         return volume
     from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 
@@ -118,17 +111,12 @@ def rescaled(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
     if stored.dtype.kind in "iu" and float(slope).is_integer() and float(intercept).is_integer():
         slope, intercept = int(slope), int(intercept)
         ends = [slope * int(end) + intercept for end in (stored.min(), stored.max())]
-        for dtype in (stored.dtype, np.dtype(np.int16), np.dtype(np.int32)):
+        for dtype in (stored.dtype.type, np.int16, np.int32):
             limits = np.iinfo(dtype)
             if all(limits.min <= number <= limits.max for number in (*ends, slope, intercept)):
-                out = stored.astype(dtype)  # what wraps around here comes back, as the results fit
-                out *= slope
-                out += intercept
-                return out
-    out = np.empty_like(stored, dtype=np.float32)
-    np.multiply(stored, slope, out=out, dtype=np.float64, casting="same_kind")
-    out += np.float32(intercept)
-    return out
+                # What wraps around here comes back, as the results fit.
+                return stored.astype(dtype) * dtype(slope) + dtype(intercept)
+    return np.multiply(stored, slope, dtype=np.float64).astype(np.float32) + np.float32(intercept)
 
 
 def choose(count: int, channel: int | str | None, shape: Iterable[int]) -> int | slice:
@@ -136,10 +124,7 @@ def choose(count: int, channel: int | str | None, shape: Iterable[int]) -> int |
     if count == 1:
         return 0
     if channel is None:
-        raise BadFile(
-            f"is 4D ({by(shape)}): {count} channels, modalities or time points; choose one with --channel 0 to "
-            f"--channel {count - 1}, or keep them together with --channel all"
-        )
+        raise BadFile(f"is 4D ({by(shape)}): {count} channels; choose --channel 0 to {count - 1}, or --channel all")
     if channel == "all":
         return slice(None)
     if channel >= count:

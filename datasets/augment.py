@@ -3,8 +3,7 @@
 Parameters are drawn on the CPU, per sample and view, from `seeding.stream(seed, epoch, index, view)`; the pixels are
 then worked on where the batch is (`transforms`), and nothing waits for the device. On a CPU, what comes out for a
 sample is the same bit for bit whatever the batch it is in and the number of threads; a GPU may round differently.
-
-Intensities are 0 to 1 with 0 as background, before and after; half precision is widened while it is resampled.
+Intensities are 0 to 1 with 0 as background, before and after.
 """
 
 from __future__ import annotations
@@ -62,11 +61,7 @@ RANGES: dict[str, Ranges] = {
 
 
 class Uniforms:
-    """Uniform random numbers of one view of a batch, each sample's from its own stream.
-
-    Every call hands out the next ones. What is made of them is computed for the whole batch: sample by sample would
-    take longer than the transforms do on a GPU.
-    """
+    """Uniform random numbers of one view of a batch, each sample's from its own stream; a call hands out the next."""
 
     COUNT = 64  # per sample and view
 
@@ -91,9 +86,8 @@ class Uniforms:
 class VolumeViews:
     """Random views of volumes, all slices of a view under one in-plane transform.
 
-    TorchIO's affine and flip are 3D. Here geometry stays in-plane, because a slice at the same position of two views
-    is a positive pair: turning or mirroring a volume through its slices would pair different anatomy. Intensity
-    transforms may mix neighbouring slices (blur, anisotropy), as they leave every slice at its place.
+    Unlike TorchIO's, geometry stays in-plane, because slices at the same position of two views are a positive pair:
+    turning or mirroring a volume through its slices would pair different anatomy.
 
     `paper`: the centred window of 0.8 canvas sides, which is a plain crop where that is the size of a view, under
     exactly one of PAPER_TRANSFORMS; the views of a sample take turns in an order of its own, so the first seven come

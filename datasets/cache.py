@@ -30,11 +30,9 @@ def is_whole(path: Path, shape: tuple[int, ...] | None = None) -> bool:
 def cached(folder: Path, key: str, make: Callable[[Path], Any], shape: tuple[int, ...] | None = None) -> Path:
     """The whole file `<folder>/<key>.npy` with an array of this shape; where there is none, `make(temporary)` saves it.
 
-    key: changes with everything that the content depends on; see `key_of`.  make: e.g. `lambda temporary:
-    np.save(temporary, array)`; an OSError of its own counts as one of writing.
-
-    One thread of one process makes a file and others wait for it. The lock lies on the temporary file, and the system
-    ends it with its process, however that dies. Raises what `make` does; UserError where nothing can be written.
+    key: changes with everything that the content depends on; see `key_of`.  One thread of one process makes a file and
+    others wait for it: the system ends the lock on the temporary file with its process, however that dies.
+    Raises what `make` does; UserError where nothing can be written.
     """
     path, temporary = folder / f"{key}.npy", folder / f".{key}.tmp.npy"
     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from datasets.render import PERCENTILES, SLICES_AT_ONCE, BadSource, open_source,
 
 FEWEST = 8  # files that make a median and a deviation worth something
 DEVIATIONS = 5.0  # robust standard deviations: of normal values fewer than one in a million lie further out
-NAMED, LINES = 3, 12  # files that a message names; lines that the start of a training run may print
+NAMED = 3  # files that a message names
 
 THINNER = 2.0  # a plane in which the two sides differ so much holds the slice axis, if a third axis is as long
 THINNER_EQUAL = 1.6  # enough where the other two are equal: 300 x 512 x 512, but not a head of 160 x 256 x 256
@@ -46,14 +46,11 @@ WARNINGS = {
     "in-plane size": ("another height x width than the others (median {})", "make sure that they show the same"),
     "slice count": ("another number of slices than the others (median {})", "make sure that each is one whole scan"),
     "file size": ("another number of bytes than the others (median {})", "they may be empty or not what you meant"),
-    "not HU": (
-        "no Hounsfield units, although dataset.yaml says CT",
-        "apply rescale slope and intercept, or correct it",
-    ),
+    "not HU": ("no Hounsfield units, although dataset.yaml says CT", "apply slope and intercept, or correct it"),
     "almost constant": ("one value in 99 % of their pixels", "look at them; it may be meant (vessels alone)"),
     "intensity": (
         "intensities far from the others' (0.5 / 50 / 99.5 % percentiles, median {})",
-        "look whether modality, scale or offset differ; a scale alone does no harm unless dataset.yaml gives a window",
+        "look whether modality, scale or offset differ; a scale alone harms only with a window",
     ),
     "blank slices": (f"more than {BLANK:.0%} blank slices", "crop the volumes to their content"),
 }
@@ -112,24 +109,15 @@ def check(
 # --- what headers make doubtful
 
 
-def header_warnings(samples: Sequence[Sample], target_shape: Sequence[int] | None = None) -> list[str]:
-    """Lines to print before training: what the headers alone make doubtful, a line per check and data set, 12 at most.
-
-    target_shape: (slices, height, width) of a view, or None where no view has slices. Reads nothing.
-    """
-    lines = [finding.message for finding in header_findings(samples, target_shape)]
-    if len(lines) > LINES:
-        lines[LINES - 1 :] = [f"{len(lines) - LINES + 1} more warnings about the data; check_data.py lists all of them"]
-    return lines
-
-
 def header_findings(samples: Sequence[Sample], target_shape: Sequence[int] | None = None) -> list[Finding]:
-    """Warnings about sizes, slice axes and dtypes. target_shape: as in `header_warnings`."""
+    """Warnings about sizes, slice axes and dtypes, one per check and data set.
+
+    target_shape: (slices, height, width) of a view, or None where no view has slices.
+    """
     found: list[Finding] = []
     for members in groups(samples).values():
-        turned: dict[Sample, int] = {}
+        turned = _turned(members)  # of images none
         if members[0].kind == "volume":
-            turned = _turned(members)
             found += _volume_findings(members, turned, target_shape[0] if target_shape else 0)
         found += _odd_sizes(members, set(turned))
     return found
@@ -177,10 +165,8 @@ def _odd_sizes(members: list[Sample], without: set[Sample]) -> list[Finding]:
         ("file size", ("size_bytes",), 8.0),  # a black image takes a hundredth of the bytes of a full one
     ):
         values = np.array([[getattr(s, name) for s in members] for name in names])
-        far = np.any([outliers(np.log(column), math.log(factor)) for column in values], axis=0)
-        odd = {
-            s: column for s, column, is_far in zip(members, values.T, far, strict=True) if is_far and s not in without
-        }
+        far = np.any([outliers(np.log(row), math.log(factor)) for row in values], axis=0)
+        odd = {members[i]: values[:, i] for i in np.flatnonzero(far) if members[i] not in without}
         median = " x ".join(f"{value:.0f}" for value in np.median(values, axis=1))
         found += _warning(members, check, list(odd), lambda s, odd=odd: " x ".join(map(str, odd[s])), median)
         without = without | set(odd)
@@ -249,9 +235,9 @@ def _odd_intensities(members: list[Sample], contents: dict[Sample, Content]) -> 
 
 def _duplicates(contents: dict[Sample, Content]) -> list[Finding]:
     """At most one warning, about all files with the same values."""
-    same: dict[str, list[Sample]] = {}
+    same = defaultdict(list)
     for sample, content in contents.items():
-        same.setdefault(content.digest, []).append(sample)
+        same[content.digest].append(sample)
     sets = [members for members in same.values() if len(members) > 1]
     files = [s for members in sets for s in members]
     some = "; ".join(" = ".join(s.name for s in members[:NAMED]) for members in sets[:NAMED])

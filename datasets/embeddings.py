@@ -17,14 +17,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from datasets.batch import Batch
-from datasets.cache import cached, make_room, shown_size
+from datasets.cache import cached, is_whole, make_room
 from datasets.loaders import VolumeLoader, VolumeWindows, torch_loader
 from datasets.render import FORMAT
 from datasets.samplers import Key
 from datasets.store import NPY_HEADER
 from datasets.transforms import upload
 from utils.distributed import everywhere
-from utils.guards import Reading
 from utils.precision import Precision
 
 LAYOUT = 1  # of the files; a new number makes all of them anew
@@ -48,14 +47,11 @@ class Embeddings(Dataset):
     def __getitem__(self, key: Key) -> dict[str, Any]:
         epoch, index = key
         version, shape = epoch % self.versions, self.shape(index)
-        try:
-            found = torch.from_numpy(np.load(self.path(version, index), allow_pickle=False))
-        except (OSError, ValueError, EOFError):  # not there, or not the whole of it (a power failure, a full disk)
-            found = None
-        if found is None or (found.dtype, found.shape) != (self.dtype, shape):
+        path = self.path(version, index)
+        if not is_whole(path, shape):  # not there, or cut short by a power failure or a full disk
             return self.windows[version, index]
-        targets = found.new_zeros(VIEWS, self.windows.slices, self.width)
-        targets[:, : shape[1]] = found
+        targets = torch.zeros(VIEWS, self.windows.slices, self.width, dtype=self.dtype)
+        targets[:, : shape[1]] = torch.from_numpy(np.load(path, allow_pickle=False))
         return {"targets": targets, "length": shape[1], "index": index}
 
     def shape(self, index: int) -> tuple[int, int, int]:
@@ -74,16 +70,14 @@ class Embeddings(Dataset):
         save = partial(np.save, arr=targets[:, :length].numpy())
         cached(self.folder, path.stem, save, self.shape(index))
 
-    def prepare_folder(self) -> tuple[str, str]:
-        """Make the folder; (bytes of all files, of those to be made). UserError where there is no room for these."""
-        made = {file.name for file in self.folder.glob("*.npy")}
-        total = missing = 0
+    def prepare_folder(self) -> str:
+        """Make the folder; how many bytes are still to be written. UserError where there is no room for them."""
+        made, missing = {file.name for file in self.folder.glob("*.npy")}, 0
         for index in range(len(self)):
             size = NPY_HEADER + int(np.prod(self.shape(index))) * self.dtype.itemsize
-            total += size * self.versions
             missing += size * sum(self.path(version, index).name not in made for version in range(self.versions))
         what = f"cached_views: {self.versions} versions of {len(self)} volumes"
-        return shown_size(total), make_room(self.folder, missing, what, "lower --cached_views, ")
+        return make_room(self.folder, missing, what, "lower --cached_views, ")
 
 
 class EmbeddingLoader:
@@ -91,9 +85,8 @@ class EmbeddingLoader:
 
     embedder: stage 2's learner: `targets` turns views into embeddings, `targets_digest` changes with every weight that
     they depend on.  With cached_views n, epoch e sees version e mod n of every volume, with fresh masked slices.
-    float32 is stored as such, bf16 and fp16 as float16: nothing is lost. What is not on disk yet is computed when its
-    turn comes and written: by any process, for all and for later runs. So nothing depends on what was there, on the
-    number of workers and processes, or on interruptions.
+    What is not on disk yet is computed when its turn comes and written, by any process, for all and for later runs; in
+    half precision as float16, which holds it.
     """
 
     def __init__(self, volumes: VolumeLoader, embedder: Any, cfg: Any) -> None:
@@ -103,7 +96,6 @@ class EmbeddingLoader:
         self.dataset, self.names = volumes.dataset, volumes.names
         self.counts, self.groups = volumes.counts, volumes.groups
         self.loader: DataLoader | None = None
-        self.reading: list[Reading] = []
 
     def epoch(self, epoch: int, seen: int = 0) -> Iterator[Batch]:
         if self.loader is None:
@@ -114,9 +106,8 @@ class EmbeddingLoader:
                 raw = default_collate(self._complete(raw, epoch % self.cfg.cached_views))
             index, length = raw["index"], raw["length"]
             mask = torch.arange(self.dataset.slices) < length.unsqueeze(1)
-            masked = self.volumes.masked(index, length, epoch)
-            targets = raw["targets"].transpose(0, 1)
-            index, mask, masked, targets = (upload(x, self.run.device) for x in (index, mask, masked, targets))
+            parts = index, mask, self.volumes.masked(index, length, epoch), raw["targets"].transpose(0, 1)
+            index, mask, masked, targets = (upload(part, self.run.device) for part in parts)
             yield Batch(index, counts, mask=mask, masked=masked, targets=targets)
 
     def _open(self) -> None:
@@ -128,11 +119,10 @@ class EmbeddingLoader:
         folder = store.folder.parent / f"embeddings_{digest}_v{FORMAT}"
         dtype = torch.float32 if self.precision.dtype == torch.float32 else torch.float16
         self.cache = Embeddings(windows, self.cfg.cached_views, self.cfg.d_model, dtype, folder)
-        total, left = everywhere(self.cache.prepare_folder)
+        left = everywhere(self.cache.prepare_folder)
         if self.run.is_main:
-            print(f"cached_views: embeddings, {total} in {folder}; still to be made: {left}", flush=True)
+            print(f"cached_views: embeddings in {folder}; still to be made: {left}", flush=True)
         self.loader = torch_loader(self.cache, self.batches, self.cfg.workers, self.run.device, collate=_collate)
-        self.reading = [self.loader.dataset]
 
     def _complete(self, samples: list[dict[str, Any]], version: int) -> list[dict[str, Any]]:
         """The samples with embeddings; those of the ones that came without are computed and written."""

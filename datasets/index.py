@@ -9,7 +9,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -63,22 +63,19 @@ class Sample:
     channel_names: tuple[str, ...] = field(default=(), compare=False)  # of a file with a fourth axis
 
     @property
-    def channels(self) -> int:
-        """Length of the file's fourth axis; 1 where it has three."""
-        return len(self.channel_names) or 1
-
-    @property
     def data_path(self) -> Path:
         """The data tree that the sample was found in."""
         return self.path.parents[self.name.count("/")]
 
 
-def scan(data_path: str | Path, only: str | None = None) -> tuple[list[Sample], list[str]]:
+def scan(
+    data_path: str | Path, only: str | None = None, settings: Mapping[str, Any] | None = None
+) -> tuple[list[Sample], list[str]]:
     """(all good volumes and images below data_path, problems of the other files, each with its remedy).
 
-    Ordered by data set and then by relative path (both as bytes). A data set is a first-level folder. Hidden files and
-    folders and folders of labels are not entered. Only headers are read. only: the one data set that is looked at;
-    None: all. Raises UserError where there are no data, or a data set as a whole is not in order.
+    Ordered by data set, a first-level folder, then by relative path (both as bytes). Only headers are read.
+    only: the one data set that is looked at.  settings: win over those of dataset.yaml.
+    Raises UserError where there are no data, or one is not in order.
     """
     root = Path(data_path).expanduser()
     try:
@@ -99,7 +96,7 @@ def scan(data_path: str | Path, only: str | None = None) -> tuple[list[Sample], 
     samples: list[Sample] = []
     with ThreadPoolExecutor(THREADS) as pool:
         for folder in folders:
-            inspect = partial(_inspect, root=root, settings=read_settings(folder))
+            inspect = partial(_inspect, root=root, settings=read_settings(folder) | (settings or {}))
             for result in pool.map(inspect, _data_files(folder)):
                 (samples if isinstance(result, Sample) else bad).append(result)
     return samples, bad
@@ -148,10 +145,7 @@ def bad_files(problems: Sequence[str], where: str) -> UserError:
 
 
 def npy_header(path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
-    """(shape, dtype, bytes before the data) of an NPY file of any version. Raises ValueError: what is wrong.
-
-    Nothing is unpickled, and nothing is allocated on the word of the header, which may be a lie.
-    """
+    """(shape, dtype, bytes before the data) of an NPY file of any version; unpickles nothing. Raises ValueError."""
     with open(path, "rb", buffering=0) as file:
         head = file.read(HEADER_BYTES)
     if not head:
@@ -205,46 +199,53 @@ SETTINGS: dict[str, tuple[Callable[[Any], bool] | None, str]] = {
         lambda v: isinstance(v, list) and bool(v) and all(isinstance(name, str) for name in v),
         "a list of names, one for each place along the files' fourth axis, e.g. [t1, t2]",
     ),
-    "structures": (None, ""),
+    "structures": (lambda v: isinstance(v, dict), "names with lists of label values, e.g. {left atrium: [1]}"),
 }
 
 
-def _data_files(folder: Path) -> list[str]:
-    """The data files of a data set in order. Raises UserError where there are none or they cannot be listed."""
+def walk(folder: Path, skip: Container[str] = ()) -> Iterator[Path]:
+    """The files below a folder in order, but hidden ones and its montage. Raises UserError where one cannot be listed.
+
+    Links are followed, to each folder once.  skip: names of folders, in lower case, that are not entered.
+    """
 
     def unlisted(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be listed ({error.strerror}); change its permissions")
 
-    files, others, seen = [], [], set()
-    for parent, subfolders, names in os.walk(folder, followlinks=True, onerror=unlisted):
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=unlisted):
         real = os.path.realpath(parent)
         if real in seen:  # a link that leads back up, or a second way to the same files
-            subfolders.clear()
+            folders.clear()
             continue
         seen.add(real)
         # Sorted, so that of several links to one folder the same one is always followed.
-        subfolders[:] = sorted(n for n in subfolders if not n.startswith(".") and n.lower() not in LABEL_FOLDERS)
-        for name in names:
-            if not name.startswith(".") and not (name == MONTAGE and parent == str(folder)):
-                (files if _kind(name) else others).append(os.path.join(parent, name))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name.lower() not in skip)
+        for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
+            if path != folder / MONTAGE:
+                yield path
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """The data files of a data set in order. Raises UserError where there are none or they cannot be listed."""
+    found = list(walk(folder, LABEL_FOLDERS))
+    files = [path for path in found if _kind(path.name)]
     if not files:
         raise UserError(
-            f"{folder}: this data set has neither .npy volumes nor images ({_found(map(Path, others))}); convert its "
-            "volumes to NPY, height x width x slices, with prepare_data.py, or add images (.png .jpg .tif), or remove "
-            "the folder"
+            f"{folder}: this data set has neither .npy volumes nor images ({_found(found)}); convert its volumes to "
+            "NPY, height x width x slices, with prepare_data.py, or add images (.png .jpg .tif), or remove the folder"
         )
     return sorted(files, key=os.fsencode)
 
 
-def _inspect(file: str, root: Path, settings: dict[str, Any]) -> Sample | str:
+def _inspect(path: Path, root: Path, settings: dict[str, Any]) -> Sample | str:
     """The sample that a file holds, or what is wrong with the file."""
-    path = Path(file)
     try:
-        status = os.stat(file)
+        status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("is not a regular file; remove it")
-        kind, name = _kind(file), path.relative_to(root).as_posix()
-        layout = _volume_header(path, status.st_size, settings) if kind == "volume" else _image_header(path)
+        kind, name = _kind(path.name), path.relative_to(root).as_posix()
+        layout = _volume_header(path, status.st_size, settings) if kind == "volume" else image_header(path)
         about = {"size_bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "modality": settings.get("modality")}
         sample = Sample(path, name, name.split("/")[0], kind, **layout, **about)
         if min(sample.height, sample.width) < MIN_SIDE or not sample.slices:
@@ -289,15 +290,12 @@ def _volume_header(path: Path, size_bytes: int, settings: dict[str, Any]) -> dic
     }
 
 
-def _image_header(path: Path) -> dict[str, Any]:
+def image_header(path: Path) -> dict[str, Any]:
     """What the header of an image says: fields of a Sample. Raises ValueError. A window is for HU, never for these."""
-    too_large = ValueError(f"has more than {MAX_IMAGE_PIXELS} pixels; reduce it or remove it")
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             (width, height), mode = image.size, image.mode
             pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise too_large from None
     except PermissionError:
         raise
     except Exception:  # decoders fail in many ways on arbitrary bytes
@@ -305,7 +303,7 @@ def _image_header(path: Path) -> dict[str, Any]:
     if pages > 1:
         raise ValueError(f"is a stack of {pages} pages; save it as a volume, height x width x {pages} .npy")
     if width * height > MAX_IMAGE_PIXELS:
-        raise too_large
+        raise ValueError(f"has more than {MAX_IMAGE_PIXELS} pixels; reduce it or remove it")
     return {"slices": 1, "height": height, "width": width, "slice_axis": 2, "window": None, "dtype": mode}
 
 

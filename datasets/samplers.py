@@ -22,9 +22,8 @@ class EpochBatches:
     1 every sample stands exactly once in an epoch; with more, small data sets repeat and large ones take turns.
 
     Batches differ by at most one sample, and so do the shares of the processes in a batch. The place in an epoch is the
-    number of samples `seen` by all processes, from which all that follows is computed: a run goes on there with any
-    number of processes, in the same order, every sample once. (Only where fewer samples are left than there are
-    processes, and with one sample per process and step, are those left out of this epoch.)
+    number of samples `seen` by all processes: a run goes on there with any number of processes, in the same order,
+    every sample once (but for fewer left than there are processes).
     """
 
     def __init__(

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from datasets.cache import cache_folder, cached, is_whole, key_of, make_room
-from datasets.check import header_warnings
+from datasets.check import header_findings
 from datasets.index import Sample, bad_files, describe, fingerprint, scan
 from datasets.render import FORMAT, BadSource, content_size, render
 from utils.distributed import everywhere, gather_objects, rank, world_size
@@ -43,10 +43,10 @@ def prepare(
 ) -> SliceStore:
     """Scan data_path, check it by its headers, and build its cache; what is in it is the same on every process.
 
-    on_bad: `error` raises one UserError that lists all files that cannot be used, by their header or by their content
-    (NaN or Inf, no contrast, broken image data), when the good ones are done; `skip` leaves them out and prints each.
-    workers: threads that build, per process. progress: show what looks odd about the data, the building and a table of
-    the data sets. target_shape: slices, height and width of a view of volumes. only: the one data set that is taken.
+    on_bad: `error` raises one UserError that lists all files that cannot be used, by header or content, when the good
+    ones are done; `skip` leaves them out and prints each.  workers: threads that build, per process.  progress: show
+    what looks odd, the building and a table of the data sets.  target_shape: slices, height and width of a view of
+    volumes.  only: the one data set that is taken.
     """
 
     def usable(good: list[Sample], problems: list[str]) -> list[Sample]:
@@ -61,7 +61,7 @@ def prepare(
     if progress:
         several = {sample.dataset: sample.channel_names[0] for sample in samples if sample.channel_names}
         _warn([f"pre-training reads channel 0 ({name}) of {dataset}" for dataset, name in several.items()])
-        _warn(header_warnings(samples, target_shape))
+        _warn([finding.message for finding in header_findings(samples, target_shape)])
     store = SliceStore(samples, size, cache_path)
     bad = store.build(workers, progress)
     if bad:
@@ -118,9 +118,8 @@ class SliceStore:
     def build(self, workers: int = 1, progress: bool = True) -> dict[int, str]:
         """Make every cache file that is missing or damaged; returns what is wrong with the samples that have none.
 
-        Any number of processes, of this run and of others, may build the same cache (`datasets/cache.py`), on
-        `workers` threads each. Processes without a common disk each make all. Raises UserError on all processes, at
-        once, when the cache folder has no room or cannot be written.
+        Any number of processes, of this run and of others, may build the same cache, on `workers` threads each.
+        Raises UserError on all processes at once when the cache folder has no room or cannot be written.
         """
         todo = everywhere(lambda: self._missing(progress))
         first = rank() * len(todo) // world_size()  # processes begin at different places and so seldom meet
@@ -188,8 +187,5 @@ def _warn(lines: list[str]) -> None:
 
 
 def _key(sample: Sample) -> str:
-    """Name of a cache file: changes with the source file and every setting that its content depends on.
-
-    Not with where the data tree lies: one that is moved, or copied with its times, takes its cache along.
-    """
+    """Name of a cache file: changes with its source and settings, not where the data tree moves with its cache."""
     return key_of(sample.name, sample.size_bytes, sample.mtime_ns, sample.window, sample.slice_axis, FORMAT)

@@ -45,9 +45,8 @@ def resample(x: Tensor, theta: Tensor, height: int, width: int) -> Tensor:
     torch.nn.functional.affine_grid with align_corners=False: -1 and 1 are the outer edges of the picture.
     Returns [B, D, height, width] float32.
 
-    A window of whole pixels, mirrored or not, is copied and not interpolated, so it is exact. A sample that shrinks by
-    2 or more along an axis is interpolated at several points of every output pixel, and their mean taken: this keeps
-    fine detail from turning into false patterns, and, unlike a blur before sampling, reads nothing outside the window.
+    A window of whole pixels, mirrored or not, is copied exactly. A sample that shrinks by 2 or more along an axis is
+    the mean of several points of every output pixel: against aliasing, and nothing outside the window is read.
     """
     groups = defaultdict(list)  # samples that the same operations serve
     for sample, matrix in enumerate(theta.tolist()):
@@ -225,9 +224,8 @@ def noise(x: Tensor, std: Tensor, seeds: Tensor) -> Tensor:
 def normal(seeds: Tensor, slices: int, height: int, width: int, device: torch.device) -> Tensor:
     """[B, slices, height, width] standard normal numbers; each a function of its sample's seed and its place alone.
 
-    seeds: [B] int64 on the CPU.  Numbers are counted, not drawn one after the other: a hash of (seed, slice, pixel)
-    gives 64 random bits for two pixels, and the Box-Muller transform two normal numbers from them. Devices agree up
-    to the rounding of their logarithm, sine and cosine.
+    seeds: [B] int64 on the CPU.  A hash of (seed, slice, pixel) gives 64 random bits for two pixels, and Box-Muller
+    two normal numbers from them. Devices agree up to the rounding of their logarithm, sine and cosine.
     """
     pairs = -(-height * width // 2)
     by_slice = _scramble(seeds[:, None] + GOLDEN * torch.arange(1, slices + 1))

@@ -27,7 +27,6 @@ from tqdm import tqdm
 from downstream.encoders import content_of, describe_weights
 from downstream.metrics import format_metrics
 from downstream.splits import Split, choose_labelled, draw_split, write_split
-from training.resume import explained
 from utils import checkpoint, config, distributed, signals
 from utils.errors import UserError
 from utils.files import write_csv, write_json
@@ -262,7 +261,7 @@ class Course:
         self.rate = WarmupCosine(self.cfg.base_lr, 0.0, 0.0, task.warmup_steps, task.epochs * task.steps)
         if not state:
             return
-        with explained(self.folder):
+        with checkpoint.explained(self.folder):
             self.model.load_state_dict(state["learner"])
             self.optimizer.load_state_dict(state["optimizer"])
             if state["scaler"]:  # empty when `precision auto` meant another format on the device before

