@@ -60,7 +60,7 @@ def main(cfg: Config) -> None:
         weights.fit_projection(learner.encoder, loader.dataset, cfg.target_shape[1:], run)
     if cfg.cached_views:
         loader = EmbeddingLoader(loader, learner, cfg)
-    train.fit(learner, loader, cfg, run, weights.save_masked)
+    train.fit(learner, loader, cfg, run)
 
 
 if __name__ == "__main__":

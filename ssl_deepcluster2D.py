@@ -57,7 +57,7 @@ def main(cfg: Config) -> None:
     loader = data(cfg, run)
     learner = model(cfg, loader.counts)
     weights.load_backbone(learner.resnet, cfg)
-    train.fit(learner, loader, cfg, run, weights.save_resnet)
+    train.fit(learner, loader, cfg, run)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def data(cfg: Config, run: distributed.Run) -> VolumeLoader:
 def model(cfg: Config, counts: Counts) -> JointClustering:
     """f_intra and f_inter (one `JointEncoder`), a projection head for slices, and an objective per level."""
     encoder = JointEncoder(cfg.arch, cfg.d_model, cfg.layers, cfg.dropout, cfg.recompute, cfg.attention)
-    head = ProjectionHead(encoder.encoder.num_features, cfg.hidden_mlp, cfg.feat_dim)
+    head = ProjectionHead(encoder.resnet.num_features, cfg.hidden_mlp, cfg.feat_dim)
     inter = SwAV.of(cfg, cfg.d_model, counts, "inter")
     intra = SwAV.of(cfg, cfg.feat_dim, counts, "intra")
     return JointClustering(encoder, head, intra, inter, cfg.lambda_intra, cfg.lambda_inter, cfg.lambda_mask, cfg.freeze)
@@ -86,7 +86,7 @@ def main(cfg: Config) -> None:
     weights.load_transformer(learner.encoder, cfg)
     if cfg.lambda_mask:
         weights.load_mask_head(learner, cfg)
-    train.fit(learner, loader, cfg, run, weights.save_joint)
+    train.fit(learner, loader, cfg, run)
 
 
 if __name__ == "__main__":

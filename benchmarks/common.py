@@ -45,42 +45,29 @@ class Options:
     """measurements of each piece"""
 
 
-def measure(work: Work, repeats: int, warmup: int = 1, device: torch.device | str = "cpu") -> dict[str, np.ndarray]:
-    """Seconds of every repetition of each piece of work, waiting for the device before and after.
+def compare(
+    work: Work, repeats: int, device: torch.device | str = "cpu", pairs: Sequence[tuple[str, str]] = ()
+) -> dict[str, Any]:
+    """Times of each piece of work, as records and printed, and the ratio of every pair.
 
-    The pieces take turns (ABAB...), so that what else the machine does meets all of them alike.
+    The pieces take turns (ABAB...), the first turn not counted, so that what else the machine does meets all of them
+    alike. A ratio is the median of the ratios of repetitions that were taken side by side.
     """
     taken: dict[str, list[float]] = {name: [] for name in work}
-    for repeat in range(-warmup, repeats):
+    for _ in range(1 + repeats):
         for name, function in work.items():
             wait(device)
             began = time.perf_counter()
             function()
             wait(device)
-            if repeat >= 0:
-                taken[name].append(time.perf_counter() - began)
-    return {name: np.array(seconds) for name, seconds in taken.items()}
-
-
-def compare(
-    work: Work,
-    repeats: int,
-    warmup: int = 1,
-    device: torch.device | str = "cpu",
-    pairs: Sequence[tuple[str, str]] | None = None,
-) -> dict[str, Any]:
-    """`measure`, as records and printed, with the ratio of every pair; by default of all others over the first.
-
-    A ratio is the median of the ratios of repetitions that were taken side by side.
-    """
-    seconds = measure(work, repeats, warmup, device)
+            taken[name].append(time.perf_counter() - began)
+    seconds = {name: np.array(all_turns[1:]) for name, all_turns in taken.items()}
     result: dict[str, Any] = {}
     for name, own in seconds.items():
         low, median, high = np.quantile(own, (0.25, 0.5, 0.75)).tolist()
         result[name] = {"median_s": median, "iqr_s": high - low, "repeats": repeats}
         say(f"  {name:20s} {median * 1e3:10.2f} ms  (IQR {(high - low) * 1e3:.2f})")
-    first, *others = seconds
-    for name, other in [(name, first) for name in others] if pairs is None else pairs:
+    for name, other in pairs:
         result[f"{name} over {other}"] = ratio = float(np.median(seconds[name] / seconds[other]))
         say(f"  {name} takes {ratio:.2f} x {other}")
     return result

@@ -78,7 +78,8 @@ def measure(work: dict[str, Callable[[], Tensor]], own: Tensor, cfg: Config, run
     """Times, mean cosine and memory of each."""
     found: dict[str, Tensor] = {}
     keeping = {name: lambda name=name: found.update({name: work[name]()}) for name in work}
-    times = common.compare(keeping, cfg.repeats, warmup=0, device=run.device)
+    pairs = [(name, "torch") for name in work if name != "torch"]
+    times = common.compare(keeping, cfg.repeats, run.device, pairs)
     cosine = {name: mean_cosine(own, centroids.to(own)) for name, centroids in found.items()}
     common.say("  mean cosine: " + ", ".join(f"{name} {value:.6f}" for name, value in cosine.items()))
     return {"mean_cosine": cosine, "times": times, "added_gib": common.added_gib(work, run.device)}

@@ -8,7 +8,7 @@ plain SGD: beside a ResNet they take no time.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,39 +34,21 @@ def installed(*packages: str) -> bool:
     return not missing
 
 
-def released_transforms() -> Sequence[Callable[[Tensor], Tensor]]:
-    """TorchIO's seven, of which the method's released code draws one for a view."""
-    import torchio as tio
-
-    return (
-        tio.RandomFlip(axes=(0, 1, 2), flip_probability=1),
-        tio.RandomAffine(),
-        tio.RandomAnisotropy(),
-        tio.RandomBlur(),
-        tio.RandomNoise(),
-        tio.RandomBiasField(),
-        tio.RandomGamma(),
-    )
-
-
-def released_attention(slices: int) -> nn.Module:
-    """Deformable attention on [B, slices, d] as the method's released code calls it."""
-    from deformable_attention import DeformableAttention1D
-
-    return DeformableAttention1D(dim=slices, downsample_factor=4, offset_scale=2, offset_kernel_size=6)
-
-
 def step_of(arch: str, shape: tuple[int, int, int], batch_size: int, device: torch.device) -> Callable[[], None]:
     """A step on random volumes; shape: slices, height, width of a view."""
     import torchio as tio
+    from deformable_attention import DeformableAttention1D
 
     slices, height, width = shape
-    augment = tio.OneOf(released_transforms())
+    kinds = "Affine", "Anisotropy", "Blur", "Noise", "BiasField", "Gamma"
+    others = [getattr(tio, f"Random{kind}")() for kind in kinds]
+    augment = tio.OneOf([tio.RandomFlip(axes=(0, 1, 2), flip_probability=1), *others])
     volumes = torch.rand(batch_size, 1, height, width, slices)
     net = torchvision.models.get_model(arch, weights=None)
     features, net.fc = net.fc.in_features, nn.Identity()
     project, head = nn.Linear(features, D_MODEL), ProjectionHead(features)
-    layers = nn.ModuleList(released_attention(slices) for _ in range(4))
+    options = {"dim": slices, "downsample_factor": 4, "offset_scale": 2, "offset_kernel_size": 6}
+    layers = nn.ModuleList(DeformableAttention1D(**options) for _ in range(4))
     inter, intra = SwAV(D_MODEL, [PROTOTYPES]), SwAV(FEAT_DIM, [INTRA_PROTOTYPES])
     modules = nn.ModuleList([net, project, head, layers, inter, intra]).to(device).train()
     optimizer = torch.optim.SGD(modules.parameters(), 0.3, 0.9)

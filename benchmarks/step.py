@@ -13,7 +13,7 @@ Pieces that take turns in the same process:
              gradients that nobody uses, as in the method's released code
   cached     stage 2 from embeddings that an epoch before left on disk (`cached_views`)
 `split` says where the time of our steps goes; what the observers of the clusters cost is its `diagnostics`.
-`added_gib` is what a step allocates on a GPU at its peak beside weights and optimiser, also with `--recompute true`.
+`added_gib` is what a step allocates on a GPU at its peak beside weights and optimiser.
 With `torchrun --nproc_per_node=2 -m benchmarks.step` ours trains on both processes together, a core each on a CPU; what
 that costs is the ratio to the same command by python with OMP_NUM_THREADS=1.
 The volumes' cache takes 4 MB for each of `volumes` below the temporary folder.
@@ -127,7 +127,7 @@ def stage2(data: Path, cfg: Config, run: Run) -> dict[str, Any]:
         from_disk = training_on(2, data, cfg, run, precision=precision, cached_views=1)
         work[f"cached {precision}"] = Updates(cached(from_disk))
     pairs = [("reference", name) for name in work if name != "reference"] if cfg.reference else []
-    return common.compare(work, cfg.repeats, device=run.device, pairs=pairs)
+    return common.compare(work, cfg.repeats, run.device, pairs)
 
 
 def cached(training: Training) -> Training:
@@ -151,14 +151,10 @@ def compare(
     if reference:
         pairs += [("reference", ours) for ours, _ in pairs]
         work["reference"] = reference
-    result = {"images": sizes, **common.compare(work, cfg.repeats, device=device, pairs=pairs)}
+    result = {"images": sizes, **common.compare(work, cfg.repeats, device, pairs)}
     result["split"] = {f"ours {of}": split(work[f"ours {of}"], cfg.repeats, device) for of in cfg.precisions}
     for name, parts in result["split"].items():
         common.say(f"  {name}: " + ", ".join(f"{part} {share:.1%}" for part, share in parts.items()))
-    for precision in cfg.precisions:
-        recomputing = Updates(training_on(stage, data, cfg, run, precision=precision, recompute=True))
-        recomputing()  # the first has no momenta of one before
-        work[f"recompute {precision}"] = recomputing
     return result | {"added_gib": common.added_gib(work, device)}
 
 

@@ -24,7 +24,6 @@ from datasets.samplers import Key
 from datasets.store import NPY_HEADER
 from datasets.transforms import upload
 from utils.distributed import everywhere
-from utils.guards import Reading
 from utils.precision import Precision
 
 LAYOUT = 1  # of the files; a new number makes all of them anew
@@ -97,7 +96,6 @@ class EmbeddingLoader:
         self.dataset, self.names = volumes.dataset, volumes.names
         self.counts, self.groups = volumes.counts, volumes.groups
         self.loader: DataLoader | None = None
-        self.reading: list[Reading] = []
 
     def epoch(self, epoch: int, seen: int = 0) -> Iterator[Batch]:
         if self.loader is None:
@@ -125,7 +123,6 @@ class EmbeddingLoader:
         if self.run.is_main:
             print(f"cached_views: embeddings in {folder}; still to be made: {left}", flush=True)
         self.loader = torch_loader(self.cache, self.batches, self.cfg.workers, self.run.device, collate=_collate)
-        self.reading = [self.loader.dataset]
 
     def _complete(self, samples: list[dict[str, Any]], version: int) -> list[dict[str, Any]]:
         """The samples with embeddings; those of the ones that came without are computed and written."""

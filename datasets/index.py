@@ -9,7 +9,11 @@ import os
 import re
 import stat
 from collections import Counter
+<<<<<<< HEAD
+from collections.abc import Callable, Iterable, Mapping, Sequence
+=======
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+>>>>>>> w-J
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -68,11 +72,20 @@ class Sample:
         return self.path.parents[self.name.count("/")]
 
 
-def scan(data_path: str | Path, only: str | None = None) -> tuple[list[Sample], list[str]]:
+def scan(
+    data_path: str | Path, only: str | None = None, settings: Mapping[str, Any] | None = None
+) -> tuple[list[Sample], list[str]]:
     """(all good volumes and images below data_path, problems of the other files, each with its remedy).
 
+<<<<<<< HEAD
+    Ordered by data set and then by relative path (both as bytes). A data set is a first-level folder. Hidden files and
+    folders and folders of labels are not entered. Only headers are read. only: the one data set that is looked at;
+    None: all.  settings: win over those of dataset.yaml.
+    Raises UserError where there are no data, or a data set as a whole is not in order.
+=======
     Ordered by data set, a first-level folder, then by relative path (both as bytes). Only headers are read.
     only: the one data set that is looked at.  Raises UserError where there are no data, or one is not in order.
+>>>>>>> w-J
     """
     root = Path(data_path).expanduser()
     try:
@@ -93,7 +106,7 @@ def scan(data_path: str | Path, only: str | None = None) -> tuple[list[Sample], 
     samples: list[Sample] = []
     with ThreadPoolExecutor(THREADS) as pool:
         for folder in folders:
-            inspect = partial(_inspect, root=root, settings=read_settings(folder))
+            inspect = partial(_inspect, root=root, settings=read_settings(folder) | (settings or {}))
             for result in pool.map(inspect, _data_files(folder)):
                 (samples if isinstance(result, Sample) else bad).append(result)
     return samples, bad
@@ -196,7 +209,7 @@ SETTINGS: dict[str, tuple[Callable[[Any], bool] | None, str]] = {
         lambda v: isinstance(v, list) and bool(v) and all(isinstance(name, str) for name in v),
         "a list of names, one for each place along the files' fourth axis, e.g. [t1, t2]",
     ),
-    "structures": (None, ""),
+    "structures": (lambda v: isinstance(v, dict), "names with lists of label values, e.g. {left atrium: [1]}"),
 }
 
 

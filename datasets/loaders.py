@@ -1,8 +1,14 @@
 """Batches of each stage: reading in workers, augmentation on the device.
 
 A loader has `samples` and `steps` (per epoch, over all processes), `counts`, `groups` (level -> data set of every
+<<<<<<< HEAD
+index) and `epoch(e, seen)`, which yields batches from the place where all processes together have seen `seen` samples
+of the epoch. What it yields is a pure function of (data, options, e, seen): nothing depends on the number of workers,
+and a run can go on anywhere.
+=======
 index), `reading` (what workers are at) and `epoch(e, seen)`, which yields batches from the place where all processes
 have seen `seen` samples: a pure function of (data, options, e, seen), whatever the workers.
+>>>>>>> w-J
 """
 
 from __future__ import annotations
@@ -23,7 +29,7 @@ from datasets.index import volumes
 from datasets.samplers import CyclingBatches, EpochBatches, Key
 from datasets.store import SliceStore, prepare
 from datasets.transforms import upload
-from utils import guards, signals
+from utils import signals
 from utils.distributed import Run
 from utils.profile import span
 from utils.seeding import INTRA_SLICES, MASKED_SLICES, SHARED, WINDOW, stream
@@ -111,7 +117,6 @@ class ImageLoader:
         how = cfg.batch_size, cfg.seed, run, "images and slices", cfg.sampling_temperature
         self.batches = EpochBatches(self.dataset.groups, *how)
         self.loader = torch_loader(self.dataset, self.batches, cfg.workers, run.device)
-        self.reading = [self.loader.dataset]
         self.samples, self.steps = self.batches.samples, self.batches.steps
         self.counts = Counts(len(self.dataset), self.batches.global_batch)
         self.groups: dict[str, Sequence[str]] = {"intra": self.dataset.groups}
@@ -157,7 +162,6 @@ class VolumeLoader:
         self.batches = EpochBatches(groups, cfg.batch_size, cfg.seed, run, "volumes", temperature)
         self.samples, self.steps = self.batches.samples, self.batches.steps
         self.loader = torch_loader(self.dataset, self.batches, cfg.workers, run.device)
-        self.reading = [self.loader.dataset]
         # Slice s of volume i has index slice_offsets[i] + s over all slices; the last entry is their number.
         self.slice_offsets = torch.tensor([0, *(store.samples[i].slices for i in self.dataset.items)]).cumsum(0)
         self.total_slices = int(self.slice_offsets[-1])
@@ -170,7 +174,6 @@ class VolumeLoader:
             passes = EpochBatches(images, 1, cfg.seed, Run(0, 1, run.device), "images", temperature)
             self.image_batches = CyclingBatches(passes, images_per_step, run, self.steps)
             self.image_loader = torch_loader(self.image_dataset, self.image_batches, cfg.workers, run.device)
-            self.reading.append(self.image_loader.dataset)
         each = cfg.batch_size * intra_slices + (images_per_step if images else 0)
         of_volumes = len(self.dataset), self.batches.global_batch
         self.counts = Counts(self.total_slices + len(images), each * run.world_size, *of_volumes)
@@ -274,9 +277,9 @@ def torch_loader(
     device: torch.device,
     collate: Callable[[list[Any]], Any] | None = None,
 ) -> DataLoader:
-    """A DataLoader whose workers note what they read and live from one epoch to the next."""
+    """A DataLoader whose workers live from one epoch to the next."""
     return DataLoader(
-        guards.Reading(dataset, workers),
+        dataset,
         batch_sampler=batches,
         num_workers=workers,
         pin_memory=device.type == "cuda",

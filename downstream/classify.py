@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
@@ -26,10 +24,9 @@ from datasets.augment import Ranges, VolumeViews
 from downstream import task
 from downstream.encoders import load_encoder, load_joint_encoder
 from downstream.features import Cases, Features, StackEncoder, fit_logistic_regression, frozen_features, vote
-from downstream.labels import label_items, read_labels
+from downstream.labels import label_items
 from downstream.metrics import classification_intervals, classification_scores, undefined, validation_score
 from downstream.splits import choose_by_turns
-from downstream.task import Outcome, Task, fingerprint
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet, wide
 from utils import config
@@ -38,9 +35,15 @@ from utils.options import FREE, constants, data, running
 from utils.options import model as network
 
 
-@dataclass(kw_only=True)
-class Classifying(task.Options):
+@constants
+class Config(task.Options):
     """Options of classification."""
+
+    data_path = "Training_Data"
+    fractions = [0.6, 0.2, 0.2]
+    epochs = 30
+    wd = 0.01
+    dump_path = "runs/classify"
 
     cache_path: str | None = data(None, "folder for the working copy of the data; null: .cache in data_path", FREE)
     on_bad: Literal["error", "skip"] = data("error", "unusable files: stop before training, or leave them out")
@@ -49,39 +52,22 @@ class Classifying(task.Options):
     positive: str | None = data(None, "one label against all others; a cell may then hold several: Effusion|Mass")
     case_column: str | None = data(None, "column of the case; null: the first of case, file, filename, image")
     label_column: str | None = data(None, "column of the label; null: the first of label, finding, class")
-    patient_column: str | None = data(
-        None, "column of the patient; null: the first of patient, subject, patient_id, if there is one"
-    )
-    patient_pattern: str | None = data(
-        None, "regular expression whose first group, found in the file name, is the patient or scan"
-    )
-    label_fractions: list[PositiveFloat] = data(
-        [], "shares of the training cases whose labels are used, one after the other (knn, linear); empty: see labelled"
-    )
+    patient_column: str | None = data(None, "column of the patient; null: patient, subject or patient_id, if any")
+    patient_pattern: str | None = data(None, "regular expression whose first group, in the file name, is the patient")
+    label_fractions: list[PositiveFloat] = data([], "shares of the training labels to use, in turn (knn, linear)")
     size: PositiveInt = data(224, "side in pixels that images and slices are resized to")
     slices: NonNegativeInt = data(32, "evenly spaced slices of a volume that are used; 0: all")
     mode: Literal["knn", "linear", "finetune"] = network(
         "linear", "nearest neighbours or logistic regression on frozen features, or training of the whole network"
     )
     level: Literal["slice", "volume"] = network("volume", "what gets a label: whole volumes, or each of their slices")
-    model: Literal["intra", "joint"] = network(
-        "intra", "the slice encoder alone (features averaged over slices), or also the transformer's volume embedding"
-    )
+    model: Literal["intra", "joint"] = network("intra", "the slice encoder, or also the transformer's volume embedding")
     features: Features = network("pooled", "frozen features: the ResNet's last stage, or all four stages")
     k: PositiveInt = network(5, "neighbours that vote, by cosine similarity; all labelled ones where there are fewer")
     bootstrap: NonNegativeInt = running(1000, "resamplings of the test patients for the 95 % intervals; 0: none")
 
 
-@constants
-class Config(Classifying):
-    data_path = "Training_Data"
-    fractions = [0.6, 0.2, 0.2]
-    epochs = 30
-    wd = 0.01
-    dump_path = "runs/classify"
-
-
-class Classification(Task):
+class Classification(task.Task):
     """Labels of stacks of slices: whole cases, or with level `slice` single slices.
 
     Metrics are those of `classification_scores`, each followed by @fraction where label_fractions are given. Beside
@@ -98,15 +84,10 @@ class Classification(Task):
         if cfg.label_fractions and (cfg.labelled or max(cfg.label_fractions) > 1 or cfg.mode == "finetune"):
             raise UserError("label_fractions: must be at most 1, of --mode knn or linear, and stand without --labelled")
         self.cases = cases = Cases(cfg.data_path, cfg.size, cfg.slices, cfg.cache_path, cfg.on_bad, cfg.level)
-        if cfg.labels:
-            table = read_labels(cfg.labels, cases.names, cfg.case_column, cfg.label_column, cfg.patient_column)
-        else:
-            table = pd.DataFrame({"label": [sample.dataset for sample in cases.samples]})
-            table = table.assign(place=table.index, patient=None, test_only=False)
-        self.items, self.classes = label_items(cases, table, cfg.classes, cfg.positive, cfg.patient_pattern)
+        self.items, self.classes = label_items(cases, cfg)
         self.labels, self.stack = self.items.label.to_numpy(), self.items["stack"].to_numpy()
         self.patients = dict(zip(self.items.case, self.items.patient, strict=True))
-        self.fingerprint = fingerprint(sample.path for sample in cases.samples)
+        self.fingerprint = task.fingerprint(sample.path for sample in cases.samples)
 
     def choose(self, train: list[str]) -> list[str]:
         """The classes by turns: the labels of a smaller fraction are the first of a larger one's."""
@@ -171,16 +152,15 @@ class Classification(Task):
         # Geometry and gamma only: what else training's policies do would drown small findings.
         ranges = Ranges(crop_area=(0.7, 1.0), anisotropy_p=0, blur_p=0, bias_p=0, noise_p=0)
         augment = VolumeViews(cfg.size, cfg.size, "strong", cfg.seed, ranges)
-        extents = self.cases.extents(self.stack[chosen])
+        extents = self.cases.extents[self.stack[chosen]]
         views = augment(volumes, mask.cpu(), extents, torch.from_numpy(chosen), epoch, views=1)[0]
         return views, mask, torch.from_numpy(self.labels[chosen]).to(self.device)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Cross-entropy in which all classes weigh the same."""
         views, mask, labels = batch
-        counts = np.bincount(self.labels[self.train], minlength=len(self.classes))
-        weight = np.divide(1, counts, out=np.zeros(len(counts)), where=counts > 0)
-        return F.cross_entropy(model(views, mask), labels, torch.tensor(weight, dtype=torch.float32).to(self.device))
+        weight = torch.tensor(1 / np.bincount(self.labels[self.train], minlength=len(self.classes)).clip(1))
+        return F.cross_entropy(model(views, mask), labels, weight.float().to(self.device))
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         validation = self.stacks(self.split.validation)
@@ -199,7 +179,7 @@ class Classification(Task):
             raise UserError("fine-tuning gives NaN or Inf; lower --base_lr, or change --weights")
         return found
 
-    def test(self, model: nn.Module, folder: Path) -> Outcome:
+    def test(self, model: nn.Module, folder: Path) -> task.Outcome:
         test = self.stacks(self.split.test, test=True)
         people = self.items.patient.iloc[test].tolist()
         found, chosen = ({"": self.probabilities(model, test)}, {}) if self.epochs else self.by_features(model, test)
@@ -216,7 +196,7 @@ class Classification(Task):
                 table |= {name + suffix: value for name, value in part.items()}
         about = {"intervals": intervals, "reasons": reasons, "patients": len(set(people)), "chosen": chosen}
         about |= {"label_counts": self.sizes} if self.cfg.label_fractions else {}
-        return Outcome(values, self.rows(test, found), about)
+        return task.Outcome(values, self.rows(test, found), about)
 
     def by_features(
         self, encoder: GreyResNet | JointEncoder, test: np.ndarray
@@ -224,19 +204,16 @@ class Classification(Task):
         """Probabilities [n, classes] by the suffix of their metrics, nan where all labels are alike; the chosen C."""
         cfg, labels, classes = self.cfg, self.labels, len(self.classes)
         train, validation = self.train, self.stacks(self.split.validation)
-        found = {suffix: np.full((len(test), classes), np.nan) for suffix in self.sizes}
-        if len(set(labels[train])) < 2:
-            return found, {}
         used = self.stack[np.concatenate([train, validation, test])]
         x = frozen_features(encoder, self.cases, used, cfg.features, self.device)
         x_train, x_validation, x_test = np.split(x, np.cumsum([len(train), len(validation)]))
-        chosen = {}
+        found, chosen = {}, {}
         for suffix, size in self.sizes.items():
             own = np.isin(train, self.stacks(self.labelled[:size]))
             labelled = x_train[own], labels[train[own]]
             if len(set(labelled[1])) < 2:
-                continue
-            if cfg.mode == "knn":
+                found[suffix] = np.full((len(test), classes), np.nan)
+            elif cfg.mode == "knn":
                 found[suffix] = vote(*labelled, x_test, classes, cfg.k)
             else:
                 judges = x_validation, labels[validation]
@@ -268,7 +245,7 @@ class Classifier(StackEncoder):
     def __init__(self, encoder: GreyResNet | JointEncoder, classes: int) -> None:
         super().__init__(encoder)
         joint = isinstance(encoder, JointEncoder)
-        width = encoder.encoder.num_features + encoder.projection.out_features if joint else encoder.num_features
+        width = encoder.resnet.num_features + encoder.projection.out_features if joint else encoder.num_features
         self.head = nn.Linear(width, classes)
 
     def forward(self, volumes: Tensor, mask: Tensor) -> Tensor:

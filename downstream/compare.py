@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -20,10 +19,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 from jsonargparse.typing import NonNegativeInt
-from scipy.stats import ttest_1samp
+from scipy.stats import t
 
 from downstream import jobs
 from downstream.encoders import NAMED, choose_arch, content_of, load_encoder
@@ -64,8 +62,8 @@ class Config:
 
 
 @dataclass(eq=False)
-class Cell:
-    """One run of the task, a `jobs.Job`."""
+class Cell(jobs.Job):
+    """One run of the task."""
 
     task: ModuleType  # of downstream
     initialisation: str  # its name in tables
@@ -78,6 +76,7 @@ class Cell:
         self.group = self.out.name
         self.title = f"{self.group}: {self.initialisation}, {_count(self.config.labelled)}, seed {self.config.seed}"
         self.needs = [self.pretraining] if self.pretraining else []
+        self.script = self.task.__name__
 
     @cached_property
     def folder(self) -> Path:
@@ -87,16 +86,16 @@ class Cell:
         return self.out / "cells" / jobs.short_key([self.task.__name__, settings])
 
     @property
+    def options(self) -> dict[str, Any]:
+        return options.to_dict(replace(self.config, dump_path=str(self.folder)))
+
+    @property
     def record(self) -> dict[str, Any] | None:
         """What the task has written when it was finished: metrics by their full names, cases, seconds, commit."""
         if not all(need.record for need in self.needs) or not (self.folder / RESULTS).is_file():
             return None
         found = read_results(self.folder)
         return found | {"metrics": dict(_flat(found["metrics"]))}
-
-    def make(self) -> str:
-        found = dict(_flat(self.task.run(replace(self.config, dump_path=str(self.folder)))["metrics"]))
-        return f"{self.metric} {found.get(self.metric, math.nan):.3f}"
 
 
 def run(cfg: Config) -> dict[str, Any]:
@@ -177,23 +176,12 @@ def results(cells: Sequence[Cell]) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"pretraining_seed": "Int64"})
 
 
-def mean_with_interval(differences: pd.Series) -> tuple[float, float, float, int]:
-    """(mean, low, high, pairs) of those that are not nan, with Student's 95 % interval, nan with fewer than two."""
-    known = differences.dropna()
-    if known.empty:
-        return math.nan, math.nan, math.nan, 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # one pair, or all alike
-        low, high = ttest_1samp(known, 0).confidence_interval()
-    return float(np.mean(known.to_numpy())), float(low), float(high), len(known)
-
-
 def summarise(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """A row per metric, number of labelled cases and initialisation.
 
-    mean and sd (n - 1) over the n seeds whose metric is not nan, of `seeds` in all; difference, low, high, pairs: of
-    `mean_with_interval`, to the baseline. Where an initialisation has several pre-trainings, it is these that count:
-    seeds that start from the same one are averaged first.
+    mean and sd (n - 1) over the n seeds whose metric is not nan, of `seeds` in all; difference to the baseline over the
+    `pairs` of seeds in which both are not nan, with Student's 95 % interval low, high. Where an initialisation has
+    several pre-trainings, it is these that count: seeds that start from the same one are averaged first.
     """
     rows = []
     for (metric, labelled), part in table.groupby(["metric", "labelled"], sort=False):
@@ -203,11 +191,13 @@ def summarise(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
         for name in part.initialisation.unique():
             own = values[name].groupby(draws[name]).mean()
             coarser = min(draws[name], draws.get(baseline, values.index), key=lambda draw: draw.nunique())
-            differences = (values[name] - values.get(baseline, math.nan)).groupby(coarser).mean()
+            gains = (values[name] - values.get(baseline, math.nan)).groupby(coarser).mean()
+            half = t.ppf(0.975, gains.count() - 1) * gains.sem()
             rows.append(
                 {"initialisation": name, "labelled": labelled, "metric": metric}
                 | {"mean": own.mean(), "sd": own.std(), "n": own.count(), "seeds": len(own)}
-                | dict(zip(("difference", "low", "high", "pairs"), mean_with_interval(differences), strict=True))
+                | {"difference": gains.mean(), "low": gains.mean() - half, "high": gains.mean() + half}
+                | {"pairs": gains.count()}
             )
     return pd.DataFrame(rows)
 
@@ -240,26 +230,22 @@ def plot(tables: Mapping[str, tuple[pd.DataFrame, str]], path: Path) -> None:
     """A panel per title -> (table, metric): mean, deviation and every seed over the number of labelled cases."""
     from matplotlib.figure import Figure
 
-    wide = min(2, len(tables))
-    tall = -(-len(tables) // wide)
+    wide, tall = min(2, len(tables)), math.ceil(len(tables) / 2)
     figure = Figure(figsize=(6 * wide, 4 * tall), layout="constrained")
     for place, (title, (table, metric)) in enumerate(tables.items(), start=1):
         axes = figure.add_subplot(tall, wide, place, title=title, xlabel="labelled training cases", ylabel=metric)
-        _draw(axes, table[table.metric == metric])
+        rows = table[table.metric == metric]
+        counts = sorted(rows.labelled.unique(), key=lambda count: count or math.inf)
+        for k, (name, own) in enumerate(rows.groupby("initialisation", sort=False)):
+            x = own.labelled.map(counts.index) + 0.12 * (k - (rows.initialisation.nunique() - 1) / 2)
+            spread = own.value.groupby(x).agg(["mean", "std"]).fillna({"std": 0})
+            bars = axes.errorbar(spread.index, spread["mean"], spread["std"], marker="o", capsize=3, label=name)
+            axes.scatter(x, own.value, s=8, alpha=0.5, color=bars[0].get_color())
+        axes.set_xticks(range(len(counts)), [str(count or "all") for count in counts])
+        axes.grid(alpha=0.3)
+        axes.legend()
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
-
-
-def _draw(axes: Any, rows: pd.DataFrame) -> None:
-    counts = sorted(rows.labelled.unique(), key=lambda count: count or math.inf)
-    for k, (name, own) in enumerate(rows.groupby("initialisation", sort=False)):
-        place = own.labelled.map(counts.index) + 0.12 * (k - (rows.initialisation.nunique() - 1) / 2)
-        spread = own.value.groupby(place).agg(["mean", "std"]).fillna({"std": 0})
-        bars = axes.errorbar(spread.index, spread["mean"], spread["std"], marker="o", capsize=3, label=name)
-        axes.scatter(place, own.value, s=8, alpha=0.5, color=bars[0].get_color())
-    axes.set_xticks(range(len(counts)), [str(count or "all") for count in counts])
-    axes.grid(alpha=0.3)
-    axes.legend()
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:
@@ -271,7 +257,7 @@ def _initialisations(
 ) -> dict[str, str | Sequence[Pretraining]]:
     """Name in tables -> weights or the runs of a recipe; files exist, and all have the same network."""
     found: dict[str, Any] = {}
-    networks: dict[str, str] = {}
+    networks = set()
     arch = cfg.options.get("arch")
     for entry in cfg.initialisations:
         name, _, given = entry.partition("=")
@@ -287,12 +273,11 @@ def _initialisations(
                 print(f"left out: {error}")
                 continue
         found[name] = recipes.get(weights, weights)
-        networks[name] = arch or recipes[weights][0].arch if weights in recipes else choose_arch(weights, arch)
+        networks.add(arch or recipes[weights][0].arch if weights in recipes else choose_arch(weights, arch))
     if not found:
         raise UserError("initialisations: none is left; give random, files of weights or recipes")
-    if len(set(networks.values())) > 1:
-        listed = ", ".join(f"{name} {network}" for name, network in networks.items())
-        raise UserError(f"initialisations: {listed} are different networks; name one with --options.arch")
+    if len(networks) > 1:
+        raise UserError(f"initialisations: {', '.join(sorted(networks))} differ; name one with --options.arch")
     return found
 
 

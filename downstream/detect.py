@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Literal
 
@@ -36,7 +36,6 @@ from datasets.render import content_size, read_grey, robust_limits
 from downstream import task
 from downstream.boxes import DICOM_SUFFIXES, Annotated, read_boxes
 from downstream.encoders import grey, load_encoder
-from downstream.task import Outcome, Task, fingerprint
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet
 from utils import config
 from utils.errors import UserError
@@ -52,9 +51,12 @@ PREDICTIONS = ("image_id", "class_name", "score", "x_min", "y_min", "x_max", "y_
 STAGES = ("layer4", "layer3", "layer2", "layer1", "stem")  # in the order in which they are set free
 
 
-@dataclass(kw_only=True)
-class Detecting(task.Options):
+@constants
+class Config(task.Options):
     """Options of detection."""
+
+    fractions = [0.7, 0.1, 0.2]
+    dump_path = "runs/detect"
 
     annotations: str = data(MISSING, "COCO .json, or a .csv as VinDr-CXR's (image_id, class_name, x_min, ...; rad_id)")
     classes: list[str] | None = data(None, "classes to detect; null: all that the annotations have")
@@ -64,33 +66,16 @@ class Detecting(task.Options):
     flip: bool = data(True, "half of the training images mirrored left to right")
     cache_path: str | None = data(None, "folder for images at image_size; null: .cache in data_path", FREE)
     model: Literal["fasterrcnn", "retinanet"] = network("fasterrcnn", "detector of two stages or of one")
-    trainable_layers: Literal[0, 1, 2, 3, 4, 5] = network(
-        5, "how much of the ResNet trains, from its end: 0 nothing, 3 layer2 to layer4, 5 the stem too"
-    )
-    norm: Literal["auto", "frozen", "batch"] = network(
-        "auto", "the ResNet's BatchNorm: fixed as loaded, or of the batch; auto: frozen unless weights are random"
-    )
-    anchor_sizes: list[PositiveInt] = network(
-        [32, 64, 128, 256, 512], "side in pixels (of image_size) of the anchors of the five pyramid levels"
-    )
+    trainable_layers: Literal[0, 1, 2, 3, 4, 5] = network(5, "parts of the ResNet that train, from its end; 5: all")
+    norm: Literal["auto", "frozen", "batch"] = network("auto", "BatchNorm; auto: frozen unless weights are random")
+    anchor_sizes: list[PositiveInt] = network([32, 64, 128, 256, 512], "anchors' sides of five pyramid levels, pixels")
     pyramid_channels: PositiveInt = network(256, "width of the feature pyramid")
-    proposals: PositiveInt = network(
-        1000, "Faster R-CNN: regions of an image that its second stage looks at; half as many train it"
-    )
+    proposals: PositiveInt = network(1000, "regions that Faster R-CNN's second stage sees; half as many train it")
     workers: PositiveInt = running(4, "threads that prepare images", FREE)
 
 
-@constants
-class Config(Detecting):
-    fractions = [0.7, 0.1, 0.2]
-    dump_path = "runs/detect"
-
-
-class Detection(Task):
-    """Boxes in images.
-
-    Metrics are map, ap50, map_<class> and ap50_<class> over the test images; nan for a class without boxes there.
-    """
+class Detection(task.Task):
+    """Boxes in images, scored by `score`."""
 
     def __init__(self, cfg: Config, device: torch.device) -> None:
         super().__init__(cfg, device)
@@ -102,7 +87,7 @@ class Detection(Task):
         images, self.classes = read_boxes(cfg.annotations, cfg.data_path, cfg.classes, cfg.merge_iou)
         self.images = {image.name: image for image in images if len(image.boxes) or cfg.empty == "keep"}
         self.patients = {name: image.patient for name, image in self.images.items()}
-        self.fingerprint = fingerprint(image.path for image in self.images.values())
+        self.fingerprint = task.fingerprint(image.path for image in self.images.values())
 
     @functools.cached_property
     def parts(self) -> dict[str, list[Annotated]]:
@@ -155,18 +140,18 @@ class Detection(Task):
         scores = score(self.predict(model, images), images, self.classes)
         return {"ap50": scores["ap50"], "map": scores["map"]}
 
-    def test(self, model: nn.Module, folder: Path) -> Outcome:
+    def test(self, model: nn.Module, folder: Path) -> task.Outcome:
         images = self.parts["test"]
         found = self.predict(model, images)
         rows, boxes = [], []
         for image, own in zip(images, found, strict=True):
             counted = {"boxes": self.count([image]).total(), "found": len(own["boxes"])}
             rows.append({"case": image.name, "patient": image.patient, **counted})
-            for box, value, label in zip(*(own[key].tolist() for key in ("boxes", "scores", "labels")), strict=True):
-                line = (image.name, self.classes[label - 1], f"{value:.4f}", *(f"{x:.1f}" for x in box))
+            for label, value, box in zip(own["labels"], own["scores"], own["boxes"].tolist(), strict=True):
+                line = image.name, self.classes[label - 1], f"{value:.4f}", *(f"{x:.1f}" for x in box)
                 boxes.append(dict(zip(PREDICTIONS, line, strict=True)))
         write_csv(boxes, folder / "predictions.csv", PREDICTIONS)
-        return Outcome(score(found, images, self.classes), rows, {"images": len(images), "classes": self.classes})
+        return task.Outcome(score(found, images, self.classes), rows, {"images": len(images), "classes": self.classes})
 
     def predict(self, model: nn.Module, images: list[Annotated]) -> list[dict[str, Tensor]]:
         """Of each image boxes [n, 4] in pixels of its file, best first, scores [n] and labels [n], on the CPU."""
@@ -205,35 +190,27 @@ def build_model(cfg: Config, classes: int) -> nn.Module:
     first = 1 if cfg.model == "fasterrcnn" else 2  # stage of the ResNet that the pyramid begins with
     names = {f"layer{i}": str(i - first) for i in range(first, 5)}
     body = encoder, names, list(encoder.stage_features[first - 1 :]), cfg.pyramid_channels
-    transform = {
-        "min_size": cfg.image_size,
-        "max_size": cfg.image_size,
-        "image_mean": [GREY_MEAN],
-        "image_std": [GREY_STD],
-    }
+    size = cfg.image_size
+    transform = {"min_size": size, "max_size": size, "image_mean": [GREY_MEAN], "image_std": [GREY_STD]}
     ratios = ((0.5, 1.0, 2.0),) * LEVELS
     if cfg.model == "fasterrcnn":
         return FasterRCNN(
             BackboneWithFPN(*body),
             classes + 1,  # and the background
-            rpn_anchor_generator=AnchorGenerator(tuple((size,) for size in cfg.anchor_sizes), ratios),
+            rpn_anchor_generator=AnchorGenerator(tuple((side,) for side in cfg.anchor_sizes), ratios),
             rpn_post_nms_top_n_train=2 * cfg.proposals,
             rpn_post_nms_top_n_test=cfg.proposals,
             box_batch_size_per_image=math.ceil(cfg.proposals / 2),
             **transform,
         )
-    thirds = tuple(tuple(int(size * 2 ** (i / 3)) for i in range(3)) for size in cfg.anchor_sizes)
+    thirds = tuple(tuple(int(side * 2 ** (i / 3)) for i in range(3)) for side in cfg.anchor_sizes)
     backbone = BackboneWithFPN(*body, LastLevelP6P7(cfg.pyramid_channels, cfg.pyramid_channels))
-    return RetinaNet(
-        backbone, classes + 1, anchor_generator=AnchorGenerator(thirds, ratios), **transform
-    )  # 0 stays unused
+    anchors = AnchorGenerator(thirds, ratios)
+    return RetinaNet(backbone, classes + 1, anchor_generator=anchors, **transform)  # class 0 stays unused
 
 
 def freeze(encoder: GreyResNet, trainable_layers: int, norm: bool) -> None:
-    """Leave only the last `trainable_layers` of STAGES trainable; fix BatchNorm in the others, and with norm in all.
-
-    That one uses the loaded statistics, in training too: a batch has few images, whose own statistics would be noise.
-    """
+    """Leave `trainable_layers` of STAGES trainable; BatchNorm is fixed in the others, and with norm in all."""
     trainable = STAGES[:trainable_layers]
     for name, module in list(encoder.named_modules()):
         stage = name.split(".")[0] if name.startswith("layer") else "stem"
@@ -248,32 +225,31 @@ def freeze(encoder: GreyResNet, trainable_layers: int, norm: bool) -> None:
 def prepare(images: Sequence[Annotated], cfg: Config) -> dict[str, Path]:
     """Files with each image as [h, w] float16 in 0..1, the longer side image_size; made once.
 
-    Intensities as in pre-training. Raises one UserError that lists the images that cannot be read.
+    Intensities as in pre-training, bright where the file is shown bright. Raises one UserError that lists the images
+    that cannot be read.
     """
     folder = cache_folder(Path(cfg.data_path), cfg.cache_path) / f"boxes_{cfg.image_size}px_v{FORMAT}"
 
-    def one(image: Annotated) -> Path | str:
+    def render(image: Annotated, file: Path) -> None:
+        pixels = (read_dicom_image if image.path.suffix.lower() in DICOM_SUFFIXES else read_grey)(image.path)
+        low, high = robust_limits(pixels)
+        if not high > low:  # also where there are NaN
+            raise ValueError("is constant or holds NaN; export it again or remove its annotations")
+        np.save(file, grey(pixels, low, high, content_size(*pixels.shape, cfg.image_size)).numpy())
+
+    def file_of(image: Annotated) -> Path | str:
         status = image.path.stat()
         key = key_of(image.name, status.st_size, status.st_mtime_ns)
         try:
-            return cached(folder, key, lambda file: np.save(file, normalised(image.path, cfg.image_size)))
+            return cached(folder, key, functools.partial(render, image))
         except ValueError as error:
             return f"{image.path}: {error}"
 
     with ThreadPoolExecutor(cfg.workers) as pool:
-        made = list(tqdm(pool.map(one, images), "preparing images", len(images), disable=None, leave=False))
+        made = list(tqdm(pool.map(file_of, images), "preparing images", len(images), disable=None, leave=False))
     if problems := [found for found in made if isinstance(found, str)]:
         raise bad_files(sorted(problems), f"data_path {cfg.data_path}")
     return {image.name: file for image, file in zip(images, made, strict=True)}
-
-
-def normalised(path: Path, size: int) -> np.ndarray:
-    """A prepared copy, bright where the file is shown bright. Raises ValueError: what is wrong and the remedy."""
-    pixels = read_dicom_image(path) if path.suffix.lower() in DICOM_SUFFIXES else read_grey(path)
-    low, high = robust_limits(pixels)
-    if not high > low:  # also where there are NaN
-        raise ValueError("is constant or holds NaN; export it again or remove its annotations")
-    return grey(pixels, low, high, content_size(*pixels.shape, size)).numpy()
 
 
 def score(found: list[dict[str, Tensor]], images: Sequence[Annotated], classes: Sequence[str]) -> dict[str, float]:

@@ -18,7 +18,6 @@ from models.encoder import JointEncoder
 from models.resnet import GreyResNet
 from training.weights import load_joint, load_resnet
 from utils.errors import UserError
-from utils.options import ARCHITECTURES
 
 NAMED = ("random", "imagenet")
 REMEDY = (
@@ -28,11 +27,10 @@ REMEDY = (
 
 
 def load_encoder(weights: str, arch: str | None = None, seed: int = 0) -> GreyResNet:
-    """f_intra, the slice encoder; torch's global random state is left as it was.
+    """f_intra, the slice encoder.  arch: see `choose_arch`.
 
     weights: `random`, of a seed; `imagenet` (torchvision's, if they lie in torch's cache: nothing is downloaded); or a
-    file of any stage or in any layout of `training.weights.load_resnet`.  arch: see `choose_arch`.
-    Raises UserError where the weights are missing or are those of another arch.
+    file in any layout of `training.weights.load_resnet`. Raises UserError where they are missing or do not fit.
     """
     arch = choose_arch(weights, arch)
     with torch.random.fork_rng(devices=[]):
@@ -49,10 +47,7 @@ def load_encoder(weights: str, arch: str | None = None, seed: int = 0) -> GreyRe
 def load_joint_encoder(
     weights: str, arch: str | None = None, seed: int = 0, d_model: int = 640, layers: int = 4
 ) -> JointEncoder:
-    """f_intra, the slice projection and f_inter, from a stage 2 or 3 file, or `random` of these sizes and this seed.
-
-    Raises UserError where the file holds no transformer, or arch is given and is not the file's.
-    """
+    """f_intra, the slice projection and f_inter, from a stage 2 or 3 file, or `random` of these sizes and this seed."""
     arch = choose_arch(weights, arch)
     if weights == "imagenet":
         raise UserError("weights: imagenet has no transformer over slices; give a file of mask_*.py or ssl_*3D.py")
@@ -83,8 +78,6 @@ def choose_arch(weights: str, arch: str | None) -> str:
             made_with = json.loads(about.read_text(encoding="utf-8"))["config"]["arch"]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{about}: damaged; it should say the arch of {weights}, or be removed") from None
-        if made_with not in ARCHITECTURES:
-            raise UserError(f"{about}: arch {made_with!r} is not one of {', '.join(ARCHITECTURES)}")
         if arch and arch != made_with:
             raise UserError(f"arch: {arch} was asked for, but {weights} was made with {made_with}; leave --arch out")
     return arch or made_with or "resnet50"
@@ -118,11 +111,10 @@ def _existing(weights: str) -> Path:
 
 
 def _imagenet_file(arch: str) -> Path:
-    """torchvision's file in torch's cache, its newest recipe first."""
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    names = [recipe.url.rsplit("/", 1)[-1] for recipe in torchvision.models.get_model_weights(arch)]
-    for name in reversed(names):
-        if (folder / name).is_file():
-            return folder / name
-    fetch = f"fetch it with torchvision.models.{arch}(weights='DEFAULT')"
-    raise UserError(f"weights: imagenet: {folder} holds no {names[-1]}, and nothing is downloaded here; {fetch}")
+    """torchvision's file of its default recipe in torch's cache."""
+    file = Path(torchvision.models.get_model_weights(arch).DEFAULT.url).name
+    path = Path(torch.hub.get_dir()) / "checkpoints" / file
+    if not path.is_file():
+        fetch = f"fetch it with torchvision.models.{arch}(weights='DEFAULT')"
+        raise UserError(f"weights: imagenet: {path} is not there, and nothing is downloaded here; {fetch}")
+    return path

@@ -1,8 +1,4 @@
-"""Frozen features of images and volumes, from files read and normalised as in training.
-
-cases = Cases("Training_Data", size=224)
-features = frozen_features(load_encoder("weights/swav3D_encoder.pth"), cases, range(len(cases.names)))  # [cases, C]
-"""
+"""Frozen features of images and volumes, from files read and normalised as in training, and what tells them apart."""
 
 from __future__ import annotations
 
@@ -37,8 +33,8 @@ class Cases:
 
     data_path: a data tree, or the folder of a single data set.  size: S, side of the canvas in pixels.
     slices: evenly spaced ones of a volume that are used, at most; 0: all.  level: a stack is a case, or a slice of one.
-    Has samples (the cases), names (theirs, relative to data_path), and owner ([stacks] the position of the case that a
-    stack is of). Raises UserError naming what cannot be used.
+    Has samples (the cases), names (theirs, relative to data_path), and of each stack owner (the position of its case)
+    and extents (height and width in pixels of what the canvas shows, centred). Raises UserError for unusable files.
     """
 
     def __init__(
@@ -65,6 +61,7 @@ class Cases:
         ends = np.arange(1, len(items)) if level == "slice" else np.flatnonzero(np.diff(items[:, 0])) + 1
         self.stacks = np.split(items, ends)
         self.owner = np.array([stack[0, 0] for stack in self.stacks])
+        self.extents = torch.from_numpy(self.store.extents[self.owner])
 
     def read(self, index: int) -> np.ndarray:
         """A stack [D, S, S] float32 in 0..1; D = 1 for an image."""
@@ -76,10 +73,6 @@ class Cases:
         batch = pad_sequence(stacks, batch_first=True)
         mask = torch.arange(batch.shape[1]) < torch.tensor([[len(stack)] for stack in stacks])
         return batch.to(device), mask.to(device)
-
-    def extents(self, indices: Sequence[int]) -> Tensor:
-        """[B, 2] height and width in pixels of what the canvas shows of stacks; it is centred."""
-        return torch.from_numpy(self.store.extents[self.owner[indices]].astype(np.int64))
 
 
 class StackEncoder(nn.Module):
@@ -95,7 +88,7 @@ class StackEncoder(nn.Module):
 
     def parts(self, volumes: Tensor, mask: Tensor) -> list[Tensor]:
         joint = self.encoder if isinstance(self.encoder, JointEncoder) else None
-        resnet = joint.encoder if joint else self.encoder
+        resnet = joint.resnet if joint else self.encoder
         rows = real_rows(mask)
         images = volumes.flatten(0, 1)[rows].unsqueeze(1)
         slices, scales = [], []
@@ -132,8 +125,8 @@ def frozen_features(
 def vote(train: np.ndarray, labels: np.ndarray, test: np.ndarray, classes: int, k: int) -> np.ndarray:
     """Shares [n, classes] of the k nearest training features by cosine similarity, each weighted by exp(s / 0.07).
 
-    Features are centred on the training mean first: pooled features are all positive, and their common mean would hide
-    the differences. Source of the weights: Wu et al. 2018 (instance discrimination), as k-NN evaluations use them.
+    Features are centred on the training mean: pooled ones are all positive, and their common mean would hide the
+    differences. Source of the weights: Wu et al. 2018 (instance discrimination).
     """
     mean, k = train.mean(axis=0), min(k, len(train))
     model = KNeighborsClassifier(k, weights=lambda distance: np.exp(-distance / 0.07), metric="cosine")

@@ -1,4 +1,4 @@
-"""Jobs that take long: each is done once, by one process at a time, and gone on with when it was stopped.
+"""Jobs that take long: each has a process of its own, is done once, and gone on with when it was stopped.
 
 Cells of a comparison (`downstream.compare`) are jobs, and so are the pre-trainings that they start from. Recipes
 describe these; each is trained by its script:
@@ -12,64 +12,104 @@ before, a file, or none. seeds: one pre-training each; the k-th starts from the 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
+import importlib
 import json
-import subprocess
-import sys
+import math
+import multiprocessing
+import os
 import time
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pandas as pd
 import torch
 
 from downstream.encoders import content_of
 from training.scripts import load
-from utils import config
+from utils import config, signals
 from utils.errors import UserError
 from utils.files import write_json, write_text
 
-ROOT = Path(__file__).resolve().parents[1]
+FORKED = multiprocessing.get_context("forkserver")  # whose server imports torch once
 PARTS = {"script", "options", "start", "seeds"}  # of a recipe
 PLACES = ("dump_path", "pretrained_path", "checkpoint_name")  # options of a script that are set here
+GRACE = 90.0  # seconds in which a job that is told to stop may save
 MATTER = {"data_path", "epochs", "batch_size"}  # of the options that may change when a run goes on
 
 
-class Job(Protocol):
+class Job:
     """A pre-training, or a cell of a comparison."""
 
-    title: str  # a line for people; no two jobs have the same
+    title: str  # a line for people
     group: str  # jobs of one group take about as long
-    needs: Sequence[Job]  # jobs that must be done before; they stand before this one
-    folder: Path  # holds log.txt and all that the job writes; known when what it needs is done
+    needs: Sequence[Job]  # jobs that must be done before
+    script: str  # module that does it, by its `main` or `run`
+    options: dict[str, Any]  # of the script
+    folder: Path  # holds log.txt and all that the job writes; known, as the options are, when what it needs is done
     record: dict[str, Any] | None  # what came out, with its `seconds`; None until the job is done
 
-    def make(self) -> str:
-        """Do it, or go on with it; returns what came out, in a few words."""
+    def finish(self) -> None:
+        """Do what is left when the script has ended well."""
 
 
-def run_jobs(jobs: Sequence[Job], progress_file: Path) -> list[str]:
-    """Do what is not done, in this order; returns the titles of what failed, which stops only what needs it.
+def run_jobs(jobs: Sequence[Job], progress_file: Path, workers: int = 1, end: float = math.inf) -> list[str]:
+    """Do what is not done, in this order, `workers` at a time; returns the titles of what failed.
 
-    Several processes may be given the same jobs: each takes the first that no other has taken. Progress is written to
-    a file with every job. Whatever ends this process ends the job under way, which goes on the next time.
+    A failure stops only what needs it. Whatever ends this process, or `end` of time.monotonic(), ends the jobs under
+    way: they save, and go on the next time.
     """
-    failed: list[str] = []
-    while waiting := [job for job in jobs if job.title not in failed and not job.record]:
-        if lost := [job.title for job in waiting if any(need.title in failed for need in job.needs)]:
-            print(f"{'; '.join(lost)}: left out, as it needs what failed", flush=True)
-            failed += lost
-            continue
-        ready = (job for job in waiting if all(need.record for need in job.needs))
-        if not any(_taken(job, jobs, progress_file, failed) for job in ready):
-            time.sleep(0.5)  # the other processes are doing what is left
+    left, failed, running = [job for job in jobs if not job.record], [], {}
+    FORKED.set_forkserver_preload([__name__, *{job.script for job in left}])
     write_text(progress(jobs), progress_file)
-    return failed
+    try:
+        while time.monotonic() < end:
+            ready = [job for job in left if job not in (*running, *failed) and not set(job.needs) & set(left)]
+            for job in ready[: workers - len(running)]:
+                print(f"{job.title}: started at {time.strftime('%d %b %H:%M')}, see {job.folder}/log.txt", flush=True)
+                with signals.noted():
+                    running[job] = launch(job)
+            if not running:
+                break
+            time.sleep(0.1)
+            for job in [job for job, process in running.items() if not process.is_alive()]:
+                if running.pop(job).exitcode:
+                    failed.append(job)
+                    last = (job.folder / "log.txt").read_text().splitlines()[-1:]
+                    print(f"{job.title}: FAILED ({''.join(last)})", flush=True)
+                else:
+                    job.finish()
+                    left.remove(job)
+                    print(f"{job.title}: done in {job.record['seconds']:.0f} s", flush=True)
+                write_text(progress(jobs), progress_file)
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.join(GRACE)
+            process.kill()
+    return [job.title for job in failed]
+
+
+def launch(job: Job) -> BaseProcess:
+    """Start a job's process."""
+    config.save_yaml(job.options, job.folder / "options.yaml")
+    process = FORKED.Process(target=_do, args=(job.script, job.folder))
+    process.start()
+    return process
+
+
+def _do(script: str, folder: Path) -> None:
+    """The script as from the command line, with its output in its log."""
+    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    module = importlib.import_module(script)
+    main = module.main if hasattr(module, "main") else module.run
+    config.main(main, module.Config, module.__doc__, ["--config", str(folder / "options.yaml")])
 
 
 def progress(jobs: Sequence[Job]) -> str:
@@ -81,40 +121,6 @@ def progress(jobs: Sequence[Job]) -> str:
     known = "about" if (table.finished > 0).all() else "more than"  # groups of which none is finished
     text = f"{table.finished.sum()} of {len(jobs)} jobs are finished; left: {known} {hours:.2f} h of one process"
     return f"{text}\n\n{table.round(1).to_string(na_rep='-')}\n"
-
-
-@contextlib.contextmanager
-def claim(folder: Path) -> Iterator[bool]:
-    """Whether this process, and no other, works in the folder within the block."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = True
-        except BlockingIOError:
-            mine = False
-        yield mine
-
-
-def _taken(job: Job, jobs: Sequence[Job], progress_file: Path, failed: list[str]) -> bool:
-    """Do a job, with its output in its log, unless another process is at it; note it when it fails."""
-    with claim(job.folder) as mine:
-        if not mine or job.record:
-            return False
-        title, log = f"[{jobs.index(job) + 1}/{len(jobs)}] {job.title}", job.folder / "log.txt"
-        started = f"{title}: started at {time.strftime('%d %b %H:%M')}, see {log}"
-        print(started, flush=True)
-        write_text(f"{progress(jobs)}\n{started}\n", progress_file)
-        with open(log, "a") as file:
-            try:
-                with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-                    outcome = job.make()
-                print(f"{title}: {outcome}, {job.record['seconds']:.0f} s", flush=True)
-            except Exception as error:
-                traceback.print_exc(file=file)
-                print(f"{title}: FAILED ({error})", flush=True)
-                failed.append(job.title)
-    return True
 
 
 def parsed(config_class: type, values: Mapping[str, Any]) -> Any:
@@ -129,13 +135,13 @@ def short_key(value: Any) -> str:
 
 
 @dataclass(eq=False)
-class Pretraining:
-    """One run of a training script, a `Job`: a recipe with one of its seeds."""
+class Pretraining(Job):
+    """One run of a training script: a recipe with one of its seeds."""
 
     group: str  # the recipe
     seed: int | None  # None: the recipe has no seeds
     script: str
-    options: dict[str, Any]
+    chosen: dict[str, Any]  # options
     start: dict[str, Pretraining | str]  # option -> the run whose weights it gets, a file, or none
     root: Path
 
@@ -143,15 +149,18 @@ class Pretraining:
         self.title = self.group if self.seed is None else f"{self.group}, seed {self.seed}"
         self.needs = [of for of in self.start.values() if isinstance(of, Pretraining)]
         script = load(self.script).Config
-        self.arch = self.options.get("arch", script.arch)
+        self.arch = self.chosen.get("arch", script.arch)
         # The key is of what the result depends on, save for what the data hold and for the script's code and constants:
         # the record names the commit of those.
         free = {field.name for field in fields(script) if field.metadata.get("may_change")} - MATTER
-        options = {name: value for name, value in self.options.items() if name not in free}
+        options = {name: value for name, value in self.chosen.items() if name not in free}
         start = {option: of.key if isinstance(of, Pretraining) else content_of(of) for option, of in self.start.items()}
         self.key = short_key([self.script, options, start])
         self.folder = self.root / f"{self.script}_{self.key}"
         self.weights = self.folder / "weights.pth"
+        self.options = {option: str(getattr(of, "weights", of)) for option, of in self.start.items()} | self.chosen
+        self.options |= {"dump_path": str(self.folder), "pretrained_path": str(self.folder)}
+        self.options |= {"checkpoint_name": self.weights.name}
 
     @property
     def record(self) -> dict[str, Any] | None:
@@ -159,24 +168,12 @@ class Pretraining:
         path = self.folder / "recipe.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
-    def make(self) -> str:
-        told = {option: str(getattr(of, "weights", of)) for option, of in self.start.items()} | self.options
-        told |= {"dump_path": str(self.folder), "pretrained_path": str(self.folder), "checkpoint_name": "weights.pth"}
-        config.save_yaml(told, self.folder / "options.yaml")
-        command = [sys.executable, str(ROOT / f"{self.script}.py"), "--config", str(self.folder / "options.yaml")]
-        with subprocess.Popen(command, stdout=sys.stdout, stderr=subprocess.STDOUT) as process:
-            try:
-                code = process.wait()
-            finally:
-                process.terminate()  # a script that still runs: it saves, and `with` waits for it
-        if code:
-            raise UserError(f"{self.script}.py ended with {code}; see {self.folder / 'log.txt'}")
+    def finish(self) -> None:
         metrics = pd.read_csv(self.folder / "metrics.csv")
-        found = {"recipe": self.group, "seed": self.seed, "script": self.script, "options": told}
-        found |= {"seconds": round(float(metrics.seconds.sum()), 1), "last": metrics.iloc[-1].to_dict()}
-        found |= {"commit": config.commit(), "torch": torch.__version__}
-        write_json(found, self.folder / "recipe.json")
-        return f"loss {found['last']['loss']:.3f}"
+        about = {"recipe": self.group, "seed": self.seed, "script": self.script, "options": self.options}
+        about |= {"seconds": round(float(metrics.seconds.sum()), 1), "last": metrics.iloc[-1].to_dict()}
+        about |= {"commit": config.commit(), "torch": torch.__version__}
+        write_json(about, self.folder / "recipe.json")
 
 
 def read_recipes(recipes: Mapping[str, Any], root: Path) -> dict[str, list[Pretraining]]:
@@ -188,20 +185,25 @@ def read_recipes(recipes: Mapping[str, Any], root: Path) -> dict[str, list[Pretr
             raise UserError(f"{where}: must be a mapping with script, and none but {', '.join(sorted(PARTS))}")
         script = load(about["script"])
         options, start, seeds = about.get("options") or {}, about.get("start") or {}, about.get("seeds") or [None]
-        may_be_set = {field.name for field in fields(script.Config)} - {*PLACES, *["seed"] * ("seeds" in about)}
-        if wrong := [option for option in (*options, *start) if option not in may_be_set]:
+        free = {field.name for field in fields(script.Config)} - {*PLACES, *["seed"] * ("seeds" in about)}
+        if wrong := [option for option in (*options, *start) if option not in free]:
             raise UserError(f"{where}: {script.__name__} has no option {wrong[0]!r} that may be set here")
-        for option, of in start.items():
-            if of not in known and of != "none" and not Path(of).is_file():
-                raise UserError(f"{where}: {option}: {of} is neither a file nor a recipe that stands before this one")
         config.check(parsed(script.Config, options))
         known[name] = []
         for k, seed in enumerate(seeds):
             own = options if seed is None else options | {"seed": seed}
-            files = {option: of if of == "none" else str(Path(of).resolve()) for option, of in start.items()}
-            starts = {option: at(known[of], k) if of in known else files[option] for option, of in start.items()}
+            starts = {option: _start(f"{where}: {option}", of, known, k) for option, of in start.items()}
             known[name].append(Pretraining(name, seed, script.__name__, own, starts, root))
     return known
+
+
+def _start(where: str, of: str, known: Mapping[str, Sequence[Pretraining]], k: int) -> Pretraining | str:
+    """What the k-th run of a recipe starts from."""
+    if known.get(of):
+        return at(known[of], k)
+    if of != "none" and not Path(of).is_file():
+        raise UserError(f"{where}: {of} is neither a file nor a recipe that stands before this one")
+    return of if of == "none" else str(Path(of).resolve())
 
 
 def at(runs: Sequence[Pretraining], k: int) -> Pretraining:

@@ -22,21 +22,15 @@ KNOWN = {
 }
 
 
-def read_labels(
-    path: str | Path,
-    names: Sequence[str],
-    case_column: str | None = None,
-    label_column: str | None = None,
-    patient_column: str | None = None,
-) -> pd.DataFrame:
+def read_labels(path: str | Path, names: Sequence[str], **wanted: str | None) -> pd.DataFrame:
     """The lines of a CSV file with a header: place (of the case in `names`), label, patient (or None), test_only.
 
     A case is named by its path below the data folder or, where that is unique, its file name; with or without suffix.
+    wanted: the columns of case, label and patient, by default the first of KNOWN.
     Raises UserError for a missing file or column, an unknown or ambiguous case, a case named twice, an empty label.
     """
     rows, naming, places = read_csv(path, "labels"), Naming(names), {name: i for i, name in enumerate(names)}
-    wanted = {"case": case_column, "label": label_column, "patient": patient_column}
-    columns = {what: _column(path, rows[0], what, name) for what, name in wanted.items()}
+    columns = {what: _column(path, rows[0], what, wanted.get(what)) for what in KNOWN}
     table: dict[int, dict[str, Any]] = {}  # by place
     for line, row in enumerate(rows, start=2):
         where = f"labels: {path}, line {line}"
@@ -55,18 +49,19 @@ def read_labels(
     return pd.DataFrame(table.values())
 
 
-def label_items(
-    cases: Cases,
-    table: pd.DataFrame,
-    classes: Sequence[str] = (),
-    positive: str | None = None,
-    patient_pattern: str | None = None,
-) -> tuple[pd.DataFrame, list[str]]:
+def label_items(cases: Cases, cfg: Any) -> tuple[pd.DataFrame, list[str]]:
     """What is classified, a row per stack of slices: stack (in `cases`), case, label, patient, test_only; the classes.
 
-    case: its name.  label: position in the classes.  table: of `read_labels`.  classes, positive, patient_pattern: as
-    in the options of `downstream.classify`.  Raises UserError for a class without cases, and where there are not two.
+    case: its name.  label: position in the classes.  cfg: options of `downstream.classify`.
+    Raises UserError for a class without cases, and where there are not two.
     """
+    classes, positive = cfg.classes, cfg.positive
+    if cfg.labels:
+        wanted = {what: getattr(cfg, f"{what}_column") for what in KNOWN}
+        table = read_labels(cfg.labels, cases.names, **wanted)
+    else:
+        table = pd.DataFrame({"label": [sample.dataset for sample in cases.samples]})
+        table = table.assign(place=table.index, patient=None, test_only=False)
     parts = table.label.str.split("|").explode()
     asked = [("classes", name, table.label) for name in classes] + [("positive", positive, parts)] * bool(positive)
     for option, label, there in asked:
@@ -82,7 +77,7 @@ def label_items(
     if len(set(labels)) < 2:
         raise UserError("labels: all cases have the same label; two are needed to tell apart")
     table = table.assign(label=labels, case=[cases.names[place] for place in table.place])
-    table["patient"] = name_patients(table.case, patient_pattern) if patient_pattern else _told(cases, table)
+    table["patient"] = name_patients(table.case, cfg.patient_pattern) if cfg.patient_pattern else _told(cases, table)
     stacks = pd.DataFrame({"place": cases.owner, "stack": range(len(cases.owner))})
     return table.merge(stacks, on="place"), names
 
@@ -101,11 +96,9 @@ def name_patients(names: Sequence[str], pattern: str) -> list[str]:
 
 def _told(cases: Cases, table: pd.DataFrame) -> list[str]:
     """Each case's patient by the table, else by the cases.csv that prepare_data.py wrote, else the case itself."""
-    folders = {sample.dataset: sample.data_path / sample.dataset for sample in cases.samples}
+    folders = {sample.data_path / sample.dataset for sample in cases.samples}
     prepared = {
-        f"{dataset}/{row.get('file')}": row.get("patient")
-        for dataset, folder in folders.items()
-        for row in read_cases(folder)
+        f"{folder.name}/{row.get('file')}": row.get("patient") for folder in folders for row in read_cases(folder)
     }
     known = (prepared.get(cases.samples[place].name) for place in table.place)
     return [a or b or case for a, b, case in zip(table.patient, known, table.case, strict=True)]

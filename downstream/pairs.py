@@ -2,8 +2,8 @@
 
     <data_path>/CASE.npy, labels/CASE.npy, dataset.yaml, cases.csv      as prepare_data.py writes them
 
-Only the arrays are needed. dataset.yaml may say structures, slice_axis, window and spacing_mm; cases.csv the patient
-and the spacing of each case, and which cases have no label.
+dataset.yaml says structures, slice_axis, window and spacing_mm; cases.csv the patient and the spacing of each case, and
+which cases have no label.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,6 @@ from utils.errors import UserError
 from utils.files import read_csv
 
 LABELS = "labels"  # the folder of the label volumes, beside the images
-
-Structures = dict[str, list[int]]  # label values of each; they may overlap
 
 
 @dataclass(frozen=True)
@@ -46,11 +44,6 @@ class Pair:
         """Slices, rows, columns."""
         return self.image.slices, self.image.height, self.image.width
 
-    @property
-    def channels(self) -> int:
-        """Of the image."""
-        return len(self.image.channel_names) or 1
-
 
 def number_classes(structures: Mapping[str, Sequence[int]]) -> dict[int, int]:
     """Classes 0, 1, ... of the label values: values that belong to the same structures share one; in none: class 0.
@@ -58,15 +51,12 @@ def number_classes(structures: Mapping[str, Sequence[int]]) -> dict[int, int]:
     So nested regions become the disjoint classes that a softmax needs, and unions of them are scored.
     """
     for name, values in structures.items():
-        if not values or 0 in values:
-            raise UserError(f"structures: {name}: {values} must be label values other than 0, the background")
-    classes, signatures = {0: 0}, [()]  # in which structures a class is; the background in none
-    for value in sorted({value for values in structures.values() for value in values}):
-        belongs = tuple(name for name, values in structures.items() if value in values)
-        if belongs not in signatures:
-            signatures.append(belongs)
-        classes[value] = signatures.index(belongs)
-    return classes
+        if not isinstance(values, list) or not values or 0 in values:
+            raise UserError(f"structures: {name}: {values} must be a list of label values other than 0, the background")
+    values = sorted({value for values in structures.values() for value in values})
+    belongs = {value: tuple(name for name, own in structures.items() if value in own) for value in (0, *values)}
+    order = list(dict.fromkeys(belongs.values()))  # the background, which is in none, first
+    return {value: order.index(names) for value, names in belongs.items()}
 
 
 class LabelledVolumes:
@@ -81,7 +71,7 @@ class LabelledVolumes:
     def __init__(
         self,
         data_path: str | Path,
-        structures: Structures | None = None,
+        structures: dict[str, list[int]] | None = None,
         slice_axis: int | None = None,
         window: Sequence[float] | None = None,
         patients: str | None = None,
@@ -90,37 +80,40 @@ class LabelledVolumes:
         labels = {path.stem: path for path in sorted((root / LABELS).glob("[!.]*.npy"))}
         if not labels:
             raise UserError(_no_pairs(root))
-        found, problems = scan(root.parent, only=root.name)
+        given = {key: value for key, value in (("slice_axis", slice_axis), ("window", window)) if value is not None}
+        found, problems = scan(root.parent, root.name, given)
         images = {s.path.stem: s for s in found if s.kind == "volume" and s.path.parent == root}
         about, table = read_settings(root), {row["id"]: row for row in read_cases(root, "id")}
-        people = _patients(patients, table, [case for case in images if case in labels])
+        people = _patients(patients, table, images.keys() & labels)
         problems += [f"{labels[case]}: has no image {root / case}.npy; add it" for case in labels if case not in images]
         self.pairs, notes = [], Counter()
-        for case, sample in images.items():
-            row = table.get(case, {})
+        for case, image in images.items():
+            row, shape, axis = table.get(case, {}), [image.height, image.width], image.slice_axis
+            shape.insert(axis, image.slices)
             if case not in labels and row.get("label") == "":  # prepare_data.py knew of none
                 notes["without labels, which are left out"] += 1
             elif case not in labels:
-                problems.append(f"{sample.path}: has no label {root / LABELS / case}.npy; add it")
-            elif not is_whole(labels[case], tuple(shape := _file_shape(sample))):
-                wanted = " x ".join(map(str, shape))
-                problems.append(
-                    f"{labels[case]}: is not a whole array of {wanted} voxels, as its image; convert it again"
-                )
+                problems.append(f"{image.path}: has no label {root / LABELS / case}.npy; add it")
+            elif not is_whole(labels[case], tuple(shape)):
+                wanted = f"a whole array of {' x '.join(map(str, shape))} voxels, as its image"
+                problems.append(f"{labels[case]}: is not {wanted}; convert it again")
             else:
-                spacing = _spacing(row["spacing_mm"], root) if row.get("spacing_mm") else about.get("spacing_mm")
+                spacing = row["spacing_mm"].split(" x ") if row.get("spacing_mm") else about.get("spacing_mm")
                 notes["of unknown spacing, whose HD95 counts voxels"] += not spacing
                 notes["whose patient no file names: each counts as a patient of its own"] += not people
-                image, written = _as_asked(sample, slice_axis, window), labels[case].stat().st_mtime_ns
                 mm = list(map(float, spacing or (1, 1, 1)))
-                mm.insert(0, mm.pop(image.slice_axis))
+                mm.insert(0, mm.pop(axis))
+                written = labels[case].stat().st_mtime_ns
                 self.pairs.append(Pair(case, people.get(case, case), image, labels[case], tuple(mm), written))
-        if len({pair.channels for pair in self.pairs}) > 1:
+        if len({pair.image.channels for pair in self.pairs}) > 1:
             problems.append(f"{root}: some volumes have more channels than others; keep those of one kind")
         if problems:
             raise bad_files(problems, f"data_path {root}")
         self.name, self.notes = root.name, [f"{count} volumes {what}" for what, count in notes.items() if count]
-        self.structures = structures or _declared(root, about)
+        self.structures = structures or about.get("structures")
+        if not self.structures:
+            remedy = "write there, or as --structures, {left atrium: [1]}"
+            raise UserError(f"{root / 'dataset.yaml'}: no structures say what label values mean; {remedy}")
         self.classes = number_classes(self.structures)
         self.members = {name: sorted({self.classes[v] for v in values}) for name, values in self.structures.items()}
 
@@ -143,7 +136,7 @@ def read_label(pair: Pair, classes: Mapping[int, int]) -> np.ndarray:
 
 @functools.cache
 def label_values(pair: Pair) -> tuple[float, ...]:
-    """The values in a label volume; remembered."""
+    """Of a label volume; remembered."""
     return tuple(np.unique(np.load(pair.label, allow_pickle=False)).tolist())
 
 
@@ -158,17 +151,16 @@ def require_declared(pair: Pair, classes: Mapping[int, int]) -> None:
 def intensity_limits(pair: Pair) -> tuple[tuple[float, float], ...]:
     """Of each channel the intensities that become 0 and 1, the window or robust percentiles as in pre-training.
 
-    Remembered. Raises UserError for NaN or Inf, no contrast, and voxels that all lie outside the window.
+    Remembered. Raises UserError where they cannot be told apart.
     """
-    limits, path, window = [], pair.image.path, pair.image.window
+    limits, window = [], pair.image.window
+    floor, ceiling = window or (-math.inf, math.inf)
     for array in read_image(pair):
         low, high = float(array.min()), float(array.max())  # NaN if any is
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise UserError(f"{path}: holds NaN or Inf; replace them (np.nan_to_num)")
-        if low == high:
-            raise UserError(f"{path}: is constant (all voxels are {low:g}); remove this case")
-        if window and (high <= window[0] or low >= window[1]):
-            raise UserError(f"{path}: its intensities, {low:g} to {high:g}, lie outside the window {window}; change it")
+        if not (math.isfinite(high - low) and max(low, floor) < min(high, ceiling)):
+            within = f" and lie within the window {list(window)}" if window else ""
+            found = f"its intensities, {low:g} to {high:g}, must be finite and differ{within}"
+            raise UserError(f"{pair.image.path}: {found}; correct them, or remove this case")
         limits.append(window or robust_limits(array))
     return tuple(limits)
 
@@ -184,63 +176,21 @@ def _no_pairs(root: Path) -> str:
     if not root.is_dir():
         return f"data_path: {root} is not a folder; give one data set that prepare_data.py has written"
     if next(root.rglob("*.nii*"), None):
-        dest = f"Training_Data/{root.name}"
-        return (
-            f"data_path: {root} holds NIfTI files; convert them once, python prepare_data.py --source {root} "
-            f"--dest {dest}, and then give --data_path {dest}"
-        )
-    below = sorted(path.parent for path in root.glob(f"*/{LABELS}"))
-    hint = f"; did you mean {below[0]}?" if below else ""
-    return f"data_path: {root} has no pairs of CASE.npy and {LABELS}/CASE.npy, which prepare_data.py writes{hint}"
+        convert = f"python prepare_data.py --source {root} --dest Training_Data/{root.name}"
+        return f"data_path: {root} holds NIfTI files; convert them once, {convert}, and give that folder"
+    return f"data_path: {root} has no pairs of CASE.npy and {LABELS}/CASE.npy, which prepare_data.py writes"
 
 
-def _file_shape(sample: Sample) -> list[int]:
-    """Of the first three axes of the file."""
-    shape = [sample.height, sample.width]
-    shape.insert(sample.slice_axis, sample.slices)
-    return shape
-
-
-def _as_asked(sample: Sample, slice_axis: int | None, window: Sequence[float] | None) -> Sample:
-    """The sample with what is given in place of dataset.yaml's."""
-    axis, shape = sample.slice_axis if slice_axis is None else slice_axis, _file_shape(sample)
-    slices, (height, width) = shape.pop(axis), shape
-    own = tuple(window) if window else sample.window
-    return replace(sample, slices=slices, height=height, width=width, slice_axis=axis, window=own)
-
-
-def _patients(file: str | None, table: Mapping[str, Mapping[str, str]], cases: list[str]) -> dict[str, str]:
+def _patients(file: str | None, table: Mapping[str, Mapping[str, str]], cases: set[str]) -> dict[str, str]:
     """{case: patient}, of every case; {} where nothing says."""
     people: Any = {case: row["patient"] for case, row in table.items() if row.get("patient")}
     if file:
         people = read_yaml(Path(file).expanduser())
-        people = people.get("patient", people) if isinstance(people, dict) else None
-    if not isinstance(people, dict):
-        raise UserError(f"patients: {file}: must map cases to patients")
-    if people and (lacking := [case for case in cases if case not in people]):
+    lacking = sorted(cases - people.keys()) if isinstance(people, dict) else sorted(cases)
+    if lacking and (people or file):
         raise UserError(f"{file or 'cases.csv'}: does not name the patient of {_some(lacking)}; add it")
     return {case: str(patient) for case, patient in people.items()}
 
 
-def _spacing(text: str, root: Path) -> list[float]:
-    """mm in the order of the file's axes, as cases.csv writes them."""
-    try:
-        rows, columns, slices = map(float, text.split(" x "))
-    except ValueError:
-        raise UserError(f"{root / 'cases.csv'}: spacing_mm: {text!r} is not three numbers, as in 1 x 1 x 2.5") from None
-    return [rows, columns, slices]
-
-
-def _declared(root: Path, about: Mapping[str, Any]) -> Structures:
-    """Structures as {left atrium: [1]} (prepare_data.py), {left atrium: 1}, or {1: left atrium}."""
-    try:
-        pairs = [(value, key) if str(key).isdigit() else (key, value) for key, value in about["structures"].items()]
-        lists = {str(name): [int(value) for value in np.atleast_1d(values)] for name, values in pairs}
-    except (AttributeError, KeyError, TypeError, ValueError):
-        remedy = "write there, or as --structures, {left atrium: [1]}"
-        raise UserError(f"{root / 'dataset.yaml'}: structures: do not say what label values mean; {remedy}") from None
-    return {name: values for name, values in lists.items() if values != [0]}
-
-
-def _some(values: Sequence[Any], count: int = 8) -> str:
-    return ", ".join(map(str, values[:count])) + (", ..." if len(values) > count else "")
+def _some(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")

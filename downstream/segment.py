@@ -24,47 +24,35 @@ import torch.nn.functional as F
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from monai.losses import DiceCELoss
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from datasets.render import content_size, robust_limits
 from datasets.transforms import gamma, jitter, resample
-from downstream import metrics, task
+from downstream import metrics, pairs, task
 from downstream.encoders import choose_arch, grey, has_transformer, load_encoder, load_joint_encoder
-from downstream.pairs import (
-    LabelledVolumes,
-    Pair,
-    intensity_limits,
-    label_values,
-    read_image,
-    read_label,
-    require_declared,
-)
 from models.encoder import JointEncoder
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, multi_scale
 from utils import config
 from utils.errors import UserError
-from utils.files import whole_file
 from utils.optim import parameter_groups
 from utils.options import FREE, constants, data, model, optimisation, running
-from utils.precision import Precision
 from utils.seeding import SHUFFLE, stream
 
 LAYERS = 4  # of a transformer that starts from random weights
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  # those that the U-Net's library has
 
 
-@dataclass(kw_only=True)
-class Segmenting(task.Options):
+@constants
+class Config(task.Options):
     """Options of segmentation."""
 
-    structures: dict[str, list[int]] | None = data(
-        None, "label values of each structure, which may overlap; null: as dataset.yaml says"
-    )
-    slice_axis: Literal[0, 1, 2] | None = data(
-        None, "axis of the files that counts slices; null: as dataset.yaml says, else the last"
-    )
-    window: list[float] | None = data(
-        None, "intensities that become 0 and 1 (HU for CT); null: as dataset.yaml says, else robust percentiles"
-    )
+    data_path = "Training_Data/Task02_Heart"
+    base_lr = 0.001
+    dump_path = "runs/segment"
+
+    structures: dict[str, list[int]] | None = data(None, "label values of each structure; null: as dataset.yaml says")
+    slice_axis: Literal[0, 1, 2] | None = data(None, "axis of the files that counts slices; null: as dataset.yaml says")
+    window: list[float] | None = data(None, "intensities that become 0 and 1; null: dataset.yaml's, or percentiles")
     patients: str | None = data(None, "JSON or YAML file that maps cases to patients; null: as cases.csv says")
     size: PositiveInt = data(224, "side in pixels of the square that slices are fitted to, aspect kept")
     augment: bool = data(True, "small rotations, scalings, shifts, changes of brightness, contrast and gamma")
@@ -72,9 +60,7 @@ class Segmenting(task.Options):
     f_inter: bool = model(False, "transformer over slices at the bottleneck, from the weights where they have one")
     inter_slices: PositiveInt = model(16, "consecutive slices that f_inter sees together")
     d_model: PositiveInt = model(640, "width of an f_inter that starts from random weights")
-    decoder_norm: Literal["batch", "instance"] = model(
-        "batch", "normalisation in the decoder; instance needs no running means, which few steps leave unsettled"
-    )
+    decoder_norm: Literal["batch", "instance"] = model("batch", "normalisation in the decoder; instance for few steps")
     encoder_lr: PositiveFloat = optimisation(1.0, "learning rate of the encoder and of f_inter, as a share of base_lr")
     overlays: NonNegativeInt = running(0, "test cases of which a slice is drawn with outlines", FREE)
 
@@ -86,18 +72,11 @@ class Segmenting(task.Options):
             raise UserError(f"window: {self.window} must be two increasing numbers, e.g. [-160, 240]")
 
 
-@constants
-class Config(Segmenting):
-    data_path = "Training_Data/Task02_Heart"
-    base_lr = 0.001
-    dump_path = "runs/segment"
-
-
 @dataclass(frozen=True)
 class Case:
     """One volume at working resolution: S x S slices with the content in the middle."""
 
-    pair: Pair
+    pair: pairs.Pair
     images: Tensor  # [D, C, S, S] float16 in 0..1
     classes: Tensor  # [D, S, S] uint8
     content: tuple[slice, slice]  # rows and columns that are not padding
@@ -111,14 +90,14 @@ class Segmentation(task.Task):
 
     def __init__(self, cfg: Config, device: torch.device) -> None:
         super().__init__(cfg, device)
-        self.data = LabelledVolumes(cfg.data_path, cfg.structures, cfg.slice_axis, cfg.window, cfg.patients)
+        self.data = pairs.LabelledVolumes(cfg.data_path, cfg.structures, cfg.slice_axis, cfg.window, cfg.patients)
         self.pairs = {pair.case: pair for pair in self.data.pairs}
         self.patients = {case: pair.patient for case, pair in self.pairs.items()}
         self.fingerprint = task.fingerprint(path for pair in self.data.pairs for path in (pair.image.path, pair.label))
         self.loss_of = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
 
     def build(self) -> SliceUNet:
-        cfg, channels = self.cfg, self.data.pairs[0].channels
+        cfg, channels = self.cfg, self.data.pairs[0].image.channels
         arch = choose_arch(cfg.weights, cfg.arch)
         if arch not in ARCHITECTURES:
             raise UserError(f"weights: {cfg.weights} is a {arch}; the U-Net takes {', '.join(ARCHITECTURES)}")
@@ -134,8 +113,8 @@ class Segmentation(task.Task):
 
     def examine(self) -> None:
         for name in [*self.labelled, *self.split.validation, *self.split.test]:
-            intensity_limits(self.pairs[name])
-            require_declared(self.pairs[name], self.data.classes)
+            pairs.intensity_limits(self.pairs[name])
+            pairs.require_declared(self.pairs[name], self.data.classes)
         if not self.shown(self.split.validation):
             raise UserError("split: the validation volumes show no structure, so no epoch can be chosen by them")
 
@@ -149,28 +128,25 @@ class Segmentation(task.Task):
         h, w = content_size(height, width, size)
         top, left = (size - h) // 2, (size - w) // 2
         content = slice(top, top + h), slice(left, left + w)
-        images = torch.zeros(depth, pair.channels, size, size, dtype=torch.float16)
-        for channel, limits in enumerate(intensity_limits(pair)):
-            for place, pixels in enumerate(read_image(pair)[channel]):
+        images = torch.zeros(depth, pair.image.channels, size, size, dtype=torch.float16)
+        for channel, limits in enumerate(pairs.intensity_limits(pair)):
+            for place, pixels in enumerate(pairs.read_image(pair)[channel]):
                 images[place, channel, content[0], content[1]] = grey(pixels, *limits, (h, w))
         classes = torch.zeros(depth, size, size, dtype=torch.uint8)
-        label = torch.from_numpy(read_label(pair, self.data.classes))[:, None]
+        label = torch.from_numpy(pairs.read_label(pair, self.data.classes))[:, None]
         classes[:, content[0], content[1]] = F.interpolate(label, (h, w), mode="nearest-exact")[:, 0]
         return Case(pair, images, classes, content)
 
     def shown(self, cases: Sequence[str]) -> set[int]:
         """The structures' classes in some cases."""
-        return {self.data.classes[value] for case in cases for value in label_values(self.pairs[case])} - {0}
+        return {self.data.classes[value] for case in cases for value in pairs.label_values(self.pairs[case])} - {0}
 
     def describe(self) -> str:
         data, there = self.data, self.shown(self.labelled)
         absent = [name for name, members in data.members.items() if not there & set(members)]
-        lines = [
-            f"{data.name}: {len(data.pairs)} volumes; {', '.join(data.structures)}",
-            *data.notes,
-            *(f"warning: no labelled volume shows {name}; it cannot be learnt" for name in absent),
-        ]
-        return "\n".join(lines)
+        warnings = [f"warning: no labelled volume shows {name}; it cannot be learnt" for name in absent]
+        head = f"{data.name}: {len(data.pairs)} volumes; {', '.join(data.structures)}"
+        return "\n".join([head, *data.notes, *warnings])
 
     @property
     def steps(self) -> int:
@@ -178,13 +154,12 @@ class Segmentation(task.Task):
         return self.cfg.steps_per_epoch or max(1, slices // self.cfg.batch_size)
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        loaded = {id(p) for module in model.loaded for p in module.parameters()}
-        found = [
-            group | {"params": [p for p in group["params"] if (id(p) in loaded) == inside], "share": share}
-            for group in parameter_groups(model, self.cfg.wd)
-            for share, inside in ((self.cfg.encoder_lr, True), (1.0, False))
+        parts = ((model.loaded, self.cfg.encoder_lr), (model.new, 1.0))
+        return [
+            {**group, "share": share}
+            for modules, share in parts
+            for group in parameter_groups(nn.ModuleList(modules), self.cfg.wd)
         ]
-        return [group for group in found if group["params"]]
 
     def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor, list[int]]:
         """Images [N, C, S, S], classes [N, S, S] and the lengths of the stretches that the N slices are of."""
@@ -210,16 +185,16 @@ class Segmentation(task.Task):
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Mean Dice over structures, of means over the volumes, at working resolution."""
         cases = [self.cases[name] for name in self.split.validation]
-        pairs = [(predict(model, case, self.cfg, native=False), case.classes) for case in cases]
-        found = [[metrics.dice(*metrics.masks(*pair, own)) for pair in pairs] for own in self.data.members.values()]
+        volumes = [(self.predict(model, case, native=False), case.classes) for case in cases]
+        found = [[metrics.dice(*metrics.masks(*one, own)) for one in volumes] for own in self.data.members.values()]
         return {"validation_dice": metrics.mean(list(map(metrics.mean, found)))}
 
     def test(self, model: nn.Module, folder: Path) -> task.Outcome:
         scores, rows = [], []
         for name in self.split.test:
             case = self.case(name)
-            prediction = predict(model, case, self.cfg, native=True)
-            reference = torch.from_numpy(read_label(case.pair, self.data.classes))
+            prediction = self.predict(model, case, native=True)
+            reference = torch.from_numpy(pairs.read_label(case.pair, self.data.classes))
             scores.append(metrics.score(prediction, reference, self.data.members, case.pair.spacing_mm))
             for structure, values in scores[-1].items():
                 numbers = {metric: f"{value:.6g}" for metric, value in values.items()}
@@ -227,6 +202,33 @@ class Segmentation(task.Task):
             if len(scores) <= self.cfg.overlays:
                 draw(case, prediction.numpy(), reference.numpy(), folder / f"{name}.png")
         return task.Outcome(metrics.summarise(scores), rows)
+
+    def predict(self, model: nn.Module, case: Case, native: bool) -> Tensor:
+        """Classes of a volume, uint8 on the CPU: [D, H, W] on the grid of its file, or [D, S, S] at working resolution.
+
+        With f_inter, stretches of slices overlap by half and their probabilities are averaged. Probabilities, not
+        classes, are resampled to the file's grid.
+        """
+        cfg, depth = self.cfg, len(case.images)
+        length, hop = (cfg.inter_slices, max(1, cfg.inter_slices // 2)) if cfg.f_inter else (cfg.batch_size,) * 2
+        probabilities, seen = None, torch.zeros(depth, 1, 1, 1)
+        for start in sorted({min(start, max(0, depth - length)) for start in range(0, depth, hop)}):
+            part = slice(start, start + length)
+            images = case.images[part].float().to(self.device)
+            with self.precision.autocast():
+                logits = model(images, [len(images)])
+            softmax = logits.float().softmax(dim=1).cpu()
+            if probabilities is None:
+                probabilities = torch.zeros(depth, *softmax.shape[1:])
+            probabilities[part] += softmax
+            seen[part] += 1
+        probabilities /= seen
+        if not native:
+            return probabilities.argmax(1).to(torch.uint8)
+        inside = probabilities[:, :, case.content[0], case.content[1]]
+        size = case.pair.shape[1:]
+        resized = (F.interpolate(one[None], size, mode="bilinear", antialias=True).argmax(1) for one in inside)
+        return torch.cat(list(resized)).to(torch.uint8)
 
 
 run, check = functools.partial(task.run, Segmentation), functools.partial(task.check, Segmentation)
@@ -269,43 +271,12 @@ def augment(
     return gamma(images, log_gamma), moved
 
 
-@torch.no_grad()
-def predict(model: SliceUNet, case: Case, cfg: Config, native: bool) -> Tensor:
-    """Classes of a whole volume, uint8 on the CPU: [D, H, W] on the file's grid, or [D, S, S] at working resolution.
-
-    With f_inter, stretches of slices overlap by half and their probabilities are averaged. Probabilities, not classes,
-    are resampled to the file's grid.
-    """
-    device = next(model.parameters()).device
-    precision = Precision(cfg.precision, device)
-    length, hop = (cfg.inter_slices, max(1, cfg.inter_slices // 2)) if cfg.f_inter else (cfg.batch_size,) * 2
-    depth = len(case.images)
-    probabilities, seen = None, torch.zeros(depth, 1, 1, 1)
-    for start in sorted({min(start, max(0, depth - length)) for start in range(0, depth, hop)}):
-        part = slice(start, start + length)
-        images = case.images[part].float().to(device)
-        with precision.autocast():
-            logits = model(images, [len(images)])
-        softmax = logits.float().softmax(dim=1).cpu()
-        if probabilities is None:
-            probabilities = torch.zeros(depth, *softmax.shape[1:])
-        probabilities[part] += softmax
-        seen[part] += 1
-    probabilities /= seen
-    if not native:
-        return probabilities.argmax(1).to(torch.uint8)
-    size = case.pair.shape[1:]
-    inside = probabilities[:, :, case.content[0], case.content[1]]
-    resized = (F.interpolate(one[None], size, mode="bilinear", antialias=True).argmax(1) for one in inside)
-    return torch.cat(list(resized)).to(torch.uint8)
-
-
 def draw(case: Case, prediction: np.ndarray, reference: np.ndarray, path: Path) -> None:
     """PNG of the slice with most labelled pixels: outlines of the reference on the left, of the prediction right."""
     from matplotlib.figure import Figure
 
     chosen = int((reference > 0).sum(axis=(1, 2)).argmax())
-    pixels = read_image(case.pair)[0, chosen]
+    pixels = pairs.read_image(case.pair)[0, chosen]
     low, high = robust_limits(pixels)
     figure = Figure(figsize=(8, 4), layout="constrained")
     for axes, classes in zip(figure.subplots(1, 2), (reference[chosen], prediction[chosen]), strict=True):
@@ -313,8 +284,7 @@ def draw(case: Case, prediction: np.ndarray, reference: np.ndarray, path: Path) 
         for number in np.unique(classes[classes > 0]):
             axes.contour(classes == number, levels=[0.5], colors=f"C{number}", linewidths=1)
         axes.set_axis_off()
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    figure.savefig(path, dpi=150)
 
 
 class SliceUNet(nn.Module):
@@ -337,25 +307,21 @@ class SliceUNet(nn.Module):
         decoder_norm: str = "batch",
     ) -> None:
         super().__init__()
-        self.unet = smp.Unet(
-            arch,
-            encoder_weights=None,
-            in_channels=channels,
-            classes=classes,
-            decoder_use_norm={"type": f"{decoder_norm}norm"} | ({"affine": True} if decoder_norm == "instance" else {}),
-        )
+        norm = {"type": f"{decoder_norm}norm"} | ({"affine": True} if decoder_norm == "instance" else {})
+        self.unet = smp.Unet(arch, encoder_weights=None, in_channels=channels, classes=classes, decoder_use_norm=norm)
         state = encoder.torchvision_state()
         state["conv1.weight"] = (encoder.conv1.weight.detach() / channels).repeat(1, channels, 1, 1)
         self.unet.encoder.load_state_dict(state)
-        loaded: list[nn.Module] = [self.unet.encoder]
+        self.loaded, self.new = [self.unet.encoder], [self.unet.decoder, self.unet.segmentation_head]
         self.transformer = None
         if inter is not None:
             self.projection, self.transformer = inter.projection, inter.transformer
-            loaded += [self.projection, self.transformer]
             self.to_bottleneck = nn.Linear(self.projection.out_features, encoder.num_features)
             nn.init.zeros_(self.to_bottleneck.weight)
             nn.init.zeros_(self.to_bottleneck.bias)
-        self.loaded, self.frozen = loaded, loaded if freeze else []
+            self.loaded += [self.projection, self.transformer]
+            self.new.append(self.to_bottleneck)
+        self.frozen = self.loaded if freeze else []
         for module in self.frozen:
             module.requires_grad_(False)
 
@@ -365,14 +331,12 @@ class SliceUNet(nn.Module):
             module.eval()  # BatchNorm keeps its statistics
         return self
 
-    def forward(self, images: Tensor, lengths: Sequence[int]) -> Tensor:
+    def forward(self, images: Tensor, lengths: list[int]) -> Tensor:
         features = self.unet.encoder((images - GREY_MEAN) / GREY_STD)  # the images, the stem, four stages
         if self.transformer is not None:
             embedded = self.projection(multi_scale(features[2:]))  # [N, d]
-            mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-            mask = mask.to(embedded.device)
-            tokens = embedded.new_zeros(*mask.shape, embedded.shape[1])
-            tokens[mask] = embedded
+            mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(embedded.device)
+            tokens = pad_sequence(embedded.split(lengths), batch_first=True)
             context = self.to_bottleneck(self.transformer(tokens, mask)[mask])  # [N, channels of the last stage]
             features[-1] = features[-1] + context[:, :, None, None]
         return self.unet.segmentation_head(self.unet.decoder(features))

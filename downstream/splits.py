@@ -71,14 +71,9 @@ def draw_split(
 ) -> Split:
     """The split in a file, or one drawn by patient; checked: UserError.
 
-    A file may leave out folders and suffixes, so that one made for `segment` serves `classify` on the same volumes, and
-    it may name a patient in place of all of the patient's cases.
     patients: of every case.  needed: parts that must not be empty.
     """
-    if file:
-        split = _full_names(read_split(file), patients)
-    else:
-        split = make_split(list(patients), list(patients.values()), fractions, seed)
+    split = read_split(file, patients) if file else make_split([*patients], [*patients.values()], fractions, seed)
     check_split(split, patients)
     for part in needed:
         if not getattr(split, part):
@@ -86,25 +81,30 @@ def draw_split(
     return split
 
 
-def write_split(split: Split, path: Path) -> None:
-    """A JSON file that `read_split` reads."""
-    write_json(asdict(split), path)
+def read_split(file: str, cases: Iterable[str]) -> Split:
+    """The split in a YAML or JSON file, with the names that these cases have; a name of no case stays as it is.
 
-
-def read_split(path: str | Path) -> Split:
-    """The split in a YAML or JSON file. Raises UserError naming what is wrong with it."""
-    path = Path(path)
+    A file may leave out folders and suffixes or have those of another task, so that one made for `segment` serves
+    `classify` on the same volumes. Raises UserError naming what is wrong with it.
+    """
+    path, naming = Path(file), Naming(cases)
     try:
         values = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else read_yaml(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); leave --split out to have one made") from None
-    except ValueError as error:
-        raise UserError(f"{path}: is not valid JSON ({error}); correct it") from None
-    lists = values.values() if isinstance(values, dict) and set(values) == set(PARTS) else [None]
-    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
+    except (OSError, ValueError) as error:
+        raise UserError(f"split: {path}: cannot be read ({error}); correct it, or leave --split out") from None
+    parts = [values.get(part) for part in PARTS] if isinstance(values, dict) and set(values) == set(PARTS) else [None]
+    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in parts):
         lists = ", ".join(PARTS)
         raise UserError(f"{path}: must hold the lists {lists} of case names (quoted where they are numbers), no more")
-    return Split(**values)
+
+    def full(name: str) -> str:
+        return naming.find(name, "split") or naming.find(Path(name).name, "split") or name
+
+    return Split(*(list(map(full, names)) for names in parts))
+
+
+def write_split(split: Split, path: Path) -> None:
+    write_json(asdict(split), path)
 
 
 def choose_labelled(train: Sequence[str], count: int, seed: int) -> list[str]:
@@ -138,30 +138,14 @@ class Naming:
     """How people may name cases: by the path or the file name, each with or without its suffix."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        self.known: dict[str, set[str]] = defaultdict(set)
-        for name in names:
+        self.names, self.known = set(names), defaultdict(set)
+        for name in self.names:
             for way in (name, without_suffix(name), Path(name).name, without_suffix(Path(name).name)):
                 self.known[way].add(name)
 
     def find(self, name: str, where: str) -> str | None:
         """The case, None where there is none. Raises UserError, which `where` begins, for several."""
-        found = sorted(self.known.get(name) or self.known.get(without_suffix(name)) or ())
+        found = sorted({name} & self.names or self.known.get(name) or self.known.get(without_suffix(name)) or ())
         if len(found) > 1:
             raise UserError(f"{where}: {name!r} may be {found[0]} or {found[1]}; write the path below data_path")
         return found[0] if found else None
-
-
-def _full_names(split: Split, patients: Mapping[str, str]) -> Split:
-    """The same split with the names that cases have, a patient's name turned into those of all cases of the patient."""
-    naming, of_patient = Naming(patients), defaultdict(list)
-    for case, patient in patients.items():
-        of_patient[patient].append(case)
-
-    def full(name: str) -> list[str]:
-        if name in patients:
-            return [name]
-        # By the file name alone, too: a split of another task has its folders.
-        found = naming.find(name, "split") or naming.find(Path(name).name, "split")
-        return [found] if found else of_patient.get(name, [name])
-
-    return Split(*([case for name in getattr(split, part) for case in full(name)] for part in PARTS))

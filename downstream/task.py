@@ -13,8 +13,8 @@ import json
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,6 @@ from tqdm import tqdm
 from downstream.encoders import content_of, describe_weights
 from downstream.metrics import format_metrics
 from downstream.splits import Split, choose_labelled, draw_split, write_split
-from training.resume import explained
 from utils import checkpoint, config, distributed, signals
 from utils.errors import UserError
 from utils.files import write_csv, write_json
@@ -79,8 +78,7 @@ class Task(ABC):
     """What is learned and how it is scored.
 
     `__init__` opens the data by names and headers and checks the options; `run` then sets `split` and `labelled`,
-    calls `build` and `examine`, and only then trains. Every random draw is a function of (seed, epoch, step); torch's
-    own random numbers are seeded per step. Methods raise UserError for what the user can put right.
+    calls `build` and `examine`, and only then trains. Every random draw is a function of (seed, epoch, step).
     """
 
     needed: tuple[str, ...] = ("train", "validation", "test")  # parts of the split that must have cases
@@ -222,10 +220,18 @@ class Course:
         write_split(task.split, folder / "split.json")
         task.load()
         self.model.to(task.device)
-        trained = self.train() if task.epochs else {}
-        self.model.eval()
-        with self.saved_when_stopped():
-            outcome = task.test(self.model, folder)
+        if task.epochs:
+            self.begin()
+        try:
+            trained = self.train() if task.epochs else {}
+            self.model.eval()
+            with torch.no_grad():
+                outcome = task.test(self.model, folder)
+        except SystemExit:  # a signal
+            if task.epochs:
+                print(f"stopped in epoch {self.at.epoch + 1}; run the same command to go on", flush=True)
+                self.save()
+            raise
         result = {
             "metrics": outcome.metrics,
             "cases": test,
@@ -248,53 +254,54 @@ class Course:
         print(f"{test} test cases{best}\nwrote {folder}/results.json and cases.csv", flush=True)
         return result
 
-    def train(self) -> dict[str, Any]:
-        """The epochs that are still to be done; what the result says of all."""
-        task = self.task
+    def begin(self) -> None:
+        """Make the optimiser, and take up a run that was stopped."""
+        task, state = self.task, self.state
         self.optimizer = torch.optim.AdamW(task.groups(self.model), self.cfg.base_lr)
         self.rate = WarmupCosine(self.cfg.base_lr, 0.0, 0.0, task.warmup_steps, task.epochs * task.steps)
-        if self.state:
-            self.load(self.state)
-        while self.at.epoch < task.epochs:
+        if not state:
+            return
+        with checkpoint.explained(self.folder):
+            self.model.load_state_dict(state["learner"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if state["scaler"]:  # empty when `precision auto` meant another format on the device before
+                task.precision.scaler.load_state_dict(state["scaler"])
+            self.kept = state["kept"]
+            self.at = Progress(**{f.name: state[f.name] for f in fields(Progress)})
+        print(f"continuing at epoch {self.at.epoch + 1} of {task.epochs}, step {self.at.seen + 1}", flush=True)
+
+    def train(self) -> dict[str, Any]:
+        """The epochs that are still to be done; what the result says of all."""
+        while self.at.epoch < self.task.epochs:
             self.epoch()
         self.model.load_state_dict(self.kept)
         checkpoint.write(self.kept, self.folder / "best.pth")
         return {"best_epoch": self.at.best_epoch + 1, "history": self.at.history}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Take up a run that was stopped."""
-        with explained(self.folder):
-            self.model.load_state_dict(state["learner"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if state["scaler"]:  # empty when `precision auto` meant another format on the device before
-                self.task.precision.scaler.load_state_dict(state["scaler"])
-            self.kept = state["kept"]
-            self.at = Progress(**{f.name: state[f.name] for f in fields(Progress)})
-        print(f"continuing at epoch {self.at.epoch + 1} of {self.task.epochs}, step {self.at.seen + 1}", flush=True)
-
     def epoch(self) -> None:
-        """The steps of an epoch that are still to be done, validation, and the checkpoint behind them."""
+        """The steps of an epoch that are still to be done, validation, and the checkpoint behind them.
+
+        Signals wait where something changes, so that the state may be saved wherever one ends the run.
+        """
         at, steps = self.at, self.task.steps
         self.model.train()
         bar = tqdm(total=steps, initial=at.seen, desc=f"epoch {at.epoch + 1}", unit="step", disable=None, leave=False)
-        with signals.noted(), bar:
+        with bar:
             while at.seen < steps:
-                self.step()
+                with signals.noted():
+                    self.step()
                 bar.update()
-                if signals.caught():
-                    self.save()
-                    print(f"stopped in epoch {at.epoch + 1}; run the same command to go on", flush=True)
-                    raise SystemExit(128 + signals.caught())
             figures = self.validate()
+        with signals.noted():
             at.history.append({"loss": at.loss / steps, **figures})
             if _rank(figures) >= _rank(at.best):  # of equal ones the last has learned most
                 at.best_epoch, at.best = at.epoch, figures
                 self.kept = {key: value.cpu().clone() for key, value in self.model.state_dict().items()}
             said = "".join(f"  {name} {value:.4f}" for name, value in at.history[-1].items())
-            tqdm.write(f"epoch {at.epoch + 1:3}{said}")
+            print(f"epoch {at.epoch + 1:3}{said}", flush=True)
             at.epoch, at.seen, at.loss = at.epoch + 1, 0, 0.0
-            if signals.caught() or time.monotonic() - self.saved_at > SAVE_SECONDS:
-                self.save()
+        if time.monotonic() - self.saved_at > SAVE_SECONDS:
+            self.save()
 
     def step(self) -> None:
         at, task = self.at, self.task
@@ -314,24 +321,13 @@ class Course:
         at.loss += value
         at.seen += 1
 
+    @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Figures of an epoch, none where there is nothing to choose from or by."""
         if self.task.epochs == 1 or not self.task.split.validation:
             return {}
         self.model.eval()
-        with self.saved_when_stopped():
-            return self.task.validate(self.model)
-
-    @contextmanager
-    def saved_when_stopped(self) -> Iterator[None]:
-        """Minutes that need no gradients and change nothing: a signal ends them at once, and what is done is saved."""
-        try:
-            with signals.obeyed(), torch.no_grad():
-                yield
-        except SystemExit:
-            if self.task.epochs:
-                self.save()
-            raise
+        return self.task.validate(self.model)
 
     def save(self) -> None:
         parts = {"learner": self.model, "optimizer": self.optimizer, "scaler": self.task.precision.scaler}

@@ -10,7 +10,6 @@ command again makes only what is missing.
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -22,7 +21,7 @@ import pandas as pd
 from PIL import Image
 
 import prepare_data
-from downstream.splits import PARTS, Split, check_split, make_split, read_split, write_split
+from downstream.splits import PARTS, Split, make_split, write_split
 from utils import config as options
 from utils.errors import UserError
 
@@ -53,48 +52,40 @@ def main(cfg: Config) -> None:
     prepare(source / "misc_nifti", dest / "pretrain" / "misc_nifti")
     for name, shares in SETS.items():
         task, trained_on = dest / "tasks" / name, dest / "pretrain" / name
-        volumes = (source / name / "imagesTr").is_dir()
-        table = read_volumes(source / name) if volumes else read_images(source / name)
-        if volumes:
+        table = read_cases(source / name)
+        if volumes := (source / name / "imagesTr").is_dir():
             prepare(source / name, task)
-            place(["dataset.yaml"], task, trained_on, os.link)
+            copy(["dataset.yaml"], task, trained_on)
         else:
-            place(table.index, source / name, task, shutil.copyfile)
-        labelled = table[table.label != ""]
-        path = dest / "splits" / f"{name}.json"
-        if not path.is_file():
-            write_split(stratified(labelled, shares), path)
-        split = read_split(path)
-        check_split(split, labelled.patient.to_dict())
-        files = [f"{case}.npy" if volumes else case for case in allowed(split, table)]
-        place(files, task, dest / "pretrain" if name == "slices_png" else trained_on, os.link)  # takes no room
+            copy(table.index, source / name, task)
+        split = stratified(table[table.label != ""], shares)
+        write_split(split, dest / "splits" / f"{name}.json")
+        allowed = table.index[~table.patient.isin(table.patient[split.test])]
+        files = [f"{case}.npy" if volumes else case for case in allowed]
+        copy(files, task, dest / "pretrain" if name == "slices_png" else trained_on)
+        if name == "heart_la":
+            cut_stacks(dest, table.patient, split)
         print(f"{name}: {', '.join(f'{len(getattr(split, part))} {part}' for part in PARTS)}")
     shutil.copyfile(source / "chest_xray" / "labels.csv", dest / "tasks" / "chest_xray.csv")
-    cut_stacks(dest, read_volumes(source / "heart_la").patient)
     print(f"wrote {dest}")
 
 
-def read_volumes(folder: Path) -> pd.DataFrame:
-    """The patient of each case, of a data set in Decathlon's layout whose dataset.json names them. All count alike."""
-    patients = options.read_yaml(folder / "dataset.json")["patient"]
-    return pd.DataFrame({"patient": pd.Series(patients), "label": "volume"})
-
-
-def read_images(folder: Path) -> pd.DataFrame:
-    """Patient and label of each image, by its path: its finding, "" where that is not told apart; or its organ.
+def read_cases(folder: Path) -> pd.DataFrame:
+    """Patient and label of each case: its finding, "" where that is not told apart; or its organ. Volumes count alike.
 
     Of slices named <organ>/<scan>_frame_<number>.png the scan is the patient; those without contrast are left out.
     """
+    if (folder / "dataset.json").is_file():
+        patients = options.read_yaml(folder / "dataset.json")["patient"]
+        return pd.DataFrame({"patient": pd.Series(patients), "label": "volume"})
     if (folder / "labels.csv").is_file():
         table = pd.read_csv(folder / "labels.csv", dtype=str).set_index("filename")
         return pd.DataFrame({"patient": table.patient, "label": table.finding.where(table.finding.isin(FINDINGS), "")})
     rows = {}
     for path in sorted(folder.glob("*/*.png")):
-        found, organ = SCAN.match(path.name), path.parent.name
-        if found is None:
-            raise UserError(f"{path}: does not name its scan (<scan>_frame_<number>.png)")
+        organ = path.parent.name
         if np.ptp(np.asarray(Image.open(path))):
-            rows[f"{organ}/{path.name}"] = {"patient": f"{organ}/{found[1]}", "label": organ}
+            rows[f"{organ}/{path.name}"] = {"patient": f"{organ}/{SCAN.match(path.name)[1]}", "label": organ}
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -106,13 +97,7 @@ def stratified(table: pd.DataFrame, shares: Sequence[float], seed: int = 0) -> S
     return Split(*(sorted(itertools.chain(*(getattr(part, name) for part in parts))) for name in PARTS))
 
 
-def allowed(split: Split, table: pd.DataFrame) -> list[str]:
-    """The cases that pre-training may see: none of a patient who has a case in the test."""
-    tested = table.patient[split.test].unique()
-    return sorted(table.index[~table.patient.isin(tested)])
-
-
-def cut_stacks(dest: Path, patients: pd.Series) -> None:
+def cut_stacks(dest: Path, patients: pd.Series, split: Split) -> None:
     """A task of whole volumes: is the atrium in a stack of slices, and does it begin or end there?
 
     Every volume of heart_la is cut into stacks of STACK slices (the rest is left out), labelled `inside` (all slices
@@ -123,15 +108,15 @@ def cut_stacks(dest: Path, patients: pd.Series) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for case, patient in patients.sort_index().items():
-        image, label = (np.load(heart / kind / f"{case}.npy", mmap_mode="r") for kind in ("", "labels"))
+    for volume, patient in patients.sort_index().items():
+        image, label = (np.load(heart / kind / f"{volume}.npy", mmap_mode="r") for kind in ("", "labels"))
         shown = label.any(axis=(0, 1))
         for k in range(len(shown) // STACK):
-            part = slice(k * STACK, (k + 1) * STACK)
-            np.save(folder / f"{case}_{k}.npy", image[:, :, part], allow_pickle=False)
+            case, part = f"{volume}_{k}.npy", slice(k * STACK, (k + 1) * STACK)
+            np.save(folder / case, image[:, :, part], allow_pickle=False)
             kind = "inside" if shown[part].all() else "edge" if shown[part].any() else "none"
-            rows.append({"case": f"{case}_{k}.npy", "patient": patient, "label": kind, "volume": case})
-    table, split = pd.DataFrame(rows), read_split(dest / "splits" / "heart_la.json")
+            rows.append({"case": case, "patient": patient, "label": kind, "volume": volume})
+    table = pd.DataFrame(rows)
     parts = (table.case[table.volume.isin(getattr(split, part))].tolist() for part in PARTS)
     write_split(Split(*parts), dest / "splits" / "heart_la_stacks.json")
     table.drop(columns="volume").to_csv(folder.with_suffix(".csv"), index=False)
@@ -141,12 +126,12 @@ def prepare(source: Path, dest: Path) -> None:
     prepare_data.main(prepare_data.Config(source=str(source), dest=str(dest), workers=1))
 
 
-def place(files: Iterable[str], source: Path, dest: Path, how) -> None:
-    """Copies or links of those files that are not there."""
+def copy(files: Iterable[str], source: Path, dest: Path) -> None:
+    """Those files that are not there."""
     for file in files:
-        (dest / file).parent.mkdir(parents=True, exist_ok=True)
         if not (dest / file).exists():
-            how(source / file, dest / file)
+            (dest / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / file, dest / file)
 
 
 if __name__ == "__main__":

@@ -10,25 +10,20 @@ Progress stands in dump_path/progress.txt. Make the data first, with `python -m 
 
 from __future__ import annotations
 
-import dataclasses
-import multiprocessing
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
 
 from downstream import compare, jobs
-from downstream.jobs import Pretraining, read_recipes
 from training.scripts import load
 from utils import config as options
-from utils import signals
 from utils.errors import UserError
 
-GRACE = 60.0  # seconds in which a run that is told to stop may save
 SECTIONS = ("defaults", "recipes", "comparisons", "differences")
 
 
@@ -50,35 +45,17 @@ class Config:
 
 def main(cfg: Config) -> None:
     end = time.monotonic() + 60 * cfg.minutes if cfg.minutes else float("inf")
-    plan = read_plan(cfg.experiments, Path(cfg.dump_path))
+    out = Path(cfg.dump_path)
+    plan = read_plan(cfg.experiments, out)
     print(jobs.progress(plan.jobs), flush=True)
     if cfg.plan:
         return
-    compare.check(plan.cells)
+    compare.check([cell for comparison in plan.comparisons.values() for cell in comparison.cells])
     os.environ |= {"OMP_NUM_THREADS": str(cfg.threads), "MKL_NUM_THREADS": str(cfg.threads)}
-    spawn = multiprocessing.get_context("spawn")
-    workers = [spawn.Process(target=_work, args=(cfg,)) for _ in range(cfg.jobs)]
-    try:
-        for worker in workers:
-            worker.start()
-        while any(worker.is_alive() for worker in workers) and time.monotonic() < end:
-            time.sleep(0.2)
-    finally:  # whatever ends this process ends its workers, which save first
-        for worker in workers:
-            worker.terminate()
-        for worker in workers:
-            worker.join(1.5 * GRACE)
-            worker.kill()
+    failed = jobs.run_jobs(plan.jobs, out / "progress.txt", cfg.jobs, end)
     print(jobs.progress(plan.jobs), flush=True)
-    if any(worker.exitcode == 1 for worker in workers):
-        raise UserError("some jobs failed, as said above; the same command tries them again")
-
-
-def _work(cfg: Config) -> None:
-    with signals.handled():
-        plan = read_plan(cfg.experiments, Path(cfg.dump_path))
-        failed = jobs.run_jobs(plan.jobs, Path(cfg.dump_path) / "progress.txt")
-    raise SystemExit(1 if failed else 0)
+    if failed:
+        raise UserError(f"failed: {'; '.join(failed)}. The same command tries them again")
 
 
 class Comparison(NamedTuple):
@@ -88,18 +65,13 @@ class Comparison(NamedTuple):
     metrics: list[str]
 
 
-@dataclass
-class Plan:
+class Plan(NamedTuple):
     """What some files ask for."""
 
-    recipes: dict[str, list[Pretraining]] = field(default_factory=dict)
-    comparisons: dict[str, Comparison] = field(default_factory=dict)
-    differences: list[tuple[str, str]] = field(default_factory=list)  # initialisations: the first minus the second
-    jobs: list[jobs.Job] = field(default_factory=list)  # in the order in which they are to be done
-
-    @property
-    def cells(self) -> list[compare.Cell]:
-        return [cell for comparison in self.comparisons.values() for cell in comparison.cells]
+    recipes: dict[str, list[jobs.Pretraining]]
+    comparisons: dict[str, Comparison]
+    differences: list[tuple[str, str]]  # initialisations: the first minus the second
+    jobs: list[jobs.Job]  # in the order in which they are to be done
 
 
 def read_plan(files: Sequence[str | Path], out: Path) -> Plan:
@@ -107,55 +79,49 @@ def read_plan(files: Sequence[str | Path], out: Path) -> Plan:
 
     Raises UserError naming the file or the entry and what is wrong in it.
     """
-    plan, recipes, comparisons = Plan(), {}, {}
+    described: dict[str, dict[str, Any]] = {"recipes": {}, "comparisons": {}}
     place: dict[str, int] = {}  # of the file, by the names of its recipes and comparisons
+    differences = []
     for number, file in enumerate(files):
         content = options.read_yaml(Path(file)) or {}
         if not isinstance(content, dict) or not content.keys() <= set(SECTIONS):
             raise UserError(f"{file}: must be a mapping with none but {', '.join(SECTIONS)}")
-        for known, section in ((recipes, "recipes"), (comparisons, "comparisons")):
+        for section, known in described.items():
             for name, about in (content.get(section) or {}).items():
                 if name in place:
                     raise UserError(f"{file}: {name} is described twice")
-                known[name], place[name] = _inherited(f"{file}: {name}", about, known), number
-                if section == "recipes":
-                    known[name]["options"] = _with_defaults(known[name], content.get("defaults") or {})
-        plan.differences += [tuple(pair) for pair in content.get("differences") or []]
-    plan.recipes = read_recipes(recipes, (out / "recipes").resolve())
-    plan.comparisons = {name: _comparison(name, about, plan.recipes, out) for name, about in comparisons.items()}
+                known[name] = _entry(f"{file}: {name}", about, known, content.get("defaults") or {})
+                place[name] = number
+        differences += [tuple(pair) for pair in content.get("differences") or []]
+    recipes = jobs.read_recipes(described["recipes"], (out / "recipes").resolve())
+    comparisons = {name: _comparison(name, about, recipes, out) for name, about in described["comparisons"].items()}
     # Seed by seed over all that has seeds: whenever the time is up, every table has as many as the others.
-    ranked = [((place[name], k), run) for name, runs in plan.recipes.items() for k, run in enumerate(runs)]
-    for name, (cells, _) in plan.comparisons.items():
+    ranked = [((place[name], k), run) for name, runs in recipes.items() for k, run in enumerate(runs)]
+    for name, (cells, _) in comparisons.items():
         seeds = list(dict.fromkeys(cell.config.seed for cell in cells))
         ranked += [((place[name], seeds.index(cell.config.seed)), cell) for cell in cells]
-    plan.jobs = [job for _, job in sorted(ranked, key=lambda pair: pair[0])]
-    return plan
+    return Plan(recipes, comparisons, differences, [job for _, job in sorted(ranked, key=lambda pair: pair[0])])
 
 
-def _inherited(where: str, about: Any, known: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry over the one that it is `like`, whose options and start it adds to."""
-    if not isinstance(about, dict):
-        raise UserError(f"{where}: must be a mapping")
+def _entry(where: str, about: Any, known: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry over the one that it is `like`, whose options and start it adds to; below, its script's defaults."""
+    if not isinstance(about, dict) or about.get("like") not in (None, *known):
+        raise UserError(f"{where}: must be a mapping, and `like`, if given, the name of an entry before it")
     base = known.get(about.get("like"), {})
-    if "like" in about and not base:
-        raise UserError(f"{where}: like: no entry before it is called {about['like']!r}")
-    merged = {name: value for name, value in (base | about).items() if name != "like"}
+    entry = {name: value for name, value in (base | about).items() if name != "like"}
     for part in ("options", "start"):
-        if part in merged:
-            merged[part] = base.get(part, {}) | about.get(part, {})
-    return merged
+        if part in entry:
+            entry[part] = base.get(part, {}) | about.get(part, {})
+    if "script" in entry:
+        has = {f.name for f in fields(load(entry["script"]).Config)}
+        given = {name: value for name, value in defaults.items() if name in has}
+        entry["options"] = given | entry.get("options", {})
+    return entry
 
 
-def _with_defaults(recipe: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's options over those of the file's defaults that its script has."""
-    has = {f.name for f in dataclasses.fields(load(str(recipe.get("script"))).Config)}
-    return {name: value for name, value in defaults.items() if name in has} | recipe.get("options", {})
-
-
-def _comparison(name: str, about: dict[str, Any], recipes: dict[str, list[Pretraining]], out: Path) -> Comparison:
-    metrics = about.get("metrics", [None])
-    given = {option: value for option, value in about.items() if option != "metrics"}
-    config = jobs.parsed(compare.Config, given | {"metric": metrics[0], "dump_path": str(out / name)})
+def _comparison(name: str, about: dict[str, Any], recipes: dict[str, list[jobs.Pretraining]], out: Path) -> Comparison:
+    metrics = about.pop("metrics", [None])
+    config = jobs.parsed(compare.Config, about | {"metric": metrics[0], "dump_path": str(out / name)})
     try:
         cells = compare.make_cells(config, recipes)
     except UserError as error:

@@ -73,35 +73,26 @@ class DeformableAttention1D(nn.Module):
     change what real slices get. heads must be a multiple of groups, and d of both; otherwise ValueError.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        heads: int = 8,
-        groups: int = 8,
-        stride: int = 4,
-        kernel: int = 6,
-        offset_scale: float = 4.0,
-        bias_hidden: int = 32,
-        dropout: float = 0.0,
-    ) -> None:
+    stride, kernel = 4, 6  # of the sampled points and of the convolution that moves them, in slices
+    offset_scale = 4.0
+    bias_hidden = 32
+
+    def __init__(self, d_model: int, heads: int = 8, groups: int = 8) -> None:
         super().__init__()
         if d_model % heads or heads % groups:
             raise ValueError(
                 f"d_model ({d_model}) must be a multiple of heads ({heads}), and heads of groups ({groups})"
             )
-        if kernel < stride or (kernel - stride) % 2:
-            raise ValueError(f"kernel ({kernel}) must be stride ({stride}) plus an even number")
-        self.heads, self.groups, self.stride, self.offset_scale = heads, groups, stride, offset_scale
-        width = d_model // groups
+        self.heads, self.groups, self.width = heads, groups, d_model // groups
         self.to_q = nn.Linear(d_model, d_model)
         self.to_kv = nn.Linear(d_model, 2 * d_model)
         self.to_out = nn.Linear(d_model, d_model)
-        self.offset_conv = nn.Conv1d(d_model, d_model, kernel, stride, padding=(kernel - stride) // 2, groups=d_model)
+        padding = (self.kernel - self.stride) // 2
+        self.offset_conv = nn.Conv1d(d_model, d_model, self.kernel, self.stride, padding, groups=d_model)
         self.offset_head = nn.Conv1d(d_model, groups, 1, groups=groups)
-        self.bias = nn.Sequential(nn.Linear(1, bias_hidden), nn.ReLU(), nn.Linear(bias_hidden, heads // groups))
-        self.dropout = nn.Dropout(dropout)
+        hidden, per_group = self.bias_hidden, heads // groups
+        self.bias = nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, per_group))
         self.scale = (d_model // heads) ** -0.5
-        self.width = width
 
     def sample_positions(self, q: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """q [B, D, d] (zero at padded slices), lengths [B] -> positions [B, G, n] in slices, valid [B, n]."""
@@ -149,7 +140,7 @@ class DeformableAttention1D(nn.Module):
         bias = self.position_bias(signed_log)
         scores = (q @ k.transpose(-1, -2)).to(positions.dtype) * self.scale + bias.to(positions.dtype)
         weights = scores.masked_fill(~valid.view(B, 1, 1, -1), float("-inf")).softmax(dim=-1)
-        out = self.dropout(weights).to(v.dtype) @ v  # [B, heads, D, d / heads]
+        out = weights.to(v.dtype) @ v  # [B, heads, D, d / heads]
         return self.to_out(out.transpose(1, 2).flatten(2)), AttentionMaps(positions, weights)
 
 

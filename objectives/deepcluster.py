@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from datasets.batch import Counts
 from models.heads import Prototypes
 from objectives.bank import MemoryBank
-from objectives.kmeans import assign, choose_backend, fast_products, gather_rows, kmeans_faiss, kmeans_torch
+from objectives.kmeans import assign, fast_products, gather_rows, kmeans_faiss, kmeans_torch
 from objectives.sizes import prototype_counts
 from utils.distributed import all_sum, world_size
 from utils.errors import UserError
@@ -34,10 +35,12 @@ class DeepClusterV2(nn.Module):
     `begin_epoch` clusters the bank: head h uses the embeddings of crop h mod assign_crops, the centroids become the
     prototypes (which no gradient changes), and every sample that has an embedding gets an assignment. Memory beside
     the bank: what `kmeans_torch` says, and while some samples have no embedding yet, a copy of one crop's others.
-    samples: N, the number of global indices at this level.  kmeans_backend: `auto`, `faiss` or `torch`.
+    samples: N, the number of global indices at this level.
+    kmeans_backend: `faiss`, `torch`, or `auto`, which is torch: as good, faster, and on GPUs too (docs/DECISIONS.md).
     precision: of training; with `fp32` k-means compares points in float32, too (see `fast_products`).
     """
 
+    assign_crops = 2
     fills_memory = True  # the bank needs a pass over the data before the first epoch
     observer: Callable[..., None] | None = None  # sees what every training step computes (diagnostics.Diagnostics)
 
@@ -50,16 +53,17 @@ class DeepClusterV2(nn.Module):
         kmeans_iterations: int = 10,
         kmeans_backend: str = "auto",
         seed: int = 0,
-        assign_crops: int = 2,
         precision: str = "auto",
     ) -> None:
         super().__init__()
         self.prototypes = Prototypes(dim, sizes, trainable=False)
-        self.bank = MemoryBank(samples, assign_crops, dim)
+        self.bank = MemoryBank(samples, self.assign_crops, dim)
         self.register_buffer("assignments", torch.full((len(sizes), samples), UNASSIGNED, dtype=torch.int32))
         self.temperature, self.kmeans_iterations, self.seed = temperature, kmeans_iterations, seed
-        self.backend = choose_backend(kmeans_backend)
-        self.assign_crops, self.precision = assign_crops, precision
+        self.faiss = kmeans_backend == "faiss"
+        if self.faiss and importlib.util.find_spec("faiss") is None:
+            raise UserError("kmeans_backend: faiss is not installed; pip install faiss-cpu, or use torch")
+        self.precision = precision
 
     @classmethod
     def of(cls, cfg: Any, dim: int, counts: Counts, level: str) -> DeepClusterV2:
@@ -100,7 +104,7 @@ class DeepClusterV2(nn.Module):
             rng = stream(self.seed, epoch, h, 0, KMEANS)
             start = rows[torch.from_numpy(np.sort(rng.choice(len(rows), K, replace=False)))].to(device)
             start = gather_rows(every, start)
-            if self.backend == "faiss":
+            if self.faiss:
                 centroids = kmeans_faiss(points, start, self.kmeans_iterations, int(rng.integers(2**31)))
             else:
                 products = None if self.precision == "fp32" else fast_products(len(rows) * K, device)
@@ -131,10 +135,3 @@ class DeepClusterV2(nn.Module):
                 with span("diagnostics"):
                     self.observer(z.detach(), every[0].detach().unflatten(0, (V, -1)), index, counts)
         return loss / len(targets)
-
-    def memory_state(self) -> dict[str, Tensor]:
-        """The bank of all processes; all call it together."""
-        return self.bank.state()
-
-    def load_memory_state(self, state: dict[str, Tensor]) -> None:
-        self.bank.load(state)

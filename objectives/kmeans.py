@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.distributed import all_gather, all_sum, broadcast, gather_objects, rank, world_size
-from utils.errors import UserError
 from utils.precision import Precision
 
 SCORES_AT_ONCE = 2**23  # cosines held at a time: 32 MiB in float32
@@ -37,9 +36,8 @@ def assign(points: Tensor, centroids: Tensor, products: torch.dtype | None = Non
 def fast_products(cosines: int, device: torch.device) -> torch.dtype | None:
     """Format in which to compare points in iterations of that many cosines, over all processes.
 
-    Half precision where the device computes in it and there is enough to do (DeepClusterV2 asks only where training is
-    not in float32): about twice as fast on CPUs, and the
-    mean cosine after ten iterations is the same to 0.1 % (tests/test_objectives.py).
+    Half precision where the device computes in it and there is enough to do: about twice as fast on CPUs, and the mean
+    cosine after ten iterations is the same to 0.1 % (tests/test_objectives.py).
     """
     return Precision("auto", device).dtype if cosines >= WORTH_HALF else None
 
@@ -126,17 +124,6 @@ def kmeans_faiss(points: Tensor, centroids: Tensor, iterations: int = 10, seed: 
         kmeans.train(joint, init_centroids=F.normalize(centroids, dim=1).cpu().float().numpy())
         result = torch.from_numpy(kmeans.centroids).to(centroids)
     return F.normalize(broadcast(result), dim=1)
-
-
-def choose_backend(wanted: str) -> str:
-    """`auto` is torch: as good as faiss, faster, on GPUs as well, and spread over all processes (docs/DECISIONS.md)."""
-    if wanted == "faiss":
-        try:
-            import faiss  # noqa: F401
-        except ImportError:
-            raise UserError("kmeans_backend: faiss is not installed; pip install faiss-cpu, or use torch") from None
-        return "faiss"
-    return "torch"
 
 
 def gather_rows(points: Tensor, rows: Tensor) -> Tensor:

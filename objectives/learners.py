@@ -84,12 +84,13 @@ class Learner(nn.Module):
             objective.cancel_gradients(batch)
 
     def memory_state(self) -> dict[str, dict[str, Tensor]]:
-        """What the state dict does not hold; all processes call it together."""
-        return {level: objective.memory_state() for level, objective in self.objectives()}
+        """The memory banks, which the state dict does not hold; all processes call it together."""
+        return {level: objective.bank.state() for level, objective in self.objectives() if objective.fills_memory}
 
     def load_memory_state(self, state: dict[str, dict[str, Tensor]]) -> None:
         for level, objective in self.objectives():
-            objective.load_memory_state(state[level])
+            if objective.fills_memory:
+                objective.bank.load(state[level])
 
 
 class ImageClustering(Learner):
@@ -187,8 +188,6 @@ class JointClustering(Learner):
         freeze: bool = False,
     ) -> None:
         super().__init__()
-        if lambda_intra + lambda_inter + lambda_mask <= 0:
-            raise ValueError("lambda_intra, lambda_inter, lambda_mask: at least one must be above 0")
         self.encoder = encoder
         self.lambda_intra, self.lambda_inter, self.lambda_mask = lambda_intra, lambda_inter, lambda_mask
         self.head, self.intra = (head, intra) if lambda_intra else (None, None)
@@ -197,13 +196,13 @@ class JointClustering(Learner):
         self.mask_token = nn.Parameter(torch.randn(d_model) * 0.02) if lambda_mask else None
         self.decoder = nn.Linear(d_model, d_model) if lambda_mask else None
         # DistributedDataParallel must not wait for gradients that never come (the targets of L_mask are detached).
-        if freeze or not (lambda_inter or lambda_intra):
+        self.freeze = freeze or not (lambda_inter or lambda_intra)
+        if self.freeze:
             encoder.resnet.requires_grad_(False)
         if not lambda_inter:
             encoder.projection.requires_grad_(False)
         if not (lambda_inter or lambda_mask):
             encoder.transformer.requires_grad_(False)
-        self.freeze = freeze or not (lambda_inter or lambda_intra)
 
     def train(self, mode: bool = True) -> JointClustering:
         super().train(mode)

@@ -32,6 +32,7 @@ class SwAV(nn.Module):
     freeze_prototypes_niters: first batches in which the prototypes stay as they are.
     """
 
+    assign_crops = 2
     fills_memory = False
     observer: Callable[..., None] | None = None  # sees what every training step computes (diagnostics.Diagnostics)
 
@@ -45,16 +46,14 @@ class SwAV(nn.Module):
         queue_length: int = 0,
         epoch_queue_starts: int = 0,
         freeze_prototypes_niters: int = 0,
-        assign_crops: int = 2,
     ) -> None:
         super().__init__()
         self.prototypes = Prototypes(dim, sizes)
         self.temperature, self.epsilon, self.sinkhorn_iterations = temperature, epsilon, sinkhorn_iterations
         self.epoch_queue_starts = epoch_queue_starts
         self.freeze_prototypes_niters = freeze_prototypes_niters
-        self.assign_crops = assign_crops
         self.queue_on = False
-        self.register_buffer("queue", torch.zeros(assign_crops, queue_length, dim))
+        self.register_buffer("queue", torch.zeros(self.assign_crops, queue_length, dim))
 
     @classmethod
     def of(cls, cfg: Any, dim: int, counts: Counts, level: str) -> SwAV:
@@ -127,10 +126,3 @@ class SwAV(nn.Module):
             fitted[:, : kept.shape[1]] = kept
             state[f"{prefix}queue"] = fitted
         super()._load_from_state_dict(state, prefix, *args)
-
-    def memory_state(self) -> dict[str, Tensor]:
-        """Nothing beyond the buffers: the queue is in the state dict."""
-        return {}
-
-    def load_memory_state(self, state: dict[str, Tensor]) -> None:
-        pass

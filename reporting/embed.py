@@ -21,7 +21,7 @@ from models.transformer import AttentionMaps
 from objectives.learners import Learner
 from objectives.masked import interpolate_masked
 from reporting.runs import RunFolder
-from training.resume import explained
+from utils.checkpoint import explained
 from utils.distributed import Run
 
 AT_ONCE = 32  # slices in a forward pass

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -47,15 +47,9 @@ def read_runs(folders: list[str]) -> list[RunFolder]:
     paths = [Path(folder).expanduser() for folder in folders]
     if len({path.resolve() for path in paths}) < len(paths):
         raise UserError(f"runs: {', '.join(folders)}: each run folder once")
-    return [_read_run(path, name) for path, name in zip(paths, short_names(paths), strict=True)]
-
-
-def short_names(paths: list[Path]) -> list[str]:
-    """The last part of each path; where that does not tell all of them apart, what follows their common folder."""
-    absolute = [path.resolve() for path in paths]
-    if len({path.name for path in absolute}) == len(paths):
-        return [path.name for path in absolute]
-    return [str(path.relative_to(os.path.commonpath(absolute))) for path in absolute]
+    short = [path.resolve().name for path in paths]
+    names = short if len({*short}) == len(paths) else [str(path) for path in paths]
+    return [_read_run(path, name) for path, name in zip(paths, names, strict=True)]
 
 
 def script_of(folder: Path) -> tuple[ModuleType, Path]:
@@ -118,15 +112,11 @@ def _read_checkpoint(folder: Path, notes: list[str]) -> dict[str, Any] | None:
 def _read_record(config: Any, notes: list[str]) -> dict[str, Any] | None:
     """What made the weights of this run, from the json beside them; None, and a note, where that is not to be had."""
     path = (Path(config.pretrained_path) / config.checkpoint_name).with_suffix(".json")
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         record = json.loads(path.read_text(encoding="utf-8"))
-        made_by = record["config"]["dump_path"], record["config"]["seed"]
-    except (OSError, ValueError, KeyError, TypeError):
-        notes.append(f"{path} cannot be read: the run has not finished, or its weights were moved.")
-        return None
-    if made_by == (config.dump_path, config.seed):
-        return record
-    notes.append(f"{path} is of another run (dump_path {made_by[0]}), which has replaced this one's weights.")
+        if all(record["config"][name] == getattr(config, name) for name in ("dump_path", "seed")):
+            return record
+    notes.append(f"{path} is not of this run, which has not finished, or whose weights were moved or replaced.")
     return None
 
 

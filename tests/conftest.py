@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import write_data
+from tiny import save_weights, write_data
 
 from models.encoder import JointEncoder
-from training import weights
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the developers' data in {SHARED}")
@@ -45,11 +43,9 @@ def joint(tmp_path_factory: pytest.TempPathFactory) -> tuple[JointEncoder, str]:
     """A small joint encoder whose BatchNorm has statistics of its own, and the stage 3 file of it."""
     torch.manual_seed(3)
     made = JointEncoder("resnet18", 32, 1)
-    for module in made.encoder.modules():
+    for module in made.resnet.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
     path = tmp_path_factory.mktemp("weights") / "joint.pth"
-    weights.save_joint(
-        SimpleNamespace(encoder=made), path, {"config": {"arch": "resnet18", "d_model": 32, "layers": 1}}
-    )
+    save_weights(made, path, {"config": {"arch": "resnet18", "d_model": 32, "layers": 1}})
     return made.eval(), str(path)

@@ -17,7 +17,7 @@ from test_task import stopping
 
 from datasets.store import prepare
 from downstream import classify, task
-from downstream.features import Cases, fit_logistic_regression, frozen_features, vote
+from downstream.features import Cases, frozen_features, vote
 from downstream.labels import name_patients, read_labels
 from downstream.splits import choose_by_turns
 from models.resnet import multi_scale, pooled
@@ -59,13 +59,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(folder: Path, out: Path, **changes: Any) -> classify.Config:
-    chosen: dict[str, Any] = {
-        "data_path": str(folder),
-        "arch": "resnet18",
-        "size": 32,
-        "bootstrap": 20,
-        "device": "cpu",
-    }
+    chosen = {"data_path": str(folder), "arch": "resnet18", "size": 32, "bootstrap": 20, "device": "cpu"}
     chosen |= {"fractions": [0.5, 0.25, 0.25], "dump_path": str(out / "run"), "cache_path": str(out / "cache")}
     if (folder / "labels.csv").exists():
         chosen |= {"labels": str(folder / "labels.csv"), "classes": CLASSES}
@@ -84,12 +78,9 @@ def test_bright_squares_are_told_apart_by_frozen_features(images, tmp_path):
     assert result["metrics"]["auc"] == result["metrics"]["balanced_accuracy"] == 1
     assert (result["cases"], result["patients"], result["reasons"]) == (6, 3, {})
     assert result["intervals"]["auc"] == (1, 1)
-    written = json.loads((tmp_path / "run/results.json").read_text())
-    assert written["metrics"] == result["metrics"]
     rows = pd.read_csv(tmp_path / "run/cases.csv")
     assert rows.case.tolist() == json.loads((tmp_path / "run/split.json").read_text())["test"]
     assert (rows["p(finding)"] + rows["p(no finding)"]).tolist() == pytest.approx([1] * len(rows))
-    assert not (tmp_path / "run/best.pth").exists()
 
 
 @pytest.mark.parametrize(("mode", "level"), [("knn", "slice"), ("linear", "volume")])
@@ -183,40 +174,26 @@ def test_some_cases_are_for_the_test_only_and_a_split_may_name_patients(images, 
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "options", "message"),
     [
-        ("file,finding\nx_00.png,a\nx_99.png,b\n", "line 3: 'x_99.png' is none of the 24 cases"),
-        ("file,finding\nx_00.png,a\nx_00,b\n", "line 3: 'x_00' stands in line 2 already"),
-        ("file,finding\nx_00.png,\n", "line 2: 'x_00.png' has no finding"),
-        ("file,verdict\nx_00.png,a\n", "has no column label or finding or class, but file, verdict"),
-        ("file,finding\nx_00.png\n", "line 2: has not the header's 2 fields"),
-        ("file,finding\nx_00.png,a\nx_01.png,a\n", "have the same label"),
+        ("file,finding\nx_00.png,a\nx_99.png,b\n", {}, "line 3: 'x_99.png' is none of the 24 cases"),
+        ("file,finding\nx_00.png,a\nx_00,b\n", {}, "line 3: 'x_00' stands in line 2 already"),
+        ("file,finding\nx_00.png,\n", {}, "line 2: 'x_00.png' has no finding"),
+        ("file,verdict\nx_00.png,a\n", {}, "has no column label or finding or class, but file, verdict"),
+        ("file,finding\nx_00.png,a\nx_01.png,a\n", {}, "have the same label"),
+        ("", {"classes": ["finding", "fracture"]}, r"no case has the label 'fracture'; there are finding, no"),
+        ("", {"positive": "fracture"}, "has the label 'fracture'"),
+        ("", {"label_fractions": [5.0]}, "label_fractions: must be at most 1"),
+        ("", {"model": "joint", "level": "slice"}, "model: joint describes whole volumes"),
+        ("", {"data_path": "nowhere"}, "data_path: .*nowhere is not a folder"),
     ],
 )
-def test_errors_in_the_labels_name_the_line_and_the_remedy(images, tmp_path, content, message):
-    (tmp_path / "labels.csv").write_text(content)
+def test_wrong_labels_and_options_are_named_before_anything_is_computed(images, tmp_path, content, options, message):
+    if content:
+        (tmp_path / "labels.csv").write_text(content)
+        options = {"labels": str(tmp_path / "labels.csv"), "classes": []}
     with pytest.raises(UserError, match=message):
-        run(images, tmp_path, labels=str(tmp_path / "labels.csv"), classes=[])
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"classes": ["finding", "fracture"]}, r"no case has the label 'fracture'; there are finding, no"),
-        ({"positive": "fracture"}, "has the label 'fracture'"),
-        ({"label_fractions": [5.0]}, "label_fractions: must be at most 1"),
-        ({"model": "joint", "level": "slice"}, "model: joint describes whole volumes"),
-        ({"data_path": "nowhere"}, "data_path: .*nowhere is not a folder"),
-    ],
-)
-def test_wrong_options_are_named_before_anything_is_computed(images, tmp_path, wrong, message):
-    with pytest.raises(UserError, match=message):
-        classify.check(config(images, tmp_path, **wrong))
-
-
-def test_steps_that_give_nan_are_one_clear_error(images, tmp_path):
-    with pytest.raises(UserError, match="lower --base_lr"):
-        run(images, tmp_path, mode="finetune", epochs=1, batch_size=6, base_lr=1e20)
+        classify.check(config(images, tmp_path, **options))
 
 
 def test_a_case_is_found_by_path_or_unique_name_with_or_without_suffix(tmp_path):
@@ -232,9 +209,9 @@ def test_a_case_is_found_by_path_or_unique_name_with_or_without_suffix(tmp_path)
 
 
 def test_patients_are_read_from_file_names():
-    pattern = r"^(.*?)(?:_(?:t1|t2|t1ce|flair))?_frame_"
     names = ["Brain/Brats18_2013_1_1_t1ce_frame_097.png", "Heart/la_030_frame_12.png"]
-    assert name_patients(names, pattern) == ["Brats18_2013_1_1", "la_030"]
+    found = name_patients(names, r"^(.*?)(?:_(?:t1|t2|t1ce|flair))?_frame_")
+    assert found == ["Brats18_2013_1_1", "la_030"]
     for wrong, message in ((r"^la", "with a group"), (r"(", "with a group"), (r"(mr\d)", "finds no patient")):
         with pytest.raises(UserError, match=message):
             name_patients(names, wrong)
@@ -248,22 +225,11 @@ def test_the_nearest_neighbours_vote_by_similarity():
     labels = np.array([0, 0, 1, 1, 1])
     train -= train.mean(axis=0)  # so that centring changes nothing
     test = np.array([[2.0, 0.1], [-3.0, 0.0]])
-    probability = vote(train, labels, test, classes=3, k=2)
-    assert probability.argmax(1).tolist() == [0, 1]
-    assert probability.sum(1) == pytest.approx(1)
-    assert (probability[:, 2] == 0).all()
+    assert vote(train, labels, test, classes=3, k=2).argmax(1).tolist() == [0, 1]
     everybody = vote(train, labels, test, classes=3, k=99)
     angle = train @ test[0] / np.linalg.norm(train, axis=1) / np.linalg.norm(test[0])
     weight = np.exp(angle / 0.07)
-    assert everybody[0, 1] == pytest.approx(weight[2:].sum() / weight.sum(), rel=1e-6)
-
-
-def test_a_class_without_labelled_cases_gets_probability_zero():
-    x = np.array([[0.0], [1.0], [0.1], [0.9]])
-    y = np.array([0, 2, 0, 2])
-    probability, _ = fit_logistic_regression((x, y), (x, y), x, classes=3)
-    assert (probability[:, 1] == 0).all()
-    assert probability.sum(1) == pytest.approx(1)
+    assert everybody[0] == pytest.approx([weight[:2].sum() / weight.sum(), weight[2:].sum() / weight.sum(), 0])
 
 
 # --- features ---
@@ -278,19 +244,17 @@ def test_features_do_not_depend_on_what_else_is_encoded_and_are_the_encoders(tre
     batch, mask = cases.read_batch(range(3))
     with torch.no_grad():
         embedded = encoder.holistic(encoder.tokens(batch, mask)[1], mask)
-        slices = (pooled if features == "pooled" else multi_scale)(encoder.encoder(batch[mask][:, None]))
+        slices = (pooled if features == "pooled" else multi_scale)(encoder.resnet(batch[mask][:, None]))
     means = torch.stack([part.mean(0) for part in slices.split([3, 4, 5])])
     np.testing.assert_allclose(together, torch.cat([means, embedded], dim=1), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(
-        frozen_features(encoder.encoder, cases, [0, 1, 2], features), means, rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(frozen_features(encoder.resnet, cases, [0, 1, 2], features), means, rtol=1e-4, atol=1e-5)
 
 
 def test_stored_values_are_those_of_training_from_a_tree_and_from_a_single_folder(tree, tmp_path):
     store = prepare(tree, 32, tmp_path, progress=False)
     cases = Cases(tree, 32, slices=0, cache_path=tmp_path)
     np.testing.assert_array_equal(cases.read(2), store.read(2, 0, 5))
-    assert cases.extents([2]).tolist() == [[26, 32]]  # 24 x 30
+    assert cases.extents[2].tolist() == [26, 32]  # 24 x 30
     single = Cases(tree / "Dark", 32, slices=3, cache_path=tmp_path, level="slice")
     assert single.names[:2] == ["Dark_p0_0.npy", "Dark_p0_1.npy"]
     assert single.owner[:7].tolist() == [0, 0, 0, 1, 1, 1, 2]

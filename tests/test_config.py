@@ -9,6 +9,7 @@ import pytest
 
 import mask_swav
 import ssl_swav2D
+import ssl_swav3D
 from training.scripts import SCRIPTS
 from utils import config
 from utils.errors import UserError
@@ -63,6 +64,17 @@ def test_rules_between_options(changes, names):
         config.check(dataclasses.replace(ssl_swav2D.Config(), **changes))
     with pytest.raises(UserError, match="d_model: 30 must be a multiple of 8"):
         config.check(mask_swav.Config(d_model=30))
+    one_slice = {"target_shape": (1, 64, 64)}
+    config.check(ssl_swav3D.Config(**one_slice))  # masks none: lambda_mask is 0
+    with pytest.raises(UserError, match="target_shape: masking"):
+        config.check(mask_swav.Config(**one_slice))
+
+
+@pytest.mark.parametrize("text", ["a: &x [1]\nb: *x", "a: " + "9" * 2**20], ids=["alias", "large"])
+def test_yaml_that_could_stand_for_gigabytes_is_refused(text, tmp_path):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"x\.yaml: .*aliases"):
+        config.read_yaml(tmp_path / "x.yaml")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

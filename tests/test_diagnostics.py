@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from processes import run_processes
-from tiny import losses, run
-from torch import Tensor
+from sklearn.metrics import normalized_mutual_info_score
+from tiny import losses, run, unit
 
 from objectives.diagnostics import (
     Diagnostics,
@@ -31,17 +30,10 @@ PHANTOMS = Path(__file__).resolve().parents[1] / "Training_Data"
 CPU = torch.device("cpu")
 
 
-def unit(*shape: int, seed: int = 0) -> Tensor:
-    return F.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
-
-
 # ---- the quantities
 
 
-@pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn as a second opinion")
 def test_nmi_is_scikit_learns():
-    from sklearn.metrics import normalized_mutual_info_score
-
     rng = np.random.default_rng(0)
     a = rng.integers(0, 7, 300)
     b = np.where(rng.random(300) < 0.5, a, rng.integers(0, 7, 300))

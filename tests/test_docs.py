@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import importlib
 import re
 import shlex
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,31 +42,10 @@ def file_of(module: str) -> Path:
     return base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
 
 
-@cache
-def names_in(path: Path) -> dict[str, ast.AST]:
-    """The classes and functions that a module defines or imports at its top."""
-    found: dict[str, ast.AST] = {}
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef):
-            found[node.name] = node
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            found |= {alias.asname or alias.name: node for alias in node.names}
-    return found
-
-
 def options(path: Path, name: str = "Config") -> set[str]:
-    """Fields of a dataclass, with those that it inherits."""
-    node = names_in(path).get(name)
-    if not isinstance(node, ast.ClassDef):
-        return set()
-    found = {part.target.id for part in node.body if isinstance(part, ast.AnnAssign)}
-    for base in node.bases:
-        where, _, inherited = ast.unparse(base).rpartition(".")
-        source = names_in(path).get(where or inherited)
-        imported = isinstance(source, ast.ImportFrom)
-        file = file_of(f"{source.module}.{where}" if where else source.module) if imported else path
-        found |= options(file, inherited) if file.is_file() else set()
-    return found
+    """Fields of a module's dataclass; none where it has no such class."""
+    module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    return {field.name for field in dataclasses.fields(getattr(module, name))} if hasattr(module, name) else set()
 
 
 def program(words: list[str]) -> Path | None:
@@ -105,7 +85,7 @@ def test_files_and_names_exist(page: Path) -> None:
     for block in blocks(TEXTS[page], "python"):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and file_of(node.module).is_file():
-                assert {alias.name for alias in node.names} <= set(names_in(file_of(node.module)))
+                assert {alias.name for alias in node.names} <= set(dir(importlib.import_module(node.module)))
 
 
 def test_pages_that_sources_name_exist() -> None:

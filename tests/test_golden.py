@@ -6,26 +6,26 @@ the hand-worked and NumPy (float64, from the formula) checks remain.
 
 from __future__ import annotations
 
-from pathlib import Path
+import zlib
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import SHARED
 from processes import run_processes
 from torch.testing import assert_close
 
+from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, fold_grey, multi_scale
 from objectives import SwAV
 from objectives.kmeans import assign, kmeans_faiss, kmeans_torch
 from objectives.sinkhorn import sinkhorn
-from utils.distributed import rank
 from utils.optim import LARC, WarmupCosine
 
 GOLDEN = SHARED.parent / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"needs the reference vectors in {GOLDEN}")
 SWAV_CASES = ("noqueue", "queue", "queue_filling")
-FIRST_ROWS = 40  # of 64 on rank 0; rank 1 gets the other 24
 
 
 def load(name: str) -> dict[str, np.ndarray]:
@@ -116,10 +116,9 @@ def test_kmeans_equals_the_formula_in_numpy() -> None:
 # ---- SwAV loss
 
 
-def swav_step(golden: dict[str, np.ndarray], case: str, dtype: torch.dtype, rows: slice) -> dict[str, Any]:
-    """Loss and gradients of these rows of every crop, and the queue after the step."""
+def swav_step(golden: dict[str, np.ndarray], case: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Loss, gradients, and the queue after the step."""
     queue = {"noqueue": None, "queue": "queue_before", "queue_filling": "queue_before_filling"}[case]
-    batch = int(golden["batch"])
     objective = SwAV(
         golden["embeddings"].shape[1],
         [len(golden["prototypes_raw"])],
@@ -133,7 +132,7 @@ def swav_step(golden: dict[str, np.ndarray], case: str, dtype: torch.dtype, rows
     if queue:
         objective.queue.copy_(tensor(golden[queue]))
     objective.begin_epoch(0)
-    z = tensor(golden["embeddings"], dtype).unflatten(0, (-1, batch))[:, rows].clone().requires_grad_()
+    z = tensor(golden["embeddings"], dtype).unflatten(0, (-1, int(golden["batch"]))).requires_grad_()
     loss = objective(z)
     loss.backward()
     return {"loss": loss.detach(), "z": z.grad, "prototypes": weight.grad, "queue": objective.queue.clone()}
@@ -143,13 +142,13 @@ def swav_step(golden: dict[str, np.ndarray], case: str, dtype: torch.dtype, rows
 def test_swav_equals_the_reference() -> None:
     golden = load("c_swav_loss")
     for case in SWAV_CASES:
-        step = swav_step(golden, case, torch.float64, slice(None))
+        step = swav_step(golden, case, torch.float64)
         exact(step["loss"], golden[f"loss64_{case}"])
         exact(step["z"].flatten(0, 1), golden[f"grad_embeddings_{case}"])
         exact(step["prototypes"], golden[f"grad_prototypes_{case}"])
         if case != "noqueue":
             exact(step["queue"], golden[f"queue_after_{case}"], atol=0)
-        in_float32 = swav_step(golden, case, torch.float32, slice(None))
+        in_float32 = swav_step(golden, case, torch.float32)
         exact(in_float32["loss"].double(), golden[f"loss32_{case}"], atol=3e-6)
 
 
@@ -174,43 +173,37 @@ def test_swav_equals_the_formula_in_numpy() -> None:
     exact(objective(tensor(z)).detach(), np.array(np.mean(expected)))
 
 
-# ---- the same in two processes
+# ---- ResNet-50
 
 
-def on_two_processes(golden_folder: str) -> dict[str, Any]:
-    global GOLDEN
-    GOLDEN = Path(golden_folder)
-    golden = load("a_sinkhorn")
-    settings, scores = (float(golden["eps"]), int(golden["iters"])), tensor(golden["scores_uni"])
-    out: dict[str, Any] = {"codes": sinkhorn(scores[:FIRST_ROWS] if rank() == 0 else scores[FIRST_ROWS:], *settings)}
-    # All rows on rank 1: an empty share takes part in the sums and gets nothing.
-    out["empty share"] = sinkhorn(scores[:0] if rank() == 0 else scores, *settings)
-    golden = load("c_swav_loss")
-    half = int(golden["batch"]) // 2
-    for case in SWAV_CASES:
-        out[case] = swav_step(golden, case, torch.float64, slice(rank() * half, (rank() + 1) * half))
-    return out
+def by_recipe(name: str, shape: torch.Size) -> torch.Tensor:
+    """The reference's weights, which stand in no file."""
+    rng = np.random.default_rng([1006, zlib.crc32(name.encode())])
+    if name.endswith("running_var"):
+        value = rng.uniform(0.5, 1.5, shape)
+    elif len(shape) == 4:
+        value = rng.standard_normal(shape) * np.sqrt(2 / (shape[0] * shape[2] * shape[3]))
+    else:
+        value = name.endswith("weight") + 0.1 * rng.standard_normal(shape)
+    return tensor(value.astype(np.float32))
 
 
 @needs_golden
 @pytest.mark.slow
-def test_two_processes_with_a_part_of_the_batch_each_equal_the_reference() -> None:
-    two = run_processes(2, on_two_processes, str(GOLDEN))
-    expected = load("a_sinkhorn")["q64_uni"]
-    exact(torch.cat([out["codes"] for out in two]), expected)
-    exact(torch.cat([out["empty share"] for out in two]), expected)
-    golden = load("c_swav_loss")
-    for case in SWAV_CASES:
-        first, second = (out[case] for out in two)
-        exact((first["loss"] + second["loss"]) / 2, golden[f"loss64_{case}"])
-        assert abs(first["loss"] - second["loss"]) > 1e-3  # they really saw different halves
-        exact((first["prototypes"] + second["prototypes"]) / 2, golden[f"grad_prototypes_{case}"])
-        # The global loss is the mean of the two, so half of each process's gradient.
-        gradient = torch.cat([first["z"], second["z"]], dim=1) / 2
-        exact(gradient.flatten(0, 1), golden[f"grad_embeddings_{case}"])
-        exact(first["queue"], second["queue"], atol=0)
-        if case != "noqueue":
-            exact(first["queue"], golden[f"queue_after_{case}"], atol=0)
+@torch.no_grad()
+def test_resnet50_equals_the_reference() -> None:
+    golden, resnet, shapes = (
+        load("f_resnet50"),
+        GreyResNet().double().eval(),
+        torchvision.models.resnet50().state_dict(),
+    )
+    state = {name: by_recipe(name, value.shape) for name, value in shapes.items() if value.dim() and "fc." not in name}
+    state["conv1.weight"] = fold_grey(state["conv1.weight"])
+    resnet.load_state_dict(resnet.state_dict() | state)
+    stages = resnet(tensor(golden["input"]) * GREY_STD + GREY_MEAN)
+    for k, stage in enumerate(stages, start=1):
+        exact(stage.mean(dim=(2, 3)), golden[f"stage{k}"], atol=1e-9)
+    exact(multi_scale(stages), golden["feature5888"][:, :3840])  # which has the last stage twice
 
 
 # ---- learning-rate schedule

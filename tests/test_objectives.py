@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from processes import run_processes
+from tiny import random, unit
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -20,15 +21,7 @@ from objectives.sinkhorn import sinkhorn
 from objectives.sizes import prototype_counts, queue_size
 from utils.distributed import rank
 from utils.errors import UserError
-from utils.optim import LARC, parameter_groups
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def unit(*shape: int, seed: int = 0) -> Tensor:
-    return F.normalize(random(*shape, seed=seed), dim=-1)
+from utils.optim import parameter_groups
 
 
 def swav(*sizes: int, dim: int = 8, **options: Any) -> SwAV:
@@ -70,29 +63,13 @@ def test_sinkhorn_loss_and_gradients_survive_hard_embeddings_in_half_precision(d
             assert values.isfinite().all(), name
 
 
-def test_rows_that_take_no_part_change_nothing() -> None:
-    scores = unit(10, 16) @ PROTOTYPES.T
-    rows = torch.tensor([0, 3, 4, 9])
-    q = sinkhorn(scores, taking_part=torch.zeros(10, dtype=torch.bool).index_fill(0, rows, True))
-    assert torch.equal(q[rows], sinkhorn(scores[rows]))
-    assert q.sum() == pytest.approx(4)
-    assert torch.equal(sinkhorn(scores, taking_part=torch.ones(10, dtype=torch.bool)), sinkhorn(scores))
-
-
-def test_frozen_prototypes_move_only_after_their_steps() -> None:
-    objective = swav(5, freeze_prototypes_niters=2)
-    weight = objective.prototypes.heads[0].weight
-    optimizer = LARC(objective.parameters(), lr=10.0)
-    moves = []
+def test_prototypes_get_no_gradient_in_their_first_steps() -> None:
+    objective, moving = swav(5, freeze_prototypes_niters=2), []
     for step in range(4):
-        before = weight.detach().clone()
-        objective(unit(2, 6, 8, seed=step)).backward()
+        objective(unit(2, 6, 8)).backward()
         objective.cancel_gradients(step)
-        optimizer.step()
-        optimizer.zero_grad()
-        moves.append(float((weight.detach() - before).norm()))
-    assert moves[:2] == pytest.approx([0, 0], abs=1e-6)
-    assert min(moves[2:]) > 1e-3
+        moving.append(objective.prototypes.heads[0].weight.grad is not None)
+    assert moving == [False, False, True, True]
 
 
 def test_queue_starts_with_its_epoch_fills_and_is_used_once_full() -> None:
@@ -206,10 +183,12 @@ def bank_on_two_processes(state: dict[str, Tensor], at_once: int) -> dict[str, A
     bank.GATHERED_AT_ONCE = at_once
     written, loaded = deepcluster(7, 3), deepcluster(7, 3)
     remember_joint(written, slice(rank() * 2, rank() * 2 + 2))
-    loaded.load_memory_state(state)
+    loaded.bank.load(state)
     written.begin_epoch(0)
     own = len(written.bank.embeddings[0])
-    return {"banks": (written.memory_state(), loaded.memory_state()), "own": own, "buffers": written.state_dict()}
+    codes = sinkhorn(PROTOTYPES[:0] if rank() == 0 else PROTOTYPES)  # an empty share takes part and gets nothing
+    states = written.bank.state(), loaded.bank.state()
+    return {"banks": states, "own": own, "buffers": written.state_dict(), "codes": codes}
 
 
 @pytest.mark.slow
@@ -218,7 +197,7 @@ def test_bank_state_is_the_same_on_any_number_of_processes(at_once: int, monkeyp
     monkeypatch.setattr("objectives.bank.GATHERED_AT_ONCE", at_once)
     alone, again = deepcluster(7, 3), deepcluster(7, 3)
     remember_joint(alone, slice(None))
-    state = alone.memory_state()
+    state = alone.bank.state()
     assert state["seen"].tolist() == [True] * 6 + [False]
     assert_close(state["embeddings"][:, 5], unit(2, 4, 4, seed=2)[:, 1])
     alone.begin_epoch(0)
@@ -227,10 +206,11 @@ def test_bank_state_is_the_same_on_any_number_of_processes(at_once: int, monkeyp
     for out in results:
         assert_close(out["banks"], (state, state))
         assert_close(out["buffers"], alone.state_dict())
-    again.load_memory_state(results[0]["banks"][0])
-    assert_close(again.memory_state(), state)
+    assert_close(torch.cat([out["codes"] for out in results]), sinkhorn(PROTOTYPES))
+    again.bank.load(results[0]["banks"][0])
+    assert_close(again.bank.state(), state)
     with pytest.raises(ValueError, match=r"\(2, 7, 4\) does not fit \(2, 8, 4\)"):
-        deepcluster(8, 3).load_memory_state(state)
+        deepcluster(8, 3).bank.load(state)
 
 
 def test_prototypes_decay_but_biases_do_not() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import importlib
 import math
 import os
 import shutil
@@ -14,47 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import options, write_data
+from tiny import losses, options, run, write_data
 
 from utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def main(script: str, data: Path, out: Path, **changes) -> None:
-    module = importlib.import_module(script)
-    start = {"resnet_pretrained": "none"} | ({"trans_pretrained": "none"} if "3D" in script else {})
-    module.main(module.Config(**options(script, data, out, **(start | {"epochs": 1} | changes))))
-
-
-def broken(tmp_path: Path, array: np.ndarray) -> Path:
-    root = write_data(tmp_path / "broken")
-    np.save(root / "Volumes" / "broken.npy", array)
-    return root
-
-
-BAD_FILES = {
-    "an image in place of a volume": (np.ones((24, 24), np.float32), r"broken\.npy: is 2D \(24 x 24\)"),
-    "not finite": (np.full((24, 24, 12), np.nan, np.float32), r"broken\.npy.*(NaN|nan|finite)"),
-    "no contrast": (np.ones((24, 24, 12), np.float32), r"broken\.npy.*constant"),
-    "no numbers": (np.full((24, 24, 12), "a"), r"broken\.npy"),
-}
-
-
-@pytest.mark.parametrize("what", BAD_FILES)
-def test_unusable_volumes(what, tmp_path):
-    array, says = BAD_FILES[what]
-    with pytest.raises(UserError, match=f"(?s){says}"):
-        main("mask_swav", broken(tmp_path, array), tmp_path)
-    assert not (tmp_path / "runs").exists()
-
-
 @pytest.mark.slow
-def test_unusable_volumes_are_left_out_when_asked(tmp_path, capfd):
-    main("mask_swav", broken(tmp_path, BAD_FILES["not finite"][0]), tmp_path, on_bad="skip")
+def test_unusable_volumes_stop_a_run_or_are_left_out_when_asked(tmp_path, capfd):
+    data = write_data(tmp_path / "data")
+    np.save(data / "Volumes" / "flat.npy", np.ones((24, 24), np.float32))
+    np.save(data / "Volumes" / "broken.npy", np.full((24, 24, 12), np.nan, np.float32))
+    with pytest.raises(UserError, match=r"flat\.npy: is 2D \(24 x 24\)"):
+        run("mask_swav", data, tmp_path)
+    assert not (tmp_path / "runs").exists()
+    run("mask_swav", data, tmp_path, epochs=1, on_bad="skip")
     assert "broken.npy" in "".join(capfd.readouterr())
     assert (tmp_path / "weights" / "mask_swav.pth").exists()
 
@@ -65,11 +39,11 @@ def test_trees_without_data(data, tmp_path):
     (tmp_path / "other" / "Scans" / "a.nii.gz").write_bytes(b"x")
     for folder, says in (("missing", "does not exist"), ("empty", "holds no|no data set"), ("other", r"Scans.*\.npy")):
         with pytest.raises(UserError, match=f"(?s){says}"):
-            main("ssl_swav2D", tmp_path / folder, tmp_path)
+            run("ssl_swav2D", tmp_path / folder, tmp_path)
     images = tmp_path / "images"
     shutil.copytree(data / "Images", images / "Images")
     with pytest.raises(UserError, match="volumes"):
-        main("mask_swav", images, tmp_path)
+        run("mask_swav", images, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +59,7 @@ def test_trees_without_data(data, tmp_path):
 )
 def test_options_that_do_not_fit_the_data(script, changes, says, data, tmp_path):
     with pytest.raises(UserError, match=says):
-        main(script, data, tmp_path, **changes)
+        run(script, data, tmp_path, **changes)
     assert not (tmp_path / "runs").exists()
 
 
@@ -100,10 +74,11 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["swav", "deepcluster"])
 def test_three_stages_hand_over_and_two_processes_run_the_last(method, data, tmp_path):
-    main(f"ssl_{method}2D", data, tmp_path)
-    main(f"mask_{method}", data, tmp_path, resnet_pretrained=f"resnet_{method}2D.pth")
+    start = {"epochs": 1, "resnet_pretrained": f"resnet_{method}2D.pth"}
+    run(f"ssl_{method}2D", data, tmp_path, epochs=1)
+    run(f"mask_{method}", data, tmp_path, **start)
     script = f"ssl_{method}3D"
-    chosen = options(script, data, tmp_path, epochs=1, lambda_mask=0.5)
+    chosen = options(script, data, tmp_path, **start, trans_pretrained=f"mask_{method}.pth", lambda_mask=0.5)
     args = [a for key, value in chosen.items() for a in (f"--{key}", str(value))]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"{script}.py"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -111,11 +86,10 @@ def test_three_stages_hand_over_and_two_processes_run_the_last(method, data, tmp
     assert done.returncode == 0, done.stderr[-3000:]
     made = {p.name for p in (tmp_path / "weights").glob("*.pth")}
     assert made == {f"resnet_{method}2D.pth", f"mask_{method}.pth", f"{method}3D.pth", f"{method}3D_encoder.pth"}
-    for run in (f"ssl_{method}2D", f"mask_{method}", script):
-        with open(tmp_path / "runs" / run / "metrics.csv", newline="") as file:
-            (row,) = csv.DictReader(file)
+    for name in (f"ssl_{method}2D", f"mask_{method}", script):
+        (row,) = losses(tmp_path / "runs" / name)
         assert math.isfinite(float(row["loss"]))
-        assert (tmp_path / "runs" / run / "config.yaml").exists()
+        assert (tmp_path / "runs" / name / "config.yaml").exists()
     assert {"inter", "intra", "mask"} <= row.keys()
     before, after = (
         torch.load(tmp_path / "weights" / f, weights_only=True) for f in (f"mask_{method}.pth", f"{method}3D.pth")

@@ -7,25 +7,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 
 import nibabel
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny import write_pairs
+from tiny import save_weights, write_pairs
 from torch import Tensor, nn
 
 import prepare_data
 from downstream import segment
 from downstream.encoders import has_transformer, load_encoder, load_joint_encoder
 from downstream.pairs import LabelledVolumes, number_classes, read_image, read_label
-from downstream.segment import Config, Segmentation, SliceUNet, augment, predict, run
+from downstream.segment import Config, Segmentation, SliceUNet, augment, run
 from downstream.splits import Split, check_split, choose_labelled, draw_split, make_split, write_split
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet
-from training.weights import save_joint, save_resnet
 from utils.errors import UserError
 from utils.files import write_csv
 
@@ -59,12 +57,6 @@ def opened(cfg: Config) -> Segmentation:
 # Pairs
 
 
-def test_nested_regions_become_disjoint_classes():
-    brats = {"whole tumour": [1, 2, 4], "tumour core": [1, 4], "enhancing tumour": [4]}
-    assert number_classes(brats) == {0: 0, 1: 1, 2: 2, 4: 3}
-    assert number_classes({"atrium": [420, 421], "ventricle": [500]}) == {0: 0, 420: 1, 421: 1, 500: 2}
-
-
 def test_what_prepare_data_writes_is_read_in_slice_order(tmp_path):
     """Four channels and nested regions, as in BraTS."""
     label = np.array([0, 1, 2, 4], np.uint8)[np.random.default_rng(0).integers(0, 4, (12, 10, 9))]
@@ -80,8 +72,10 @@ def test_what_prepare_data_writes_is_read_in_slice_order(tmp_path):
     data = LabelledVolumes(tmp_path / "data")
     [pair] = data.pairs
     assert data.structures == {"whole tumour": [1, 2, 4], "tumour core": [1, 4], "enhancing tumour": [4]}
-    assert (pair.shape, pair.channels, pair.spacing_mm) == ((9, 10, 12), 4, (2.0, 1.0, 1.5))
-    values = np.array([0, 1, 2, 4])[read_label(pair, data.classes)]  # classes are numbered in the order of the values
+    assert data.classes == {0: 0, 1: 1, 2: 2, 4: 3}  # disjoint, as a softmax needs them
+    assert number_classes({"atrium": [420, 421], "ventricle": [500]}) == {0: 0, 420: 1, 421: 1, 500: 2}
+    assert (pair.shape, pair.image.channels, pair.spacing_mm) == ((9, 10, 12), 4, (2.0, 1.0, 1.5))
+    values = np.array([0, 1, 2, 4])[read_label(pair, data.classes)]
     for number, image in enumerate(read_image(pair), start=1):
         np.testing.assert_array_equal(image, values + 10 * number)
     assert np.bincount(values.ravel()).tolist() == np.bincount(label.ravel()).tolist()
@@ -89,22 +83,22 @@ def test_what_prepare_data_writes_is_read_in_slice_order(tmp_path):
 
 def test_arrays_of_several_channels_and_any_slice_axis(tmp_path):
     (tmp_path / "labels").mkdir()
-    image, label = np.random.default_rng(0).random((9, 10, 11, 4)), np.ones((9, 10, 11), np.uint8)
+    image = np.random.default_rng(0).random((9, 10, 11, 4))
     for case in "abc":
         np.save(tmp_path / f"{case}.npy", image)
-        np.save(tmp_path / f"labels/{case}.npy", label)
-    np.save(tmp_path / "d.npy", image)
+        np.save(tmp_path / f"labels/{case}.npy", np.ones((9, 10, 11), np.uint8))
+    (tmp_path / "labels/c.npy").unlink()
     (tmp_path / "dataset.yaml").write_text(
-        "spacing_mm: [1, 2, 3]\nslice_axis: 0\nchannels: [t1, t2, t1ce, flair]\nstructures: {0: background, 1: all}\n"
+        "spacing_mm: [1, 2, 3]\nslice_axis: 0\nchannels: [t1, t2, t1ce, flair]\nstructures: {all: [1]}\n"
     )
-    rows = [{"id": "b", "label": "labels/b.npy", "spacing_mm": "5 x 2 x 3"}, {"id": "d", "label": "", "spacing_mm": ""}]
+    rows = [{"id": "b", "label": "labels/b.npy", "spacing_mm": "5 x 2 x 3"}, {"id": "c", "label": "", "spacing_mm": ""}]
     write_csv(rows, tmp_path / "cases.csv")
     data = LabelledVolumes(tmp_path)
-    assert [pair.spacing_mm for pair in data.pairs] == [(1, 2, 3), (5, 2, 3), (1, 2, 3)]
-    assert data.structures == {"all": [1]}
+    assert [pair.spacing_mm for pair in data.pairs] == [(1, 2, 3), (5, 2, 3)]
     assert "1 volumes without labels, which are left out" in data.notes
     np.testing.assert_array_equal(read_image(data.pairs[0]), image.transpose(3, 0, 1, 2))
-    assert LabelledVolumes(tmp_path, {"one": [1]}, slice_axis=1).pairs[0].shape == (10, 9, 11)
+    turned = LabelledVolumes(tmp_path, {"one": [1]}, slice_axis=1, window=[0.2, 0.8]).pairs[0]
+    assert (turned.shape, turned.spacing_mm, turned.image.window) == ((10, 9, 11), (2, 1, 3), (0.2, 0.8))
 
 
 # Splits
@@ -137,8 +131,7 @@ def named(split: Split, cases: list[str], patients: Sequence[str] = ()) -> Split
 def test_a_split_may_leave_out_folders_and_suffixes_or_have_those_of_another_task():
     cases = ["imagesTr/a_1.npy", "imagesTr/a_2.npy", "imagesTr/b.npy", "other/b.npy"]
     whole = Split(["imagesTr/a_1.npy"], ["imagesTr/a_2.npy"], ["other/b.npy"])
-    assert named(Split(["a_1"], ["imagesTr/a_2"], ["other/b"]), cases) == whole
-    assert named(whole, cases) == whole
+    assert named(Split(["a_1"], ["imagesTr/a_2"], ["other/b"]), cases) == named(whole, cases) == whole
     assert named(Split(["x/a.nii.gz"], ["b"], ["c.nii.gz"]), ["a", "b", "c"]) == Split(["a"], ["b"], ["c"])
     with pytest.raises(UserError, match=r"'b' may be imagesTr/b\.npy or other/b\.npy"):
         named(Split(["b"], [], []), cases)
@@ -149,7 +142,6 @@ def test_a_split_may_leave_out_folders_and_suffixes_or_have_those_of_another_tas
     [
         (Split([7], ["b"], ["c"]), "must hold the lists train, validation, test of case names"),
         (Split(["a", "b"], ["c"], ["d"]), "patient p is in two parts: in train and, with d, in test"),
-        (Split(["a", "a"], ["b"], ["c"]), "'a' is named twice"),
         (Split(["a", "x"], ["b"], ["c"]), "train names 'x', which is not among the 4 cases"),
         (Split(["a", "b"], [], ["c"]), "validation has no case"),
     ],
@@ -162,38 +154,32 @@ def test_wrong_splits_are_refused(split, message):
 # Encoders
 
 
-def learner(encoder: nn.Module) -> SimpleNamespace:
-    return SimpleNamespace(encoder=encoder)
-
-
 def test_weights_are_found_by_name_and_file(tmp_path):
     one, same, other = (load_encoder("random", "resnet18", seed) for seed in (1, 1, 2))
     assert torch.equal(one.conv1.weight, same.conv1.weight)
     assert not torch.equal(one.conv1.weight, other.conv1.weight)
     joint, file = JointEncoder("resnet18", 16, 1), tmp_path / "swav3D.pth"
-    save_joint(learner(joint), file, MADE_BY)
+    save_weights(joint, file, MADE_BY)
     alone = str(tmp_path / "swav3D_encoder.pth")
     for name in (str(file), alone):  # the arch comes from the .json
-        torch.testing.assert_close(load_encoder(name).state_dict(), joint.encoder.state_dict())
+        torch.testing.assert_close(load_encoder(name).state_dict(), joint.resnet.state_dict())
     torch.testing.assert_close(load_joint_encoder(str(file)).state_dict(), joint.state_dict())
     assert (has_transformer(str(file)), has_transformer(alone)) == (True, False)
 
 
 def test_wrong_weights_are_refused(tmp_path, monkeypatch):
-    save_resnet(learner(GreyResNet("resnet18")), tmp_path / "a.pth", MADE_BY)
+    save_weights(GreyResNet("resnet18"), tmp_path / "a.pth", MADE_BY)
     with pytest.raises(UserError, match=r"resnet50 was asked for, but .* made with resnet18"):
         load_encoder(str(tmp_path / "a.pth"), "resnet50")
     (tmp_path / "a.json").unlink()
     with pytest.raises(UserError, match="loaded as resnet50; another one is chosen with --arch"):
         load_encoder(str(tmp_path / "a.pth"))
-    with pytest.raises(UserError, match="no such file"):
-        load_encoder(str(tmp_path / "b.pth"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(UserError, match="nothing is downloaded"):
         load_encoder("imagenet", "resnet18")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "a.pth").rename(tmp_path / "checkpoints/resnet18-f37072fd.pth")
-    assert load_encoder("imagenet", "resnet18").num_features == 512
+    load_encoder("imagenet", "resnet18")
 
 
 # The network
@@ -225,9 +211,7 @@ def test_with_f_inter_slices_see_each_other_within_their_stretch_only():
     torch.testing.assert_close(together[5:], model(images[5:], [3]), rtol=1e-3, atol=1e-4)
     changed = images.clone()
     changed[4] = 0
-    difference = (model(changed, [5, 3]) - together).abs().amax(dim=(1, 2, 3))
-    assert difference[:5].min() > 1e-4
-    assert difference[5:].max() < 1e-5
+    assert (model(changed, [5, 3]) - together)[:5].abs().amax(dim=(1, 2, 3)).min() > 1e-4
 
 
 class Threshold(nn.Module):
@@ -241,20 +225,20 @@ class Threshold(nn.Module):
         return -100 * (images - self.levels.view(1, 3, 1, 1)).abs()
 
 
+@torch.no_grad()
 def test_predictions_return_to_the_grid_of_the_file(tmp_path):
     root = write_pairs(tmp_path / "data", 5, (37, 28, 9))
     for label in (root / "labels").iterdir():
         np.save(root / label.name, np.load(label).astype(np.float32))
-    cfg = tiny(root, tmp_path, f_inter=True, labelled=1)
-    found = opened(cfg)
+    found = opened(tiny(root, tmp_path, f_inter=True, labelled=1))
     case = found.case("c0")
     assert case.images.shape == (9, 1, 32, 32)
     reference = torch.from_numpy(read_label(case.pair, found.data.classes))
-    prediction = predict(Threshold(), case, cfg, native=True)
+    prediction = found.predict(Threshold(), case, native=True)
     assert prediction.shape == reference.shape == case.pair.shape
     scores = segment.metrics.score(prediction, reference, found.data.members, case.pair.spacing_mm)
     assert scores["bright"]["dice"] > 0.85  # its border is that of the dim half, where grey values mix
-    prediction = predict(Threshold(), case, cfg, native=False)
+    prediction = found.predict(Threshold(), case, native=False)
     assert (prediction != case.classes)[prediction != 1].float().mean() < 0.02
 
 
@@ -300,7 +284,7 @@ def test_freezing_leaves_the_encoder_as_loaded(balls, tmp_path):
 def test_encoder_lr_is_the_share_of_the_encoder_alone_and_decoders_start_equal_whatever_the_encoder(balls, tmp_path):
     found = opened(tiny(balls, tmp_path, encoder_lr=0.25))
     model = found.build()
-    save_resnet(learner(load_encoder("random", "resnet18", 9)), tmp_path / "a.pth", MADE_BY)
+    save_weights(load_encoder("random", "resnet18", 9), tmp_path / "a.pth", MADE_BY)
     other = opened(tiny(balls, tmp_path, weights=str(tmp_path / "a.pth"))).build()
     torch.testing.assert_close(other.unet.decoder.state_dict(), model.unet.decoder.state_dict(), rtol=0, atol=0)
     groups = found.groups(model)
@@ -323,17 +307,6 @@ def test_a_run_learns_and_writes_what_it_returns(balls, tmp_path):
 # What users get wrong: one error each, before training
 
 
-def changed(balls: Path, to: Path, file: str, content: np.ndarray | str | None) -> Path:
-    """A copy of the data set in which one file has another content, or none."""
-    shutil.copytree(balls, to)
-    (to / file).unlink()
-    if isinstance(content, str):
-        (to / file).write_text(content)
-    elif content is not None:
-        np.save(to / file, content)
-    return to
-
-
 LABEL = np.zeros((24, 20, 9), np.float32)
 
 
@@ -342,34 +315,29 @@ LABEL = np.zeros((24, 20, 9), np.float32)
     [
         ("labels/c3.npy", None, "c3.npy: has no label .*labels/c3.npy; add it"),
         ("c3.npy", None, "labels/c3.npy: has no image .*c3.npy; add it"),
-        ("c3.npy", LABEL[:, :, :4], "labels/c3.npy: is not a whole array of 24 x 20 x 4 voxels"),
         ("labels/c3.npy", LABEL[0], "labels/c3.npy: is not a whole array of 24 x 20 x 9 voxels"),
         ("labels/c4.npy", LABEL + 7, "c4.npy: holds label values 7.0 outside the declared 0, 1, 2"),
-        ("c0.npy", np.where(np.arange(9) == 3, np.nan, LABEL), "c0.npy: holds NaN or Inf"),
-        ("c0.npy", LABEL, "c0.npy: is constant"),
-        ("dataset.yaml", None, "structures: do not say what label values mean"),
+        ("c0.npy", np.where(np.arange(9) == 3, np.nan, LABEL), "c0.npy: its intensities, nan to nan, must be finite"),
+        ("c0.npy", LABEL, "c0.npy: its intensities, 0 to 0, must be finite and differ"),
+        ("dataset.yaml", None, "no structures say what label values mean"),
         ("cases.csv", "id,label,patient\nc0,labels/c0.npy,p0\n", "does not name the patient of c1, c2"),
-        ("cases.csv", "id,label,spacing_mm\nc0,labels/c0.npy,1 x 2\n", "'1 x 2' is not three numbers"),
+        ("", {"structures": {"heart": [0, 1]}}, "heart: .* must be a list of label values other than 0"),
+        ("", {"window": [200.0, 100.0]}, "window: .* must be two increasing numbers"),
+        ("", {"window": [1000.0, 2000.0]}, r"\.npy: its intensities, .* lie within the window"),
+        ("", {"data_path": "nowhere"}, "nowhere is not a folder"),
+        ("", {"arch": "wide_resnet50_2"}, "the U-Net takes resnet18"),
     ],
 )
-def test_wrong_data_are_refused(balls, tmp_path, file, content, message):
+def test_wrong_data_and_options_are_refused(balls, tmp_path, file, content, message):
+    """Another content of a file, or none; or options."""
     write_split(Split(["c0", "c1"], ["c2"], ["c3", "c4"]), tmp_path / "split.json")
-    root = changed(balls, tmp_path / "data", file, content)
+    root = shutil.copytree(balls, tmp_path / "data")
+    if file:
+        (root / file).unlink()
+    if isinstance(content, str):
+        (root / file).write_text(content)
+    elif isinstance(content, np.ndarray):
+        np.save(root / file, content)
+    options = content if isinstance(content, dict) else {}
     with pytest.raises(UserError, match=message):
-        segment.check(tiny(root, tmp_path / "run", split=str(tmp_path / "split.json")))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"structures": {"heart": [0, 1]}}, "heart: .* must be label values other than 0"),
-        ({"window": [200.0, 100.0]}, "window: .* must be two increasing numbers"),
-        ({"window": [1000.0, 2000.0]}, r"\.npy: its intensities, .* lie outside the window"),
-        ({"fractions": [0.5, 0.5]}, "fractions: .* must be three numbers"),
-        ({"data_path": "nowhere"}, "nowhere is not a folder"),
-        ({"arch": "wide_resnet50_2"}, "the U-Net takes resnet18"),
-    ],
-)
-def test_wrong_options_are_refused(balls, tmp_path, changes, message):
-    with pytest.raises(UserError, match=message):
-        segment.check(tiny(balls, tmp_path / "run", **changes))
+        segment.check(tiny(root, tmp_path / "run", split=str(tmp_path / "split.json"), **options))

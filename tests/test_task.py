@@ -122,17 +122,8 @@ def test_a_run_stopped_anywhere_ends_as_one_that_was_not(make, stops, tmp_path):
     assert not {checkpoint.LATEST, checkpoint.PREVIOUS} & written
 
 
-def test_a_finished_run_is_not_repeated_but_read(tmp_path, monkeypatch):
-    kind, cfg = line(tmp_path)
-    first = task.run(kind, cfg)
-    monkeypatch.setattr(Line, "batch", lambda *_: pytest.fail("trained again"))
-    again = task.run(kind, cfg)
-    assert again["metrics"]["error"] == first["metrics"]["error"]
-    assert math.isnan(again["metrics"]["undefined"])
-
-
 @pytest.mark.parametrize("stopped", [False, True])
-def test_a_folder_with_another_run_is_refused(tmp_path, stopped):
+def test_a_folder_with_another_run_is_refused_and_a_finished_one_read(tmp_path, monkeypatch, stopped):
     split = tmp_path / "split.json"
     split.write_text('{"train": ["c0", "c2"], "validation": ["c4"], "test": ["c6"]}')
     kind, cfg = line(tmp_path)
@@ -141,7 +132,10 @@ def test_a_folder_with_another_run_is_refused(tmp_path, stopped):
         with pytest.raises(SystemExit):
             task.run(stopping(kind, "batch", 3), cfg)
     else:
-        task.run(kind, cfg)
+        first = task.run(kind, cfg)
+        monkeypatch.setattr(Line, "batch", lambda *_: pytest.fail("trained again"))
+        again = task.run(kind, cfg)["metrics"]
+        assert (again["error"], math.isnan(again["undefined"])) == (first["metrics"]["error"], True)
     with pytest.raises(UserError, match=r"other options \(base_lr: 0.1 -> 0.2; seed: 0 -> 1\)"):
         task.check(kind, replace(cfg, base_lr=0.2, seed=1))
     with pytest.raises(UserError, match="the files below data_path"):

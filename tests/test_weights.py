@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torchvision
+from tiny import save_weights
 
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet, fold_grey, pooled
@@ -35,7 +36,6 @@ def trunk(source, prefix):
 
 LAYOUTS = {
     "torchvision": lambda s: s,
-    "wrapped": lambda s: {"state_dict": s, "epoch": torch.tensor(3)},
     "swav": lambda s: (
         trunk(s, "module.")
         | {"module.projection_head.0.weight": torch.ones(4, 4), "module.prototypes.weight": torch.ones(9, 4)}
@@ -106,7 +106,7 @@ def joint(tmp_path):
     torch.manual_seed(1)
     encoder = JointEncoder("resnet18", 32, layers=2)
     record = {"config": {"arch": "resnet18", "d_model": 32, "layers": 2}}
-    weights.save_joint(SimpleNamespace(encoder=encoder, resnet=encoder.encoder), tmp_path / "joint.pth", record)
+    save_weights(encoder, tmp_path / "joint.pth", record)
     return encoder.eval(), tmp_path
 
 
@@ -122,13 +122,25 @@ def test_joint_files_have_the_promised_names_and_load_back(joint):
     images = torch.rand(2, 1, 32, 32)
     with torch.no_grad():
         theirs = resnet.eval()(((images - 0.449) / 0.226).repeat(1, 3, 1, 1))
-        torch.testing.assert_close(pooled(encoder.encoder(images)), theirs, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(pooled(encoder.resnet(images)), theirs, atol=1e-4, rtol=1e-4)
         again = weights.load_joint(folder / "joint.pth").eval()
         volumes, mask = torch.rand(2, 6, 32, 32), torch.ones(2, 6, dtype=torch.bool)
         ours = [e.holistic(e.tokens(volumes, mask)[1], mask) for e in (encoder, again)]
     torch.testing.assert_close(*ours, atol=1e-5, rtol=1e-5)
     digest = hashlib.sha256((folder / "joint.pth").read_bytes()).hexdigest()
     assert json.loads((folder / "joint.json").read_text())["sha256"] == digest
+
+
+def test_parts_that_do_not_fit_and_damaged_records_are_named(joint):
+    folder = joint[1]
+    with pytest.raises(UserError, match=r"(?s)joint\.pth transformer\..*layers"):
+        weights.load_transformer(JointEncoder("resnet18", 32, layers=3), chosen(folder, trans="joint.pth"))
+    learner = SimpleNamespace(decoder=torch.nn.Linear(32, 32), mask_token=torch.zeros(32))
+    with pytest.raises(UserError, match="decoder"):
+        weights.load_mask_head(learner, chosen(folder, trans="joint.pth"))
+    (folder / "joint.json").write_text('{"config": {"arch": "resnet18"}}')
+    with pytest.raises(UserError, match=r"joint\.json"):
+        weights.load_joint(folder / "joint.pth")
 
 
 def halved(state):
@@ -141,7 +153,7 @@ def test_a_resnet_is_the_same_after_rounding_and_another_is_not(source, joint, r
     fresh = JointEncoder("resnet18", 32, layers=2)
     torch.save(source, folder / "first.pth")
     torch.save(halved(source), folder / "first_half.pth")
-    weights.load_backbone(encoder.encoder, chosen(folder, "first.pth"))
+    weights.load_backbone(encoder.resnet, chosen(folder, "first.pth"))
     state = weights.joint_state(encoder)
     half = halved(state)
     restored = {name: v.float() if v.is_floating_point() else v for name, v in half.items()}

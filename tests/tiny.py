@@ -5,15 +5,39 @@ from __future__ import annotations
 import csv
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-from training import train
+from models.encoder import JointEncoder
+from training import train, weights
 from utils import files, signals
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Normally distributed numbers, the same for the same seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def unit(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Random vectors of unit length."""
+    return torch.nn.functional.normalize(random(*shape, seed=seed), dim=-1)
+
+
+def shake(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Random numbers in every parameter and running statistic, so that no zero, one or symmetry hides a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in module.state_dict().items():
+        if name.endswith("running_var"):
+            value.uniform_(0.5, 1.5, generator=generator)
+        elif value.is_floating_point():
+            value.add_(torch.randn(value.shape, generator=generator, dtype=value.dtype), alpha=0.1)
+    return module
 
 
 def save(path: Path, array: np.ndarray) -> Path:
@@ -42,7 +66,7 @@ def write_data(root: Path, volumes: int = 8, images: int = 4) -> Path:
 
 
 def options(script: str, data: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    """Keyword arguments of a script's Config; `changes` win."""
+    """Keyword arguments of a script's Config, from random weights; `changes` win."""
     chosen: dict[str, Any] = {
         "data_path": str(data),
         "dump_path": str(out / "runs" / script),
@@ -59,21 +83,26 @@ def options(script: str, data: Path, out: Path, **changes: Any) -> dict[str, Any
     if "2D" in script:
         chosen |= {"size_crops": [32, 16], "nmb_crops": [2, 1], "slices_per_volume": 2, "batch_size": 4}
     else:
-        chosen |= {"target_shape": [8, 32, 32], "d_model": 32, "layers": 1}
+        chosen |= {"target_shape": [8, 32, 32], "d_model": 32, "layers": 1, "resnet_pretrained": "none"}
     if "2D" in script or "3D" in script:
         chosen |= {"hidden_mlp": 32, "feat_dim": 16}
     if "3D" in script:
-        chosen |= {"intra_slices": 3, "images_per_step": 2}
+        chosen |= {"intra_slices": 3, "images_per_step": 2, "trans_pretrained": "none"}
     if "deepcluster" in script and "mask" not in script:
         chosen |= {"kmeans_backend": "torch"}
     return chosen | changes
 
 
+def save_weights(encoder: nn.Module, path: Path, record: dict[str, Any]) -> None:
+    """The file of stage 3 for a joint encoder, of stage 1 for a ResNet."""
+    stage = 3 if isinstance(encoder, JointEncoder) else 1
+    weights.save(SimpleNamespace(encoder=encoder, stage=stage), path, record)
+
+
 def run(script: str, data: Path, out: Path, **changes) -> dict[str, torch.Tensor]:
-    """The script in this process, from random weights unless told otherwise; returns the weights it wrote."""
+    """The script in this process; returns the weights it wrote."""
     module = importlib.import_module(script)
-    start = {"resnet_pretrained": "none"} | ({"trans_pretrained": "none"} if "3D" in script else {})
-    cfg = module.Config(**options(script, data, out, **(start | changes)))
+    cfg = module.Config(**options(script, data, out, **changes))
     module.main(cfg)
     return torch.load(out / "weights" / cfg.checkpoint_name, weights_only=True)
 

@@ -66,24 +66,16 @@ class Trial:
         return [process.exitcode for process in self.processes]
 
     @property
-    def running(self) -> bool:
-        return any(process.is_alive() for process in self.processes)
-
-    @property
     def steps(self) -> list[int]:
         """Optimiser steps that each process has applied."""
-        return [len(read_steps(self.folder / f"steps_{rank}.txt")) for rank in range(len(self.processes))]
+        return [count_steps(self.folder / f"steps_{rank}.txt") for rank in range(len(self.processes))]
 
     def log(self, rank: int = 0) -> str:
         return (self.folder / f"log_{rank}.txt").read_text()
 
 
-def read_steps(path: Path) -> list[tuple[float, int]]:
-    """(seconds since the epoch, number of processes) of every applied step."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines()
-    return [(float(when), int(processes)) for when, processes in (line.split() for line in lines)]
+def count_steps(path: Path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
 
 
 def worker_of(torchrun: subprocess.Popen[bytes]) -> int:
@@ -107,7 +99,6 @@ def run(script: str, args: list[str], steps: Path) -> None:
     import torch
 
     from utils import config
-    from utils.distributed import world_size
     from utils.precision import Precision
 
     torch.set_num_threads(1)
@@ -116,7 +107,7 @@ def run(script: str, args: list[str], steps: Path) -> None:
     def noted(self: Precision, optimizer: torch.optim.Optimizer) -> None:
         apply(self, optimizer)
         with open(steps, "a") as file:
-            file.write(f"{time.time():.3f} {world_size()}\n")
+            file.write("step\n")
 
     Precision.step = noted
     module = importlib.import_module(script)

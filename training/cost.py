@@ -6,7 +6,6 @@ from __future__ import annotations
 import gc
 import inspect
 import itertools
-import os
 import resource
 import sys
 import tempfile
@@ -187,15 +186,7 @@ def search(probe: Callable[[int], int | None], limit: float, most: int) -> tuple
             too_large = size
         else:
             fits = size
-        size = 2 * fits
-        others = [b for b in used if b != fits]
-        if too_large <= most and (len(used) % 2 or too_large not in used):
-            size = (fits + too_large) // 2
-        elif others:  # where the line through the nearest two meets the limit
-            near = min(others, key=lambda b: abs(b - fits))
-            each = (used[fits] - used[near]) / (fits - near)
-            size = fits + int((limit - used[fits]) / each) if each > 0 else size
-        size = max(fits + 1, min(size, 2 * fits, too_large - 1))
+        size = min(2 * fits, (fits + too_large) // 2)
     return fits, used
 
 
@@ -257,13 +248,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a new process could take."""
+    """Bytes that a new process could take; of a CPU, on Linux alone."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        return _kib(meminfo, "MemAvailable:")
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return _kib(Path("/proc/meminfo"), "MemAvailable:")
 
 
 def _kib(file: Path, name: str) -> int:

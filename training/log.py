@@ -6,7 +6,6 @@ import csv
 import importlib
 import secrets
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,11 @@ FORMATS = {"seconds": ".2f", "samples_per_second": ".2f", "data_wait": ".3f", "p
 class Log:
     """Progress for people, metrics.csv and warnings.csv; silent on all processes but the first.
 
-    chance: what guessing scores, per loss that has such a level.  Raises UserError where TensorBoard or W&B were asked
-    for and are not installed.
+    Raises UserError where TensorBoard or W&B were asked for and are not installed.
     """
 
-    def __init__(
-        self, folder: Path, config: Any, run: Run, first_epoch: int, chance: dict[str, float] | None = None
-    ) -> None:
-        self.run, self.config, self.folder, self.chance = run, config, folder, chance or {}
+    def __init__(self, folder: Path, config: Any, run: Run, first_epoch: int) -> None:
+        self.run, self.config, self.folder = run, config, folder
         self._tensorboard = self._wandb = None
         distributed.on_main(lambda: self._start(first_epoch))
 
@@ -41,21 +37,16 @@ class Log:
         # Asked for before anything is written: what is missing must not leave half a run.
         tensorboard = _package("torch.utils.tensorboard", "tensorboard") if config.tensorboard else None
         wandb = _package("wandb", "wandb_project") if config.wandb_project else None
-        option = "pretrained_path"
         try:
             Path(config.pretrained_path).mkdir(parents=True, exist_ok=True)
-            option = "dump_path"
-            folder.mkdir(parents=True, exist_ok=True)
-            save_yaml(to_dict(config), folder / "config.yaml")
-            for name in (METRICS, WARNINGS):  # without what a run wrote after its last checkpoint
-                if rows := self._rows(name):
-                    self._write(name, [row for row in rows if int(row["epoch"]) < first_epoch])
-            if tensorboard:
-                self._tensorboard = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
         except OSError as error:
-            raise UserError(f"{option}: {getattr(config, option)} cannot be written ({error.strerror})") from None
-        except (KeyError, TypeError, ValueError, csv.Error) as error:
-            raise UserError(f"{folder / name}: is not this run's table ({error}); move it away") from None
+            raise UserError(f"pretrained_path: {config.pretrained_path} cannot be made ({error.strerror})") from None
+        save_yaml(to_dict(config), folder / "config.yaml")
+        for name in (METRICS, WARNINGS):  # without what a run wrote after its last checkpoint
+            if rows := self._rows(name):
+                self._write(name, [row for row in rows if int(row["epoch"]) < first_epoch])
+        if tensorboard:
+            self._tensorboard = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
         if wandb:
             self._wandb = self._start_wandb(wandb)
 
@@ -65,19 +56,32 @@ class Log:
         if not file.exists():
             files.write_text(secrets.token_hex(8), file)
         about = {"project": self.config.wandb_project, "name": self.folder.name, "config": to_dict(self.config)}
-        try:
-            return wandb.init(**about, id=file.read_text().strip(), resume="allow", dir=str(self.folder))
-        except Exception as error:  # no account, no network: its own classes, which differ between versions
-            raise UserError(
-                f"wandb_project: W&B does not start ({error}); wandb login, or WANDB_MODE=offline to send it later"
-            ) from None
+        return wandb.init(**about, id=file.read_text().strip(), resume="allow", dir=str(self.folder))
 
     def say(self, text: str) -> None:
         if self.run.is_main:
             print(text, flush=True)
 
-    def bar(self, epoch: int, steps: int, first_step: int) -> Bar:
-        return Bar(self, epoch, steps, first_step)
+    def bar(self, epoch: int, steps: int, first_step: int) -> tqdm:
+        """The run on the terminal, from a step of an epoch on; nothing where there is none."""
+        return tqdm(
+            total=self.config.epochs * steps,
+            initial=epoch * steps + first_step,
+            desc=f"epoch {epoch + 1}/{self.config.epochs}",
+            unit=" steps",
+            disable=not (self.run.is_main and sys.stderr.isatty()),
+            leave=False,
+            bar_format="{desc} {percentage:.0f}%|{bar:9}| {n_fmt}/{total_fmt} {rate_fmt}, ends in {remaining}{postfix}",
+        )
+
+    def advance(self, bar: tqdm, steps: int, means: dict[str, float], lr: float, waited: float) -> None:
+        """After an update: its steps, losses and rate; seconds that the bar's epoch has waited for data."""
+        if bar.disable:
+            return
+        losses = " ".join(f"{name} {value:.4g}" for name, value in means.items())
+        share = waited / bar.format_dict["elapsed"]
+        bar.set_postfix_str(f"{losses}, lr {lr:.3g}, data {share:.0%}", refresh=False)
+        bar.update(steps)
 
     def row(
         self, epoch: int, means: dict[str, float], values: dict[str, float], seconds: float, waited: float, samples: int
@@ -134,43 +138,6 @@ class Log:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
-
-
-class Bar:
-    """One epoch on the terminal; nothing where there is none and on all processes but the first."""
-
-    def __init__(self, log: Log, epoch: int, steps: int, first_step: int) -> None:
-        self.chance = log.chance
-        self.left = (log.config.epochs - epoch) * steps - first_step  # steps of the run
-        self.done, self.samples, self.began = 0, 0, time.monotonic()
-        self.tqdm = tqdm(
-            total=steps,
-            initial=first_step,
-            desc=f"epoch {epoch + 1}/{log.config.epochs}",
-            disable=not (log.run.is_main and sys.stderr.isatty()),
-            leave=False,
-            bar_format="{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt}{postfix}",
-        )
-
-    def advance(self, steps: int, means: dict[str, float], lr: float, samples: int, waited: float) -> None:
-        """After an update: its steps, losses, rate and samples; seconds that this epoch has waited for data."""
-        if self.tqdm.disable:
-            return
-        self.done += steps
-        self.samples += samples
-        seconds = time.monotonic() - self.began
-        remaining = tqdm.format_interval(seconds / self.done * (self.left - self.done))
-        chance = {name: f" (ln K {value:.4g})" for name, value in self.chance.items()}
-        losses = " ".join(f"{name} {value:.4g}{chance.get(name, '')}" for name, value in means.items())
-        self.tqdm.set_postfix_str(
-            f"{losses}, lr {lr:.3g}, {self.samples / seconds:.3g} samples/s, data {waited / seconds:.0%}, "
-            f"run ends in {remaining}",
-            refresh=False,
-        )
-        self.tqdm.update(steps)
-
-    def close(self) -> None:
-        self.tqdm.close()
 
 
 def _package(module: str, option: str) -> Any:

@@ -70,12 +70,6 @@ class Monitor:
         self.losses: dict[str, float] = {}  # of the epoch before
         self.only = "loss" if core.stage == 1 else None  # name of the loss where there is one level alone
 
-    @property
-    def chance(self) -> dict[str, float]:
-        """Name of a loss -> what guessing scores, where that is known."""
-        found = {name: level.chance for name, level in self.levels.items()}
-        return {self.only: found["intra"], **found} if self.only else found
-
     def finish(self, epoch: int, means: dict[str, float]) -> tuple[dict[str, float], list[tuple[str, str]]]:
         """Columns for metrics.csv, and (condition, text) of what became wrong; all processes call it together."""
         columns: dict[str, float] = {}
@@ -105,38 +99,62 @@ class Monitor:
 
     def _settled(self, epoch: int) -> bool:
         """Whether what takes time to learn may be judged."""
-        steps = self._steps(epoch) - getattr(self.config, "freeze_prototypes_niters", 0)
+        steps = (epoch + 1) * self.loader.steps - getattr(self.config, "freeze_prototypes_niters", 0)
         return epoch >= self.config.warmup_epochs + SETTLING_EPOCHS and steps >= SETTLING_STEPS
-
-    def _steps(self, epoch: int) -> int:
-        return (epoch + 1) * self.loader.steps
 
     def _judge(self, level: Level, epoch: int, loss: float, figures: dict[str, float]) -> dict[str, str]:
         """Condition -> what is said of it."""
-        before = self.losses.get(level.name, NAN)
-        found = dict(_queue(level))
-        if self._settled(epoch) and loss > AT_CHANCE * level.chance:
-            found["chance"] = _at_chance(level, loss, figures)
-        if self._steps(epoch) >= TRANSIENT_STEPS and (signs := _collapse(level, figures)):
-            found["collapse"] = signs
-        if loss - before > JUMP * level.chance:
-            found["jump"] = (
+        before, targets, signs = self.losses.get(level.name, NAN), figures["target_entropy"], _collapse(level, figures)
+        if targets > UNIFORM:
+            why = f"the targets are almost uniform (entropy {targets:.2f} ln K): lower --epsilon"
+        else:
+            why = "raise --base_lr if it was low, lower it if the loss had been falling, or use fewer prototypes"
+        cure = "a lower --epsilon or --temperature" if level.swav else "or fewer prototypes"
+        cure += f", or without a queue ({level.option('queue_length')} 0)" if level.queue else ""
+        conditions = [
+            (
+                "few",
+                level.swav and (level.batch + level.queue) * CROWDED < level.prototypes,
+                f"{level.batch} embeddings per step + a queue of {level.queue} are far fewer than {level.prototypes} "
+                "prototypes, which cannot all be used equally: "
+                f"{level.option('queue_length')} {2 * level.prototypes - level.batch} or fewer prototypes",
+            ),
+            (
+                "stale",
+                level.queue > STALE * level.samples,
+                f"the queue of {level.queue} embeddings is {level.queue / level.samples:.1f} epochs long: its oldest "
+                f"are {level.queue // level.batch} steps old and from other weights; "
+                f"{level.option('queue_length')} {level.samples}, fewer prototypes or more data",
+            ),
+            (
+                "chance",
+                self._settled(epoch) and loss > AT_CHANCE * level.chance,
+                f"the loss {loss:.4f} is no better than guessing, ln K = {level.chance:.4f}; {why}",
+            ),
+            (
+                "collapse",
+                signs and (epoch + 1) * self.loader.steps >= TRANSIENT_STEPS,
+                f"the embeddings are collapsing: {', '.join(signs)}; start again with a lower --base_lr, {cure}",
+            ),
+            (
+                "jump",
+                loss - before > JUMP * level.chance,
                 f"the loss rose from {before:.3f} to {loss:.3f} over an epoch: the learning rate may be too high; "
-                "lower --base_lr or lengthen --warmup_epochs"
-            )
-        return {f"{level.name}_{name}": f"{level.name}: {text}" for name, text in found.items()}
+                "lower --base_lr or lengthen --warmup_epochs",
+            ),
+        ]
+        return {f"{level.name}_{name}": f"{level.name}: {text}" for name, holds, text in conditions if holds}
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint; all processes call it together."""
         observers = {name: observer.state() for name, observer in self.observers.items()}
-        told = {"raised": list(self.raised), "suspected": list(self.suspected), "losses": dict(self.losses)}
+        told = {name: getattr(self, name).copy() for name in ("raised", "suspected", "losses")}
         return {"observers": observers, **told}
 
     def load(self, state: dict[str, Any]) -> None:
         for name, observer in self.observers.items():
             observer.load(state["observers"][name])
-        self.raised, self.suspected = list(state["raised"]), list(state["suspected"])
-        self.losses = dict(state["losses"])
+        self.raised, self.suspected, self.losses = state["raised"], state["suspected"], state["losses"]
 
 
 def level(name: str, objective: SwAV | DeepClusterV2, loader: Any, config: Any) -> Level:
@@ -155,15 +173,8 @@ def level(name: str, objective: SwAV | DeepClusterV2, loader: Any, config: Any) 
     )
 
 
-def _at_chance(level: Level, loss: float, figures: dict[str, float]) -> str:
-    if figures["target_entropy"] > UNIFORM:
-        why = f"the targets are almost uniform (entropy {figures['target_entropy']:.2f} ln K): lower --epsilon"
-    else:
-        why = "raise --base_lr if it was low, lower it if the loss had been falling, or use fewer prototypes"
-    return f"the loss {loss:.4f} is no better than guessing, ln K = {level.chance:.4f}; {why}"
-
-
-def _collapse(level: Level, figures: dict[str, float]) -> str:
+def _collapse(level: Level, figures: dict[str, float]) -> list[str]:
+    """Signs of embeddings or assignments that fall together."""
     K, used, signs = level.prototypes, figures["usage"] * level.prototypes, []
     if figures["std"] < SAME_POINT:
         signs.append(f"spread {figures['std']:.3f} (1: whole sphere, 0: one point)")
@@ -171,29 +182,7 @@ def _collapse(level: Level, figures: dict[str, float]) -> str:
         signs.append(f"effective rank {figures['rank']:.2f}")
     if used < min(ONE_PROTOTYPE, (1 + K) / 2):
         signs.append(f"as few as {used:.2f} of {K} prototypes in use")
-    remedy = "a lower --epsilon or --temperature" if level.swav else "or fewer prototypes"
-    remedy += f", or without a queue ({level.option('queue_length')} 0)" if level.queue else ""
-    if not signs:
-        return ""
-    return f"the embeddings are collapsing: {', '.join(signs)}; start again with a lower --base_lr, {remedy}"
-
-
-def _queue(level: Level) -> dict[str, str]:
-    """What is wrong with the size of SwAV's queue."""
-    found = {}
-    if level.swav and (level.batch + level.queue) * CROWDED < level.prototypes:
-        found["few"] = (
-            f"{level.batch} embeddings per step + a queue of {level.queue} are far fewer than {level.prototypes} "
-            "prototypes, which cannot all be used equally: "
-            f"{level.option('queue_length')} {2 * level.prototypes - level.batch} or fewer prototypes"
-        )
-    if level.queue > STALE * level.samples:
-        found["stale"] = (
-            f"the queue of {level.queue} embeddings is {level.queue / level.samples:.1f} epochs long: its oldest "
-            f"are {level.queue // level.batch} steps old and from other weights; "
-            f"{level.option('queue_length')} {level.samples}, fewer prototypes or more data"
-        )
-    return found
+    return signs
 
 
 def dominating(loader: Any) -> dict[str, str]:

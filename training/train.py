@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +19,6 @@ from objectives.learners import Learner
 from training import cost, weights
 from training.log import Log
 from training.monitor import Monitor
-from training.resume import Progress, check_same_run, explained
 from utils import checkpoint, distributed, guards, profile, signals
 from utils.config import to_dict
 from utils.distributed import Run
@@ -31,13 +29,14 @@ from utils.seeding import DROPOUT, FILLING, stream
 
 
 def start(config: Any) -> Run:
-    """Join the other processes, after whatever would stop the run later than here. Raises UserError."""
-    weights.check(config)
+    """Join the other processes, unless a weights file is missing: UserError before any long work."""
+    for option in weights.MADE_BY:
+        weights.chosen(config, option)
     return distributed.start(config.device, config.seed, config.timeout_minutes)
 
 
-def fit(learner: Learner, loader: Any, config: Any, run: Run, export: Callable[[Learner, Path, dict], None]) -> None:
-    """Train what a script has built to `config.epochs`, going on from a checkpoint in `dump_path`, and export it.
+def fit(learner: Learner, loader: Any, config: Any, run: Run) -> None:
+    """Train what a script has built to `config.epochs`, from the checkpoint in `dump_path` if any; save the weights.
 
     run: this process among the others.  An update whose loss or gradient is not finite is skipped, and its files are
     named. Raises UserError after `max_bad_steps` of them in a row; SystemExit (128 + signal) after a signal, once the
@@ -54,11 +53,40 @@ def fit(learner: Learner, loader: Any, config: Any, run: Run, export: Callable[[
             while training.at.epoch < config.epochs:
                 training.epoch()
             training.log.close()
-        except (RuntimeError, OSError, EOFError, UserError) as error:  # a save may meet the worker's death as well
-            guards.name_dead_worker(error, loader.reading)
-            raise
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker ("):
+                raise
+            remedy = "probably too little memory: lower --workers or --batch_size"
+            raise UserError(f"workers: {str(error).strip()} ({remedy})") from error
     made_by = weights.record(config, loader.dataset.samples, training.at.last)
-    return export(learner, Path(config.pretrained_path) / config.checkpoint_name, made_by)
+    return weights.save(learner, Path(config.pretrained_path) / config.checkpoint_name, made_by)
+
+
+@dataclass
+class Progress:
+    """Where a run is, as far as it is not in weights, optimiser and objectives."""
+
+    epoch: int = 0
+    seen: int = 0  # samples of this epoch that all processes together have seen
+    counted: int = 0  # those of them that entered `sums`: not those of skipped updates
+    sums: dict[str, float] = field(default_factory=dict)  # of the losses of this epoch, times samples
+    last: dict[str, float] = field(default_factory=dict)  # the means of the epoch before
+    bad_steps: int = 0  # skipped updates of this epoch
+    bad_in_a_row: int = 0
+
+    def applied(self, means: dict[str, float], samples: int) -> None:
+        """An update of so many samples was made."""
+        self.bad_in_a_row, self.counted = 0, self.counted + samples
+        for name, value in means.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value * samples
+
+    def means(self) -> dict[str, float]:
+        """Of the losses of this epoch."""
+        return {name: value / self.counted for name, value in self.sums.items()}
+
+    def next_epoch(self) -> None:
+        self.last = self.means()
+        self.epoch, self.seen, self.counted, self.bad_steps, self.sums = self.epoch + 1, 0, 0, 0, {}
 
 
 class Training:
@@ -83,10 +111,10 @@ class Training:
         config, run = self.config, self.run
         state, others = checkpoint.load(self.folder), ""
         if state:
-            with explained(self.folder):
-                others = check_same_run(state, config, run, self.data, self.folder)
+            with checkpoint.explained(self.folder):
+                others = checkpoint.check_same_run(state, config, run, self.data, self.folder)
                 self.load(state)
-        self.log = Log(self.folder, config, run, self.at.epoch, self.monitor.chance)
+        self.log = Log(self.folder, config, run, self.at.epoch)
         doing = "continuing" if state else "starting"
         self.log.say(
             f"{doing} at epoch {self.at.epoch} of {config.epochs}, {self.loader.steps} steps each, {run.world_size} "
@@ -130,9 +158,9 @@ class Training:
         began, batches = time.monotonic(), OneAhead(self.loader.epoch(at.epoch, at.seen))
         while batches.next is not None:
             parts = min(self.config.accumulate, steps - step)  # batches of this update
-            agreed, samples = self.update(batches, at.epoch * steps + step, parts)
+            agreed, _ = self.update(batches, at.epoch * steps + step, parts)
             step += parts
-            bar.advance(parts, agreed.means, self.rate(at.epoch * steps + step - 1), samples, batches.waited)
+            self.log.advance(bar, parts, agreed.means, self.rate(at.epoch * steps + step - 1), batches.waited)
             if (agreed.stop or agreed.save) and step < steps:  # the epoch's end saves anyway
                 self.save()
                 if agreed.stop:

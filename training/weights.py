@@ -18,30 +18,31 @@ from datasets.loaders import VolumeWindows
 from models.encoder import JointEncoder, init_pca
 from models.folding import fold_batch_norm
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, fold_grey, multi_scale, plain
+from objectives.learners import Learner
 from utils import checkpoint, files
 from utils.config import commit, to_dict
 from utils.distributed import Run, gather_objects, rank
 from utils.errors import UserError
 
-STAGE_1, STAGE_2 = "ssl_swav2D.py or ssl_deepcluster2D.py", "mask_swav.py or mask_deepcluster.py"
+MADE_BY = {
+    "resnet_pretrained": "ssl_swav2D.py or ssl_deepcluster2D.py",
+    "trans_pretrained": "mask_swav.py or mask_deepcluster.py",
+}
 WRAPPERS = ("state_dict", "model_state_dict", "model", "classy_state_dict", "base_model", "trunk")
 
 
-def check(config: Any) -> None:
-    """Refuse weights files of the options that are missing, damaged or of another network, before any long work.
-
-    The networks have shapes but no values here, so nothing is loaded and no random number drawn. Raises UserError.
-    """
-    with torch.device("meta"):
-        if config.stage == 1:
-            resnet = GreyResNet(config.arch)
-        else:
-            encoder = JointEncoder(config.arch, config.d_model, config.layers, attention=config.attention)
-            resnet = encoder.encoder
-    if config.resnet_pretrained != "none":
-        load_backbone(resnet, config)
-    if config.stage == 3 and config.trans_pretrained != "none":
-        load_transformer(encoder, config)
+def chosen(config: Any, option: str) -> Path | None:
+    """The weights file that an option names; None for `none`. Raises UserError where there is no such file."""
+    name = getattr(config, option, "none")
+    path = Path(config.pretrained_path) / name
+    if name == "none":
+        return None
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such weights file; run {MADE_BY[option]} first, or copy one there, or pass --{option} none to "
+            "go on with random weights"
+        )
+    return path
 
 
 def load_backbone(resnet: GreyResNet, config: Any) -> None:
@@ -51,17 +52,13 @@ def load_backbone(resnet: GreyResNet, config: Any) -> None:
     builds on pre-trained weights. Raises UserError when the file is missing, unreadable, or any backbone tensor is
     absent or has another shape.
     """
-    if config.resnet_pretrained != "none":
-        remedy = (
-            f"run {STAGE_1} first, or copy a ResNet there (torchvision, SwAV / DeepCluster-v2 and VISSL layouts load), "
-            "or pass --resnet_pretrained none to go on with random weights"
-        )
-        load_resnet(resnet, Path(config.pretrained_path) / config.resnet_pretrained, remedy)
+    if path := chosen(config, "resnet_pretrained"):
+        load_resnet(resnet, path)
     elif config.stage > 1:
-        _say_random("slice encoder (ResNet)", f"resnet_pretrained is none; {STAGE_1} make pre-trained ones")
+        _say_random("slice encoder (ResNet)", "resnet_pretrained")
 
 
-def load_resnet(resnet: GreyResNet, path: Path, remedy: str) -> None:
+def load_resnet(resnet: GreyResNet, path: Path, remedy: str = "") -> None:
     """A ResNet from a file of any known layout. Raises UserError; remedy: what to do where there is no such file."""
     _load_grey(resnet, _unwrap(_read(path, remedy)), path)
 
@@ -73,15 +70,13 @@ def load_transformer(encoder: JointEncoder, config: Any) -> None:
     this transformer. It is the same where no weight of the stems differs by more than 2^-10 of the largest, which is
     what storing either file in half precision may change. Raises UserError as `load_backbone` does.
     """
-    if config.trans_pretrained == "none":
-        _say_random("projection and transformer", f"trans_pretrained is none; {STAGE_2} make pre-trained ones")
+    path = chosen(config, "trans_pretrained")
+    if not path:
+        _say_random("projection and transformer", "trans_pretrained")
         return
-    path = Path(config.pretrained_path) / config.trans_pretrained
-    state = _read(path, f"run {STAGE_2} first, or pass --trans_pretrained none to go on with random weights")
+    state = _read(path)
     _load_parts(encoder, state, path)
-    if encoder.encoder.conv1.weight.is_meta:
-        return
-    ours = encoder.encoder.conv1.weight.detach().cpu()
+    ours = encoder.resnet.conv1.weight.detach().cpu()
     theirs = _below(state, "encoder.").get("conv1.weight")
     rounding = torch.finfo(torch.float16).eps * float(ours.abs().max())
     if theirs is None or not torch.allclose(fold_grey(theirs.float()), ours, rtol=0, atol=rounding):
@@ -90,40 +85,37 @@ def load_transformer(encoder: JointEncoder, config: Any) -> None:
 
 def load_mask_head(learner: nn.Module, config: Any) -> None:
     """Load stage 2's mask token and decoder into a learner that goes on predicting masked slices."""
-    if config.trans_pretrained != "none":
-        path = Path(config.pretrained_path) / config.trans_pretrained
-        state = _read(path, f"run {STAGE_2} first")
+    if path := chosen(config, "trans_pretrained"):
+        state = _read(path)
         _load(learner.decoder, _below(state, "decoder."), path, " decoder.")
         with torch.no_grad():
             learner.mask_token.copy_(state["mask_token"])
 
 
-def save_resnet(learner: nn.Module, path: Path, record: dict[str, Any]) -> None:
-    """Flat torchvision state dict without `fc`, and what made it beside it."""
-    _save(learner.encoder.torchvision_state(), path, record)
-
-
 def joint_state(encoder: JointEncoder) -> dict[str, Tensor]:
     """Prefixes `encoder.` (torchvision layout), `projection.` and `transformer.`."""
-    state = {f"encoder.{key}": value for key, value in encoder.encoder.torchvision_state().items()}
+    state = {f"encoder.{key}": value for key, value in encoder.resnet.torchvision_state().items()}
     for part in ("projection", "transformer"):
         state |= {f"{part}.{key}": plain(value) for key, value in getattr(encoder, part).state_dict().items()}
     return state
 
 
-def save_masked(learner: nn.Module, path: Path, record: dict[str, Any]) -> None:
-    """Stage 2: the joint encoder with `mask_token` and `decoder.`."""
+def save(learner: Learner, path: Path, record: dict[str, Any]) -> None:
+    """The weights that a stage makes, and what made them beside them.
+
+    Stage 1: flat torchvision state dict without `fc`.  Stage 2: `joint_state` with `mask_token` and `decoder.`.
+    Stage 3: `joint_state`, and beside it `*_encoder.pth`, the flat ResNet to copy downstream.
+    """
+    if learner.stage == 1:
+        _save(learner.resnet.torchvision_state(), path, record)
+        return
     state = joint_state(learner.encoder)
-    state["mask_token"] = plain(learner.mask_token)
-    state |= {f"decoder.{key}": plain(value) for key, value in learner.decoder.state_dict().items()}
+    if learner.stage == 2:
+        state["mask_token"] = plain(learner.mask_token)
+        state |= {f"decoder.{key}": plain(value) for key, value in learner.decoder.state_dict().items()}
     _save(state, path, record)
-
-
-def save_joint(learner: nn.Module, path: Path, record: dict[str, Any]) -> None:
-    """Stage 3: the joint encoder, and beside it `*_encoder.pth`, the flat torchvision ResNet to copy downstream."""
-    encoder = learner.encoder
-    _save(joint_state(encoder), path, record)
-    _save(encoder.encoder.torchvision_state(), path.with_name(f"{path.stem}_encoder.pth"), record)
+    if learner.stage == 3:
+        _save(learner.resnet.torchvision_state(), path.with_name(f"{path.stem}_encoder.pth"), record)
 
 
 def load_joint(path: Path, dropout: float = 0.1) -> JointEncoder:
@@ -139,7 +131,7 @@ def load_joint(path: Path, dropout: float = 0.1) -> JointEncoder:
     attention = made_by.get("attention", "deformable")  # files of before there was a choice do not say
     encoder = JointEncoder(arch, d_model, layers, dropout, attention=attention)
     state = _read(path, "run mask_*.py or ssl_*3D.py first")
-    _load_grey(encoder.encoder, _below(state, "encoder."), path, label=" encoder.")
+    _load_grey(encoder.resnet, _below(state, "encoder."), path, label=" encoder.")
     _load_parts(encoder, state, path)
     return encoder
 
@@ -157,7 +149,7 @@ def fit_projection(
     every = [(i, s) for i, count in zip(volumes.items, counts, strict=True) for s in range(count)]
     chosen = [every[int(k)] for k in np.linspace(0, len(every) - 1, min(slices, len(every)))]
     encoder.eval().to(run.device)
-    resnet = fold_batch_norm(encoder.encoder)
+    resnet = fold_batch_norm(encoder.resnet)
     features = []
     for start in range(run.rank * 32, len(chosen), run.world_size * 32):
         part = [volumes.store.read(i, s, s + 1) for i, s in chosen[start : start + 32]]
@@ -186,8 +178,9 @@ def record(config: Any, samples: list[Sample], result: dict[str, float]) -> dict
     }
 
 
-def _say_random(what: str, why: str) -> None:
+def _say_random(what: str, option: str) -> None:
     if rank() == 0:
+        why = f"{option} is none; {MADE_BY[option]} make pre-trained ones"
         print(f"{'!' * 20}\nWARNING: {what} start from RANDOM weights ({why})\n{'!' * 20}", flush=True)
 
 
@@ -195,7 +188,7 @@ def _below(state: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
 
 
-def _read(path: Path, remedy: str) -> dict[str, Any]:
+def _read(path: Path, remedy: str = "") -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such weights file; {remedy}")
     try:
@@ -255,8 +248,6 @@ def _load(module: nn.Module, state: dict[str, Tensor], path: Path, label: str) -
         raise UserError(f"{line}; {_some(problems)}. Were arch, d_model and layers the same when it was made?")
     if broken := [key for key in both if state[key].is_floating_point() and not state[key].isfinite().all()]:
         raise UserError(f"{path}: {_some(broken)} hold NaN or Inf; what made this file went wrong, take another")
-    if next(module.parameters()).is_meta:  # `check` asks whether it would fit
-        return
     module.load_state_dict({key: state[key] for key in both}, strict=False)
     if rank() == 0:
         print(f"{line} ({_some(unexpected)})" if unexpected else line, flush=True)

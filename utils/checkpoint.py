@@ -1,17 +1,21 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped."""
+"""Checkpoints: all that a run needs to go on as if it had never stopped, and when it may."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import io
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from utils.distributed import broadcast_object, gather_objects, on_main, rank
+from utils.config import to_dict
+from utils.distributed import Run, broadcast_object, gather_objects, on_main, rank
 from utils.errors import UserError
 from utils.files import temporary_file, whole_file
 
@@ -98,6 +102,46 @@ def read(path: Path) -> tuple[dict[str, Any], bytes]:
     if not (isinstance(state, dict) and {"learner", "epoch", "seen"} <= state.keys()):
         raise UserError(f"{path}: is not a checkpoint of this project")
     return state, seal
+
+
+def check_same_run(state: dict[str, Any], config: Any, run: Run, data: str, folder: Path) -> str:
+    """Raises UserError unless the run may go on with these options; what is said of another number of processes.
+
+    Options whose field says `may_change` are free. Another number of processes is welcome, with the same batch on each
+    or with the same global batch.  data: fingerprint of the files.
+    """
+    old, new = state["config"], to_dict(config)
+    fixed = [f.name for f in dataclasses.fields(config) if not f.metadata.get("may_change")]
+    changed = [f"{name}: {old.get(name)} -> {new[name]}" for name in fixed if old.get(name) != new[name]]
+    before, now = (old["batch_size"], state["processes"]), (config.batch_size, run.world_size)
+    batches = f"{before[0] * before[1]} -> {now[0] * now[1]}"
+    if before[0] != now[0] and before[0] * before[1] != now[0] * now[1]:
+        changed.append(f"batch_size: {before[0]} -> {now[0]} (x processes: {batches})")
+    if state["data"] != data:
+        changed.append("the files below data_path")
+    if (state["epoch"], state["seen"]) > (config.epochs, 0):
+        begun = state["epoch"] + (state["seen"] > 0)
+        raise UserError(f"epochs: {folder} has begun {begun} epochs already, more than {config.epochs}")
+    if changed:
+        raise UserError(
+            f"dump_path: {folder} holds a run made with other options ({'; '.join(changed)}); "
+            "choose another --dump_path, or delete that folder to start again"
+        )
+    return "" if before[1] == now[1] else f"processes: {before[1]} -> {now[1]}, global batch: {batches}"
+
+
+@contextlib.contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """A state that does not fit this version's modules is the user's to solve."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"dump_path: the checkpoint in {folder} does not fit this version of the project ({type(error).__name__}: "
+            f"{str(error).split(chr(10))[0]}); go on with the version that wrote it, or choose another --dump_path"
+        ) from None
 
 
 def _digest(path: Path, size: int) -> bytes:

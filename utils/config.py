@@ -23,6 +23,7 @@ from utils import distributed, files, signals
 from utils.errors import UserError
 
 TOPICS = ("options", "data", "model", "objective", "optimisation", "running")
+YAML_BYTES = 2**20
 CODE = (":(top)", ":(top,exclude)benchmarks/results", ":(top,exclude)docs/results")
 
 
@@ -139,9 +140,15 @@ def save_yaml(values: dict[str, Any], path: Path) -> None:
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML file; None where it is empty. Raises UserError: what is wrong with it."""
+    """The content of a YAML file; None where it is empty. Raises UserError: what is wrong with it.
+
+    A megabyte at most, and no aliases: a file of 500 bytes could stand for gigabytes.
+    """
     try:
-        return yaml.safe_load(path.read_bytes())
+        content = path.read_bytes() if path.stat().st_size <= YAML_BYTES else None
+        if content is None or any(isinstance(token, yaml.AliasToken) for token in yaml.scan(content)):
+            raise UserError(f"{path}: is larger than {YAML_BYTES} bytes or uses aliases (*name); write it out, shorter")
+        return yaml.safe_load(content)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:

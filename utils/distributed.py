@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import signals
 from utils.errors import UserError
 
 
@@ -49,19 +48,13 @@ def start(device: str = "auto", seed: int = 0, timeout_minutes: float = 10) -> R
         raise UserError("device: cuda was asked for, but torch sees no GPU; use --device cpu or auto")
     on_gpu = device != "cpu" and torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if on_gpu and local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"torchrun started process {local_rank} on a machine with {torch.cuda.device_count()} GPU(s); "
-            "lower --nproc_per_node or use --device cpu"
-        )
     chosen = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(chosen)
     else:
         _keep_freed_memory()
     if "RANK" in os.environ and not dist.is_initialized():
-        with signals.deadly():  # torchrun may want to start this process again while it still waits for the others
-            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes))
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes))
     return Run(rank(), world_size(), chosen)
 
 

@@ -1,22 +1,16 @@
-"""What keeps a run from going wrong unnoticed: updates that must not be made, processes that drift apart, workers
-that die."""
+"""What keeps a run from going wrong unnoticed: updates that must not be made, processes that drift apart."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import os
-import signal
 import socket
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import Dataset, get_worker_info
 
 from utils.distributed import gather_objects, on_main, world_size
 from utils.errors import UserError
@@ -65,7 +59,7 @@ class BatchNormStatistics:
 def report_bad_step(what: str, names: list[str], epoch: int, step: int, in_a_row: int, limit: int, folder: Path) -> str:
     """Say which files a step held that was not applied, and note them in BAD_STEPS; all processes call it together.
 
-    names: files of this process's batch.  Returns what it said. Raises UserError when BAD_STEPS cannot be written.
+    names: files of this process's batch.  Returns what it said.
     """
     everyone = [name for part in gather_objects(names) for name in part]
     more = f" and {len(everyone) - NAMES_SHOWN} more" if len(everyone) > NAMES_SHOWN else ""
@@ -75,15 +69,11 @@ def report_bad_step(what: str, names: list[str], epoch: int, step: int, in_a_row
     )
 
     def note() -> None:
-        path = folder / BAD_STEPS
-        try:
-            with open(path, "a", newline="") as file:
-                writer = csv.writer(file)
-                if not file.tell():
-                    writer.writerow(["epoch", "step", "not_finite", "files"])
-                writer.writerow([epoch, step, what, "; ".join(everyone)])
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); free space") from None
+        with open(folder / BAD_STEPS, "a", newline="") as file:
+            writer = csv.writer(file)
+            if not file.tell():
+                writer.writerow(["epoch", "step", "not_finite", "files"])
+            writer.writerow([epoch, step, what, "; ".join(everyone)])
         print(f"warning: {text}", flush=True)
 
     on_main(note)
@@ -124,52 +114,3 @@ def require_equal_weights(module: nn.Module, when: str) -> None:
 
 def _digest(x: Tensor) -> bytes:
     return hashlib.sha256(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).digest()[:8]
-
-
-class Reading(Dataset):
-    """A data set that notes, where the main process can see it, what each data-loading worker is reading.
-
-    dataset: keys are (epoch, index), and `name(index)` says the file.
-    """
-
-    def __init__(self, dataset: Any, workers: int) -> None:
-        self.dataset = dataset
-        self.now = torch.full((max(1, workers), 2), -1).share_memory_()  # process id, index or -1, by worker
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        worker = get_worker_info()
-        if worker is None:
-            return self.dataset[key]
-        note = self.now[worker.id]
-        note[0], note[1] = os.getpid(), key[1]
-        try:
-            return self.dataset[key]
-        finally:
-            note[1] = -1
-
-
-def name_dead_worker(error: Exception, reading: Sequence[Reading]) -> None:
-    """Raises UserError with the file that a data-loading worker was reading when it died, if one did.
-
-    error: what the training process met: torch's own message, or a broken connection to that worker.
-    """
-    dead = [r.dataset.name(i) for r in reading for pid, i in r.now.tolist() if i >= 0 and _died(pid)]
-    if not dead:
-        return
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise again whenever another worker ends
-    raise UserError(
-        f"a data-loading worker died while it read {', '.join(dead)} ({str(error) or type(error).__name__}). "
-        "Killed: probably too little memory, lower --workers or --batch_size; otherwise check that file"
-    ) from error
-
-
-def _died(pid: int) -> bool:
-    """Whether a child process has ended other than in order."""
-    try:
-        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:  # ended, and somebody asked how already
-        return True
-    return ended is not None and ended.si_status != 0

@@ -7,6 +7,7 @@ see. An option stands in the help under its topic: the name of the function that
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_type_hints
@@ -50,17 +51,19 @@ data, model, objective, optimisation, running = map(topic, ("data", "model", "ob
 
 
 def constants(cls: type) -> type:
-    """A dataclass whose plain attributes are new defaults of the options that it inherits. TypeError for others."""
+    """A dataclass of options; its plain attributes are new defaults of those that it inherits. TypeError for others."""
     bases = [base for base in cls.__mro__[1:] if dataclasses.is_dataclass(base)]
     known = {f.name: f for base in reversed(bases) for f in dataclasses.fields(base)}
     types = {name: hint for base in reversed(bases) for name, hint in get_type_hints(base).items()}
-    own = {name: value for name, value in vars(cls).items() if not name.startswith("_")}
+    added = inspect.get_annotations(cls)
+    public = {name: value for name, value in vars(cls).items() if not name.startswith("_")}
+    own = {name: value for name, value in public.items() if name not in added and not callable(value)}
     if unknown := own.keys() - known.keys():
         raise TypeError(f"{cls.__module__}: no such option: {', '.join(sorted(unknown))}")
-    cls.__annotations__ = {name: types[name] for name in own}
+    cls.__annotations__ = {name: types[name] for name in own} | added
     for name, value in own.items():
         setattr(cls, name, _field(value, known[name].metadata))
-    return dataclass(cls)
+    return dataclass(kw_only=True)(cls)
 
 
 class Group:

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from utils.errors import UserError
-
 
 class Precision:
     """autocast and loss scaling for `auto`, `bf16`, `fp16` or `fp32`.
@@ -20,8 +18,6 @@ class Precision:
         if wanted == "auto":
             wanted = _fastest(device)
         formats = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-        if wanted not in formats:
-            raise UserError(f"precision: {wanted!r} is not one of auto, {', '.join(formats)}")
         self.name, self.dtype, self.device = wanted, formats[wanted], device
         self.scaler = torch.amp.GradScaler(device.type, enabled=wanted == "fp16")
 

@@ -15,8 +15,8 @@ STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAME_CTRL_C = 3.0  # seconds in which a second SIGINT is the first again: torchrun passes on what its children got too
 
 _caught: list[int] = []
-_handled = _noting = 0
-_owner = 0
+_handled = False
+_noting = _owner = 0
 _interrupted = 0.0
 
 
@@ -32,12 +32,14 @@ def handled() -> Iterator[None]:
         return
     _caught.clear()
     _owner = os.getpid()
-    old = _set(_handle)
-    _handled = 1
+    # A hang-up that nohup has switched off stays so.
+    wanted = [n for n in STOPS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    old = {number: signal.signal(number, _handle) for number in wanted}
+    _handled = True
     try:
         yield
     finally:
-        _handled = 0
+        _handled = False
         for number, handler in old.items():
             signal.signal(number, handler)
 
@@ -66,29 +68,9 @@ def obeyed() -> Iterator[None]:
         _noting = outer
 
 
-@contextlib.contextmanager
-def deadly() -> Iterator[None]:
-    """Within, signals end the process as if nobody handled them, even while it waits in foreign code.
-
-    For waits of unknown length with nothing to lose: Python's handlers run only when foreign code returns.
-    """
-    old = _set(signal.SIG_DFL) if _handled else {}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
 def caught() -> int:
     """The number of a signal that came, 0 when none did."""
     return max(_caught, default=0)
-
-
-def _set(handler: Any) -> dict[signal.Signals, Any]:
-    """The handlers before; a hang-up that nohup has switched off stays so."""
-    wanted = [n for n in STOPS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in wanted}
 
 
 def _obey() -> None:
