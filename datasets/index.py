@@ -9,11 +9,7 @@ import os
 import re
 import stat
 from collections import Counter
-<<<<<<< HEAD
-from collections.abc import Callable, Iterable, Mapping, Sequence
-=======
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
->>>>>>> w-J
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -67,6 +63,11 @@ class Sample:
     channel_names: tuple[str, ...] = field(default=(), compare=False)  # of a file with a fourth axis
 
     @property
+    def channels(self) -> int:
+        """Length of the file's fourth axis; 1 where it has three."""
+        return len(self.channel_names) or 1
+
+    @property
     def data_path(self) -> Path:
         """The data tree that the sample was found in."""
         return self.path.parents[self.name.count("/")]
@@ -77,15 +78,9 @@ def scan(
 ) -> tuple[list[Sample], list[str]]:
     """(all good volumes and images below data_path, problems of the other files, each with its remedy).
 
-<<<<<<< HEAD
-    Ordered by data set and then by relative path (both as bytes). A data set is a first-level folder. Hidden files and
-    folders and folders of labels are not entered. Only headers are read. only: the one data set that is looked at;
-    None: all.  settings: win over those of dataset.yaml.
-    Raises UserError where there are no data, or a data set as a whole is not in order.
-=======
     Ordered by data set, a first-level folder, then by relative path (both as bytes). Only headers are read.
-    only: the one data set that is looked at.  Raises UserError where there are no data, or one is not in order.
->>>>>>> w-J
+    only: the one data set that is looked at.  settings: win over those of dataset.yaml.
+    Raises UserError where there are no data, or a data set is not in order.
     """
     root = Path(data_path).expanduser()
     try:
