@@ -80,7 +80,7 @@ def scan(
 
     Ordered by data set, a first-level folder, then by relative path (both as bytes). Only headers are read.
     only: the one data set that is looked at.  settings: win over those of dataset.yaml.
-    Raises UserError where there are no data, or a data set is not in order.
+    Raises UserError where there are no data, or one is not in order.
     """
     root = Path(data_path).expanduser()
     try:

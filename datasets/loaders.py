@@ -1,8 +1,8 @@
 """Batches of each stage: reading in workers, augmentation on the device.
 
 A loader has `samples` and `steps` (per epoch, over all processes), `counts`, `groups` (level -> data set of every
-index) and `epoch(e, seen)`, which yields batches from the place where all processes have seen `seen` samples of the
-epoch: a pure function of (data, options, e, seen), whatever the workers.
+index) and `epoch(e, seen)`, which yields batches from the place where all processes have seen `seen` samples: a pure
+function of (data, options, e, seen), whatever the workers.
 """
 
 from __future__ import annotations
