@@ -88,7 +88,7 @@ def main(cfg: Config) -> None:
             else:
                 todo[source.name] = source
         one = partial(attempt, dest=dest, options=cfg, window=window)
-        problems = found.problems + _keep(outcomes(todo, one, cfg.workers), table, dest)
+        failed = _keep(outcomes(todo, one, cfg.workers), table, dest)
         if not table:
             raise UserError("nothing was converted, for the reasons above")
         structures = preset.structures if preset else found.description.structures
@@ -96,17 +96,17 @@ def main(cfg: Config) -> None:
         content = describe(in_order(table), dest, cfg.spacing_mm, asked, found.description.about, structures)
         montage(in_order(table), dest, content.get("window"))
     samples, _ = scan(dest.resolve().parent, dest.resolve().name)
-    converted = len(todo) - len(problems) + len(found.problems)
+    problems = len(found.problems) + len(failed)
     print(
-        f"{describe_samples(samples)}\n{dest}: {converted} cases converted, {len(sources) - len(todo)} there already, "
-        f"problems: {len(problems)}; look at {dest / MONTAGE}"
+        f"{describe_samples(samples)}\n{dest}: {len(todo) - len(failed)} cases converted, "
+        f"{len(sources) - len(todo)} there already, problems: {problems}; look at {dest / MONTAGE}"
     )
     if content["modality"] == "CT" and not content.get("window"):
         print("note: CT without --window: training scales each volume by its percentiles, not by HU")
     if problems and cfg.on_error == "error":
         raise UserError(
-            f"problems: {len(problems)}, listed above; everything else was converted. Correct them and run the same "
-            "command again, or leave them out with --on_error skip"
+            f"problems: {problems}, listed above; everything else was converted. Correct them and run the same command "
+            "again, or leave them out with --on_error skip"
         )
 
 

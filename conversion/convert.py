@@ -58,17 +58,16 @@ def source_key(source: Source, options: Options) -> str:
 def _volume(source: Source, case: Case, dest: Path, options: Options, window: Window) -> None:
     volume = _read(source, options)
     view = arrange(volume, options.slice_axis)
-    if min(view.array.shape[:2]) < MIN_SIDE:
-        side = by(view.array.shape[:2])
-        raise BadFile(f"has slices of {side} pixels, below {MIN_SIDE}; remove it, or choose another --slice_axis")
     label = _read_label(source, volume, view, options)
     low, high = _range(view.channels)
     if window and (high <= window[0] or low >= window[1]):
         raise BadFile(f"its intensities, {low:g} to {high:g}, lie outside the window {list(window)}; correct --window")
     view = _resampled(view, options.spacing_mm)
+    if min(view.array.shape[:2]) < MIN_SIDE:
+        side = by(view.array.shape[:2])
+        raise BadFile(f"has slices of {side} pixels, below {MIN_SIDE}; correct --slice_axis or --spacing_mm")
     count = len(view.channels)
     names = source.channels if len(source.channels) == count else map(str, range(count))
-    single = ["has a single slice"] if view.array.shape[2] == 1 else []
     case.file = f"{source.id}.npy"
     case.channels = ", ".join(names) if view.array.ndim == 4 else ""
     case.plane, case.orientation, case.spacing_mm = view.plane, view.codes, by(view.spacing_mm)
@@ -76,7 +75,7 @@ def _volume(source: Source, case: Case, dest: Path, options: Options, window: Wi
     case.shape, case.dtype = by(view.array.shape), str(view.array.dtype.newbyteorder("="))
     case.minimum, case.maximum = f"{low:g}", f"{high:g}"
     case.original_orientation, case.original_spacing_mm = volume.codes, by(volume.spacing_mm)
-    case.original_shape, case.notes = by(volume.array.shape), "; ".join(volume.notes + single)
+    case.original_shape, case.notes = by(volume.array.shape), "; ".join(volume.notes)
     if label is not None:  # first, so that an image with a label never stands without it
         case.label = f"{LABELS}/{source.id}.npy"
         _write(dest / case.label, _nearest(label, view.array.shape[:3]))
@@ -115,8 +114,6 @@ def _resampled(view: Volume, spacing_mm: Sequence[float]) -> Volume:
     old = view.array.shape[:3]
     axes = zip(old, view.spacing_mm, spacing_mm, strict=True)
     new = tuple(max(1, round(n * mm / wanted)) if wanted else n for n, mm, wanted in axes)
-    if min(new[:2]) < MIN_SIDE:
-        raise BadFile(f"would have slices of {by(new[:2])} pixels, below {MIN_SIDE}; correct --spacing_mm")
 
     def linear(channel: np.ndarray) -> np.ndarray:
         slices = torch.from_numpy(np.ascontiguousarray(channel.transpose(2, 0, 1), dtype=np.float32))[:, None]

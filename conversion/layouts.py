@@ -71,9 +71,8 @@ class Description:
     @property
     def channels(self) -> tuple[str, ...]:
         """Names of the channels of a case, where there are several."""
-        numbers = [str(number) for number in range(len(self.modalities))]
-        known = len(numbers) > 1 and set(numbers) == set(self.modalities)
-        return tuple(self.modalities[number] for number in numbers) if known else ()
+        names = [self.modalities.get(str(number), "") for number in range(len(self.modalities))]
+        return tuple(names) if len(names) > 1 and all(names) else ()
 
     def modality(self, channel: int | str | None, stem: str) -> str:
         """Of the channel that nnU-Net's file name tells (_0000), else of the given or the only one, else ""."""
@@ -197,8 +196,7 @@ def find(
         person = about.patients.get(s.stem) or about.patients.get(NNUNET_CHANNEL.sub("", s.stem)) or s.patient
         what = modality or about.modality(channel, s.stem) or s.modality
         found.sources.append(replace(s, modality=what, patient=person))
-    twice = [name for name, count in Counter(s.name for s in sources).items() if count > 1]
-    if twice:
+    if twice := [name for name, count in Counter(s.name for s in sources).items() if count > 1]:
         raise UserError(f"source: two of the places hold a {twice[0]}; give the folder above them instead")
     if suspects := [s.name for s in found.sources if s.label is None and LOOKS_LIKE_LABEL.search(s.stem)]:
         found.notes.append(

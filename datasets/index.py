@@ -63,6 +63,11 @@ class Sample:
     channel_names: tuple[str, ...] = field(default=(), compare=False)  # of a file with a fourth axis
 
     @property
+    def channels(self) -> int:
+        """Length of the file's fourth axis; 1 where it has three."""
+        return len(self.channel_names) or 1
+
+    @property
     def data_path(self) -> Path:
         """The data tree that the sample was found in."""
         return self.path.parents[self.name.count("/")]
