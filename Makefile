@@ -35,7 +35,6 @@ $(READY): requirements.txt requirements-tools.txt requirements-dev.txt constrain
 	touch $@
 
 bench: $(READY)
-	$(VENV)/bin/python -m benchmarks.kmeans
 	$(VENV)/bin/python -m benchmarks.step
 
 STEP := --batch_size 16 --workers 8 --repeats 20
@@ -44,7 +43,7 @@ BF16 := --precisions [bf16] --images 128 --volumes 320
 # All are run, whatever becomes of the others; the status is the worst of them. TO=FOLDER: after each, results go there.
 bench-gpu:
 	@set -f; worst=0; \
-	for of in "step $(STEP) $(BF16) --parts [stage3,stage1]" "kmeans --reference false" \
+	for of in "step $(STEP) $(BF16) --parts [stage3,stage1]" \
 		"step $(STEP) --volumes 160 --parts [stage2]" "data --parts [views]" \
 		"step $(STEP) $(BF16) --parts [stage3] --compile true --reference false"; do \
 		echo "$(PYTHON) -m benchmarks.$$of --device cuda"; \

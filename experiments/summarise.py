@@ -5,7 +5,7 @@
 Adds the comparisons and recipes that are finished in dump_path to cells.csv and recipes.csv in `records`, works out
 summary.csv from them, and renews what stands in `page` between `<!-- KIND NAME ... -->` and `<!-- end -->`. NAME is a
 comparison; KIND is means or differences, a table of one or more comparisons, or figure, a panel for each of them. The
-text around is a person's. A page that is not there is begun. Comparisons whose folders are gone stay as recorded.
+text around is a person's. Comparisons whose folders are gone stay as recorded.
 """
 
 from __future__ import annotations
@@ -37,13 +37,11 @@ class Config:
     """folder of cells.csv, recipes.csv, summary.csv and comparisons.png"""
     page: str = "docs/RESULTS.md"
     """page whose tables and figure are renewed"""
-    partial: bool = False
-    """take comparisons of which only some cells are finished, too"""
 
 
 def main(cfg: Config) -> None:
     plan, records, page = read_plan(cfg.experiments, Path(cfg.dump_path)), Path(cfg.records), Path(cfg.page)
-    cells = update(records / "cells.csv", finished_cells(plan, cfg.partial), "comparison")
+    cells = update(records / "cells.csv", finished_cells(plan), "comparison")
     update(records / "recipes.csv", finished_recipes(plan), "recipe")
     known = {name: about for name, about in plan.comparisons.items() if (cells.comparison == name).any()}
     if not known:
@@ -63,18 +61,17 @@ def main(cfg: Config) -> None:
             content = table(kind, names, known, summary)
         return f"{block[1]}{content}<!-- end -->"
 
-    text = page.read_text(encoding="utf-8") if page.is_file() else begin_page([*known])
-    write_text(BLOCK.sub(renewed, text), page)
+    write_text(BLOCK.sub(renewed, page.read_text(encoding="utf-8")), page)
     print(f"wrote {page}, and cells.csv, recipes.csv and summary.csv in {records}")
 
 
-def finished_cells(plan: Plan, partial: bool) -> pd.DataFrame:
-    """A row per cell and metric of the comparisons that are finished."""
+def finished_cells(plan: Plan) -> pd.DataFrame:
+    """A row per cell and metric of the comparisons that are begun, which must be finished."""
     tables = []
     for name, comparison in plan.comparisons.items():
         done = [cell for cell in comparison.cells if cell.record]
-        if done and len(done) < len(comparison.cells) and not partial:
-            raise UserError(f"{name}: {len(done)} of {len(comparison.cells)} cells are finished; give --partial true")
+        if done and len(done) < len(comparison.cells):
+            raise UserError(f"{name}: {len(done)} of {len(comparison.cells)} cells are finished; run it on")
         if done:
             rows = compare.results(done).drop(columns="weights")
             tables.append(rows[rows.metric.isin(comparison.metrics)].assign(comparison=name))
@@ -130,13 +127,6 @@ def table(kind: str, names: list[str], known: dict[str, Comparison], summary: pd
     corner = "" if several else known[names[0]].metrics[0]
     lines = [(corner, *head), ("---",) * (1 + len(head)), *frame.itertuples()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def begin_page(names: list[str]) -> str:
-    empty = "-->\n<!-- end -->\n"
-    parts = ["# Results\n", f"<!-- figure {' '.join(names)} {empty}"]
-    parts += [f"## {name}\n\n<!-- means {name} {empty}\n<!-- differences {name} {empty}" for name in names]
-    return "\n".join(parts)
 
 
 if __name__ == "__main__":

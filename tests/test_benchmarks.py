@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import common, data, kmeans, step
+from benchmarks import common, data, step
 from utils import config as options
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +34,6 @@ def test_pieces_take_turns_and_ratios_are_those_of_neighbours(monkeypatch):
 @pytest.mark.parametrize(
     ("module", "changes", "expected"),
     [
-        (kmeans, {"points": 64, "clusters": 4, "dim": 8, "iterations": 1, "reference": False}, "mean_cosine"),
         (step, {"arch": "resnet18", "target_shape": (8, 32, 32), "images": 2, "volumes": 2}, "stage2"),
         (data, {"target_shape": (4, 16, 16), "volumes": 4, "workers": (0,)}, "loader"),
     ],
@@ -51,13 +50,13 @@ def test_a_benchmark_runs_and_writes_its_results(module, changes, expected, tmp_
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 def test_all_gpu_benchmarks_are_run_and_the_worst_status_is_that_of_all(tmp_path):
     python, called = tmp_path / "python", tmp_path / "called"
-    python.write_text(f'#!/bin/sh\necho "$@" >> {called}\ncase "$2" in *kmeans) exit 3;; esac\n')
+    python.write_text(f'#!/bin/sh\necho "$@" >> {called}\ncase "$2" in *data) exit 3;; esac\n')
     python.chmod(0o755)
     done = subprocess.run(["make", "-C", str(ROOT), "bench-gpu", f"PYTHON={python}"], capture_output=True, text=True)
     assert done.returncode
     assert "Error 3" in done.stderr
     calls = [line.split()[1:] for line in called.read_text().splitlines()]
-    names = ["step", "kmeans", "step", "data", "step"]
+    names = ["step", "step", "data", "step"]
     assert [name for name, *_ in calls] == [f"benchmarks.{name}" for name in names]
     for name, *arguments in calls:  # which they understand
         module = importlib.import_module(name)

@@ -95,8 +95,8 @@ def options(script: str, data: Path, out: Path, **changes: Any) -> dict[str, Any
 
 def save_weights(encoder: nn.Module, path: Path, record: dict[str, Any]) -> None:
     """The file of stage 3 for a joint encoder, of stage 1 for a ResNet."""
-    stage = 3 if isinstance(encoder, JointEncoder) else 1
-    weights.save(SimpleNamespace(encoder=encoder, stage=stage), path, record)
+    stage, resnet = (3, encoder.resnet) if isinstance(encoder, JointEncoder) else (1, encoder)
+    weights.save(SimpleNamespace(encoder=encoder, resnet=resnet, stage=stage), path, record)
 
 
 def run(script: str, data: Path, out: Path, **changes) -> dict[str, torch.Tensor]:
