@@ -3,14 +3,14 @@
     python -m conversion.phantoms --dest Training_Data --volumes 6 --images 12 --seed 0
 
 Volumes of brains, chests and hearts, and chest X-rays that are projections of chests. An anatomy is a list of
-ellipsoids and tubes, painted one over the other, in slices as radiologists look at them. Pose and a smooth random
-deformation bend the coordinates, not the shapes. Contrast, bias field, blur and noise are drawn per case. Hearts are
-written with their label maps. Half of the X-rays have a finding, lung nodules, which labels/findings.csv tells.
+ellipsoids and tubes (phantoms.yaml), painted one over the other, in slices as radiologists look at them. Pose and a
+smooth random deformation bend the coordinates, not the shapes. Contrast, bias field, blur and noise are drawn per case.
+Hearts are written with their label maps. Half of the X-rays have a finding, lung nodules (labels/findings.csv).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,43 +29,11 @@ ANATOMIES = ("brain", "chest", "heart")
 SHAPE = (64, 64, 40)  # height, width, slices
 SPACING_MM = [1.0, 1.0, 1.5]
 
-# Grey values from 0 to 1 in CT, T1 and T2; attenuation of X-rays per unit length, relative to muscle.
-TISSUES = {
-    "air": (0.02, 0.02, 0.02, 0.0),
-    "fat": (0.36, 0.88, 0.72, 0.85),
-    "muscle": (0.52, 0.42, 0.32, 1.0),
-    "bone": (0.90, 0.58, 0.48, 1.8),
-    "lung": (0.10, 0.10, 0.14, 0.22),
-    "lung_vessels": (0.55, 0.34, 0.50, 1.0),
-    "abdomen": (0.60, 0.52, 0.40, 1.05),
-    "airways": (0.03, 0.03, 0.03, 0.02),
-    "nodule": (0.55, 0.48, 0.72, 1.3),
-    "scalp": (0.45, 0.85, 0.55, 1.0),
-    "skull": (0.95, 0.14, 0.10, 2.2),
-    "csf": (0.20, 0.20, 0.88, 1.0),
-    "grey_matter": (0.48, 0.47, 0.62, 1.0),
-    "white_matter": (0.36, 0.78, 0.35, 1.0),
-    "deep_grey": (0.50, 0.55, 0.50, 1.0),
-    "cerebellum": (0.44, 0.54, 0.58, 1.0),
-    "brainstem": (0.38, 0.70, 0.42, 1.0),
-    "ventricles": (0.18, 0.17, 0.95, 1.0),
-    "eyes": (0.26, 0.22, 0.90, 1.0),
-    "heart": (0.58, 0.62, 0.58, 1.05),
-    "great_vessels": (0.72, 0.18, 0.84, 1.1),
-    "myocardium": (0.56, 0.58, 0.34, 1.05),
-    "left_ventricle": (0.88, 0.16, 0.88, 1.1),
-    "right_ventricle": (0.72, 0.20, 0.82, 1.1),
-    "left_atrium": (0.84, 0.14, 0.86, 1.1),
-    "right_atrium": (0.68, 0.22, 0.80, 1.1),
-    "aorta": (0.86, 0.12, 0.88, 1.1),
-    "pulmonary_artery": (0.74, 0.15, 0.78, 1.1),
-}
-XRAY = 3  # the column of the attenuation
+XRAY = 3  # the column of the attenuation in phantoms.yaml
 
 Random = np.random.Generator
 Grid = tuple[np.ndarray, np.ndarray, np.ndarray]
-# f(x, y, z, random numbers of the case), negative inside, near its surface about the distance to it. x runs from the
-# patient's right (-1) to left (1), y from front to back, z from feet to head.
+# f(x, y, z, random numbers of the case), negative inside, near its surface about the distance to it.
 Shape = Callable[[Grid, Random], np.ndarray]
 
 
@@ -110,84 +78,30 @@ def tube(*points: tuple[float, float, float, float], both: bool = False) -> Shap
     return shape
 
 
-def ribs(width: float, depth: float, heights: np.ndarray) -> list[tuple[str, Shape]]:
-    """Pairs of ribs that run from the spine down to the front."""
+def ribs(width: float, depth: float, heights: Sequence[float]) -> list[Shape]:
+    """Pairs of ribs that run from the spine down to the front. heights: from, to, step."""
     turns = np.linspace(0.1, 2.6, 6)
     arc = np.stack([width * np.sin(turns), depth * np.cos(turns), -0.1 * turns, 0 * turns + 0.04], axis=1)
-    return [("bone", tube(*(arc + np.array([0, 0, z, 0])), both=True)) for z in heights]
+    return [tube(*(arc + np.array([0, 0, z, 0])), both=True) for z in np.arange(*heights)]
 
 
-def spine(back: float) -> list[tuple[str, Shape]]:
-    return [
-        ("bone", tube((0, back, -1.5, 0.12), (0, back, 1.5, 0.11))),
-        ("bone", tube((0, back + 0.2, -1.5, 0.06), (0, back + 0.2, 1.5, 0.06))),
-    ]
+def painted(parts: list[dict[str, Any]]) -> list[tuple[str, Shape]]:
+    """What phantoms.yaml lists of an anatomy: tissues and their shapes, in the order of painting."""
+    found = []
+    for part in parts:
+        tissue = part.pop("tissue")
+        if "ribs" in part:
+            found += [(tissue, rib) for rib in ribs(*part["ribs"], part["heights"])]
+        elif "ball" in part:
+            found.append((tissue, ball(*part.pop("ball"), **part)))
+        else:
+            found.append((tissue, tube(*part.pop("tube"), **part)))
+    return found
 
 
-# What is painted, in this order: the structure and its shape.
-BRAIN = [
-    ("scalp", ball((0, 0, -0.1), (0.80, 0.95, 1.02))),
-    ("skull", ball((0, 0, -0.1), (0.74, 0.89, 0.96))),
-    ("csf", ball((0, 0, -0.1), (0.66, 0.81, 0.88))),
-    ("scalp", ball((0, -0.75, -0.95), (0.55, 0.35, 0.42))),
-    ("eyes", ball((0.30, -0.68, -0.84), (0.15, 0.16, 0.16), both=True)),
-    ("grey_matter", ball((0.31, 0, 0), (0.29, 0.70, 0.66), both=True, folds=0.015)),
-    ("white_matter", ball((0.29, 0, 0), (0.24, 0.60, 0.56), both=True, folds=0.045)),
-    ("white_matter", ball((0, 0, 0.08), (0.20, 0.35, 0.08))),
-    ("deep_grey", ball((0.19, -0.24, 0.08), (0.07, 0.17, 0.14), both=True)),
-    ("deep_grey", ball((0.16, 0.10, -0.02), (0.11, 0.17, 0.15), both=True)),
-    ("ventricles", tube((0.12, -0.40, 0.10, 0.05), (0.09, 0.1, 0.24, 0.07), (0.24, 0.46, 0.06, 0.08), both=True)),
-    ("ventricles", ball((0, 0.04, -0.10), (0.035, 0.22, 0.16))),
-    ("csf", ball((0, 0.1, -0.58), (0.30, 0.50, 0.16))),
-    ("brainstem", tube((0, 0.14, -1.3, 0.12), (0, 0.02, -0.36, 0.16))),
-    ("cerebellum", ball((0.22, 0.42, -0.66), (0.30, 0.32, 0.26), both=True, folds=0.02)),
-    ("ventricles", ball((0, 0.25, -0.68), (0.07, 0.06, 0.12))),
-]
-CHEST = [
-    ("fat", ball((0, 0, 0), (0.96, 0.74, 3.0))),
-    ("muscle", ball((0, 0, 0), (0.89, 0.67, 3.0))),
-    ("fat", ball((0, 0, 0), (0.16, 0.44, 1.4))),
-    ("lung", ball((0.42, 0.02, -0.1), (0.34, 0.52, 0.98), both=True)),
-    *ribs(0.81, 0.60, np.arange(-1.0, 1.3, 0.3)),
-    *(("lung_vessels", tube((0.2, 0.05, 0.05, 0.05), (0.38, y, z, 0.035), (0.55, 1.6 * y, 1.8 * z, 0.015), both=True))
-      for y, z in ((-0.1, 0.2), (0.1, -0.2), (0.15, 0.1), (-0.12, -0.15))),
-    ("abdomen", ball((-0.38, -0.02, -0.85), (0.46, 0.50, 0.42))),
-    ("abdomen", ball((0.42, -0.02, -0.95), (0.38, 0.46, 0.40))),
-    *spine(0.40),
-    ("bone", tube((0, -0.60, -0.4, 0.05), (0, -0.56, 0.7, 0.06))),
-    ("heart", ball((0.12, -0.16, -0.25), (0.36, 0.28, 0.36))),
-    ("great_vessels", ball((0.16, -0.15, -0.26), (0.2, 0.15, 0.2))),
-    ("great_vessels", tube((0.0, -0.08, 0, 0.09), (-0.05, -0.08, 0.4, 0.08), (0.15, 0.22, 0.4, 0.07))),
-    ("great_vessels", tube((0.15, 0.22, 0.4, 0.07), (0.15, 0.26, -1.3, 0.07))),
-    ("great_vessels", tube((0.06, -0.12, 0.0, 0.08), (0.0, 0.0, 0.16, 0.08), (-0.2, 0.05, 0.1, 0.05))),
-    ("airways", tube((0.0, 0.06, 1.3, 0.06), (0.0, 0.12, 0.28, 0.06))),
-    ("airways", tube((0.0, 0.12, 0.28, 0.05), (0.22, 0.12, 0.08, 0.035), both=True)),
-]  # fmt: skip
-HEART = [
-    ("fat", ball((0, 0, 0), (1.0, 0.94, 4.0))),
-    ("muscle", ball((0, 0, 0), (0.93, 0.87, 4.0))),
-    ("lung", ball((0, 0, 0), (0.80, 0.74, 4.0))),
-    *ribs(0.84, 0.78, np.arange(-1.0, 1.5, 0.4)),
-    ("abdomen", ball((-0.35, 0, -0.95), (0.50, 0.66, 0.50))),
-    ("abdomen", ball((0.45, 0.1, -1.05), (0.38, 0.56, 0.44))),
-    ("fat", ball((0.05, -0.05, 0.0), (0.60, 0.54, 0.60))),
-    ("fat", tube((0, 0, 0.3, 0.34), (0, 0.05, 1.5, 0.3))),
-    *spine(0.62),
-    ("myocardium", ball((-0.10, -0.26, -0.10), (0.28, 0.24, 0.32))),
-    ("right_ventricle", ball((-0.10, -0.27, -0.10), (0.23, 0.19, 0.27))),
-    ("right_ventricle", tube((-0.02, -0.34, 0.1, 0.11), (0.1, -0.3, 0.38, 0.09))),
-    ("myocardium", ball((0.24, -0.12, -0.12), (0.33, 0.31, 0.34))),
-    ("left_ventricle", ball((0.24, -0.12, -0.1), (0.21, 0.19, 0.25))),
-    ("right_atrium", ball((-0.34, 0.02, 0.0), (0.20, 0.22, 0.25))),
-    ("right_atrium", tube((-0.30, 0.06, 1.4, 0.08), (-0.32, 0.04, 0.1, 0.09), (-0.26, 0.16, -1.4, 0.09))),
-    ("left_atrium", ball((0.02, 0.28, 0.14), (0.27, 0.17, 0.20))),
-    ("left_atrium", tube((0.05, 0.32, 0.18, 0.06), (0.55, 0.38, 0.26, 0.05), both=True)),
-    ("pulmonary_artery", tube((0.1, -0.3, 0.38, 0.1), (0.1, -0.12, 0.56, 0.09), (-0.35, 0.12, 0.52, 0.06))),
-    ("pulmonary_artery", tube((0.1, -0.12, 0.56, 0.08), (0.38, 0.14, 0.54, 0.06))),
-    ("aorta", tube((0.06, -0.02, 0.1, 0.1), (-0.08, -0.14, 0.4, 0.11), (-0.06, -0.08, 0.76, 0.1))),
-    ("aorta", tube((-0.06, -0.08, 0.76, 0.1), (0.18, 0.36, 0.76, 0.09), (0.22, 0.44, -1.4, 0.08))),
-]  # fmt: skip
-PARTS = dict(zip(ANATOMIES, (BRAIN, CHEST, HEART), strict=True))
+_ATLAS = config.read_yaml(Path(__file__).with_suffix(".yaml"))
+TISSUES = _ATLAS.pop("tissues")
+PARTS = {anatomy: painted(_ATLAS[anatomy]) for anatomy in ANATOMIES}
 # {label value: structure} of each anatomy
 STRUCTURES = {a: dict(enumerate(dict.fromkeys(name for name, _ in parts), 1)) for a, parts in PARTS.items()}
 
@@ -221,7 +135,7 @@ def xray(seed: int, size: int = 128, finding: bool = False) -> np.ndarray:
     at = posed_grid(draw, (size // 4, size, size))  # the projection averages over y, so a coarser grid will do
     grey = tissues(draw, XRAY)
     labels = STRUCTURES["chest"] | {99: "nodule"}
-    path = 2 * paint(CHEST + nodules, labels, at, grey, draw)[0].mean(axis=0).T[::-1]  # [z, x], head on top
+    path = 2 * paint(PARTS["chest"] + nodules, labels, at, grey, draw)[0].mean(axis=0).T[::-1]  # [z, x], head on top
     path = ndimage.gaussian_filter(path, film.uniform(0.3, 0.8) * size / 128)
     path = film.uniform(1.2, 1.7) * path + 0.02 * film.standard_normal(path.shape)
     path *= 1 + 0.06 * smooth_field(film, (size, size, 1))[..., 0]
