@@ -98,7 +98,7 @@ class LabelledVolumes:
                 wanted = f"a whole array of {' x '.join(map(str, shape))} voxels, as its image"
                 problems.append(f"{labels[case]}: is not {wanted}; convert it again")
             else:
-                spacing = row["spacing_mm"].split(" x ") if row.get("spacing_mm") else about.get("spacing_mm")
+                spacing = _spacing(row["spacing_mm"], root) if row.get("spacing_mm") else about.get("spacing_mm")
                 notes["of unknown spacing, whose HD95 counts voxels"] += not spacing
                 notes["whose patient no file names: each counts as a patient of its own"] += not people
                 mm = list(map(float, spacing or (1, 1, 1)))
@@ -116,6 +116,15 @@ class LabelledVolumes:
             raise UserError(f"{root / 'dataset.yaml'}: no structures say what label values mean; {remedy}")
         self.classes = number_classes(self.structures)
         self.members = {name: sorted({self.classes[v] for v in values}) for name, values in self.structures.items()}
+
+
+def _spacing(text: str, root: Path) -> list[float]:
+    """mm in the order of the file's axes, as cases.csv writes them."""
+    try:
+        rows, columns, slices = map(float, text.split(" x "))
+    except ValueError:
+        raise UserError(f"{root / 'cases.csv'}: spacing_mm: {text!r} is not three numbers, as in 1 x 1 x 2.5") from None
+    return [rows, columns, slices]
 
 
 def read_image(pair: Pair) -> np.ndarray:
