@@ -91,8 +91,17 @@ def test_missing_slices_are_noticed_copies_count_once_and_several_at_a_position_
     np.testing.assert_array_equal(load(convert(folder, tmp_path / "4d", channel=1)), AXIAL + 5)
     both = load(convert(folder, tmp_path / "all", channel="all"))
     np.testing.assert_array_equal(both, np.stack([AXIAL, AXIAL + 5], axis=3))
-    (folder / "+3.dcm").unlink()
-    assert "1 of 9 slice positions hold another number" in refused(capsys, folder, tmp_path / "odd", channel=1)
+
+
+def test_series_that_cannot_be_used_are_told_and_a_damaged_slice_is_left_out(tmp_path, capsys):
+    write_series(tmp_path / "in/nowhere", SeriesInstanceUID="1.1", ImagePositionPatient=None)
+    write_series(tmp_path / "in/mixed", SeriesInstanceUID="1.2", PixelSpacing=lambda k: [0.5 + k // 4, 1])
+    first = write_series(tmp_path / "in/damaged", SeriesInstanceUID="1.3") / "000.dcm"
+    first.write_bytes(first.read_bytes().replace(b"0\\0.0\\0.0\\0.0", b"0\\0.0\\0.0\\?.0"))
+    said = refused(capsys, tmp_path / "in", tmp_path / "out")
+    for message in ("has no ImagePositionPatient", "several pixel spacings", "000.dcm: has a damaged DICOM header"):
+        assert message in said
+    np.testing.assert_array_equal(load(tmp_path / "out"), AXIAL[:, :, 1:])
 
 
 def test_a_multi_frame_file_is_a_series_in_itself(tmp_path):

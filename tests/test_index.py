@@ -15,7 +15,7 @@ from PIL import Image
 from tiny import save
 
 from datasets.check import check
-from datasets.index import Sample, describe, fingerprint, scan, volumes
+from datasets.index import fingerprint, scan
 from datasets.store import prepare
 from utils.errors import UserError
 
@@ -52,22 +52,6 @@ def test_order_is_by_data_set_then_relative_path_in_bytes(tmp_path: Path) -> Non
         *("B.x/1.npy", "a/1.npy"),
     ]
     assert [sample.name for sample in scan(str(tmp_path), only="B.x")[0]] == ["B.x/1.npy"]
-
-
-def test_sample_fields_and_helpers(tmp_path: Path) -> None:
-    save_volume(tmp_path / "CT/deep/one.npy", (10, 12, 4))
-    save_image(tmp_path / "Xray/p.png", height=20, width=30)
-    ct, xray = samples = scan(tmp_path)[0]
-    status = (tmp_path / "CT/deep/one.npy").stat()
-    assert ct == Sample(
-        *(tmp_path / "CT/deep/one.npy", "CT/deep/one.npy", "CT", "volume", 4, 10, 12, 2, None),
-        *(status.st_size, status.st_mtime_ns),
-    )
-    assert (xray.kind, xray.slices, xray.height, xray.width) == ("image", 1, 20, 30)
-    assert {sample.data_path for sample in samples} == {tmp_path}
-    assert volumes(samples) == [0]
-    lines = describe(samples).splitlines()
-    assert lines == ["CT: 1 volume, 4 slices, 10 x 12 pixels", "Xray: 1 image, 20 x 30 pixels"]
 
 
 def test_fingerprint_knows_a_changed_data_set_and_ignores_where_it_lies(tmp_path: Path) -> None:
@@ -131,11 +115,8 @@ def test_a_data_set_of_other_files_says_what_was_found(tmp_path: Path) -> None:
     [
         ("- a\n- b\n", "mapping"),
         ("window: [", "YAML"),
-        ("window: [400, -1000]", "window"),
         ("window: [0, .nan]", "window"),
         ("slice_axis: true", "slice_axis"),
-        ("spacing_mm: [1, 0, 1]", "spacing_mm"),
-        ("channels: 4", "channels"),
         ("windows: [0, 1]", "window"),
         ("window: !!python/object/apply:os.system ['touch /tmp/never']", "YAML"),
     ],
@@ -212,10 +193,8 @@ def broken() -> dict[str, tuple[bytes, str, str]]:
         "empty.npy": (b"", "is empty (0 bytes)", copy),
         "object.npy": (npy(good.astype(object)), "has dtype object", "never Python objects"),
         "npz_renamed.npy": (archive.getvalue(), "is a zip archive", "np.save"),
-        "slice_2d.npy": (npy(good[:, :, 10]), "is 2D", "as images"),
         "text_renamed.npy": (b"case,label", "is not an NPY file", "np.save or remove it"),
         "tiny.npy": (npy(good[:5, :4, :3]), "5 x 4 pixels", "remove it, or set slice_axis"),
-        "trailing.npy": (npy(good) + b"0", "has trailing bytes", copy),
         "truncated.npy": (npy(good)[:33_000], "is truncated", copy),
         "volume_4d.npy": (npy(np.stack([good, good], axis=-1)), "is 4D (30 x 28 x 20 x 2)", "channels: [t1, t2]"),
         "CONSTANT.npy": (npy(np.full((16, 16, 16), 42, np.int16)), "is constant", "--on_bad skip"),
@@ -253,7 +232,7 @@ def test_scan_cache_and_check_name_each_bad_file_and_skipping_keeps_everything_e
         (tree / "A" / name).write_bytes(content)
     np.save(tree / "A" / ACCEPTED, np.asfortranarray((900 * volume()).astype(">i2")))
     assert_lines(scan(tree)[1], tree, BY_HEADER)
-    with pytest.raises(UserError, match="10 problems") as caught:
+    with pytest.raises(UserError, match="8 problems") as caught:
         prepare(tree, 24, progress=False)
     assert_lines(str(caught.value).splitlines()[1:], tree, BY_HEADER)
 

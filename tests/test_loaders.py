@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from tiny import options
+from tiny import options, save
 from torch import Tensor
 
 import ssl_swav2D
@@ -70,17 +69,16 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty small volumes, two large ones, six images: three data sets of very different shape and size."""
     root, rng = tmp_path_factory.mktemp("mixed"), np.random.default_rng(0)
     for name, count, (low, high) in (("small", 20, (24, 50)), ("large", 2, (90, 120)), ("images", 6, (100, 140))):
-        (root / name).mkdir()
         for i in range(count):
             shape = rng.integers(low, high, 3)
             if name == "images":
-                pixels = rng.integers(0, 255, shape[:2], dtype=np.uint8)
-                Image.fromarray(pixels).save(root / name / f"image_{i}.png")
+                save(root / name / f"image_{i}.png", rng.integers(0, 255, shape[:2], dtype=np.uint8))
             else:
-                np.save(root / name / f"case_{i}.npy", rng.normal(size=shape).astype(np.float32))
+                save(root / name / f"case_{i}.npy", rng.normal(size=shape).astype(np.float32))
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "policy"), [(volume_loader, "paper"), (volume_loader, "strong"), (image_loader, "strong")]
 )
@@ -169,19 +167,16 @@ def test_another_number_of_processes_goes_on_in_the_same_order(samples: int, bef
         assert 0 <= second[0].step_at(seen) <= second[0].steps
 
 
-def test_too_few_samples_are_an_error_with_the_numbers() -> None:
+def test_too_few_samples_and_a_temperature_below_one_are_errors() -> None:
     with pytest.raises(UserError, match=r"4 per process x 3 process\(es\) need 12 samples.*hold 11"):
         samplers(11, 4, 3)
     with pytest.raises(UserError, match="there are no volumes"):
         EpochBatches([], 4, 0, run(0, 1), "volumes")
+    with pytest.raises(UserError, match=r"^sampling_temperature: .* is below 1"):
+        EpochBatches([0] * 8, 8, 3, run(0, 1), sampling_temperature=0.99)
 
 
 GROUPS = ["small"] * 4 + ["large"] * 400 + ["middle"] * 40  # 444 samples
-
-
-def test_a_temperature_below_one_is_refused() -> None:
-    with pytest.raises(UserError, match=r"^sampling_temperature: .* is below 1"):
-        EpochBatches(GROUPS, 8, 3, run(0, 1), sampling_temperature=0.99)
 
 
 @pytest.mark.parametrize(

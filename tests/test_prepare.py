@@ -16,22 +16,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from PIL import Image
-from scans import (
-    AXIAL,
-    LESION,
-    OTHER,
-    PATIENT,
-    SPACING,
-    affine_of,
-    convert,
-    load,
-    located,
-    refused,
-    settings,
-    stored,
-    write_nifti,
-    write_series,
-)  # fmt: skip
+from scans import AXIAL, LESION, PATIENT, affine_of, convert, load, located, refused, settings, stored, write_nifti
 
 import prepare_data
 from conversion import workers
@@ -43,9 +28,6 @@ from datasets.store import prepare
 from prepare_data import Config
 from utils.config import main as run_script
 from utils.errors import UserError
-
-SIDES = ("RL", "AP", "IS")
-SHIPPED = Path(nibabel.__file__).parent / "tests/data"
 
 
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "LAS", "PIR", "SAL", "AIL"])
@@ -62,14 +44,15 @@ def test_however_a_nifti_is_stored_it_comes_out_alike_and_its_affine_tells_where
 
 
 def test_all_48_orientations_are_turned_alike_to_all_planes():
-    for axes in itertools.permutations(SIDES):
+    for axes in itertools.permutations(("RL", "AP", "IS")):
         for codes in map("".join, itertools.product(*axes)):
             array, affine = stored(codes)
             affine = nibabel.affines.from_matvec(np.linalg.qr(np.eye(3) + 0.1)[0] * [-1, -1, -1]) @ affine  # oblique
             for plane, wanted in PLANES.items():
                 view = arrange(Volume(array, affine, codes=codes), plane)
-                np.testing.assert_array_equal(view.array, stored(wanted)[0])
-                assert view.spacing_mm == pytest.approx([SPACING.get(c) or SPACING[OTHER[c]] for c in wanted])
+                expected, upright = stored(wanted)
+                np.testing.assert_array_equal(view.array, expected)
+                assert view.spacing_mm == pytest.approx(nibabel.affines.voxel_sizes(upright))
                 np.testing.assert_allclose(located(view.array, view.affine, 5), located(array, affine, 5))
 
 
@@ -182,9 +165,6 @@ def test_a_named_window_is_for_ct_and_training_applies_it(tmp_path, capsys):
     np.testing.assert_allclose(shown, ((AXIAL - 500 + 200) / 500).clip(0, 1).transpose(2, 0, 1), atol=1e-3)
     convert(file, dest, modality="CT", window="none")
     assert "window" not in settings(dest)
-    write_series(tmp_path / "in/ct")
-    write_series(tmp_path / "in/mr", Modality="MR", SeriesInstanceUID="4.5")
-    assert "a data set of its own" in refused(capsys, tmp_path / "in", tmp_path / "out", window=[0.0, 100.0])
 
 
 def test_a_second_run_converts_only_what_is_missing_or_changed(tmp_path, capsys):
@@ -240,9 +220,6 @@ def test_what_lies_in_the_way_is_named_before_anything_is_converted(tmp_path, ca
     dest = convert(file, tmp_path / "out")
     with prepare_data._only_run(dest), pytest.raises(UserError, match="is writing to"):
         convert(file, dest)
-    (dest / "cases.csv").write_text("id,source\n1,2\n")
-    with pytest.raises(UserError, match=r"cases.csv: was not written by this version"):
-        convert(file, dest)
     for place in (dest / "a.npy", tmp_path):
         with pytest.raises(UserError, match=r"^dest: source .* lies inside .* or the other way round"):
             convert(place, dest)
@@ -286,12 +263,8 @@ def test_wrong_options_are_named(tmp_path, capsys):
         with pytest.raises(UserError, match=f"^{option}: "):
             convert(tmp_path / "a.npy", tmp_path / "out", **{option: value})
     (tmp_path / "in").mkdir()
-    for dest in ("labels", ".hidden"):
-        with pytest.raises(UserError, match=r"^dest: "):
-            convert(tmp_path / "in", tmp_path / dest)
-    assert "does not exist" in refused(capsys, tmp_path / "nowhere", tmp_path / "out")
-    file = write_nifti(tmp_path / "a.nii", PATIENT)
-    assert "1 x 1 pixels" in refused(capsys, file, tmp_path / "o", spacing_mm=[9] * 3)
+    with pytest.raises(UserError, match=r"^dest: "):  # training would not look there
+        convert(tmp_path / "in", tmp_path / "labels")
     with pytest.raises(SystemExit) as stop:
         run_script(prepare_data.main, Config, None, [f"--source=[{tmp_path / 'in'}]", f"--dest={tmp_path / 'o'}"])
     assert stop.value.code == 2
@@ -299,48 +272,32 @@ def test_wrong_options_are_named(tmp_path, capsys):
 
 
 def spoil(root: Path) -> dict[str, str]:
-    """Broken files below `root`, and what must be said of each."""
+    """A good file and broken ones below `root`, and what must be said of these."""
     root.mkdir()
     good = PATIENT.astype(np.float64)
+    np.save(root / "good.npy", good)
     arrays = {
         "nan.npy": (np.where(good == 1, np.nan, good), "1 of 1080 voxels are NaN or Inf"),
         "constant.npy": (good * 0 + 42, "is constant (all values are 42)"),
         "huge.npy": (1e300 * good, "or beyond float32"),
-        "2d.npy": (good[0], "is 2D"),
         "4d.npy": (np.stack([good, good]), "choose --channel 0 to 8"),
         "tiny.npy": (good[:5, :4], "slices of 5 x 4 pixels"),
-        "axis.npy": (good[:0], "axis of length 0"),
-        "complex.npy": (good * 1j, "np.abs(volume)"),
         "object.npy": (np.array([{}], dtype=object), "Python objects"),
     }
     for name, (array, _) in arrays.items():
         np.save(root / name, array)
-    np.savez(root / "several.npz", a=good, b=good)
     grey = Image.fromarray(PATIENT[0].astype(np.uint8))
     grey.save(root / "stack.tif", save_all=True, append_images=[grey])
-    Image.new("L", (30, 20)).save(root / "black.png")
-    write_series(root / "nowhere", SeriesInstanceUID="1.1", ImagePositionPatient=None)
-    write_series(root / "spacings", SeriesInstanceUID="1.2", PixelSpacing=lambda k: [0.75, 0.5] if k < 4 else [1.5, 1])
-    first = write_series(root / "damaged", SeriesInstanceUID="1.3") / "000.dcm"
-    damaged = first.read_bytes().replace(b"0\\0.0\\0.0\\0.0", b"0\\0.0\\0.0\\?.0")
     contents = {
         "empty.nii": (b"", "is empty (0 bytes)"),
         "cut.nii.gz": (write_nifti(root / "cut.nii.gz", good).read_bytes()[:-200], "compressed data end early"),
         "cut.npy": ((root / "nan.npy").read_bytes()[:-8], "cannot be read"),
-        "a.dcm": (b"text", "is not a DICOM file"),
         "a.mha": (b"text", "cannot be read"),
         "a.png": (b"\x89PNG text", "is not a readable PNG"),
-        "damaged/000.dcm": (damaged, "damaged DICOM header"),
     }
     for name, (content, _) in contents.items():
         (root / name).write_bytes(content)
-    return {name: message for name, (_, message) in (arrays | contents).items()} | {
-        "several.npz": "has several volumes among a (10 x 12 x 9), b (10 x 12 x 9); name one with --array_key",
-        "stack.tif": "is a stack of 2 pages",
-        "black.png": "is constant",
-        "nowhere": "000.dcm: has no ImagePositionPatient, so its slices cannot be placed",
-        "spacings": "several pixel spacings, 0.75 x 0.5 to 1.5 x 1 mm",
-    }
+    return {name: message for name, (_, message) in (arrays | contents).items()} | {"stack.tif": "a stack of 2 pages"}
 
 
 def test_every_bad_file_is_told_and_the_good_ones_are_kept(tmp_path, capsys):
@@ -349,14 +306,11 @@ def test_every_bad_file_is_told_and_the_good_ones_are_kept(tmp_path, capsys):
     assert f"problems: {len(expected)}," in said
     for name, message in expected.items():
         assert [line for line in said.splitlines() if f"/in/{name}: " in line and message in line], name
-    assert [s.name for s in scan(tmp_path / "tree")[0]] == ["out/damaged.npy"]
-    np.testing.assert_array_equal(load(tmp_path / "tree/out"), AXIAL[:, :, 1:])
+    assert [s.name for s in scan(tmp_path / "tree")[0]] == ["out/good.npy"]
 
 
-def test_real_nifti_is_turned_as_simpleitk_turns_it_and_can_be_trained_on(tmp_path):
-    file = SHIPPED / "anatomical.nii"
-    dest = convert(file, tmp_path / "tree/Brain")
+def test_real_nifti_is_turned_as_simpleitk_turns_it(tmp_path):
+    file = Path(nibabel.__file__).parent / "tests/data/anatomical.nii"
+    dest = convert(file, tmp_path / "out")
     image = sitk.DICOMOrient(sitk.ReadImage(str(file)), "LPS")
     np.testing.assert_array_equal(load(dest), sitk.GetArrayFromImage(image).transpose(1, 2, 0))
-    store = prepare(tmp_path / "tree", size=32, progress=False)
-    assert store.read(0, 0, store.samples[0].slices).std() > 0.1

