@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -61,14 +59,3 @@ def test_all_gpu_benchmarks_are_run_and_the_worst_status_is_that_of_all(tmp_path
     for name, *arguments in calls:  # which they understand
         module = importlib.import_module(name)
         assert options.parse(module.Config, module.__doc__, arguments).device == "cuda"
-
-
-def test_benchmarks_import_what_training_needs_alone_and_the_rest_where_it_is_used():
-    """So bench-gpu runs with requirements.txt."""
-    needed = {"torch", "torchvision", "numpy", "jsonargparse"} | sys.stdlib_module_names
-    ours = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()}
-    for file in (ROOT / "benchmarks").glob("*.py"):
-        for node in ast.parse(file.read_text()).body:
-            names = [node.module] if isinstance(node, ast.ImportFrom) else []
-            names += [name.name for name in node.names] if isinstance(node, ast.Import) else []
-            assert {name.split(".")[0] for name in names} <= needed | ours, file.name

@@ -115,13 +115,10 @@ def test_fine_tuning_learns_the_squares_and_a_stopped_run_ends_as_one_that_was_n
     assert first["history"] == whole["history"]
 
 
-@pytest.mark.parametrize(
-    ("mode", "level", "model"),
-    [("linear", "volume", "joint"), ("finetune", "slice", "intra"), ("finetune", "volume", "joint")],
-)
-def test_volumes_and_their_slices_are_classified_by_either_model(tree, tmp_path, mode, level, model, joint):
+@pytest.mark.parametrize(("level", "model"), [("slice", "intra"), ("volume", "joint")])
+def test_volumes_and_their_slices_are_classified_by_either_model(tree, tmp_path, level, model, joint):
     more = {"weights": joint[1], "arch": None, "precision": "bf16", "epochs": 1, "steps_per_epoch": 1, "batch_size": 4}
-    result = run(tree, tmp_path, mode=mode, level=level, model=model, slices=4, **more)
+    result = run(tree, tmp_path, mode="finetune", level=level, model=model, slices=4, **more)
     assert 0 <= result["metrics"]["accuracy"] <= 1
     number = ",slice" if level == "slice" else ""
     written = (tmp_path / "run/cases.csv").read_text()
@@ -178,14 +175,10 @@ def test_some_cases_are_for_the_test_only_and_a_split_may_name_patients(images, 
     [
         ("file,finding\nx_00.png,a\nx_99.png,b\n", {}, "line 3: 'x_99.png' is none of the 24 cases"),
         ("file,finding\nx_00.png,a\nx_00,b\n", {}, "line 3: 'x_00' stands in line 2 already"),
-        ("file,finding\nx_00.png,\n", {}, "line 2: 'x_00.png' has no finding"),
         ("file,verdict\nx_00.png,a\n", {}, "has no column label or finding or class, but file, verdict"),
         ("file,finding\nx_00.png,a\nx_01.png,a\n", {}, "have the same label"),
         ("", {"classes": ["finding", "fracture"]}, r"no case has the label 'fracture'; there are finding, no"),
-        ("", {"positive": "fracture"}, "has the label 'fracture'"),
-        ("", {"label_fractions": [5.0]}, "label_fractions: must be at most 1"),
         ("", {"model": "joint", "level": "slice"}, "model: joint describes whole volumes"),
-        ("", {"data_path": "nowhere"}, "data_path: .*nowhere is not a folder"),
     ],
 )
 def test_wrong_labels_and_options_are_named_before_anything_is_computed(images, tmp_path, content, options, message):
@@ -212,9 +205,8 @@ def test_patients_are_read_from_file_names():
     names = ["Brain/Brats18_2013_1_1_t1ce_frame_097.png", "Heart/la_030_frame_12.png"]
     found = name_patients(names, r"^(.*?)(?:_(?:t1|t2|t1ce|flair))?_frame_")
     assert found == ["Brats18_2013_1_1", "la_030"]
-    for wrong, message in ((r"^la", "with a group"), (r"(", "with a group"), (r"(mr\d)", "finds no patient")):
-        with pytest.raises(UserError, match=message):
-            name_patients(names, wrong)
+    with pytest.raises(UserError, match="finds no patient"):
+        name_patients(names, r"(mr\d)")
 
 
 # --- fits ---

@@ -163,18 +163,14 @@ def test_recipes_are_known_by_what_they_are_made_from_and_paired_by_place(tmp_pa
     assert read(str(weights))["joint"][0].key != of_file
 
 
-@pytest.mark.parametrize(
-    ("recipe", "message"),
-    [
-        ({"options": {}}, "must be a mapping with script"),
-        ({"script": "ssl_swav2D", "options": {"epoch": 1}}, "ssl_swav2D has no option 'epoch'"),
-        ({"script": "mask_swav", "start": {"resnet_pretrained": "y"}}, "y is neither a file nor a recipe"),
-        ({"script": "ssl_swav2D", "options": {"epochs": 5}}, "warmup_epochs: a warm-up of 10 epochs leaves nothing"),
-    ],
-)
-def test_a_mistake_in_a_recipe_is_named_before_anything_is_trained(data, tmp_path, recipe, message):
-    with pytest.raises(UserError, match=message):
-        run(data, tmp_path, recipes={"mine": recipe}, initialisations=["mine"])
+def test_a_mistake_in_a_recipe_is_named_before_anything_is_trained(data, tmp_path):
+    for options, message in (
+        ({"epoch": 1}, "ssl_swav2D has no option 'epoch'"),
+        ({"epochs": 5}, "warmup_epochs: a warm-up of 10 epochs leaves nothing"),
+    ):
+        recipe = {"script": "ssl_swav2D", "options": options}
+        with pytest.raises(UserError, match=message):
+            run(data, tmp_path, recipes={"mine": recipe}, initialisations=["mine"])
     assert not (tmp_path / "compare").exists()
 
 
@@ -228,15 +224,11 @@ def test_errors_of_any_cell_come_before_the_first_and_name_the_option(data, weig
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "half.pth")
     (weights.with_suffix(".json")).write_text(json.dumps({"config": {"arch": "resnet18"}}))
     for changes, message in (
-        ({"initialisations": ["nowhere.pth"]}, r"weights: nowhere\.pth: no such file"),
         ({"initialisations": [str(weights), f"other={weights}"]}, "two are called other"),
         ({"initialisations": ["random", f"half={tmp_path / 'half.pth'}"]}, r"half\.pth: matched 0"),
         ({"initialisations": ["random", str(weights)], "options": {"arch": None}}, "resnet18, resnet50 differ"),
         ({"labelled": [2, 99]}, "labelled: 99 cases were asked for"),
-        ({"options": {"seed": 3}}, "options: seed is set by compare itself"),
     ):
         with pytest.raises(UserError, match=message):
             run(data, tmp_path, **changes)
-    with pytest.raises(SystemExit):
-        run(data, tmp_path, options={"sise": 32})
     assert asked == []

@@ -70,16 +70,9 @@ def test_files_become_jobs_seed_by_seed(tmp_path: Path) -> None:
     assert plan.differences == [("2D", "random")]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"pretraining": {}}, "must be a mapping with none but defaults, recipes"),
-        ({"recipes": {"x": {"like": "y"}}}, "x: must be a mapping, and `like`, if given"),
-        ({"comparisons": {"x": {"task": "detect", "initialisations": ["y.pth"]}}}, r"x: weights: y\.pth: no such file"),
-    ],
-)
-def test_a_mistake_in_a_file_is_named(tmp_path: Path, content: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
+def test_a_mistake_in_a_file_is_named(tmp_path: Path) -> None:
+    content = {"comparisons": {"x": {"task": "detect", "initialisations": ["y.pth"]}}}
+    with pytest.raises(UserError, match=r"x: weights: y\.pth: no such file"):
         read_plan([write(tmp_path / "x.yaml", content)], tmp_path)
 
 
@@ -142,7 +135,8 @@ def test_from_a_file_to_a_page(data: Path, tmp_path: Path) -> None:
     kind = {"task": "classify", "initialisations": ["random", "2D=flat"], "labelled": [4], "seeds": [0]}
     kind |= {"metrics": ["accuracy"], "options": task | {"cache_path": str(tmp_path / "cache")}}
     content = {"recipes": {"flat": flat}, "comparisons": {"kind": kind}, "differences": [["2D", "random"]]}
-    out, page = tmp_path / "runs", tmp_path / "docs" / "RESULTS.md"
+    out, page = tmp_path / "runs", tmp_path / "RESULTS.md"
+    page.write_text("".join(f"<!-- {what} kind -->\n<!-- end -->\n" for what in ("means", "differences", "figure")))
     common = {"experiments": [write(tmp_path / "small.yaml", content)], "dump_path": str(out)}
     written = summarise.Config(**common, records=str(page.parent / "results"), page=str(page))
     runner.main(runner.Config(**common, minutes=1e-5))  # too few for anything, which is no failure

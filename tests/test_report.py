@@ -6,18 +6,16 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from tiny import run, write_data
 
 import report
 from models.transformer import AttentionMaps
-from reporting import embed, figures
+from reporting import embed
 from reporting.embed import Network
 from reporting.runs import read_runs, read_tables, read_warnings
 from training.weights import load_joint
@@ -105,8 +103,6 @@ def test_items_are_spread_evenly_over_the_data_sets():
     chosen = embed.choose(groups, 15, seed=0)
     assert [sum(groups[i] == g for i in chosen) for g in "abc"] == [6, 3, 6]
     assert chosen == embed.choose(groups, 15, seed=0) != embed.choose(groups, 15, seed=1)
-    assert embed.choose(groups, 1000, seed=0) == list(range(63))
-    assert embed.choose([], 5, seed=0) == []
 
 
 def test_attention_over_slices_divides_a_point_between_its_two_neighbours():
@@ -114,7 +110,6 @@ def test_attention_over_slices_divides_a_point_between_its_two_neighbours():
     weights = torch.tensor([[[[0.4, 0.6]] * 4]])  # one head, four slices
     over = embed.attention_over_slices(AttentionMaps(positions, weights), 4)
     torch.testing.assert_close(over[0], torch.tensor([0.3, 0.1, 0.0, 0.6]))
-    torch.testing.assert_close(over.sum(dim=1), torch.ones(4))
 
 
 @pytest.mark.slow
@@ -135,9 +130,7 @@ def test_the_page_of_three_runs(page):
     assert len(html) < 10_000_000
     assert "default-src 'none'" in html  # whatever plotly.js may want, nothing is loaded
     assert not re.search(r'<(script|link|img|iframe)[^>]*(src|href)="(?!data:)', html)
-    assert all(f'<th scope="col">{name}</th>' in html for name in RUNS)
     assert re.search(r'<tr class="differs"><th scope="row">batch_size</th><td>4</td><td>2</td><td>2</td>', html)
-    assert re.search(r'<tr><th scope="row">seed</th><td>31</td>', html)
     used = set(re.findall(r'data-thumb="(\w+)"', html))
     thumbs = json.loads(re.search(r'id="thumbs">(.*?)</script>', html, re.DOTALL)[1])
     assert used
@@ -159,28 +152,12 @@ def test_the_page_of_three_runs(page):
 def test_what_is_gone_is_said(made, tmp_path):
     html = make(made, tmp_path / "p.html", "ssl_swav2D", data_path=str(tmp_path / "gone"))
     assert "The data cannot be read, so there are no pictures" in html
-    assert "Loss · stage 1" in html
-    assert 'class="picture' not in html
     (tmp_path / "begun").mkdir()
     options = (Path(folder(made, "mask_swav")) / "config.yaml").read_text()  # of a version without dry runs
     (tmp_path / "begun" / "config.yaml").write_text(options.replace("dry_run: 0\n", ""))
     report.main(report.Config([str(tmp_path / "begun")], str(tmp_path / "p.html"), **SMALL))
     html = (tmp_path / "p.html").read_text()
     assert "There is no readable checkpoint" in html
-    assert "No run has finished an epoch yet" in html
-
-
-def test_columns_become_charts():
-    table = pd.DataFrame(
-        {"epoch": [0.0, 1], "loss": [3.0, 2], "inter": [1.5, 1], "inter_chance": [0.7, 0.7], "inter_new": [0.1, 0.2]}
-        | {"intra_new": [0.3, np.nan], "lr": [1.0, 0.5], "time_data": [1.0, 1.0]}
-    )
-    groups = dict(figures.curves([SimpleNamespace(name="<a>", stage=3, metrics=table)]))
-    assert [f["title"] for f in groups["Losses"]] == ["Loss · stage 3", "Loss of volumes · stage 3"]
-    assert [f["title"] for f in groups["Schedule and machine"]] == ["Learning rate", "time_data"]
-    assert {trace["name"] for trace in groups["Losses"][1]["plot"]["data"]} == {"&lt;a&gt; · ln K = 0.70", "&lt;a&gt;"}
-    (new,) = groups["Diagnostics"]
-    assert new["alt"].endswith("Last values: <a> · inter 0.2; <a> · intra 0.3.")
 
 
 def test_warnings_of_a_run_are_shown(tmp_path):
@@ -189,24 +166,16 @@ def test_warnings_of_a_run_are_shown(tmp_path):
     first, second = read_warnings(tmp_path)
     assert first == "epoch 3: the loss is that of guessing"
     assert second.startswith("2 updates were skipped")
-    (tmp_path / "warnings.csv").write_text("what,ever\n1,2\n")
-    with pytest.raises(UserError, match=r"warnings\.csv: is not a run's table"):
-        read_warnings(tmp_path)
 
 
 @pytest.mark.slow
 def test_what_is_no_run_is_refused_and_runs_are_told_apart(made, tmp_path):
     with pytest.raises(UserError, match="is not the folder of a run"):
         read_runs([str(tmp_path)])
-    (tmp_path / "config.yaml").write_text("a: 1\n")
-    with pytest.raises(UserError, match=r"config\.yaml: these options are not those of any training script"):
-        read_runs([str(tmp_path)])
     with pytest.raises(UserError, match="each run folder once"):
         read_runs([folder(made, "mask_swav")] * 2)
     with pytest.raises(UserError, match="is not a folder"):
         make(made, tmp_path / "no" / "p.html", "mask_swav")
-    with pytest.raises(UserError, match=r"head: .* has 1 head"):
-        make(made, tmp_path / "p.html", "ssl_swav2D", head=1)
 
 
 def test_tables_of_downstream_results(tmp_path):
@@ -221,14 +190,12 @@ def test_tables_of_downstream_results(tmp_path):
     assert probe.columns == ["", "auc", "accuracy"]
     assert probe.rows == [["knn@1", "0.750", "not defined"], ["linear@1", "0.500", ""]]
     assert probe.about.endswith("7 cases")
-    with pytest.raises(UserError, match=r"downstream: .*no: there is no results"):
-        read_tables([str(tmp_path / "no")])
     (tmp_path / "probe" / "results.json").write_text("{")
     with pytest.raises(UserError, match=r"probe/results\.json: is not a results file"):
         read_tables([str(tmp_path / "probe")])
 
 
-def test_folders_come_before_options_and_data_has_options_of_its_own(monkeypatch, capsys):
+def test_folders_come_before_options_and_data_has_options_of_its_own(monkeypatch):
     asked: list[Any] = []
     monkeypatch.setattr(report.config, "main", lambda main, options, doc, args: asked.append((main, options, args)))
     report.command(["a", "b c", "--map", "pca", "--data_path", "d"])
@@ -236,9 +203,6 @@ def test_folders_come_before_options_and_data_has_options_of_its_own(monkeypatch
     (runs, _, first), (views, options, second) = asked
     assert (runs, first) == (report.main, ['--runs=["a", "b c"]', "--map", "pca", "--data_path", "d"])
     assert (views, options.stage, second) == (report.views.main, 2, ["--epoch", "3", "--data_path", "d"])
-    with pytest.raises(SystemExit, match="2"):
-        report.command(["--data", "nothing"])
-    assert "nothing: is not one of the training scripts" in capsys.readouterr().err
 
 
 # What a reader does with the page, and what must be so then; `shown` are the elements that can be seen.
@@ -250,7 +214,6 @@ all('.plot').forEach(draw);
 found.drawn = all('.plot .main-svg:first-child').length === all('.plot').length;
 await Promise.all([...document.images].map((i) => i.decode()));  // rejects those that are no picture
 found.offline = performance.getEntriesByType('resource').every((e) => /^(data|blob):/.test(e.name));
-found['no upload'] = all('.modebar-btn').every((b) => /^(Zoom|Pan|Reset|Download)/.test(b.dataset.title));
 
 const button = (key, value) => all(`[data-key=${key}]`).find((b) => b.dataset.value === value);
 const everything = shown('.prototype').length;
@@ -260,12 +223,6 @@ button('dataset', '').click();
 button('run', 'ssl_deepcluster3D').click();
 found['one run'] = shown('.prototype').length > 0 && shown('.prototype').length < everything;
 button('run', '').click();
-all('button.only')[0].click();
-found['one prototype'] = new Set(shown('.prototype').map((p) => p.dataset.prototype)).size === 1;
-all('button.only')[0].click();
-const few = shown('.options tbody tr').length;
-document.getElementById('differences').click();
-found.differences = few > 0 && few < shown('.options tbody tr').length;
 
 const dialog = document.getElementById('item');
 const map = document.querySelector('.map'), trace = map.data[0];

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import nibabel
 import numpy as np
@@ -121,34 +119,21 @@ def test_a_patient_is_in_one_part_order_does_not_matter_and_every_part_gets_one(
     assert sorted(chosen[2]) == sorted(cases)
 
 
-def named(split: Split, cases: list[str], patients: Sequence[str] = ()) -> Split:
-    """The split as it is read for these cases."""
-    with TemporaryDirectory() as folder:
-        write_split(split, Path(folder) / "split.json")
-        return draw_split(f"{folder}/split.json", (), dict(zip(cases, patients or cases, strict=True)), 0)
+def test_a_split_may_leave_out_folders_and_suffixes_or_have_those_of_another_task(tmp_path):
+    def named(split: Split, patients: dict[str, str]) -> Split:
+        write_split(split, tmp_path / "split.json")
+        return draw_split(str(tmp_path / "split.json"), (), patients, 0)
 
-
-def test_a_split_may_leave_out_folders_and_suffixes_or_have_those_of_another_task():
-    cases = ["imagesTr/a_1.npy", "imagesTr/a_2.npy", "imagesTr/b.npy", "other/b.npy"]
+    cases = {name: name for name in ("imagesTr/a_1.npy", "imagesTr/a_2.npy", "imagesTr/b.npy", "other/b.npy")}
     whole = Split(["imagesTr/a_1.npy"], ["imagesTr/a_2.npy"], ["other/b.npy"])
     assert named(Split(["a_1"], ["imagesTr/a_2"], ["other/b"]), cases) == named(whole, cases) == whole
-    assert named(Split(["x/a.nii.gz"], ["b"], ["c.nii.gz"]), ["a", "b", "c"]) == Split(["a"], ["b"], ["c"])
+    assert named(Split(["x/a.nii.gz"], ["b"], ["c.nii.gz"]), {c: c for c in "abc"}) == Split(["a"], ["b"], ["c"])
     with pytest.raises(UserError, match=r"'b' may be imagesTr/b\.npy or other/b\.npy"):
         named(Split(["b"], [], []), cases)
-
-
-@pytest.mark.parametrize(
-    ("split", "message"),
-    [
-        (Split([7], ["b"], ["c"]), "must hold the lists train, validation, test of case names"),
-        (Split(["a", "b"], ["c"], ["d"]), "patient p is in two parts: in train and, with d, in test"),
-        (Split(["a", "x"], ["b"], ["c"]), "train names 'x', which is not among the 4 cases"),
-        (Split(["a", "b"], [], ["c"]), "validation has no case"),
-    ],
-)
-def test_wrong_splits_are_refused(split, message):
-    with pytest.raises(UserError, match=message):
-        named(split, list("abcd"), ["a", "p", "c", "p"])
+    with pytest.raises(UserError, match="train names 'x', which is not among the 2 cases"):
+        named(Split(["x"], ["a"], ["b"]), {"a": "p", "b": "q"})
+    with pytest.raises(UserError, match="patient p is in two parts: in train and, with d, in test"):
+        named(Split(["b"], ["c"], ["d"]), {"b": "p", "c": "c", "d": "p"})
 
 
 # Encoders
@@ -171,9 +156,6 @@ def test_wrong_weights_are_refused(tmp_path, monkeypatch):
     save_weights(GreyResNet("resnet18"), tmp_path / "a.pth", MADE_BY)
     with pytest.raises(UserError, match=r"resnet50 was asked for, but .* made with resnet18"):
         load_encoder(str(tmp_path / "a.pth"), "resnet50")
-    (tmp_path / "a.json").unlink()
-    with pytest.raises(UserError, match="loaded as resnet50; another one is chosen with --arch"):
-        load_encoder(str(tmp_path / "a.pth"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(UserError, match="nothing is downloaded"):
         load_encoder("imagenet", "resnet18")
@@ -314,18 +296,13 @@ LABEL = np.zeros((24, 20, 9), np.float32)
     ("file", "content", "message"),
     [
         ("labels/c3.npy", None, "c3.npy: has no label .*labels/c3.npy; add it"),
-        ("c3.npy", None, "labels/c3.npy: has no image .*c3.npy; add it"),
         ("labels/c3.npy", LABEL[0], "labels/c3.npy: is not a whole array of 24 x 20 x 9 voxels"),
         ("labels/c4.npy", LABEL + 7, "c4.npy: holds label values 7.0 outside the declared 0, 1, 2"),
         ("c0.npy", np.where(np.arange(9) == 3, np.nan, LABEL), "c0.npy: its intensities, nan to nan, must be finite"),
-        ("c0.npy", LABEL, "c0.npy: its intensities, 0 to 0, must be finite and differ"),
         ("dataset.yaml", None, "no structures say what label values mean"),
         ("cases.csv", "id,label,patient\nc0,labels/c0.npy,p0\n", "does not name the patient of c1, c2"),
         ("", {"structures": {"heart": [0, 1]}}, "heart: .* must be a list of label values other than 0"),
-        ("", {"window": [200.0, 100.0]}, "window: .* must be two increasing numbers"),
         ("", {"window": [1000.0, 2000.0]}, r"\.npy: its intensities, .* lie within the window"),
-        ("", {"data_path": "nowhere"}, "nowhere is not a folder"),
-        ("", {"arch": "wide_resnet50_2"}, "the U-Net takes resnet18"),
     ],
 )
 def test_wrong_data_and_options_are_refused(balls, tmp_path, file, content, message):

@@ -149,7 +149,6 @@ def test_a_folder_with_another_run_is_refused_and_a_finished_one_read(tmp_path, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weights": "nowhere.pth"}, "nowhere.pth: no such file"),
         ({"labelled": 50}, "50 cases were asked for"),
         ({"split_seed": 9}, "a case is broken"),
         ({"base_lr": math.inf}, "base_lr: inf is not a finite number"),

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from tiny import options
 
-from datasets.augment import window_theta
 from reporting import views
 from training import scripts
 from utils import config
@@ -70,17 +69,3 @@ def test_a_run_is_shown_with_its_own_options_and_those_given(data, tmp_path):
     assert (cfg.stage, cfg.policy, cfg.seed, cfg.size_crops) == (1, "paper", 6, [32, 16])
     assert "policy paper" in html
     assert html.count("<h3>crop 3</h3>") == 4
-
-
-def test_what_was_done_is_named_as_it_was_drawn():
-    def theta(sides: list[float], degrees: float, flips: list[bool]) -> np.ndarray:
-        return window_theta(100, np.array([[50.0, 50.0]]), np.array([sides]), np.array([degrees]), np.array([flips]))
-
-    neutral = {"blur_std": np.zeros((1, 3)), "bias": np.zeros((1, 20)), "log_gamma": [0.0], "noise_std": [0.0]}
-    draws = {name: np.asarray(value) for name, value in neutral.items()}
-    draws["theta"] = theta([40.0, 80.0], 7.0, [False, True])
-    assert views.describe(draws, 0, 100) == ["window 40 x 80 of 100 px", "turned by +7.0°", "mirrored left and right"]
-    draws |= {"theta": theta([50.0, 50.0], -9.0, [True, False]), "log_gamma": np.array([0.1])}
-    draws["downsampling"] = np.array([[1.0, 2.5, 1.0]])
-    done = ["turned by -9.0°", "mirrored top and bottom", "rows coarser by 2.5", "gamma 1.11"]
-    assert views.describe(draws, 0, 100) == ["window 50 x 50 of 100 px", *done]
