@@ -31,11 +31,8 @@ def test_precedence_and_a_saved_configuration_reads_back_unchanged(tmp_path):
         (["--epoch", "5"], "did you mean --epochs?"),
         (["--epochs", "0"], "epochs: must be PositiveInt"),
         (["--mask_style", "odd"], "mask_style: must be Literal['random', 'span']"),
-        (["--target_shape", "[32, 32]"], "target_shape"),
-        ("epoch: 20", "epoch"),
         ("seed: 3\nepochs: null", "epochs: null is not PositiveInt"),
         ("epochs: [1", "--config"),
-        ("- epochs", "--config"),
     ],
 )
 def test_a_wrong_option_is_one_line_that_names_it(given, says, tmp_path, capsys):
@@ -49,19 +46,10 @@ def test_a_wrong_option_is_one_line_that_names_it(given, says, tmp_path, capsys)
     assert says in line.removeprefix("error: ")
 
 
-@pytest.mark.parametrize(
-    ("changes", "names"),
-    [
-        ({"epochs": 5, "warmup_epochs": 5}, "warmup_epochs"),
-        ({"nmb_crops": [2]}, "nmb_crops"),
-        ({"nmb_crops": [1, 6]}, "nmb_crops"),
-        ({"min_scale_crops": [0.5, 0.5], "max_scale_crops": [1.0, 0.25]}, "min_scale_crops"),
-        ({"base_lr": float("inf")}, "base_lr"),
-    ],
-)
-def test_rules_between_options(changes, names):
-    with pytest.raises(UserError, match=names):
-        config.check(dataclasses.replace(ssl_swav2D.Config(), **changes))
+def test_rules_between_options():
+    for changes in ({"warmup_epochs": 5, "epochs": 5}, {"nmb_crops": [1, 6]}, {"base_lr": float("inf")}):
+        with pytest.raises(UserError, match=next(iter(changes))):
+            config.check(dataclasses.replace(ssl_swav2D.Config(), **changes))
     with pytest.raises(UserError, match="d_model: 30 must be a multiple of 8"):
         config.check(mask_swav.Config(d_model=30))
     one_slice = {"target_shape": (1, 64, 64)}

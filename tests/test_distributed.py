@@ -220,6 +220,7 @@ def two_steps(lambdas: tuple[float, float, float]) -> bool:
     return bool(loss.isfinite())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lambdas", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (1.0, 1.0, 1.0), (0.0, 0.0, 1.0)], ids=str)
 def test_any_branches_train_on_two_processes(lambdas: tuple[float, float, float]) -> None:
     assert run_processes(2, two_steps, lambdas) == [True, True]
@@ -231,13 +232,14 @@ NORM_INPUT, NORM_WEIGHTS = torch.randn((2, 7, 3, 4), generator=torch.Generator()
 NORM_INPUT = NORM_INPUT * torch.tensor([[1.0], [5.0], [0.1]]) + torch.tensor([[0.0], [100.0], [-3.0]])
 
 
-def normalise(norm: nn.Module, rows: slice) -> dict[str, Any]:
+def normalise(rows: slice, synchronised: bool = True) -> dict[str, Any]:
     """Two training steps and an evaluation of a BatchNorm on these rows, with gradients of a weighted sum."""
     torch.manual_seed(0)
-    module = nn.Sequential(norm)
-    nn.init.uniform_(norm.weight, 0.5, 1.5)
-    nn.init.uniform_(norm.bias)
-    module = convert_sync_batchnorm(module)
+    module = nn.Sequential(nn.BatchNorm1d(3))
+    nn.init.uniform_(module[0].weight, 0.5, 1.5)
+    nn.init.uniform_(module[0].bias)
+    if synchronised:
+        module = convert_sync_batchnorm(module)
     x = NORM_INPUT[rows].clone().requires_grad_()
     module.train()(x.detach() * 2)
     out = module(x)
@@ -258,7 +260,7 @@ FIRST = (5, 7)  # rows on the first process; the other has the rest, or nothing
 
 def parts_on_two_processes() -> dict[str, Any]:
     shares = {n: slice(0, n) if rank() == 0 else slice(n, 7) for n in FIRST}
-    norms = {n: normalise(nn.BatchNorm1d(3), rows) for n, rows in shares.items()}
+    norms = {n: normalise(rows) for n, rows in shares.items()}
     return {"norms": norms, "errors": [said(ranks) for ranks in ([], [0, 1], [1])]}
 
 
@@ -281,31 +283,24 @@ def parts() -> list[dict[str, Any]]:
     return run_processes(2, parts_on_two_processes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", FIRST)
 def test_synchronised_batch_norm_equals_batch_norm_of_the_joint_batch(first: int, parts: list) -> None:
     """Channels of large mean and of small variance."""
-    torch.manual_seed(0)
-    alone = nn.BatchNorm1d(3)
-    nn.init.uniform_(alone.weight, 0.5, 1.5)
-    nn.init.uniform_(alone.bias)
-    x = NORM_INPUT.clone().requires_grad_()
-    alone(x.detach() * 2)
-    expected = alone(x)
-    (expected * NORM_WEIGHTS).sum().backward()
+    alone = normalise(slice(None), synchronised=False)
     found = [out["norms"][first] for out in parts]
     out, gradient, evaluated = (torch.cat([part[name] for part in found]) for name in ("out", "x", "evaluated"))
-    assert_close(out, expected.detach(), rtol=1e-4, atol=2e-4)
+    assert_close(out, alone["out"], rtol=1e-4, atol=2e-4)
+    assert_close(evaluated, alone["evaluated"], rtol=1e-4, atol=2e-4)
     for channel in range(3):
-        close(gradient[:, channel], x.grad[:, channel], f"channel {channel}")
+        close(gradient[:, channel], alone["x"][:, channel], f"channel {channel}")
     for out in found:
-        close(out["weight"], alone.weight.grad, "weight")
-        close(out["bias"], alone.bias.grad, "bias")
-        assert out["state"].keys() == alone.state_dict().keys()
-        for key, value in alone.state_dict().items():
-            assert_close(out["state"][key], value, rtol=1e-4, atol=1e-6)
-    assert_close(evaluated, alone.eval()(x).detach(), rtol=1e-4, atol=2e-4)
+        for name in ("weight", "bias"):
+            close(out[name], alone[name], name)
+        assert_close(out["state"], alone["state"], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_is_raised_on_all(parts: list) -> None:
     for out in parts:
         assert out["errors"] == [None, "failed on 0", "failed on 1"]

@@ -144,6 +144,7 @@ def differ(broken_rank: int) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_a_process_with_other_weights_is_named_on_all():
     said = run_processes(3, differ, 1)
     assert len(set(said)) == 1

@@ -15,7 +15,7 @@ from datasets.loaders import draw_masks
 from models import folding
 from models.encoder import JointEncoder
 from models.folding import FrozenSlices, slices_digest
-from objectives import ImageClustering, JointClustering, MaskedSlices, SwAV
+from objectives import JointClustering, MaskedSlices, SwAV
 from objectives.masked import interpolate_masked, masked_loss
 from training import weights
 
@@ -51,7 +51,7 @@ def test_masks_hide_so_many_real_slices_and_are_a_pure_function(style: str) -> N
         seed, epoch, view = ({"seed": 0, "epoch": 0, "view": 1} | at).values()
         return draw_masks(LENGTHS[order], INDEX[order], ratio, style, seed, epoch, view, 32)
 
-    counts = {0.1: [0, 1, 1, 1, 3, 1], 0.15: [0, 1, 1, 2, 5, 2], 0.5: [0, 1, 2, 5, 15, 4], 1.0: [0, 1, 2, 9, 29, 6]}
+    counts = {0.1: [0, 1, 1, 1, 3, 1], 0.5: [0, 1, 2, 5, 15, 4], 1.0: [0, 1, 2, 9, 29, 6]}
     for ratio, expected in counts.items():  # 0.1 * 30 is 3, not 3.0000000000000004 rounded up; one slice stays visible
         hidden = masks(ratio)
         assert hidden.sum(dim=1).tolist() == expected
@@ -78,17 +78,14 @@ class Oracle(nn.Module):
         return self.answer
 
 
-def of_slices(mask: Tensor, masked: Tensor) -> Batch:
-    return Batch(torch.arange(len(mask)), mask=mask, masked=masked[None])
-
-
 def test_masked_loss_counts_masked_slices_only() -> None:
     targets, token = random(2, 6, 3), torch.tensor([5.0, 6.0, 7.0])
     mask = torch.arange(6) < torch.tensor([[6], [4]])
     masked = torch.zeros(2, 6, dtype=torch.bool)
     masked[0, [1, 2, 5]] = masked[1, 0] = True
+    batch = Batch(torch.arange(2), mask=mask, masked=masked[None])
     oracle = Oracle(targets, torch.zeros(2, 6))
-    losses = masked_loss(oracle, token, nn.Identity(), targets[None], of_slices(mask, masked))
+    losses = masked_loss(oracle, token, nn.Identity(), targets[None], batch)
     assert losses["loss"].item() == 0
     assert_close(oracle.saw[masked], token.expand(4, 3))
     assert torch.equal(oracle.saw[~masked], targets[~masked])
@@ -96,10 +93,10 @@ def test_masked_loss_counts_masked_slices_only() -> None:
     assert float(losses["interpolation"]) == pytest.approx(float(guess.square().mean()), rel=1e-5)
     error = torch.where(masked, 2.0, 100.0)  # 100 where it must not matter
     error[1, 0] = 4.0
-    losses = masked_loss(Oracle(targets, error), token, nn.Identity(), targets[None], of_slices(mask, masked))
+    losses = masked_loss(Oracle(targets, error), token, nn.Identity(), targets[None], batch)
     assert float(losses["loss"].detach()) == pytest.approx((3 * 2**2 + 4**2) / 4)
     masked[:], learned = False, nn.Linear(3, 3)  # volumes of one slice: 0, and not nan
-    losses = masked_loss(Oracle(targets, error), token, learned, targets[None], of_slices(mask, masked))
+    losses = masked_loss(Oracle(targets, error), token, learned, targets[None], batch)
     losses["loss"].backward()
     assert (losses["loss"].item(), float(losses["interpolation"])) == (0, 0)
     assert learned.weight.grad.isfinite().all()
@@ -145,30 +142,26 @@ def numbered_volumes(B: int, D: int) -> Tensor:
     return torch.stack([which, which + 1000]).float()[..., None, None].expand(2, B, D, 2, 2)
 
 
-@pytest.mark.parametrize("lambda_inter", [1.0, 0.0])
-@pytest.mark.parametrize("with_images", [True, False])
-def test_the_same_slice_of_two_views_is_a_pair(with_images: bool, lambda_inter: float) -> None:
+def test_the_same_slice_of_two_views_is_a_pair() -> None:
     picked = torch.tensor([[3, 0, 3], [1, 0, 1], [4, 2, 0]])  # repeats where a volume has too few slices
     mask = torch.arange(5) < torch.tensor([[4], [2], [5]])
     slice_index = (torch.tensor([[10], [20], [30]]) + picked).flatten()
     images = torch.tensor([[500.0, 510.0], [1500.0, 1510.0]])[..., None, None].expand(2, 2, 2, 2)
-    more = {"images": images, "image_index": torch.tensor([98, 99])} if with_images else {}
+    more = {"images": images, "image_index": torch.tensor([98, 99])}
     encoder, intra, inter = Identify(), Capture(), Capture()
-    learner = JointClustering(encoder, nn.Identity(), intra, inter, lambda_inter=lambda_inter)
     views = numbered_volumes(3, 5)
-    learner(Batch(torch.arange(3), views=views, mask=mask, picked=picked, slice_index=slice_index, **more))
-    which = (torch.arange(3).view(3, 1) * 20 + picked).flatten().tolist() + ([500, 510] if with_images else [])
+    batch = Batch(torch.arange(3), views=views, mask=mask, picked=picked, slice_index=slice_index, **more)
+    JointClustering(encoder, nn.Identity(), intra, inter)(batch)
+    which = [*(torch.arange(3).view(3, 1) * 20 + picked).flatten().tolist(), 500, 510]
     for view in range(2):
         expected = identity(torch.tensor(which, dtype=torch.float32) + 1000 * view)
         assert_close(intra.z[view], F.normalize(expected, dim=1))
-    assert intra.index.tolist() == slice_index.tolist() + ([98, 99] if with_images else [])
-    if lambda_inter:
-        assert inter.index.tolist() == [0, 1, 2]
-        for view in range(2):
-            tokens = encoder.tokens.unflatten(0, (2, 3))[view]
-            assert_close(tokens[mask], identity(numbered_volumes(3, 5)[view, ..., 0, 0][mask]))
-            assert not tokens[~mask].any()
-            assert_close(inter.z[view], F.normalize(tokens.sum(dim=1), dim=1))
+        tokens = encoder.tokens.unflatten(0, (2, 3))[view]
+        assert_close(tokens[mask], identity(views[view, ..., 0, 0][mask]))
+        assert not tokens[~mask].any()
+        assert_close(inter.z[view], F.normalize(tokens.sum(dim=1), dim=1))
+    assert intra.index.tolist() == [*slice_index.tolist(), 98, 99]
+    assert inter.index.tolist() == [0, 1, 2]
 
 
 BATCH = Batch(
@@ -213,12 +206,10 @@ def test_lambda_zero_switches_a_branch_and_its_cost_off(
     # Whatever asks for a gradient gets one, or DistributedDataParallel would wait for it in vain; the rest gets none.
     for name, parameter in learner.named_parameters():
         assert parameter.requires_grad == (parameter.grad is not None), name
-    used = {"head.": lambda_intra, "intra.": lambda_intra, "inter.": lambda_inter, "encoder.projection.": lambda_inter}
-    used |= {"encoder.encoder.": lambda_intra or lambda_inter, "encoder.transformer.": lambda_inter or lambda_mask}
-    used |= {"mask_token": lambda_mask, "decoder.": lambda_mask}
+    used = {"intra.": lambda_intra, "inter.": lambda_inter, "encoder.transformer.": lambda_inter or lambda_mask}
+    learning = [name for name, parameter in learner.named_parameters() if parameter.grad is not None]
     for prefix, wanted in used.items():
-        gradients = [p.grad for name, p in learner.named_parameters() if name.startswith(prefix)]
-        assert any(g is not None and bool(g.any()) for g in gradients) == bool(wanted), prefix
+        assert any(name.startswith(prefix) for name in learning) == bool(wanted), prefix
 
 
 def test_a_frozen_resnet_keeps_its_weights_and_statistics_while_the_rest_learns() -> None:
@@ -231,29 +222,13 @@ def test_a_frozen_resnet_keeps_its_weights_and_statistics_while_the_rest_learns(
     assert learning == {"projection", "transformer"}
 
 
-def test_image_clustering_joins_the_crops_of_all_sizes() -> None:
-    intra, encoder = Capture(), nn.Module()
-    encoder.forward = lambda images: [identity(images.flatten(1).mean(dim=1))[..., None, None]]
-    learner = ImageClustering(encoder, nn.Identity(), intra)
-    which = torch.arange(20.0).view(5, 4) * 7  # crops x images
-    crops = [which[:2, :, None, None].expand(2, 4, 6, 6), which[2:, :, None, None].expand(3, 4, 2, 2)]
-    losses = learner(Batch(torch.tensor([3, 1, 4, 9]), crops=crops))
-    assert float(losses["loss"]) == 2
-    assert intra.index.tolist() == [3, 1, 4, 9]
-    assert_close(intra.z, F.normalize(identity(which.flatten()), dim=1).unflatten(0, (5, 4)))
-
-
 # ---- the folded slice encoder
-
-
-def volumes(*shape: int) -> Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize(("arch", "chunk"), [("resnet18", 1), ("resnet18", 1000), ("resnet50", 3)])
 def test_embeddings_are_those_of_the_joint_encoder_whatever_the_chunk(arch, chunk, monkeypatch):
     encoder = shake(JointEncoder(arch, 32, 1)).eval()
-    x, mask = volumes(3, 5, 32, 32), torch.arange(5) < torch.tensor([[5], [2], [4]])
+    x, mask = random(3, 5, 32, 32).sigmoid(), torch.arange(5) < torch.tensor([[5], [2], [4]])
     monkeypatch.setitem(folding.CHUNK_PIXELS, "cpu", chunk * 32 * 32)
     found = FrozenSlices(encoder)(x, mask)
     torch.testing.assert_close(found, encoder.tokens(x, mask)[1].detach(), rtol=0, atol=2e-5)
@@ -266,7 +241,7 @@ def test_the_learner_predicts_the_embeddings_of_the_unfolded_network_and_saves_t
     loaded = {name: value.clone() for name, value in encoder.resnet.torchvision_state().items()}
     learner = MaskedSlices(encoder).train()
     names = set(learner.state_dict())
-    views, mask = volumes(2, 2, 6, 32, 32), torch.ones(2, 6, dtype=torch.bool)
+    views, mask = random(2, 2, 6, 32, 32).sigmoid(), torch.ones(2, 6, dtype=torch.bool)
     learner.begin_epoch(0)
     expected = encoder.tokens(views.flatten(0, 1), mask.repeat(2, 1))[1].detach()
     torch.testing.assert_close(learner.targets(views, mask), expected.unflatten(0, (2, 2)), rtol=0, atol=2e-5)

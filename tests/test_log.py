@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import io
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,11 +23,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SCRIPT = "mask_swav"  # the fastest
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 def new_log(folder: Path, first_epoch: int = 0, **changes: Any) -> Log:
     values = {"epochs": 4, "pretrained_path": str(folder / "weights"), "tensorboard": False, "wandb_project": None}
     config = SimpleNamespace(**(values | changes))
@@ -36,16 +31,15 @@ def new_log(folder: Path, first_epoch: int = 0, **changes: Any) -> Log:
         return Log(folder, config, Run(0, 1, torch.device("cpu")), first_epoch)
 
 
-def test_the_bar_shows_losses_rate_wait_and_the_runs_end(tmp_path, monkeypatch):
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
+def test_the_bar_shows_losses_rate_wait_and_the_runs_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "200")
     log = new_log(tmp_path)
     bar = log.bar(1, 10, 4)
     log.advance(bar, 2, {"loss": 5.0, "intra": 4.25}, 0.3, 0.0)
     bar.refresh()
     bar.close()
-    shown = terminal.getvalue()
+    shown = capsys.readouterr().err
     for part in ("epoch 2/4", "16/40", "loss 5", "intra 4.25", "lr 0.3", "data 0%", "ends in 00:"):
         assert part in shown, part
 
@@ -76,55 +70,35 @@ def test_tensorboard_has_curves_and_no_epoch_twice(data, tmp_path, monkeypatch):
     assert [e.value for e in events.Scalars("mask_skill")] == pytest.approx(skill, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("package", "option", "says"),
-    [
-        ("torch.utils.tensorboard", {"tensorboard": True}, "pip install tensorboard"),
-        ("wandb", {"wandb_project": "mine"}, "pip install wandb"),
-    ],
-)
-def test_a_package_that_is_missing_is_named_when_it_is_asked_for(package, option, says, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)
+def test_a_package_that_is_missing_is_named_when_it_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
     new_log(tmp_path / "not_asked")
-    with pytest.raises(UserError, match=says):
-        new_log(tmp_path / "asked", **option)
+    with pytest.raises(UserError, match="pip install wandb"):
+        new_log(tmp_path / "asked", wandb_project="mine")
     assert not (tmp_path / "asked" / "config.yaml").exists()
 
 
 # ---- Weights & Biases, by a stand-in
 
 
-class Wandb(SimpleNamespace):
-    def __init__(self) -> None:
-        super().__init__(started=[], logged=[], finished=0)
-
-    def init(self, **arguments: Any) -> Wandb:
-        self.started.append(arguments)
-        return self
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        self.logged.append((step, values))
-
-    def finish(self) -> None:
-        self.finished += 1
-
-
 @pytest.mark.slow
 def test_a_resumed_run_is_the_same_one_in_wandb(data, tmp_path, monkeypatch):
-    wandb = Wandb()
+    wandb = Mock()
+    logged = wandb.init.return_value.log
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     with monkeypatch.context() as patch:
         stop_after(6, patch)
         with pytest.raises(SystemExit):
             run(SCRIPT, data, tmp_path, wandb_project="mine")
     run(SCRIPT, data, tmp_path, wandb_project="mine")
-    first, second = wandb.started
+    first, second = (call.kwargs for call in wandb.init.call_args_list)
     assert first == second
     assert (first["project"], first["name"], first["resume"]) == ("mine", SCRIPT, "allow")
     assert first["config"]["batch_size"] == 2
-    assert [step for step, _ in wandb.logged] == [0, 1]
-    assert wandb.logged[1][1]["loss"] == pytest.approx(float(losses(tmp_path / "runs" / SCRIPT)[1]["loss"]), rel=1e-5)
-    assert wandb.finished == 2
+    assert [call.kwargs["step"] for call in logged.call_args_list] == [0, 1]
+    last = float(losses(tmp_path / "runs" / SCRIPT)[1]["loss"])
+    assert logged.call_args.args[0]["loss"] == pytest.approx(last, rel=1e-5)
+    assert wandb.init.return_value.finish.call_count == 2
 
 
 # ---- where the time goes

@@ -97,10 +97,6 @@ def test_maps_of_any_number_of_slices(D: int) -> None:
         assert positions[0].max() <= D - 1
         assert positions[1].max() <= length - 1
         assert not weights[1, :, :, -(-length // 4) :].any()  # points whose window holds no real slice
-    if D == 64:
-        centres = torch.arange(points) * 4 + 1.5
-        assert (maps[0].positions - centres).abs().max() > 1  # the offsets do something
-        assert (maps[0].positions - centres).abs().max() <= 4
 
 
 def plain_attention(module: DeformableAttention1D, x: Tensor, mask: Tensor) -> Tensor:

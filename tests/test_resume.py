@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run_processes
-from tiny import losses, options, run, stop_after, write_data
+from tiny import losses, options, run, stop_after, unit, write_data
 from trials import Trial
 
 import mask_swav
@@ -191,17 +191,13 @@ def test_a_checkpoint_of_another_precision_goes_on_and_one_of_another_version_is
             run("mask_swav", data, tmp_path, epochs=3, precision="fp16")
 
 
-def chosen(script: str, data: Path, out: Path, **changes) -> dict:
-    return options(script, data, out, **({"checkpoint_minutes": 0.001} | changes))
-
-
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bytes(data, tmp_path):
     script = "ssl_deepcluster2D"
-    whole = Trial(script, chosen(script, data, tmp_path / "whole"), tmp_path / "whole")
+    whole = Trial(script, options(script, data, tmp_path / "whole"), tmp_path / "whole")
     assert whole.wait() == [0], whole.log()
     seconds = time.monotonic() - whole.began
-    mine = chosen(script, data, tmp_path / "killed", workers=1)
+    mine = options(script, data, tmp_path / "killed", workers=1, checkpoint_minutes=0.001)
     killed = Trial(script, mine, tmp_path / "killed")
     time.sleep(random.Random(script).uniform(0.3, 0.9) * seconds)
     killed.send(signal.SIGKILL)
@@ -222,11 +218,11 @@ def test_a_killed_run_ends_with_the_same_bytes(data, tmp_path):
 def test_two_processes_go_on_where_one_stopped(data, tmp_path, monkeypatch):
     """With the same batch on each: the global batch doubles, the bank is dealt out anew, no sample comes twice."""
     script = "ssl_deepcluster3D"
-    mine = chosen(script, data, tmp_path, batch_size=2, checkpoint_minutes=60)
+    mine = options(script, data, tmp_path)
     with monkeypatch.context() as patch:
         stop_after(5, patch)  # of 4 a epoch: 2 of 8 volumes of the second epoch are seen
         with pytest.raises(SystemExit):
-            run(script, data, tmp_path, batch_size=2)
+            run(script, data, tmp_path)
     folder = tmp_path / "runs" / script
     before = checkpoint.load(folder)
     assert (before["epoch"], before["seen"], before["processes"]) == (1, 2, 1)
@@ -242,31 +238,24 @@ def test_two_processes_go_on_where_one_stopped(data, tmp_path, monkeypatch):
     assert one.steps == [4]
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "says"),
-    [
-        ((4, 2), (4, 2), ""),
-        ((4, 2), (4, 1), "processes: 2 -> 1, global batch: 8 -> 4"),
-        ((4, 2), (8, 1), "processes: 2 -> 1, global batch: 8 -> 8"),
-        ((4, 2), (2, 2), None),
-        ((4, 2), (3, 1), None),
-    ],
-)
-def test_which_batches_may_go_on(before, after, says, tmp_path):
-    old, config = (mask_swav.Config(batch_size=size, epochs=3) for size, _ in (before, after))
-    state = {"config": to_dict(old), "processes": before[1], "data": "x", "epoch": 1, "seen": 0}
-    place = Run(0, after[1], torch.device("cpu"))
-    if says is None:
-        with pytest.raises(UserError, match=f"batch_size: {before[0]} -> {after[0]}"):
-            checkpoint.check_same_run(state, config, place, "x", tmp_path)
-    else:
-        assert checkpoint.check_same_run(state, config, place, "x", tmp_path) == says
+def test_which_batches_may_go_on(tmp_path):
+    """After batches of 4 on each of two processes."""
+
+    def goes_on(size: int, processes: int) -> str:
+        old, new = (mask_swav.Config(batch_size=n, epochs=3) for n in (4, size))
+        state = {"config": to_dict(old), "processes": 2, "data": "x", "epoch": 1, "seen": 0}
+        return checkpoint.check_same_run(state, new, Run(0, processes, torch.device("cpu")), "x", tmp_path)
+
+    assert goes_on(4, 2) == ""
+    assert goes_on(8, 1) == "processes: 2 -> 1, global batch: 8 -> 8"
+    with pytest.raises(UserError, match="batch_size: 4 -> 2"):
+        goes_on(2, 2)
 
 
 @pytest.mark.parametrize(("before", "after"), [(6, 6), (6, 4), (4, 6), (0, 4), (4, 0)])
 def test_a_queue_of_another_length_keeps_its_newest_rows(before, after):
     torch.manual_seed(0)
-    z = torch.nn.functional.normalize(torch.randn(4, 2, 2, 3), dim=-1)  # steps, views, samples, d
+    z = unit(4, 2, 2, 3)  # steps, views, samples, d
     old, new = SwAV(3, [2], queue_length=before), SwAV(3, [2], queue_length=after)
     for part in z:
         old.begin_epoch(0)

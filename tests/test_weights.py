@@ -66,9 +66,7 @@ def test_layouts(layout, source, tmp_path, capsys):
     ("state", "says"),
     [
         (lambda s: {k: v for k, v in s.items() if k != "layer3.0.conv2.weight"}, r"missing 1.*layer3\.0\.conv2"),
-        (lambda s: {"weight": torch.ones(3)}, "missing 1[02]0"),
         (lambda s: s | {"layer4.0.conv1.weight": torch.ones(1, 1, 3, 3)}, r"layer4\.0\.conv1\.weight is \(1, 1"),
-        (lambda s: s | {"layer4.2.conv1.weight": torch.ones(3)}, r"layer4\.2\.conv1\.weight has no place"),
         (lambda s: s | {"bn1.bias": torch.full((64,), torch.nan)}, r"bn1\.bias hold NaN"),
         (lambda s: [1, 2], "not a state dict"),
         (lambda s: None, "cannot be read as tensors only"),
@@ -96,17 +94,11 @@ def test_files_that_would_run_something_or_are_missing_are_refused(tmp_path):
         weights.load_backbone(GreyResNet("resnet18"), chosen(tmp_path, "no.pth"))
 
 
-def test_none_says_so_loudly(capsys):
-    weights.load_backbone(GreyResNet("resnet18"), chosen(Path(), "none"))
-    assert "RANDOM weights" in capsys.readouterr().out
-
-
 @pytest.fixture
 def joint(tmp_path):
     torch.manual_seed(1)
     encoder = JointEncoder("resnet18", 32, layers=2)
-    record = {"config": {"arch": "resnet18", "d_model": 32, "layers": 2}}
-    save_weights(encoder, tmp_path / "joint.pth", record)
+    save_weights(encoder, tmp_path / "joint.pth", {"config": {"arch": "resnet18", "d_model": 32, "layers": 2}})
     return encoder.eval(), tmp_path
 
 
