@@ -101,10 +101,8 @@ class Network:
     def __init__(self, run: RunFolder, loader: Loader, seed: int = 0) -> None:
         self.config, self.stage, self.seed = run.config, run.stage, seed
         self.store: SliceStore = loader.dataset.store
-        # What the learner was sized by; checkpoints of earlier versions do not say it.
-        counts = Counts(*run.state["counts"]) if "counts" in run.state else loader.counts
         with explained(run.path):
-            self.learner: Learner = run.script.model(run.config, counts).eval()
+            self.learner: Learner = run.script.model(run.config, Counts(*run.state["counts"])).eval()
             self.learner.load_state_dict(run.state["learner"])
         # Height and width in pixels that the ResNet was trained on; stage 1: of the large crops.
         self.size = (run.config.size_crops[0],) * 2 if self.stage == 1 else tuple(run.config.target_shape[1:])

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from training.scripts import SCRIPTS
 
 ROOT = Path(__file__).resolve().parents[1]
 # What each package may import beside itself.
@@ -63,3 +67,11 @@ def test_training_scripts_fit_on_a_page():
     scripts = [path for path in ROOT.glob("*.py") if path.name.startswith(("ssl_", "mask_"))]
     assert len(scripts) == 6
     assert all(path.read_text(encoding="utf-8").count("\n") < 100 for path in scripts)
+
+
+@pytest.mark.slow
+def test_training_and_benchmarks_run_without_the_packages_of_the_tools():
+    tools = {"faiss", "scipy", "pandas", "sklearn", "monai", "nibabel", "pydicom", "SimpleITK", "matplotlib", "plotly"}
+    code = f"import sys, benchmarks.step, benchmarks.data, {', '.join(SCRIPTS)}; print({tools} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
