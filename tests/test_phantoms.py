@@ -1,12 +1,11 @@
-"""Phantoms: deterministic, and true to their labels."""
+"""Phantoms: the bundled files, drawn again."""
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
-from conversion.phantoms import ANATOMIES, STRUCTURES, Config, main, phantom
+from conversion.phantoms import STRUCTURES, Config, main
 
 TREE = Path(__file__).parent.parent / "Training_Data"
 
@@ -23,15 +22,3 @@ def test_the_bundled_tree_is_what_the_generator_makes(tmp_path):
     assert about["structures"] == {name: [value] for value, name in STRUCTURES["heart"].items()}
     lines = (TREE / "Phantom_XRay/labels/findings.csv").read_text().split()
     assert lines[:3] == ["file,finding", "xray_000.png,0", "xray_001.png,1"]
-
-
-@pytest.mark.parametrize("anatomy", ANATOMIES)
-def test_every_structure_is_there_and_neighbours_differ_in_the_image(anatomy):
-    for seed in (100, 101):
-        image, labels = phantom(anatomy, seed, (40, 40, 32))
-        values, counts = np.unique(labels, return_counts=True)
-        assert values.tolist() == [0, *STRUCTURES[anatomy]]
-        assert counts.min() >= 8
-        medians = np.array([np.median(image[labels == value]) for value in values])
-        assert medians[0] < np.median(medians[1:])  # air is dark
-        assert len(np.unique(medians)) > len(values) // 2
