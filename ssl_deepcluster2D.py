@@ -12,7 +12,7 @@ from datasets.batch import Counts
 from datasets.loaders import ImageLoader
 from models.heads import ProjectionHead
 from models.resnet import GreyResNet
-from objectives import DeepClusterV2, ImageClustering
+from objectives import DeepClusterV2, ImageClustering, PositionContrast
 from training import train, weights
 from utils import config, distributed, options
 
@@ -31,6 +31,7 @@ class Config(options.Images, options.DeepCluster, options.Clustering, options.Tr
 
     nmb_prototypes = [0, 0, 0]  # one head each; 0: 2 * sqrt(number of images and slices)
     temperature = 0.1
+    position_threshold = 0.0  # 0: off
     kmeans_iterations = 10
     kmeans_backend = "auto"
 
@@ -49,7 +50,8 @@ def data(cfg: Config, run: distributed.Run) -> ImageLoader:
 def model(cfg: Config, counts: Counts) -> ImageClustering:
     encoder = GreyResNet(cfg.arch, cfg.recompute)
     head = ProjectionHead(encoder.num_features, cfg.hidden_mlp, cfg.feat_dim)
-    return ImageClustering(encoder, head, DeepClusterV2.of(cfg, cfg.feat_dim, counts, "intra"))
+    intra = DeepClusterV2.of(cfg, cfg.feat_dim, counts, "intra")
+    return ImageClustering(encoder, head, intra, PositionContrast.of(cfg, encoder.num_features), cfg.lambda_position)
 
 
 def main(cfg: Config) -> None:

@@ -15,7 +15,7 @@ from datasets.batch import Counts
 from datasets.loaders import VolumeLoader
 from models.encoder import JointEncoder
 from models.heads import ProjectionHead
-from objectives import DeepClusterV2, JointClustering
+from objectives import DeepClusterV2, JointClustering, PositionContrast
 from training import train, weights
 from utils import config, distributed, options
 
@@ -39,6 +39,9 @@ class Config(options.Joint, options.DeepCluster, options.Clustering, options.Tra
     images_per_step = 8  # 2D images per process, enter L_intra
     lambda_inter = 1.0
     lambda_intra = 1.0
+    lambda_position = 1.0
+    position_threshold = 0.0  # 0: off
+    lambda_recon = 0.0
     lambda_mask = 0.0
 
     nmb_prototypes = [0, 0, 0]  # of volumes, one head each; 0: 2 * sqrt(number of volumes)
@@ -62,8 +65,9 @@ def data(cfg: Config, run: distributed.Run) -> VolumeLoader:
         run,
         mask_ratio=cfg.mask_ratio if cfg.lambda_mask else 0,
         intra_slices=cfg.intra_slices,
-        images_per_step=cfg.images_per_step if cfg.lambda_intra else 0,
+        images_per_step=cfg.images_per_step if cfg.clusters_slices else 0,
         min_scale_images=cfg.min_scale_images,
+        recon=cfg.lambda_recon > 0,
     )
 
 
@@ -73,7 +77,8 @@ def model(cfg: Config, counts: Counts) -> JointClustering:
     head = ProjectionHead(encoder.resnet.num_features, cfg.hidden_mlp, cfg.feat_dim)
     inter = DeepClusterV2.of(cfg, cfg.d_model, counts, "inter")
     intra = DeepClusterV2.of(cfg, cfg.feat_dim, counts, "intra")
-    return JointClustering(encoder, head, intra, inter, cfg.lambda_intra, cfg.lambda_inter, cfg.lambda_mask, cfg.freeze)
+    position = PositionContrast.of(cfg, encoder.resnet.num_features)
+    return JointClustering(encoder, head, intra, inter, position, cfg.lambdas, cfg.freeze)
 
 
 def main(cfg: Config) -> None:

@@ -12,7 +12,7 @@ from datasets.batch import Counts
 from datasets.loaders import ImageLoader
 from models.heads import ProjectionHead
 from models.resnet import GreyResNet
-from objectives import ImageClustering, SwAV
+from objectives import ImageClustering, PositionContrast, SwAV
 from training import train, weights
 from utils import config, distributed, options
 
@@ -31,6 +31,7 @@ class Config(options.Images, options.SwAV, options.Clustering, options.Training)
 
     nmb_prototypes = 0  # 2 * sqrt(number of images and slices)
     temperature = 0.1
+    position_threshold = 0.0  # 0: off
     epsilon = 0.02
     queue_length = -1  # as many as the prototypes need
     freeze_prototypes_niters = 50
@@ -50,7 +51,8 @@ def data(cfg: Config, run: distributed.Run) -> ImageLoader:
 def model(cfg: Config, counts: Counts) -> ImageClustering:
     encoder = GreyResNet(cfg.arch, cfg.recompute)
     head = ProjectionHead(encoder.num_features, cfg.hidden_mlp, cfg.feat_dim)
-    return ImageClustering(encoder, head, SwAV.of(cfg, cfg.feat_dim, counts, "intra"))
+    intra = SwAV.of(cfg, cfg.feat_dim, counts, "intra")
+    return ImageClustering(encoder, head, intra, PositionContrast.of(cfg, encoder.num_features), cfg.lambda_position)
 
 
 def main(cfg: Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -12,7 +13,8 @@ class Batch(NamedTuple):
 
     B volumes or images, V views (2 of volumes), D slices of H x W pixels.
     Stage 1 has crops; stage 2 views or targets, mask, rows and masked; stage 3 views, mask, rows, picked, slice_index,
-    and images with image_index where the data hold images, masked where L_mask is on.
+    and images with image_index where the data hold images, masked where L_mask is on, hidden where L_recon is. Stages 1
+    and 3 also have place and group of what L_intra clusters.
     """
 
     index: Tensor  # [B] of the samples over all data sets
@@ -26,7 +28,15 @@ class Batch(NamedTuple):
     images: Tensor | None = None  # [V, M, H, W] 2D images beside the volumes; M is the same on every process
     image_index: Tensor | None = None  # [M] their index, which goes on where that of the slices ends
     masked: Tensor | None = None  # [V, B, D] slices whose embeddings are to be predicted
+    place: Tensor | None = None  # [n] relative position in the volume, 0 to 1; nan: an image
+    group: Tensor | None = None  # [n] number of the data set within which positions correspond
+    hidden: Tensor | None = None  # [B, D, H / block, W / block] blocks of the first view that L_recon restores
     targets: Tensor | None = None  # [V, B, D, d] frozen slice embeddings, where they are known already
+
+    @property
+    def intra_index(self) -> Tensor:
+        """[n] of what L_intra clusters in stage 3: the picked slices, then the images."""
+        return self.slice_index if self.image_index is None else torch.cat([self.slice_index, self.image_index])
 
 
 class Counts(NamedTuple):

@@ -57,6 +57,7 @@ class Sample:
     window: tuple[float, float] | None  # volumes: intensities to map to 0 and 1; None: robust percentiles
     size_bytes: int
     mtime_ns: int
+    aligned_with: str | None = None  # data set whose positions correspond to this one's, as dataset.yaml says
     # What follows describes a sample for checks (datasets/check.py) and is no part of what it is.
     dtype: str = field(default="", compare=False)  # of a volume's file, e.g. int16; an image's mode in PIL's words
     modality: str | None = field(default=None, compare=False)  # as dataset.yaml says
@@ -200,6 +201,7 @@ SETTINGS: dict[str, tuple[Callable[[Any], bool] | None, str]] = {
     "spacing_mm": (lambda v: _numbers(v, 3) and min(v) > 0, "three positive numbers (mm, in the order of the axes)"),
     "slice_axis": (lambda v: type(v) is int and 0 <= v <= 2, "0, 1 or 2"),
     "modality": (lambda v: isinstance(v, str), "a name, e.g. CT or MR"),
+    "aligned_with": (lambda v: isinstance(v, str), "the name of a data set with the same anatomy from end to end"),
     "channels": (
         lambda v: isinstance(v, list) and bool(v) and all(isinstance(name, str) for name in v),
         "a list of names, one for each place along the files' fourth axis, e.g. [t1, t2]",
@@ -252,6 +254,7 @@ def _inspect(path: Path, root: Path, settings: dict[str, Any]) -> Sample | str:
         kind, name = _kind(path.name), path.relative_to(root).as_posix()
         layout = _volume_header(path, status.st_size, settings) if kind == "volume" else image_header(path)
         about = {"size_bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "modality": settings.get("modality")}
+        about["aligned_with"] = settings.get("aligned_with")
         sample = Sample(path, name, name.split("/")[0], kind, **layout, **about)
         if min(sample.height, sample.width) < MIN_SIDE or not sample.slices:
             raise ValueError(

@@ -7,6 +7,7 @@ function of (data, options, e, seen), whatever the workers.
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,14 +20,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from datasets.augment import MultiCrop, VolumeViews
 from datasets.batch import Batch, Counts
-from datasets.index import volumes
+from datasets.index import Sample, volumes
 from datasets.samplers import CyclingBatches, EpochBatches, Key
 from datasets.store import SliceStore, prepare
 from datasets.transforms import upload
 from utils import signals
 from utils.distributed import Run
 from utils.profile import span
-from utils.seeding import INTRA_SLICES, MASKED_SLICES, SHARED, WINDOW, stream
+from utils.seeding import HIDDEN, INTRA_SLICES, MASKED_SLICES, SHARED, WINDOW, stream
 
 
 def canvas_size(*sides: int) -> int:
@@ -52,6 +53,8 @@ class Slices(Dataset):
             parts.append(np.stack((np.full_like(places, i), places), axis=1))
         self.items = np.concatenate([np.empty((0, 2), np.int32), *parts])  # sample, slice
         self.groups = [self.samples[i].dataset for i in self.items[:, 0].tolist()]
+        slices = np.array([max(sample.slices, 1) for sample in self.samples])
+        self.places = relative(self.items[:, 1], slices[self.items[:, 0]])
 
     def __len__(self) -> int:
         return len(self.items)
@@ -98,6 +101,17 @@ class VolumeWindows(Dataset):
         return str(self.samples[self.items[index]].path)
 
 
+def relative(slices: np.ndarray, counts: np.ndarray) -> Tensor:
+    """Positions of slices in volumes of so many, 0 to 1; nan where there is a single one, as in an image."""
+    return torch.from_numpy(np.where(counts > 1, slices / np.maximum(counts - 1, 1), np.nan)).float()
+
+
+def corresponding(samples: Sequence[Sample], groups: Sequence[str]) -> Tensor:
+    """The number of each data set of `groups` in which positions correspond: one for all that are aligned."""
+    aligned = {sample.dataset: sample.aligned_with or sample.dataset for sample in samples}
+    return torch.from_numpy(np.unique([aligned[name] for name in groups], return_inverse=True)[1])
+
+
 class ImageLoader:
     """Stage 1, from its options: multi-crop views of images and slices."""
 
@@ -114,6 +128,8 @@ class ImageLoader:
         self.samples, self.steps = self.batches.samples, self.batches.steps
         self.counts = Counts(len(self.dataset), self.batches.global_batch)
         self.groups: dict[str, Sequence[str]] = {"intra": self.dataset.groups}
+        self.places = self.dataset.places.to(run.device)
+        self.aligned = corresponding(store.samples, self.dataset.groups).to(run.device)
 
     def epoch(self, epoch: int, seen: int = 0) -> Iterator[Batch]:
         self.batches.begin(epoch, seen)
@@ -122,7 +138,7 @@ class ImageLoader:
             # Parameters are drawn on the CPU, so what they are drawn from stays there.
             with span("augment"):
                 crops = self.crops(image, raw["extent"], raw["index"], epoch)
-            yield Batch(index, counts, crops=crops)
+            yield Batch(index, counts, crops=crops, place=self.places[index], group=self.aligned[index])
 
     def names(self, index: Tensor, image_index: Tensor | None = None) -> list[str]:
         """The files of a batch."""
@@ -133,7 +149,7 @@ class VolumeLoader:
     """Stages 2 and 3, from their options: two views of volumes, with what the learner needs beside them (`Batch`).
 
     mask_ratio > 0 adds `masked`, intra_slices > 0 `picked` and `slice_index`, images_per_step > 0 `images` and
-    `image_index` from the 2D data sets; their indices follow those of all slices of all volumes.
+    `image_index` from the 2D data sets; their indices follow those of all slices of all volumes.  recon adds `hidden`.
     """
 
     def __init__(
@@ -144,9 +160,11 @@ class VolumeLoader:
         intra_slices: int = 0,
         images_per_step: int = 0,
         min_scale_images: float = 1.0,
+        recon: bool = False,
     ) -> None:
         self.run, self.seed = run, cfg.seed
         self.mask_ratio, self.mask_style, self.intra_slices = mask_ratio, cfg.mask_style, intra_slices
+        self.recon = (cfg.hidden_pixels, cfg.hidden_slices, cfg.hidden_block) if recon else None
         slices, *size = cfg.target_shape
         about = cfg.cache_path, cfg.on_bad, max(1, cfg.workers)
         store = prepare(cfg.data_path, canvas_size(*size), *about, target_shape=cfg.target_shape)
@@ -171,9 +189,12 @@ class VolumeLoader:
         each = cfg.batch_size * intra_slices + (images_per_step if images else 0)
         of_volumes = len(self.dataset), self.batches.global_batch
         self.counts = Counts(self.total_slices + len(images), each * run.world_size, *of_volumes)
-        of_slices = np.repeat(np.array(groups, dtype=object), np.diff(self.slice_offsets.numpy()))
-        intra = np.concatenate([of_slices, np.array(images, dtype=object)])
+        counts = np.diff(self.slice_offsets.numpy())
+        intra = np.concatenate([np.repeat(np.array(groups, dtype=object), counts), np.array(images, dtype=object)])
         self.groups: dict[str, Sequence[str]] = {"inter": groups, "intra": intra}
+        places = relative(np.concatenate([*map(np.arange, counts)]), counts.repeat(counts))
+        self.places = torch.cat([places, self.image_dataset.places[: len(images)]]).to(run.device)
+        self.aligned = corresponding(store.samples, intra).to(run.device)
 
     def epoch(self, epoch: int, seen: int = 0) -> Iterator[Batch]:
         self.batches.begin(epoch, seen)
@@ -183,7 +204,12 @@ class VolumeLoader:
             pictures = iter(self.image_loader)
         for raw, (_, counts) in zip(self.loader, self.batches.plan(seen), strict=True):
             batch = self._volumes(raw, counts, epoch)
-            yield batch if pictures is None else batch._replace(**self._images(next(pictures), epoch))
+            if pictures is not None:
+                batch = batch._replace(**self._images(next(pictures), epoch))
+            if self.intra_slices:
+                index = batch.intra_index
+                batch = batch._replace(place=self.places[index], group=self.aligned[index])
+            yield batch
 
     def _volumes(self, raw: dict[str, Tensor], counts: list[int], epoch: int) -> Batch:
         index, length = raw["index"], raw["length"]  # on the CPU, where the small draws are made
@@ -196,6 +222,10 @@ class VolumeLoader:
         batch = Batch(upload(index, device), counts, views=views, mask=upload(mask, device), rows=upload(rows, device))
         if self.mask_ratio:
             batch = batch._replace(masked=upload(self.masked(index, length, epoch), device))
+        if self.recon:
+            height, width = views.shape[-2:]
+            hidden = draw_hidden(length, index, height, width, *self.recon, self.seed, epoch, mask.shape[1])
+            batch = batch._replace(hidden=upload(hidden, device))
         if self.intra_slices:
             picked = self._pick(index, length, epoch)
             where = self.slice_offsets[index].unsqueeze(1) + raw["start"].unsqueeze(1) + picked
@@ -248,6 +278,34 @@ def draw_masks(
         else:
             masked[b, torch.from_numpy(rng.permutation(length)[:count])] = True
     return masked
+
+
+def draw_hidden(
+    lengths: Tensor,
+    index: Tensor,
+    height: int,
+    width: int,
+    pixels: float,
+    whole: float,
+    block: int,
+    seed: int,
+    epoch: int,
+    slices: int,
+) -> Tensor:
+    """[B, slices, ceil(height / block), ceil(width / block)] bool, True where L_recon hides a view's pixels.
+
+    A share `pixels` of every slice's blocks, each slice's own, and all of a share `whole` of the slices, one of which
+    at least is not hidden whole.
+    """
+    grid = -(-height // block), -(-width // block)
+    hidden = torch.zeros(len(lengths), slices, *grid, dtype=torch.bool)
+    for b, (length, i) in enumerate(zip(lengths.tolist(), index.tolist(), strict=True)):
+        rng = stream(seed, epoch, i, SHARED, HIDDEN)
+        order = rng.random((length, math.prod(grid))).argsort(axis=1)
+        blocks = order < round(pixels * math.prod(grid))
+        blocks[rng.permutation(length)[: min(round(whole * length), length - 1)]] = True
+        hidden[b, :length] = torch.from_numpy(blocks).unflatten(1, grid)
+    return hidden
 
 
 class OneAhead:

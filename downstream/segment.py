@@ -18,20 +18,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
 from monai.losses import DiceCELoss
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from datasets.render import content_size, robust_limits
 from datasets.transforms import gamma, jitter, resample
 from downstream import metrics, pairs, task
-from downstream.encoders import choose_arch, grey, has_transformer, load_encoder, load_joint_encoder
-from models.encoder import JointEncoder
-from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, multi_scale
+from downstream.encoders import NAMED, choose_arch, grey, has_transformer, load_encoder, load_joint_encoder
+from models.encoder import JointEncoder, real_rows
+from models.resnet import GreyResNet
+from models.unet import UNetDecoder, widen_stem
+from training.weights import load_unet
 from utils import config
 from utils.errors import UserError
 from utils.optim import parameter_groups
@@ -39,7 +39,6 @@ from utils.options import FREE, constants, data, model, optimisation, running
 from utils.seeding import SHUFFLE, stream
 
 LAYERS = 4  # of a transformer that starts from random weights
-ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  # those that the U-Net's library has
 
 
 @constants
@@ -60,8 +59,11 @@ class Config(task.Options):
     f_inter: bool = model(False, "transformer over slices at the bottleneck, from the weights where they have one")
     inter_slices: PositiveInt = model(16, "consecutive slices that f_inter sees together")
     d_model: PositiveInt = model(640, "width of an f_inter that starts from random weights")
-    decoder_norm: Literal["batch", "instance"] = model("batch", "normalisation in the decoder; instance for few steps")
+    load_decoder: bool = model(True, "start the decoder from the weights where they have one (lambda_recon > 0)")
     encoder_lr: PositiveFloat = optimisation(1.0, "learning rate of the encoder and of f_inter, as a share of base_lr")
+    head_start: ClosedUnitInterval = optimisation(
+        0.1, "share of the steps in which the decoder alone is trained; the rest then warms up over as many"
+    )
     overlays: NonNegativeInt = running(0, "test cases of which a slice is drawn with outlines", FREE)
 
     def check(self) -> None:
@@ -99,17 +101,17 @@ class Segmentation(task.Task):
     def build(self) -> SliceUNet:
         cfg, channels = self.cfg, self.data.pairs[0].image.channels
         arch = choose_arch(cfg.weights, cfg.arch)
-        if arch not in ARCHITECTURES:
-            raise UserError(f"weights: {cfg.weights} is a {arch}; the U-Net takes {', '.join(ARCHITECTURES)}")
-        encoder, inter = load_encoder(cfg.weights, arch, cfg.seed), None
+        encoder = load_encoder(cfg.weights, arch, cfg.seed)
         if cfg.f_inter:
             own = has_transformer(cfg.weights)
-            inter = load_joint_encoder(cfg.weights if own else "random", arch, cfg.seed, cfg.d_model, LAYERS)
+            encoder = load_joint_encoder(cfg.weights if own else "random", arch, cfg.seed, cfg.d_model, LAYERS)
             if not own and cfg.weights != "random":
                 print(f"{cfg.weights} has no transformer over slices: f_inter starts from random weights", flush=True)
         torch.manual_seed(cfg.seed)
-        classes = max(self.data.classes.values()) + 1
-        return SliceUNet(encoder, arch, channels, classes, inter, cfg.freeze, cfg.decoder_norm)
+        unet = SliceUNet(encoder, channels, max(self.data.classes.values()) + 1, cfg.freeze)
+        if cfg.load_decoder and cfg.weights not in NAMED:
+            load_unet(unet.decoder, Path(cfg.weights))
+        return unet
 
     def examine(self) -> None:
         for name in [*self.labelled, *self.split.validation, *self.split.test]:
@@ -154,11 +156,11 @@ class Segmentation(task.Task):
         return self.cfg.steps_per_epoch or max(1, slices // self.cfg.batch_size)
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        parts = ((model.loaded, self.cfg.encoder_lr), (model.new, 1.0))
+        start = round(self.cfg.head_start * self.epochs * self.steps)
         return [
-            {**group, "share": share}
-            for modules, share in parts
-            for group in parameter_groups(nn.ModuleList(modules), self.cfg.wd)
+            {**group, "share": share, "start": begin}
+            for part, share, begin in ((model.encoder, self.cfg.encoder_lr, start), (model.decoder, 1.0, 0))
+            for group in parameter_groups(part, self.cfg.wd)
         ]
 
     def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor, list[int]]:
@@ -288,58 +290,36 @@ def draw(case: Case, prediction: np.ndarray, reference: np.ndarray, path: Path) 
 
 
 class SliceUNet(nn.Module):
-    """segmentation_models_pytorch's U-Net whose encoder is our ResNet, optionally with f_inter at the bottleneck.
+    """A U-Net whose encoder is our ResNet, with f_inter at the bottleneck where the encoder has one.
 
     forward: images [N, C, H, W] in 0..1 of len(lengths) stretches of slices -> logits [N, classes, H, W].
-    C channels: the grey stem's weights / C each, so C times the same image gives the features of that image.
-    With f_inter, what the transformer returns for a slice is mapped to the bottleneck's channels and added there,
-    everywhere in the slice. This map starts at 0: training starts from the plain U-Net.
+    freeze: the encoder, BatchNorm's statistics with it, stays as it is.
     """
 
-    def __init__(
-        self,
-        encoder: GreyResNet,
-        arch: str,
-        channels: int,
-        classes: int,
-        inter: JointEncoder | None = None,
-        freeze: bool = False,
-        decoder_norm: str = "batch",
-    ) -> None:
+    def __init__(self, encoder: GreyResNet | JointEncoder, channels: int, classes: int, freeze: bool = False) -> None:
         super().__init__()
-        norm = {"type": f"{decoder_norm}norm"} | ({"affine": True} if decoder_norm == "instance" else {})
-        self.unet = smp.Unet(arch, encoder_weights=None, in_channels=channels, classes=classes, decoder_use_norm=norm)
-        state = encoder.torchvision_state()
-        state["conv1.weight"] = (encoder.conv1.weight.detach() / channels).repeat(1, channels, 1, 1)
-        self.unet.encoder.load_state_dict(state)
-        self.loaded, self.new = [self.unet.encoder], [self.unet.decoder, self.unet.segmentation_head]
-        self.transformer = None
-        if inter is not None:
-            self.projection, self.transformer = inter.projection, inter.transformer
-            self.to_bottleneck = nn.Linear(self.projection.out_features, encoder.num_features)
-            nn.init.zeros_(self.to_bottleneck.weight)
-            nn.init.zeros_(self.to_bottleneck.bias)
-            self.loaded += [self.projection, self.transformer]
-            self.new.append(self.to_bottleneck)
-        self.frozen = self.loaded if freeze else []
-        for module in self.frozen:
-            module.requires_grad_(False)
+        self.encoder, self.inter = encoder, isinstance(encoder, JointEncoder)
+        widen_stem(self.resnet, channels)
+        self.decoder = UNetDecoder(self.resnet, classes, encoder.projection.out_features if self.inter else 0)
+        self.frozen = freeze
+        encoder.requires_grad_(not freeze)
+
+    @property
+    def resnet(self) -> GreyResNet:
+        return self.encoder.resnet if self.inter else self.encoder
 
     def train(self, mode: bool = True) -> SliceUNet:
         super().train(mode)
-        for module in self.frozen:
-            module.eval()  # BatchNorm keeps its statistics
+        if self.frozen:
+            self.encoder.eval()
         return self
 
     def forward(self, images: Tensor, lengths: list[int]) -> Tensor:
-        features = self.unet.encoder((images - GREY_MEAN) / GREY_STD)  # the images, the stem, four stages
-        if self.transformer is not None:
-            embedded = self.projection(multi_scale(features[2:]))  # [N, d]
-            mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(embedded.device)
-            tokens = pad_sequence(embedded.split(lengths), batch_first=True)
-            context = self.to_bottleneck(self.transformer(tokens, mask)[mask])  # [N, channels of the last stage]
-            features[-1] = features[-1] + context[:, :, None, None]
-        return self.unet.segmentation_head(self.unet.decoder(features))
+        stages, context = self.resnet(images, stem=True), None
+        if self.inter:
+            mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(images.device)
+            context = self.encoder.cells(stages[1:], real_rows(mask), mask)
+        return self.decoder(stages, context)
 
 
 if __name__ == "__main__":

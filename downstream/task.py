@@ -128,8 +128,9 @@ class Task(ABC):
         return min(self.steps, self.epochs * self.steps // 10)
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Parameter groups of AdamW, each with its `weight_decay` and its `share` of the learning rate."""
-        return [{**group, "share": 1.0} for group in parameter_groups(model, self.cfg.wd)]
+        """Parameter groups of AdamW: each has its `weight_decay`, its `share` of the learning rate, and the step at
+        which it starts to learn (`start`; its rate then rises to the others' over as many steps)."""
+        return [{**group, "share": 1.0, "start": 0} for group in parameter_groups(model, self.cfg.wd)]
 
     @abstractmethod
     def batch(self, epoch: int, step: int) -> Any:
@@ -305,8 +306,10 @@ class Course:
 
     def step(self) -> None:
         at, task = self.at, self.task
+        now = at.epoch * task.steps + at.seen
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(at.epoch * task.steps + at.seen) * group["share"]
+            ramp = min(max(now / group["start"] - 1, 0.0), 1.0) if group["start"] else 1.0
+            group["lr"] = self.rate(now) * group["share"] * ramp
         torch.manual_seed(int(stream(self.cfg.seed, at.epoch, at.seen, 0, DROPOUT).integers(2**63)))
         batch = task.batch(at.epoch, at.seen)
         with task.precision.autocast():

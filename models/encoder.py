@@ -52,6 +52,19 @@ class JointEncoder(nn.Module):
         features, embedded = self.slices(volumes.flatten(0, 1)[rows].unsqueeze(1))
         return features, spread(embedded, rows, mask.shape)
 
+    def cells(self, stages: list[Tensor], rows: Tensor, mask: Tensor) -> Tensor:
+        """What the slices around it show, for every cell of the last stage: f_inter along the slices, cell by cell.
+
+        stages: of the slices `rows` of volumes with real slices `mask` [B, D].  -> [n, h, w, d] of the n slices.
+        """
+        h, w = stages[-1].shape[-2:]
+        means = [F.normalize(wide(F.adaptive_avg_pool2d(stage, (h, w))), dim=1) for stage in stages]
+        embedded = self.projection(torch.cat(means, dim=1).permute(0, 2, 3, 1))  # [n, h, w, d]
+        tokens = spread(embedded.flatten(1), rows, mask.shape).unflatten(2, (h * w, -1))  # [B, D, cells, d]
+        context = self.transformer(tokens.transpose(1, 2).flatten(0, 1), mask.repeat_interleave(h * w, dim=0))
+        context = context.unflatten(0, (-1, h * w)).transpose(1, 2)  # [B, D, cells, d]
+        return context.flatten(0, 1)[rows].unflatten(1, (h, w))
+
     def holistic(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Slice embeddings [B, D, d] -> the volume's embedding [B, d], unit length."""
         context = wide(self.transformer(tokens, mask))

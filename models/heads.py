@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.resnet import wide
+
 
 class ProjectionHead(nn.Sequential):
     """MLP of SwAV and DeepCluster-v2: [N, in_dim] -> [N, feat_dim], not normalised."""
@@ -38,3 +40,8 @@ class Prototypes(nn.Module):
 
     def forward(self, z: Tensor) -> list[Tensor]:
         return [head(z) for head in self.heads]
+
+
+def projected(head: nn.Module, features: Tensor) -> Tensor:
+    """features [V, n, C] -> z [V, n, d], unit length."""
+    return F.normalize(wide(head(features.flatten(0, 1))), dim=1).unflatten(0, features.shape[:2])

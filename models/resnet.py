@@ -34,7 +34,8 @@ def unfold_grey(conv1: Tensor) -> Tensor:
 class GreyResNet(nn.Module):
     """A torchvision ResNet without its classifier, on grey images.
 
-    forward: [N, 1, H, W] intensities in 0..1 -> stages, a list of four [N, C_i, H / 2^(i+2), W / 2^(i+2)] maps.
+    forward: [N, 1, H, W] intensities in 0..1 -> stages, a list of four [N, C_i, H / 2^(i+2), W / 2^(i+2)] maps; with
+    `stem`, the stem's [N, 64, H / 2, W / 2] before them.
     The stem normalises with ImageNet's statistics averaged over the channels, as pretrained weights expect.
     Parameter names are torchvision's; `conv1.weight` has one input channel (see `fold_grey`).
     recompute: keep only the input of each residual block for the backward pass, which then computes the rest again:
@@ -54,19 +55,21 @@ class GreyResNet(nn.Module):
         self.recompute = recompute
         self.num_features = net.fc.in_features  # channels of the last stage, 2048 for ResNet-50
         expansion = self.num_features // 512
+        self.stem_features = net.conv1.out_channels
         self.stage_features = tuple(width * expansion for width in (64, 128, 256, 512))
         self.to(memory_format=torch.channels_last)  # a quarter to a third faster on CPUs and on tensor cores
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor, stem: bool = False) -> list[Tensor]:
         if images.device.type == "cpu" and torch.is_autocast_enabled("cpu") and images.shape[-1] <= NARROW:
             with torch.autocast("cpu", enabled=False):
-                return self._stages(wide(images))
-        return self._stages(images)
+                return self._stages(wide(images), stem)
+        return self._stages(images, stem)
 
-    def _stages(self, images: Tensor) -> list[Tensor]:
+    def _stages(self, images: Tensor, stem: bool) -> list[Tensor]:
         x = (images - GREY_MEAN) / GREY_STD
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        stages = []
+        x = self.relu(self.bn1(self.conv1(x)))
+        stages = [x] if stem else []
+        x = self.maxpool(x)
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in layer:
                 x = self._again(block, x) if self.recompute and torch.is_grad_enabled() else block(x)
@@ -76,7 +79,7 @@ class GreyResNet(nn.Module):
     @staticmethod
     def _again(block: nn.Module, x: Tensor) -> Tensor:
         def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-            return nullcontext(), _statistics_stay(block)
+            return nullcontext(), statistics_stay(block)
 
         return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
@@ -94,8 +97,8 @@ class GreyResNet(nn.Module):
 
 
 @contextmanager
-def _statistics_stay(module: nn.Module) -> Iterator[None]:
-    """BatchNorm's running statistics moved in the first forward pass; the second one must leave them alone."""
+def statistics_stay(module: nn.Module) -> Iterator[None]:
+    """BatchNorm's running statistics do not move: recomputation has moved them before, hidden pixels are not data."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
     before = [(m.momentum, m.num_batches_tracked) for m in norms]
     for m in norms:

@@ -2,6 +2,7 @@
 
 from objectives.deepcluster import DeepClusterV2
 from objectives.learners import ImageClustering, JointClustering, MaskedSlices
+from objectives.position import PositionContrast
 from objectives.swav import SwAV
 
-__all__ = ["DeepClusterV2", "ImageClustering", "JointClustering", "MaskedSlices", "SwAV"]
+__all__ = ["DeepClusterV2", "ImageClustering", "JointClustering", "MaskedSlices", "PositionContrast", "SwAV"]

@@ -11,18 +11,22 @@ size of an embedding, C4 features of the ResNet's last stage.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasets.batch import Batch
 from models.encoder import JointEncoder, real_rows, spread
 from models.folding import FrozenSlices, slices_digest
-from models.resnet import GreyResNet, pooled, wide
+from models.heads import projected
+from models.resnet import GreyResNet, pooled
+from models.unet import UNetDecoder
 from objectives.deepcluster import DeepClusterV2
 from objectives.masked import masked_loss
+from objectives.position import PositionContrast
+from objectives.recon import recon_loss
 from objectives.swav import SwAV
 from utils.profile import span
 
@@ -98,24 +102,40 @@ class ImageClustering(Learner):
 
     stage = 1
 
-    def __init__(self, encoder: GreyResNet, head: nn.Module, intra: Objective) -> None:
+    def __init__(
+        self,
+        encoder: GreyResNet,
+        head: nn.Module,
+        intra: Objective,
+        position: PositionContrast | None = None,
+        lambda_position: float = 1.0,
+    ) -> None:
         super().__init__()
         self.encoder, self.head, self.intra = encoder, head, intra
+        self.position, self.lambda_position = position, lambda_position
 
     @property
     def resnet(self) -> GreyResNet:
         return self.encoder
 
     def embed(self, batch: Batch) -> dict[str, Embedded]:
+        return {"intra": Embedded(projected(self.head, self._features(batch)), batch.index, batch.counts)}
+
+    def _features(self, batch: Batch) -> Tensor:
+        """[V, B, C4] of all crops."""
         with span("f_intra"):
             features = [pooled(self.encoder(size.flatten(0, 1).unsqueeze(1))) for size in batch.crops]
-        z = F.normalize(wide(self.head(torch.cat(features))), dim=1)
-        return {"intra": Embedded(z.unflatten(0, (-1, len(batch.index))), batch.index, batch.counts)}
+        return torch.cat(features).unflatten(0, (-1, len(batch.index)))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        embedded = self.embed(batch)["intra"]
+        features = self._features(batch)
+        z = projected(self.head, features)
         with span("objective"):
-            return {"loss": self.intra(*embedded)}
+            loss = self.intra(z, batch.index, batch.counts)
+            if self.position is None:
+                return {"loss": loss}
+            nearby = self.position(features, batch, batch.counts)
+        return {"loss": loss + self.lambda_position * nearby, "intra": loss, "position": nearby}
 
 
 class MaskedSlices(Learner):
@@ -166,12 +186,16 @@ class MaskedSlices(Learner):
 
 
 class JointClustering(Learner):
-    """Stage 3: L = lambda_inter * L_inter(volumes) + lambda_intra * L_intra(slices, images) + lambda_mask * L_mask.
+    """Stage 3: the sum of lambda * loss over `lambdas`, whose names are
+
+    `inter`: volumes; `intra`: slices and images; `position`: slices at the same place of other patients; `recon`:
+    hidden parts of slices are restored, by a decoder that is trained beside the encoder; `mask`: hidden embeddings of
+    slices are predicted, which trains the transformer, a token and a decoder alone.
 
     The views of a volume show the same slices in the same order, so a slice at the same position of two views is a
-    positive pair. A branch whose lambda is 0 costs next to nothing: without L_inter and L_mask only the picked slices
-    are encoded. L_mask trains the transformer, its token and its decoder alone. freeze: the ResNet stays as it is, its
-    running statistics too, as it does wherever no loss trains it.
+    positive pair. A branch whose lambda is 0, or has none, costs next to nothing: without `inter` and `mask` only the
+    picked slices are encoded.  freeze: the ResNet stays as it is, its running statistics too, as it does wherever no
+    loss trains it.
     """
 
     stage = 3
@@ -182,26 +206,27 @@ class JointClustering(Learner):
         head: nn.Module,
         intra: Objective,
         inter: Objective,
-        lambda_intra: float = 1.0,
-        lambda_inter: float = 1.0,
-        lambda_mask: float = 0.0,
+        position: PositionContrast | None = None,
+        lambdas: Mapping[str, float] = MappingProxyType({"intra": 1.0, "inter": 1.0}),
         freeze: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.lambda_intra, self.lambda_inter, self.lambda_mask = lambda_intra, lambda_inter, lambda_mask
-        self.head, self.intra = (head, intra) if lambda_intra else (None, None)
-        self.inter = inter if lambda_inter else None
+        self.lambdas = on = {name: weight for name, weight in lambdas.items() if weight}
+        self.head, self.intra = (head, intra) if "intra" in on else (None, None)
+        self.inter = inter if "inter" in on else None
+        self.position = position if "position" in on else None
         d_model = encoder.projection.out_features
-        self.mask_token = nn.Parameter(torch.randn(d_model) * 0.02) if lambda_mask else None
-        self.decoder = nn.Linear(d_model, d_model) if lambda_mask else None
+        self.mask_token = nn.Parameter(torch.randn(d_model) * 0.02) if "mask" in on else None
+        self.decoder = nn.Linear(d_model, d_model) if "mask" in on else None
+        self.unet = UNetDecoder(encoder.resnet, 1, d_model) if "recon" in on else None
         # DistributedDataParallel must not wait for gradients that never come (the targets of L_mask are detached).
-        self.freeze = freeze or not (lambda_inter or lambda_intra)
+        self.freeze = freeze or not on.keys() - {"mask"}
         if self.freeze:
             encoder.resnet.requires_grad_(False)
-        if not lambda_inter:
+        if not on.keys() & {"inter", "recon"}:
             encoder.projection.requires_grad_(False)
-        if not (lambda_inter or lambda_mask):
+        if not on.keys() & {"inter", "recon", "mask"}:
             encoder.transformer.requires_grad_(False)
 
     def train(self, mode: bool = True) -> JointClustering:
@@ -211,17 +236,23 @@ class JointClustering(Learner):
         return self
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        tokens, features = self._slices(batch)
-        objectives, losses = dict(self.objectives()), {}
-        for level, embedded in self._levels(tokens, features, batch).items():
-            with span("objective"):
-                losses[level] = objectives[level](*embedded)
-        total = sum(getattr(self, f"lambda_{level}") * loss for level, loss in losses.items())
-        if self.lambda_mask:
-            found = masked_loss(self.encoder.transformer, self.mask_token, self.decoder, tokens.detach(), batch)
-            losses |= {"mask": found["loss"], "interpolation": found["interpolation"]}
-            total = total + self.lambda_mask * found["loss"]
-        return {"loss": total, **losses}
+        objectives, losses, more = dict(self.objectives()), {}, {}
+        if self.lambdas.keys() - {"recon"}:
+            tokens, features = self._slices(batch)
+            for level, embedded in self._levels(tokens, features, batch).items():
+                with span("objective"):
+                    losses[level] = objectives[level](*embedded)
+            if self.position is not None:
+                with span("objective"):
+                    losses["position"] = self.position(features, batch, _intra_counts(batch))
+            if "mask" in self.lambdas:
+                found = masked_loss(self.encoder.transformer, self.mask_token, self.decoder, tokens.detach(), batch)
+                losses["mask"], more["interpolation"] = found["loss"], found["interpolation"]
+        if self.unet is not None:
+            alone = not self.lambdas.keys() & {"intra", "inter", "position"} and not self.freeze
+            losses["recon"] = recon_loss(self.encoder, self.unet, batch, statistics_move=alone)
+        total = sum(self.lambdas[name] * loss for name, loss in losses.items())
+        return {"loss": total, **losses, **more}
 
     def embed(self, batch: Batch) -> dict[str, Embedded]:
         return self._levels(*self._slices(batch), batch)
@@ -230,18 +261,19 @@ class JointClustering(Learner):
         """f_intra -> slice embeddings [V, B, D, d] and what L_intra clusters: features [V, B * S + M, C4] of the picked
         slices and the images. None where no branch needs them."""
         V, B, D = batch.views.shape[:3]
-        every_slice = bool(self.lambda_inter or self.lambda_mask)
+        every_slice = bool(self.lambdas.keys() & {"inter", "mask"})
+        clusters_slices = bool(self.lambdas.keys() & {"intra", "position"})
         picked = (torch.arange(B, device=batch.views.device).unsqueeze(1) * D + batch.picked).flatten()
         rows = batch.rows if every_slice else picked
         rows = real_rows(batch.mask) if rows is None else rows
         of_views = (torch.arange(V, device=rows.device).unsqueeze(1) * (B * D) + rows).flatten()
         encoded = [batch.views.flatten(0, 2)[of_views]]  # [n, H, W], ordered by view, volume, slice
-        if self.lambda_intra and batch.images is not None:
+        if clusters_slices and batch.images is not None:
             encoded.append(batch.images.flatten(0, 1))
         with span("f_intra"):
             features, embedded = self.encoder.slices(torch.cat(encoded).unsqueeze(1))
         tokens = spread(embedded[: len(of_views)], of_views, (V, B, D)) if every_slice else None
-        if not self.lambda_intra:
+        if not clusters_slices:
             return tokens, None
         parts = [part.unflatten(0, (V, -1)) for part in features.tensor_split([len(of_views)])]
         if every_slice:  # place: slice of the batch -> its row among those encoded
@@ -259,10 +291,12 @@ class JointClustering(Learner):
                 z = self.encoder.holistic(tokens.flatten(0, 1), batch.mask.repeat(V, 1))
             found["inter"] = Embedded(z.unflatten(0, (V, -1)), batch.index, batch.counts)
         if self.intra is not None:
-            z = F.normalize(wide(self.head(features.flatten(0, 1))), dim=1).unflatten(0, features.shape[:2])
-            slices, images = batch.slice_index, batch.image_index
-            index = slices if images is None else torch.cat([slices, images])
-            per_volume, more = len(slices) // len(batch.index), len(index) - len(slices)
-            counts = batch.counts and [per_volume * n + more for n in batch.counts]
-            found["intra"] = Embedded(z, index, counts)
+            found["intra"] = Embedded(projected(self.head, features), batch.intra_index, _intra_counts(batch))
         return found
+
+
+def _intra_counts(batch: Batch) -> list[int] | None:
+    """Slices and images of every process that L_intra clusters."""
+    per_volume = len(batch.slice_index) // len(batch.index)
+    images = 0 if batch.image_index is None else len(batch.image_index)
+    return batch.counts and [per_volume * n + images for n in batch.counts]

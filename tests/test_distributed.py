@@ -6,7 +6,7 @@ another order, amplified by BatchNorm over few values); parameters and statistic
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -18,15 +18,18 @@ from torch.testing import assert_close
 
 from datasets.batch import Batch
 from datasets.loaders import draw_masks
-from models.encoder import JointEncoder
+from models.encoder import JointEncoder, real_rows
 from models.heads import ProjectionHead
-from objectives import DeepClusterV2, ImageClustering, JointClustering, MaskedSlices, SwAV
+from objectives import DeepClusterV2, ImageClustering, JointClustering, MaskedSlices, PositionContrast, SwAV
 from utils import distributed, guards
 from utils.distributed import Run, all_sum, convert_sync_batchnorm, everywhere, rank, world_size
 from utils.errors import UserError
 from utils.optim import LARC, parameter_groups
 
 STEPS = 3
+# Of 48 slices of volumes of two aligned data sets, and 6 images.
+PLACES = torch.cat([torch.linspace(0, 1, 6).repeat(8), torch.full((6,), torch.nan)])
+GROUPS = torch.tensor([0] * 24 + [1] * 24 + [2] * 6)
 
 
 def part(x: Tensor, dim: int = 0) -> Tensor:
@@ -40,6 +43,7 @@ def part(x: Tensor, dim: int = 0) -> Tensor:
 class TinySlices(nn.Module):
     """Four stages as the ResNet has them, with BatchNorm, small enough for many steps."""
 
+    stem_features = 1
     stage_features = (8, 8, 16, 16)
     num_features = 16
 
@@ -51,8 +55,8 @@ class TinySlices(nn.Module):
             for a, b in pairwise(widths)
         )
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        found = []
+    def forward(self, x: Tensor, stem: bool = False) -> list[Tensor]:
+        found = [nn.functional.avg_pool2d(x, 2)] if stem else []
         for stage in self.stages:
             x = stage(x)
             found.append(x)
@@ -77,7 +81,8 @@ def image_batches(size: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(step)
         index = torch.randperm(16, generator=generator)[:size]
         crops = [torch.rand(n, size, side, side, generator=generator) for n, side in ((2, 32), (1, 16))]
-        yield Batch(part(index), counts(size), crops=[part(crop, 1) for crop in crops])
+        crops = [part(crop, 1) for crop in crops]
+        yield Batch(part(index), counts(size), crops=crops, place=PLACES[part(index)], group=GROUPS[part(index)])
 
 
 def volume_batches(size: int, images: bool = True) -> Iterator[Batch]:
@@ -98,8 +103,11 @@ def volume_batches(size: int, images: bool = True) -> Iterator[Batch]:
             masked=part(masked, 1),
         )
         pictures = torch.rand(2, 2, 16, 16, generator=generator), 48 + torch.randperm(6, generator=generator)[:2]
+        hidden = torch.rand(size, 6, 2, 2, generator=generator) < 0.6
+        batch = batch._replace(rows=real_rows(batch.mask), hidden=part(hidden))
         if images:
             batch = batch._replace(images=part(pictures[0], 1), image_index=part(pictures[1]))
+            batch = batch._replace(place=PLACES[batch.intra_index], group=GROUPS[batch.intra_index])
         yield batch
 
 
@@ -109,20 +117,25 @@ def objective(kind: str, dim: int, samples: int, batch: int) -> nn.Module:
     return DeepClusterV2(dim, [4, 3], samples, kmeans_backend="torch", kmeans_iterations=4)
 
 
-def learner_and_batches(kind: str, lambdas: Sequence[float] = (0.7, 1.3)) -> tuple[nn.Module, list[Batch]]:
+LAMBDAS = {"intra": 0.7, "inter": 1.3, "position": 0.5, "recon": 0.9}
+
+
+def learner_and_batches(kind: str, lambdas: Mapping[str, float] = LAMBDAS) -> tuple[nn.Module, list[Batch]]:
     torch.manual_seed(0)
     what, _, how = kind.removesuffix(UNEVEN).partition(" ")
     images, volumes = (7, 3) if kind.endswith(UNEVEN) else (8, 4)
     if what == "images":
         encoder = TinySlices()
         head = ProjectionHead(encoder.num_features, 64, 16)
-        return ImageClustering(encoder, head, objective(how, 16, 16, images)), list(image_batches(images))
+        position = PositionContrast(ProjectionHead(encoder.num_features, 32, 16), 0.3, 0.1)
+        return ImageClustering(encoder, head, objective(how, 16, 16, images), position), list(image_batches(images))
     encoder = joint_encoder()
     if what == "masked":
         return MaskedSlices(encoder), list(volume_batches(volumes, images=False))
     head = ProjectionHead(encoder.resnet.num_features, 32, 16)
     intra, inter = objective(how, 16, 54, 2 * volumes + 2), objective(how, 32, 8, volumes)
-    return JointClustering(encoder, head, intra, inter, *lambdas), list(volume_batches(volumes))
+    position = PositionContrast(ProjectionHead(encoder.resnet.num_features, 32, 16), 0.3, 0.1)
+    return JointClustering(encoder, head, intra, inter, position, lambdas), list(volume_batches(volumes))
 
 
 UNEVEN = ", uneven shares"
@@ -211,7 +224,7 @@ def test_two_processes_learn_what_one_learns(kind: str) -> None:
 # -------------------------------------------------------------------------------------------- branches switched off
 
 
-def two_steps(lambdas: tuple[float, float, float]) -> bool:
+def two_steps(lambdas: dict[str, float]) -> bool:
     learner, batches = learner_and_batches("joint swav", lambdas)
     learner = distributed.wrap(learner, Run(rank(), world_size(), torch.device("cpu")))
     for batch in batches[:2]:  # torch notices in the second that a parameter had no gradient in the first
@@ -221,9 +234,9 @@ def two_steps(lambdas: tuple[float, float, float]) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lambdas", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (1.0, 1.0, 1.0), (0.0, 0.0, 1.0)], ids=str)
-def test_any_branches_train_on_two_processes(lambdas: tuple[float, float, float]) -> None:
-    assert run_processes(2, two_steps, lambdas) == [True, True]
+@pytest.mark.parametrize("on", ["intra", "inter", "position", "recon", "mask", "intra inter mask", "position recon"])
+def test_any_branches_train_on_two_processes(on: str) -> None:
+    assert run_processes(2, two_steps, dict.fromkeys(on.split(), 1.0)) == [True, True]
 
 
 # ------------------------------------------------------------------------------------------------- the parts they use

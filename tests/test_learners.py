@@ -15,7 +15,7 @@ from datasets.loaders import draw_masks
 from models import folding
 from models.encoder import JointEncoder
 from models.folding import FrozenSlices, slices_digest
-from objectives import JointClustering, MaskedSlices, SwAV
+from objectives import JointClustering, MaskedSlices, PositionContrast, SwAV
 from objectives.masked import interpolate_masked, masked_loss
 from training import weights
 
@@ -165,51 +165,56 @@ def test_the_same_slice_of_two_views_is_a_pair() -> None:
 
 
 BATCH = Batch(
-    views=torch.rand(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(1)),
+    views=torch.rand(2, 2, 4, 32, 32, generator=torch.Generator().manual_seed(1)),
     mask=torch.tensor([[True, True, True, True], [True, True, True, False]]),
     index=torch.tensor([1, 0]),
     picked=torch.tensor([[2, 0], [1, 1]]),
     slice_index=torch.tensor([2, 0, 5, 5]),
-    images=torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(2)),
+    images=torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2)),
     image_index=torch.tensor([7, 8, 9]),
     masked=torch.tensor([[[False, True, False, False]] * 2, [[True, False, False, False]] * 2]),
+    rows=torch.tensor([0, 1, 2, 3, 4, 5, 6]),
+    hidden=torch.rand(2, 4, 2, 2, generator=torch.Generator().manual_seed(3)) < 0.5,
+    place=torch.tensor([1.0, 0.0, 0.5, 0.5, torch.nan, torch.nan, torch.nan]),
+    group=torch.tensor([0, 0, 0, 0, 1, 1, 1]),
 )
 
 
 @pytest.mark.parametrize(
-    ("lambda_intra", "lambda_inter", "lambda_mask", "encoded"),
+    ("weighted", "encoded"),
     [
-        (1.0, 0.0, 0.0, 2 * 4 + 2 * 3),  # the picked slices, one of them twice, and the images of two views
-        (0.0, 1.0, 0.0, 2 * 7),  # the real slices, no images
-        (0.0, 0.0, 1.0, 2 * 7),
-        (2.0, 0.5, 3.0, 2 * 7 + 2 * 3),
+        ({"intra": 1.0}, 2 * 4 + 2 * 3),  # the picked slices, one of them twice, and the images of two views
+        ({"inter": 1.0, "intra": 0.0}, 2 * 7),  # the real slices, no images
+        ({"mask": 1.0}, 2 * 7),
+        ({"position": 1.0}, 2 * 4 + 2 * 3),
+        ({"recon": 1.0}, 7),
+        ({"intra": 2.0, "inter": 0.5, "position": 1.5, "recon": 0.2, "mask": 3.0}, 2 * 7 + 2 * 3 + 7),
     ],
 )
-def test_lambda_zero_switches_a_branch_and_its_cost_off(
-    lambda_intra: float, lambda_inter: float, lambda_mask: float, encoded: int
-) -> None:
+def test_lambda_zero_switches_a_branch_and_its_cost_off(weighted: dict[str, float], encoded: int) -> None:
+    weighted = {name: weight for name, weight in weighted.items() if weight}
     torch.manual_seed(0)
     encoder = JointEncoder("resnet18", 32, layers=1, dropout=0.0)
     head, intra, inter = nn.Linear(512, 8), SwAV(8, [4]), SwAV(32, [4])
-    learner = JointClustering(encoder, head, intra, inter, lambda_intra, lambda_inter, lambda_mask)
+    position = PositionContrast(nn.Linear(512, 8), 0.3, 0.1)
+    learner = JointClustering(encoder, head, intra, inter, position, weighted)
     given: dict[str, list[int]] = {"resnet": [], "transformer": []}
     for name, sizes in given.items():
         getattr(encoder, name).register_forward_pre_hook(lambda _, inputs, sizes=sizes: sizes.append(len(inputs[0])))
     losses = learner(BATCH)
     losses["loss"].backward()
     assert sum(given["resnet"]) == encoded
-    assert bool(given["transformer"]) == bool(lambda_inter or lambda_mask)
-    weighted = {"intra": lambda_intra, "inter": lambda_inter, "mask": lambda_mask}
-    assert losses.keys() - {"loss", "interpolation"} == {name for name, weight in weighted.items() if weight}
-    total = sum(weight * losses[name] for name, weight in weighted.items() if weight)
+    assert bool(given["transformer"]) == bool(weighted.keys() & {"inter", "recon", "mask"})
+    assert losses.keys() - {"loss", "interpolation"} == weighted.keys()
+    total = sum(weight * losses[name] for name, weight in weighted.items())
     assert_close(losses["loss"], total)
     # Whatever asks for a gradient gets one, or DistributedDataParallel would wait for it in vain; the rest gets none.
     for name, parameter in learner.named_parameters():
         assert parameter.requires_grad == (parameter.grad is not None), name
-    used = {"intra.": lambda_intra, "inter.": lambda_inter, "encoder.transformer.": lambda_inter or lambda_mask}
+    used = {"intra.": "intra", "inter.": "inter", "position.": "position", "unet.": "recon", "decoder.": "mask"}
     learning = [name for name, parameter in learner.named_parameters() if parameter.grad is not None]
     for prefix, wanted in used.items():
-        assert any(name.startswith(prefix) for name in learning) == bool(wanted), prefix
+        assert any(name.startswith(prefix) for name in learning) == (wanted in weighted), prefix
 
 
 def test_a_frozen_resnet_keeps_its_weights_and_statistics_while_the_rest_learns() -> None:

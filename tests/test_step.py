@@ -46,7 +46,9 @@ def batch(seed: int, dtype: torch.dtype = torch.float32) -> Batch:
 def learner(recompute: bool = False) -> JointClustering:
     torch.manual_seed(0)
     encoder = JointEncoder("resnet18", 32, layers=1, dropout=0.0, recompute=recompute)
-    return JointClustering(encoder, ProjectionHead(512, 32, 16), SwAV(16, [5]), SwAV(32, [3]), lambda_intra=0.7).train()
+    return JointClustering(
+        encoder, ProjectionHead(512, 32, 16), SwAV(16, [5]), SwAV(32, [3]), lambdas={"intra": 0.7, "inter": 1}
+    ).train()
 
 
 class PlainResNet(nn.Module):
@@ -183,9 +185,9 @@ def test_a_step_does_not_wait_for_the_device(stage: str) -> None:
         module = MaskedSlices(JointEncoder("resnet18", 32, layers=1))
     else:
         make = (lambda d, k, n: DeepClusterV2(d, [k], n)) if "deepcluster" in stage else (lambda d, k, n: SwAV(d, [k]))
-        lambdas = {"lambda_inter": 0.0} if stage == "slices only" else {"lambda_mask": 0.5}
+        lambdas = {"intra": 1.0} | ({} if stage == "slices only" else {"inter": 1.0, "mask": 0.5})
         encoder = JointEncoder("resnet18", 32, layers=1)
-        module = JointClustering(encoder, ProjectionHead(512, 32, 16), make(16, 5, 8), make(32, 3, 3), **lambdas)
+        module = JointClustering(encoder, ProjectionHead(512, 32, 16), make(16, 5, 8), make(32, 3, 3), lambdas=lambdas)
         given = given._replace(images=torch.rand(2, 2, 32, 32), image_index=torch.tensor([6, 7]))
     if stage not in ("images", "slices only"):
         given = given._replace(masked=(torch.arange(6) == 2).expand(2, 3, 6))

@@ -68,7 +68,7 @@ class Monitor:
         self.raised: list[str] = []  # conditions that hold and were reported
         self.suspected: list[str] = []  # those of the epoch before that count when they last
         self.losses: dict[str, float] = {}  # of the epoch before
-        self.only = "loss" if core.stage == 1 else None  # name of the loss where there is one level alone
+        self.only = core.stage == 1  # there is one level, whose loss may be the whole loss
 
     def finish(self, epoch: int, means: dict[str, float]) -> tuple[dict[str, float], list[tuple[str, str]]]:
         """Columns for metrics.csv, and (condition, text) of what became wrong; all processes call it together."""
@@ -78,7 +78,7 @@ class Monitor:
             figures = observer.finish()
             columns |= {f"{name}_{key}": value for key, value in figures.items()}
             columns[f"{name}_chance"] = self.levels[name].chance
-            loss = means.get(self.only or name, NAN)
+            loss = means.get(name, means["loss"] if self.only else NAN)
             found |= self._judge(self.levels[name], epoch, loss, figures)
             self.losses[name] = loss
         if "interpolation" in means:

@@ -18,6 +18,7 @@ from datasets.loaders import VolumeWindows
 from models.encoder import JointEncoder, init_pca
 from models.folding import fold_batch_norm
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, fold_grey, multi_scale, plain
+from models.unet import UNetDecoder
 from objectives.learners import Learner
 from utils import checkpoint, files
 from utils.config import commit, to_dict
@@ -92,6 +93,15 @@ def load_mask_head(learner: nn.Module, config: Any) -> None:
             learner.mask_token.copy_(state["mask_token"])
 
 
+def load_unet(decoder: UNetDecoder, path: Path) -> bool:
+    """L_recon's decoder for another output: all but its head, f_inter's part where this one has it. False: no such."""
+    state = _below(_read(path), "unet.")
+    own = {f"{part}." for part in ("blocks", "from_inter") if getattr(decoder, part) is not None}
+    for part in sorted(own) if state else ():
+        _load(getattr(decoder, part[:-1]), _below(state, part), path, f" unet.{part}")
+    return bool(state)
+
+
 def joint_state(encoder: JointEncoder) -> dict[str, Tensor]:
     """Prefixes `encoder.` (torchvision layout), `projection.` and `transformer.`."""
     state = {f"encoder.{key}": value for key, value in encoder.resnet.torchvision_state().items()}
@@ -104,7 +114,8 @@ def save(learner: Learner, path: Path, record: dict[str, Any]) -> None:
     """The weights that a stage makes, and what made them beside them.
 
     Stage 1: flat torchvision state dict without `fc`.  Stage 2: `joint_state` with `mask_token` and `decoder.`.
-    Stage 3: `joint_state`, and beside it `*_encoder.pth`, the flat ResNet to copy downstream.
+    Stage 3: `joint_state`, with `unet.` where L_recon was on; beside it `*_encoder.pth`, the flat ResNet to copy
+    downstream.
     """
     if learner.stage == 1:
         _save(learner.resnet.torchvision_state(), path, record)
@@ -113,6 +124,8 @@ def save(learner: Learner, path: Path, record: dict[str, Any]) -> None:
     if learner.stage == 2:
         state["mask_token"] = plain(learner.mask_token)
         state |= {f"decoder.{key}": plain(value) for key, value in learner.decoder.state_dict().items()}
+    if getattr(learner, "unet", None) is not None:
+        state |= {f"unet.{key}": plain(value) for key, value in learner.unet.state_dict().items()}
     _save(state, path, record)
     if learner.stage == 3:
         _save(learner.resnet.torchvision_state(), path.with_name(f"{path.stem}_encoder.pth"), record)

@@ -116,6 +116,21 @@ def all_gather(x: Tensor, counts: list[int] | None = None) -> Tensor:
     return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
 
+def gather_embeddings(z: Tensor, counts: list[int] | None = None) -> Tensor:
+    """As `all_gather`, but with a gradient for the own rows: a loss of all rows, computed alike on every process, has
+    the gradient of the global batch if it is multiplied by the number of processes (`global_loss`)."""
+    if world_size() == 1:
+        return z
+    parts = list(all_gather(z.detach(), counts).split(counts or [len(z)] * world_size()))
+    parts[rank()] = z
+    return torch.cat(parts)
+
+
+def global_loss(loss: Tensor) -> Tensor:
+    """A loss that every process has computed of all embeddings, for gradients that are averaged over processes."""
+    return loss.detach() + world_size() * (loss - loss.detach())
+
+
 def gather_objects(x: Any) -> list[Any]:
     """A small picklable object of every process, in rank order, on every process."""
     if world_size() == 1:

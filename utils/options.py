@@ -136,7 +136,11 @@ class Clustering(Group):
     recompute: bool = model(False, "activation checkpointing: larger batches, a third more time", FREE)
     compile: bool = model(False, "torch.compile of the ResNet; worth a try on a GPU", FREE)
     nmb_prototypes: Prototypes = objective(0, "prototypes, or a list for several heads; 0: 2 * sqrt(number of samples)")
-    temperature: PositiveFloat = objective(0.1, "temperature of the softmax over prototypes")
+    temperature: PositiveFloat = objective(0.1, "temperature of the softmax over prototypes, and of positions")
+    lambda_position: NonNegativeFloat = objective(1.0, "weight of the contrast between positions")
+    position_threshold: ClosedUnitInterval = objective(
+        0.0, "slices of aligned volumes whose relative positions differ by less are positives, too; 0: off"
+    )
 
 
 @dataclass
@@ -224,7 +228,23 @@ class Joint(Volumes):
     lambda_inter: NonNegativeFloat = objective(1.0, "weight of the loss between views of a volume; 0: off, at no cost")
     lambda_intra: NonNegativeFloat = objective(1.0, "weight of the loss between views of a slice or an image; 0: off")
     lambda_mask: NonNegativeFloat = objective(0.0, "weight of masked slice-embedding prediction beside them; 0: off")
+    lambda_recon: NonNegativeFloat = objective(0.0, "weight of restoring hidden parts of slices; 0: off")
+    hidden_pixels: OpenUnitInterval = objective(0.6, "share of every slice's blocks that are hidden for it")
+    hidden_slices: ClosedUnitInterval = objective(0.2, "share of a volume's slices that are hidden whole")
+    hidden_block: PositiveInt = objective(16, "side of a block in pixels")
     nmb_prototypes_intra: Prototypes = objective(0, "prototypes of slices and images; nmb_prototypes: those of volumes")
+
+    @property
+    def lambdas(self) -> dict[str, float]:
+        """The weight of each loss."""
+        position = self.lambda_position * (self.position_threshold > 0)
+        weights = {"inter": self.lambda_inter, "intra": self.lambda_intra, "position": position}
+        return weights | {"recon": self.lambda_recon, "mask": self.lambda_mask}
+
+    @property
+    def clusters_slices(self) -> bool:
+        """Whether single slices, and images beside them, are clustered or compared."""
+        return bool(self.lambdas["intra"] or self.lambdas["position"])
 
     @property
     def masks_slices(self) -> bool:
@@ -232,8 +252,12 @@ class Joint(Volumes):
 
     def check(self) -> None:
         super().check()
-        if not (self.lambda_intra or self.lambda_inter or self.lambda_mask):
-            raise UserError("lambda_intra, lambda_inter, lambda_mask: at least one must be above 0")
+        if not any(self.lambdas.values()):
+            raise UserError(f"{', '.join(f'lambda_{name}' for name in self.lambdas)}: at least one must be above 0")
+        if self.lambda_recon and min(self.target_shape[1:]) < 32:
+            raise UserError(
+                "target_shape: lambda_recon needs views of at least 32 x 32 pixels, which are halved five times"
+            )
         if self.min_scale_images > 1:
             raise UserError(f"min_scale_images: a view cannot cover {self.min_scale_images} of an image; at most 1")
 

@@ -8,7 +8,7 @@ SHARED = 0  # the "view" for draws that all views of a sample share; views count
 FILLING = 2**20  # the "epoch" of the pass that fills a memory bank before the first epoch
 
 # What a stream is for: two purposes of one view never share random numbers.
-AUGMENTATION, WINDOW, MASKED_SLICES, INTRA_SLICES, SHUFFLE, KMEANS, DROPOUT, SHUFFLE_DATASET = range(8)
+AUGMENTATION, WINDOW, MASKED_SLICES, INTRA_SLICES, SHUFFLE, KMEANS, DROPOUT, SHUFFLE_DATASET, HIDDEN = range(9)
 
 
 def stream(seed: int, epoch: int, index: int, view: int, purpose: int = AUGMENTATION) -> np.random.Generator:
