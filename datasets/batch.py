@@ -28,7 +28,7 @@ class Batch(NamedTuple):
     images: Tensor | None = None  # [V, M, H, W] 2D images beside the volumes; M is the same on every process
     image_index: Tensor | None = None  # [M] their index, which goes on where that of the slices ends
     masked: Tensor | None = None  # [V, B, D] slices whose embeddings are to be predicted
-    place: Tensor | None = None  # [n] relative position in the volume, 0 to 1; nan: an image
+    place: Tensor | None = None  # [n] relative position in the volume, 0 to 1; inf: an image
     group: Tensor | None = None  # [n] number of the data set within which positions correspond
     hidden: Tensor | None = None  # [B, D, H / block, W / block] blocks of the first view that L_recon restores
     targets: Tensor | None = None  # [V, B, D, d] frozen slice embeddings, where they are known already

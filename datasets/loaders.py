@@ -102,8 +102,8 @@ class VolumeWindows(Dataset):
 
 
 def relative(slices: np.ndarray, counts: np.ndarray) -> Tensor:
-    """Positions of slices in volumes of so many, 0 to 1; nan where there is a single one, as in an image."""
-    return torch.from_numpy(np.where(counts > 1, slices / np.maximum(counts - 1, 1), np.nan)).float()
+    """Positions of slices in volumes of so many, 0 to 1; inf where there is a single one, as in an image."""
+    return torch.from_numpy(np.where(counts > 1, slices / np.maximum(counts - 1, 1), np.inf)).float()
 
 
 def corresponding(samples: Sequence[Sample], groups: Sequence[str]) -> Tensor:

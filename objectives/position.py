@@ -46,11 +46,11 @@ class PositionContrast(nn.Module):
         z = gather_embeddings(z, counts).flatten(0, 1)  # [N * V, d]
         place, group = (all_gather(x, counts).repeat_interleave(views) for x in (batch.place, batch.group))
         sample = torch.arange(len(z), device=z.device) // views
-        near = (group[:, None] == group) & ((place[:, None] - place).abs() < self.threshold)  # nan is near nothing
+        near = (group[:, None] == group) & ((place[:, None] - place).abs() < self.threshold)  # inf is near nothing
         itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
         positive = (near | (sample[:, None] == sample)) & ~itself
         scores = (z @ z.T / self.temperature).masked_fill(itself, float("-inf"))
         log_p = scores.log_softmax(dim=1).masked_fill(~positive, 0)
         each = -log_p.sum(dim=1) / positive.sum(dim=1)
-        slices = ~place.isnan()
+        slices = place.isfinite()
         return global_loss((each * slices).sum() / slices.sum().clamp(min=1))

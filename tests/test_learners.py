@@ -175,7 +175,7 @@ BATCH = Batch(
     masked=torch.tensor([[[False, True, False, False]] * 2, [[True, False, False, False]] * 2]),
     rows=torch.tensor([0, 1, 2, 3, 4, 5, 6]),
     hidden=torch.rand(2, 4, 2, 2, generator=torch.Generator().manual_seed(3)) < 0.5,
-    place=torch.tensor([1.0, 0.0, 0.5, 0.5, torch.nan, torch.nan, torch.nan]),
+    place=torch.tensor([1.0, 0.0, 0.5, 0.5, torch.inf, torch.inf, torch.inf]),
     group=torch.tensor([0, 0, 0, 0, 1, 1, 1]),
 )
 

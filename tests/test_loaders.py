@@ -45,6 +45,9 @@ def tensors(batch: Batch) -> dict[str, Tensor]:
     if batch.mask is not None:
         assert torch.equal(batch.rows, batch.mask.flatten().nonzero().squeeze(1))
     flat = {name: value for name, value in batch._asdict().items() if isinstance(value, Tensor) and name != "rows"}
+    for name in ("place", "group") if batch.slice_index is not None else ():  # each process has slices, then images
+        of_slices, of_images = flat.pop(name).tensor_split([len(batch.slice_index)])
+        flat |= {f"{name} of slices": of_slices, f"{name} of images": of_images}
     flat |= {f"crops {i}": crop.transpose(0, 1) for i, crop in enumerate(batch.crops or [])}
     return {
         name: value.transpose(0, 1) if name in ("views", "masked", "images") else value for name, value in flat.items()

@@ -170,24 +170,23 @@ def test_wrong_weights_are_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("channels", [1, 4])
 def test_features_in_the_u_net_are_those_of_our_encoder(channels):
     encoder = load_encoder("random", "resnet18", 0).eval()
-    model = SliceUNet(encoder, "resnet18", channels, 3).eval()
-    seen: list[Tensor] = []
-    model.unet.encoder.register_forward_hook(lambda module, inputs, output: seen.extend(output))
     images = torch.rand(2, 1, 64, 64)
+    ours, seen = encoder(images), []
+    model = SliceUNet(encoder, channels, 3).eval()
+    model.encoder.register_forward_hook(lambda module, inputs, output: seen.extend(output))
     logits = model(images.repeat(1, channels, 1, 1), [2])
     assert logits.shape == (2, 3, 64, 64)
-    for stage, ours in zip(seen[2:], encoder(images), strict=True):
-        torch.testing.assert_close(stage, ours, rtol=1e-4, atol=1e-4)
+    for stage, own in zip(seen[1:], ours, strict=True):
+        torch.testing.assert_close(stage, own, rtol=1e-4, atol=1e-4)
 
 
 def test_with_f_inter_slices_see_each_other_within_their_stretch_only():
-    encoder = load_encoder("random", "resnet18", 0)
-    model = SliceUNet(encoder, "resnet18", 1, 2, JointEncoder("resnet18", 16, 1)).eval()
-    plain = SliceUNet(encoder, "resnet18", 1, 2).eval()
-    plain.load_state_dict(model.state_dict(), strict=False)
-    images = torch.rand(8, 1, 32, 32)
+    encoder = JointEncoder("resnet18", 16, 1)
+    model, plain = SliceUNet(encoder, 1, 2).eval(), SliceUNet(encoder.resnet, 1, 2).eval()
+    plain.decoder.load_state_dict(model.decoder.state_dict(), strict=False)
+    images = torch.rand(8, 1, 64, 64)
     torch.testing.assert_close(model(images, [5, 3]), plain(images, [8]))  # training starts from the plain U-Net
-    nn.init.normal_(model.to_bottleneck.weight)
+    nn.init.normal_(model.decoder.from_inter.weight)
     together = model(images, [5, 3])
     torch.testing.assert_close(together[:5], model(images[:5], [5]), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(together[5:], model(images[5:], [3]), rtol=1e-3, atol=1e-4)
@@ -259,21 +258,21 @@ def test_freezing_leaves_the_encoder_as_loaded(balls, tmp_path):
     run(cfg)
     after = torch.load(tmp_path / "run/best.pth", weights_only=True)
     changed = {key for key in before if not torch.equal(before[key], after[key])}
-    assert not [key for key in changed if key.startswith(("unet.encoder.", "projection.", "transformer."))]
-    assert {"unet.segmentation_head.0.weight", "to_bottleneck.weight"} <= changed
+    assert not [key for key in changed if key.startswith("encoder.")]
+    assert {"decoder.head.weight", "decoder.from_inter.weight"} <= changed
 
 
 def test_encoder_lr_is_the_share_of_the_encoder_alone_and_decoders_start_equal_whatever_the_encoder(balls, tmp_path):
-    found = opened(tiny(balls, tmp_path, encoder_lr=0.25))
+    found = opened(tiny(balls, tmp_path, encoder_lr=0.25, head_start=0.5, epochs=2, steps_per_epoch=4))
     model = found.build()
     save_weights(load_encoder("random", "resnet18", 9), tmp_path / "a.pth", MADE_BY)
     other = opened(tiny(balls, tmp_path, weights=str(tmp_path / "a.pth"))).build()
-    torch.testing.assert_close(other.unet.decoder.state_dict(), model.unet.decoder.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(other.decoder.state_dict(), model.decoder.state_dict(), rtol=0, atol=0)
     groups = found.groups(model)
-    share = {id(p): group["share"] for group in groups for p in group["params"]}
+    share = {id(p): (group["share"], group["start"]) for group in groups for p in group["params"]}
     assert len(share) == sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     for name, p in model.named_parameters():
-        assert share[id(p)] == (0.25 if name.startswith("unet.encoder.") else 1.0), name
+        assert share[id(p)] == ((0.25, 4) if name.startswith("encoder.") else (1.0, 0)), name
 
 
 @pytest.mark.slow
