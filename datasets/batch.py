@@ -46,6 +46,7 @@ class Counts(NamedTuple):
     slice_batch: int
     volumes: int = 0
     volume_batch: int = 0
+    places: Tensor | None = None  # [slices] relative position of each in its volume, 0 to 1; inf: an image
 
     def of(self, level: str) -> tuple[int, int]:
         """(samples, batch) of the level `intra` or `inter`."""

@@ -126,7 +126,7 @@ class ImageLoader:
         self.batches = EpochBatches(self.dataset.groups, *how)
         self.loader = torch_loader(self.dataset, self.batches, cfg.workers, run.device)
         self.samples, self.steps = self.batches.samples, self.batches.steps
-        self.counts = Counts(len(self.dataset), self.batches.global_batch)
+        self.counts = Counts(len(self.dataset), self.batches.global_batch, places=self.dataset.places)
         self.groups: dict[str, Sequence[str]] = {"intra": self.dataset.groups}
         self.places = self.dataset.places.to(run.device)
         self.aligned = corresponding(store.samples, self.dataset.groups).to(run.device)
@@ -188,12 +188,13 @@ class VolumeLoader:
             self.image_loader = torch_loader(self.image_dataset, self.image_batches, cfg.workers, run.device)
         each = cfg.batch_size * intra_slices + (images_per_step if images else 0)
         of_volumes = len(self.dataset), self.batches.global_batch
-        self.counts = Counts(self.total_slices + len(images), each * run.world_size, *of_volumes)
         counts = np.diff(self.slice_offsets.numpy())
         intra = np.concatenate([np.repeat(np.array(groups, dtype=object), counts), np.array(images, dtype=object)])
         self.groups: dict[str, Sequence[str]] = {"inter": groups, "intra": intra}
         places = relative(np.concatenate([*map(np.arange, counts)]), counts.repeat(counts))
-        self.places = torch.cat([places, self.image_dataset.places[: len(images)]]).to(run.device)
+        places = torch.cat([places, self.image_dataset.places[: len(images)]])
+        self.counts = Counts(len(places), each * run.world_size, *of_volumes, places)
+        self.places = places.to(run.device)
         self.aligned = corresponding(store.samples, intra).to(run.device)
 
     def epoch(self, epoch: int, seen: int = 0) -> Iterator[Batch]:

@@ -16,7 +16,7 @@ from models.heads import Prototypes
 from objectives.bank import MemoryBank
 from objectives.kmeans import assign, fast_products, gather_rows, kmeans_faiss, kmeans_torch
 from objectives.sizes import prototype_counts
-from utils.distributed import all_sum, world_size
+from utils.distributed import all_sum, rank, world_size
 from utils.errors import UserError
 from utils.options import of_level
 from utils.profile import span
@@ -36,6 +36,9 @@ class DeepClusterV2(nn.Module):
     prototypes (which no gradient changes), and every sample that has an embedding gets an assignment. Memory beside
     the bank: what `kmeans_torch` says, and while some samples have no embedding yet, a copy of one crop's others.
     samples: N, the number of global indices at this level.
+    places: [N] relative positions in their volumes, inf where there are none; position_code: w. Where w > 0, k-means
+    compares (z . z' + w^2 cos(pi (p - p'))) / (1 + w^2), so that clusters are of one place as well as of one kind;
+    prototypes have the mean embedding of their cluster alone.
     kmeans_backend: `faiss`, `torch`, or `auto`, which is torch: as good, faster, and on GPUs too (docs/DECISIONS.md).
     precision: of training; with `fp32` k-means compares points in float32, too (see `fast_products`).
     """
@@ -54,6 +57,8 @@ class DeepClusterV2(nn.Module):
         kmeans_backend: str = "auto",
         seed: int = 0,
         precision: str = "auto",
+        places: Tensor | None = None,
+        position_code: float = 0.0,
     ) -> None:
         super().__init__()
         self.prototypes = Prototypes(dim, sizes, trainable=False)
@@ -64,6 +69,11 @@ class DeepClusterV2(nn.Module):
         if self.faiss and importlib.util.find_spec("faiss") is None:
             raise UserError("kmeans_backend: faiss is not installed; pip install faiss-cpu, or use torch")
         self.precision = precision
+        self.codes: Tensor | None = None  # [own samples, 2], joined with the embeddings for k-means
+        if position_code:
+            angle = torch.pi * places[rank() :: world_size()].unsqueeze(1)
+            code = torch.cat([angle.cos(), angle.sin()], dim=1)
+            self.codes = position_code * torch.where(angle.isfinite(), code, 0)
 
     @classmethod
     def of(cls, cfg: Any, dim: int, counts: Counts, level: str) -> DeepClusterV2:
@@ -72,7 +82,8 @@ class DeepClusterV2(nn.Module):
         option, wanted = of_level(cfg, "nmb_prototypes", level)
         kmeans = cfg.kmeans_iterations, cfg.kmeans_backend
         sizes = prototype_counts(wanted, samples, option)
-        return cls(dim, sizes, samples, cfg.temperature, *kmeans, cfg.seed, precision=cfg.precision)
+        where = {"places": counts.places, "position_code": cfg.position_code} if level == "intra" else {}
+        return cls(dim, sizes, samples, cfg.temperature, *kmeans, cfg.seed, cfg.precision, **where)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -99,7 +110,7 @@ class DeepClusterV2(nn.Module):
                     f"nmb_prototypes: {K} prototypes but only {len(rows)} samples have an embedding; "
                     "use fewer prototypes, more data or a smaller batch"
                 )
-            every = self.bank.embeddings[h % self.assign_crops]
+            every = self.located(self.bank.embeddings[h % self.assign_crops])
             points = every if complete else every[own]
             rng = stream(self.seed, epoch, h, 0, KMEANS)
             start = rows[torch.from_numpy(np.sort(rng.choice(len(rows), K, replace=False)))].to(device)
@@ -109,10 +120,17 @@ class DeepClusterV2(nn.Module):
             else:
                 products = None if self.precision == "fp32" else fast_products(len(rows) * K, device)
                 centroids = kmeans_torch(points, start, self.kmeans_iterations, products=products)
-            head.weight.copy_(centroids)
+            of_place = self.codes is not None
+            head.weight.copy_(F.normalize(centroids[:, : head.in_features], dim=1) if of_place else centroids)
             found = torch.full((len(every),), UNASSIGNED, dtype=torch.long, device=device)
             found[own] = assign(points, centroids)[0]
             self.assignments[h] = self.bank.join(found.unsqueeze(0))[0].to(self.assignments)
+
+    def located(self, embeddings: Tensor) -> Tensor:
+        """This process's [n, d] joined with the codes of their places, unit length; unchanged without codes."""
+        if self.codes is None:
+            return embeddings
+        return F.normalize(torch.cat([embeddings, self.codes.to(embeddings)], dim=1), dim=1)
 
     def cancel_gradients(self, batch: int) -> None:
         """Nothing to do: the prototypes are no trainable parameters."""

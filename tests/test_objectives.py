@@ -133,6 +133,22 @@ def test_begin_epoch_assigns_every_seen_sample_to_its_nearest_prototype() -> Non
         few.begin_epoch(0)
 
 
+def test_clusters_are_of_one_place_where_k_means_sees_places() -> None:
+    """Two kinds of embeddings, each at both ends of its volumes, and images of the first kind, which have no place."""
+    kinds = F.normalize(torch.eye(4)[:2].repeat_interleave(20, dim=0) + 0.01 * random(40, 4), dim=1)
+    places = torch.tensor([0.0, 1.0, 0.05, 0.95]).repeat(10)
+    places[:3] = torch.inf
+    for w, expected in ((0.0, torch.arange(40) < 20), (3.0, places < 0.5)):
+        objective = deepcluster(40, 2, places=places, position_code=w)
+        objective.remember(kinds.expand(2, -1, -1), torch.arange(40))
+        objective.begin_epoch(0)
+        of = objective.assignments[0][3:]  # an image may go with either place
+        assert torch.equal(of == of[expected[3:]][0], expected[3:])
+        [head] = objective.prototypes.heads
+        assert (head.in_features, len(objective.assignments[0].unique())) == (4, 2)
+        assert_close(head.weight.norm(dim=1), torch.ones(2))
+
+
 def test_empty_clusters_move_to_the_points_represented_worst() -> None:
     # Three tight groups; two equal centroids on the first, so the second of them is empty from the start.
     groups = F.normalize(torch.eye(4)[:3].repeat_interleave(10, dim=0) + 0.01 * random(30, 4), dim=1)

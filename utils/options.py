@@ -290,6 +290,9 @@ class JointSwAV(SwAV):
 class DeepCluster(Group):
     """Options of DeepCluster-v2's scripts."""
 
+    position_code: NonNegativeFloat = objective(
+        0.0, "weight of a slice's place beside its embedding in k-means: clusters of one place; 0: off"
+    )
     kmeans_iterations: PositiveInt = objective(10, "iterations of spherical k-means, once per epoch and head")
     kmeans_backend: Literal["auto", "faiss", "torch"] = objective(
         "auto", "torch (on the training device, spread over the processes), faiss (on one process's CPU); auto is torch"
