@@ -1,31 +1,44 @@
-"""Pairs of an image volume and a label volume in a prepared tree: found, checked by their headers, and read.
+"""Pairs of an image and a label map, volumes or 2D, in a data set: found, checked by their headers, and read.
 
-    <data_path>/CASE.npy, labels/CASE.npy, dataset.yaml, cases.csv      as prepare_data.py writes them
+    <data_path>/CASE.npy, labels/CASE.npy, dataset.yaml, cases.csv    as prepare_data.py writes them
+    <data_path>/CASE.png, masks/CASE.png                              2D: also images/CASE.png, labels/; JPEG, TIFF, ...
+    <data_path>/imagesTr/CASE_0000.png, labelsTr/CASE.png             nnU-Net's 2D layout
 
 dataset.yaml says structures, slice_axis, window and spacing_mm; cases.csv the patient and the spacing of each case, and
-which cases have no label.
+which cases have no label. Pixels of a mask are label values: those of a palette its indices.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from datasets.cache import is_whole
-from datasets.index import Sample, bad_files, read_settings, scan
-from datasets.render import robust_limits
+from datasets.index import (
+    IMAGE_FORMATS,
+    IMAGE_SUFFIXES,
+    LABEL_FOLDERS,
+    Sample,
+    bad_files,
+    image_header,
+    read_settings,
+    scan,
+)
+from datasets.render import read_grey, robust_limits
 from utils.config import read_yaml
 from utils.errors import UserError
 from utils.files import read_csv
 
-LABELS = "labels"  # the folder of the label volumes, beside the images
+IMAGE_FOLDERS = ("images", "imagestr")  # in lower case, beside the folder of the labels; or none
 
 
 @dataclass(frozen=True)
@@ -77,12 +90,12 @@ class LabelledVolumes:
         patients: str | None = None,
     ) -> None:
         root = Path(data_path).expanduser().resolve()
-        labels = {path.stem: path for path in sorted((root / LABELS).glob("[!.]*.npy"))}
+        given = {key: value for key, value in (("slice_axis", slice_axis), ("window", window)) if value is not None}
+        labels = _label_files(root)
         if not labels:
             raise UserError(_no_pairs(root))
-        given = {key: value for key, value in (("slice_axis", slice_axis), ("window", window)) if value is not None}
         found, problems = scan(root.parent, root.name, given)
-        images = {s.path.stem: s for s in found if s.kind == "volume" and s.path.parent == root}
+        images = {_case_of(s.path): s for s in found if s.path.parent in (root, *_folders(root, IMAGE_FOLDERS))}
         about, table = read_settings(root), {row["id"]: row for row in read_cases(root, "id")}
         people = _patients(patients, table, images.keys() & labels)
         problems += [f"{labels[case]}: has no image {root / case}.npy; add it" for case in labels if case not in images]
@@ -93,10 +106,10 @@ class LabelledVolumes:
             if case not in labels and row.get("label") == "":  # prepare_data.py knew of none
                 notes["without labels, which are left out"] += 1
             elif case not in labels:
-                problems.append(f"{image.path}: has no label {root / LABELS / case}.npy; add it")
-            elif not is_whole(labels[case], tuple(shape)):
-                wanted = f"a whole array of {' x '.join(map(str, shape))} voxels, as its image"
-                problems.append(f"{labels[case]}: is not {wanted}; convert it again")
+                expected = next(iter(labels.values())).parent / f"{case}{image.path.suffix}"
+                problems.append(f"{image.path}: has no label {expected}; add it")
+            elif wrong := _misfit(labels[case], image, shape):
+                problems.append(f"{labels[case]}: {wrong}")
             else:
                 spacing = _spacing(row["spacing_mm"], root) if row.get("spacing_mm") else about.get("spacing_mm")
                 notes["of unknown spacing, whose HD95 counts voxels"] += not spacing
@@ -112,10 +125,48 @@ class LabelledVolumes:
         self.name, self.notes = root.name, [f"{count} volumes {what}" for what, count in notes.items() if count]
         self.structures = structures or about.get("structures")
         if not self.structures:
-            remedy = "write there, or as --structures, {left atrium: [1]}"
-            raise UserError(f"{root / 'dataset.yaml'}: no structures say what label values mean; {remedy}")
+            values = [f"{value:g}" for value in label_values(self.pairs[0]) if value]
+            example = f"{{left atrium: [{', '.join(values[:1]) or 1}]}}"
+            said = f"no structures say what label values mean ({self.pairs[0].label.name} holds {_some(values)})"
+            raise UserError(f"{root / 'dataset.yaml'}: {said}; write there, or as --structures, {example}")
         self.classes = number_classes(self.structures)
         self.members = {name: sorted({self.classes[v] for v in values}) for name, values in self.structures.items()}
+
+
+def _folders(root: Path, names: Container[str]) -> list[Path]:
+    return [folder for folder in sorted(root.iterdir()) if folder.is_dir() and folder.name.lower() in names]
+
+
+def _label_files(root: Path) -> dict[str, Path]:
+    """{case: label map}."""
+    if not root.is_dir():
+        return {}
+    files = [path for folder in _folders(root, LABEL_FOLDERS) for path in sorted(folder.glob("[!.]*"))]
+    return {path.stem: path for path in files if path.suffix.lower() in (".npy", *IMAGE_SUFFIXES)}
+
+
+def _case_of(path: Path) -> str:
+    """nnU-Net writes the number of the channel behind the case."""
+    return re.sub(r"_\d{4}$", "", path.stem) if path.parent.name.lower().startswith("images") else path.stem
+
+
+def _misfit(label: Path, image: Sample, shape: Sequence[int]) -> str:
+    """What is wrong with the header of a label map; nothing: ''."""
+    size = " x ".join(map(str, shape))
+    if image.kind == "volume":
+        fits = label.suffix == ".npy" and is_whole(label, tuple(shape))
+        return "" if fits else f"is not a whole array of {size} voxels, as its image; convert it again"
+    try:
+        header = image_header(label)
+    except ValueError as error:
+        return str(error)
+    if header["dtype"] not in ("1", "L", "P", "I", "I;16"):
+        return (
+            f"is a picture of mode {header['dtype']} where each pixel must be a label value; save it with one channel"
+        )
+    if (header["height"], header["width"]) != (image.height, image.width):
+        return f"has {header['height']} x {header['width']} pixels, its image {image.height} x {image.width}"
+    return ""
 
 
 def _spacing(text: str, root: Path) -> list[float]:
@@ -128,15 +179,25 @@ def _spacing(text: str, root: Path) -> list[float]:
 
 
 def read_image(pair: Pair) -> np.ndarray:
-    """[channels, D, H, W] in the file's own type, a view of the file."""
+    """[channels, D, H, W] in the file's own type, a view of the file; D is 1 for a 2D image."""
+    if pair.image.kind == "image":
+        return read_grey(pair.image.path)[None, None]
     array = np.load(pair.image.path, mmap_mode="r", allow_pickle=False)
     array = array if array.ndim == 4 else array[..., None]
     return np.moveaxis(array, (3, pair.image.slice_axis), (0, 1))
 
 
+def _label(pair: Pair) -> np.ndarray:
+    """Label values in the order of the file's axes; a 2D map as one slice."""
+    if pair.image.kind == "volume":
+        return np.load(pair.label, allow_pickle=False)
+    with Image.open(pair.label, formats=IMAGE_FORMATS) as image:
+        return np.asarray(image.convert("L") if image.mode == "1" else image)[:, :, None]
+
+
 def read_label(pair: Pair, classes: Mapping[int, int]) -> np.ndarray:
     """[D, H, W] uint8 classes of label values, which `require_declared` has checked."""
-    label = np.moveaxis(np.load(pair.label, allow_pickle=False), pair.image.slice_axis, 0)
+    label = np.moveaxis(_label(pair), pair.image.slice_axis, 0)
     encoded = np.zeros(label.shape, dtype=np.uint8)
     for value, number in classes.items():
         encoded[label == value] = number
@@ -146,7 +207,7 @@ def read_label(pair: Pair, classes: Mapping[int, int]) -> np.ndarray:
 @functools.cache
 def label_values(pair: Pair) -> tuple[float, ...]:
     """Of a label volume; remembered."""
-    return tuple(np.unique(np.load(pair.label, allow_pickle=False)).tolist())
+    return tuple(np.unique(_label(pair)).tolist())
 
 
 def require_declared(pair: Pair, classes: Mapping[int, int]) -> None:
@@ -187,7 +248,10 @@ def _no_pairs(root: Path) -> str:
     if next(root.rglob("*.nii*"), None):
         convert = f"python prepare_data.py --source {root} --dest Training_Data/{root.name}"
         return f"data_path: {root} holds NIfTI files; convert them once, {convert}, and give that folder"
-    return f"data_path: {root} has no pairs of CASE.npy and {LABELS}/CASE.npy, which prepare_data.py writes"
+    return (
+        f"data_path: {root} has no pairs of CASE.npy and labels/CASE.npy, which prepare_data.py writes, nor of 2D "
+        "images CASE.png and masks/CASE.png"
+    )
 
 
 def _patients(file: str | None, table: Mapping[str, Mapping[str, str]], cases: set[str]) -> dict[str, str]:

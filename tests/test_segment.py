@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tiny import save as tiny_save
 from tiny import save_weights, write_pairs
 from torch import Tensor, nn
 
@@ -283,6 +284,31 @@ def test_a_run_learns_and_writes_what_it_returns(balls, tmp_path):
     rows = pd.read_csv(tmp_path / "a/cases.csv")
     assert rows[rows.structure == "bright"].dice.mean() == pytest.approx(result["metrics"]["bright"]["dice"], rel=1e-5)
     assert len(list((tmp_path / "a").glob("*.png"))) == 1
+
+
+@pytest.mark.parametrize("layout", ["masks", "nnU-Net"])
+def test_images_with_masks_are_segmented_as_they_lie(tmp_path, layout):
+    root, rng = tmp_path / "Cells", np.random.default_rng(0)
+    for i in range(5):
+        y, x = np.mgrid[:40, :36]
+        mask = (((y - rng.uniform(15, 25)) / 9) ** 2 + ((x - 18) / 7) ** 2 < 1).astype(np.uint8)
+        image = (40 + 120 * mask + rng.normal(0, 8, mask.shape)).astype(np.uint8)
+        if layout == "masks":
+            tiny_save(root / f"c{i}.jpg", image), tiny_save(root / f"masks/c{i}.png", 255 * mask)
+        else:
+            tiny_save(root / f"imagesTr/c{i}_0000.png", image), tiny_save(root / f"labelsTr/c{i}.png", mask)
+    value = 255 if layout == "masks" else 1
+    with pytest.raises(
+        UserError, match=rf"c0.png holds {value}\); write .* --structures, {{left atrium: \[{value}\]}}"
+    ):
+        LabelledVolumes(root)
+    chosen = {"structures": {"cell": [value]}, "labelled": 3, "epochs": 4, "base_lr": 0.01, "steps_per_epoch": 6}
+    result = run(tiny(root, tmp_path / "run", **chosen))
+    assert result["metrics"]["cell"]["dice"] > 0.8
+    assert result["cases"] == 1
+    tiny_save(next(root.rglob("c2.png")), np.zeros((40, 36, 3), np.uint8))
+    with pytest.raises(UserError, match=r"c2\.png: is a picture of mode RGB where each pixel must be a label value"):
+        LabelledVolumes(root, {"cell": [1]})
 
 
 # What users get wrong: one error each, before training
