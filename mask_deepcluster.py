@@ -13,7 +13,8 @@ from datasets.embeddings import EmbeddingLoader
 from datasets.loaders import VolumeLoader
 from models.encoder import JointEncoder
 from objectives import MaskedSlices
-from training import train, weights
+from objectives.sizes import prototype_counts
+from training import slices, train, weights
 from utils import config, distributed, options
 
 
@@ -31,8 +32,9 @@ class Config(options.Masked, options.Training):
 
     target_shape = (64, 128, 128)  # slices, height, width
     policy = "strong"
-    mask_ratio = 0.15
-    mask_style = "random"
+    mask_ratio = 0.6
+    mask_style = "span"  # which interpolation between neighbours cannot solve
+    lambda_cluster = 1.0
     cached_views = 0  # new views in every epoch
 
     epochs = 100
@@ -48,7 +50,9 @@ def data(cfg: Config, run: distributed.Run) -> VolumeLoader:
 
 
 def model(cfg: Config, counts: Counts) -> MaskedSlices:
-    return MaskedSlices(JointEncoder(cfg.arch, cfg.d_model, cfg.layers, cfg.dropout, attention=cfg.attention))
+    encoder = JointEncoder(cfg.arch, cfg.d_model, cfg.layers, cfg.dropout, attention=cfg.attention)
+    [clusters] = prototype_counts(cfg.nmb_clusters, min(counts.slices, slices.SAMPLE), "nmb_clusters")
+    return MaskedSlices(encoder, clusters, cfg.lambda_cluster)
 
 
 def main(cfg: Config) -> None:
@@ -56,8 +60,7 @@ def main(cfg: Config) -> None:
     loader = data(cfg, run)
     learner = model(cfg, loader.counts)
     weights.load_backbone(learner.resnet, cfg)
-    if cfg.projection_init == "pca":
-        weights.fit_projection(learner.encoder, loader.dataset, cfg.target_shape[1:], run)
+    slices.fit(learner, loader.dataset, cfg, run)
     if cfg.cached_views:
         loader = EmbeddingLoader(loader, learner, cfg)
     train.fit(learner, loader, cfg, run)

@@ -113,16 +113,22 @@ def write_split(split: Split, path: Path) -> None:
     write_json(asdict(split), path)
 
 
-def choose_labelled(train: Sequence[str], count: int, seed: int) -> list[str]:
+def choose_labelled(
+    train: Sequence[str], count: int, seed: int, patients: Mapping[str, str] | None = None
+) -> list[str]:
     """`count` of the training cases, 0: all; those of a smaller count are the first of a larger one.
 
+    patients: of the cases; all cases of one come before the next patient's, as people annotate them.
     Raises UserError for more than there are.
     """
     if count > len(train):
         raise UserError(f"labelled: {count} cases were asked for; the split has {len(train)} for training")
-    ordered = sorted(train)
-    order = np.random.default_rng(seed).permutation(len(ordered))
-    return [ordered[i] for i in order[: count or len(ordered)]]
+    of = defaultdict(list)
+    for case in sorted(train):
+        of[patients[case] if patients else case].append(case)
+    people = sorted(of)
+    order = np.random.default_rng(seed).permutation(len(people))
+    return [case for i in order for case in of[people[i]]][: count or None]
 
 
 def choose_by_turns(train: Sequence[str], labels: Mapping[str, int], count: int, seed: int) -> list[str]:

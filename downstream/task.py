@@ -93,7 +93,7 @@ class Task(ABC):
 
     def choose(self, train: list[str]) -> list[str]:
         """The labelled ones among the training cases."""
-        return choose_labelled(train, self.cfg.labelled, self.cfg.seed)
+        return choose_labelled(train, self.cfg.labelled, self.cfg.seed, self.patients)
 
     @abstractmethod
     def build(self) -> nn.Module:

@@ -141,18 +141,22 @@ class ImageClustering(Learner):
 class MaskedSlices(Learner):
     """Stage 2: predict the frozen slice embeddings of masked slices from the visible ones.
 
-    Loss: mean squared error over masked slices and features. `interpolation`: what linear interpolation between the
-    nearest visible slices scores on the same slices: a model that is not below it has learnt nothing.
+    Loss: mean squared error over masked slices and features, and lambda_cluster times the cross-entropy against the
+    clusters of the masked slices, which `training.slices.fit` finds (`masked_loss`). A model whose error is not below
+    that of interpolation between the nearest visible slices has learnt nothing.
     """
 
     stage = 2
 
-    def __init__(self, encoder: JointEncoder) -> None:
+    def __init__(self, encoder: JointEncoder, clusters: int = 0, lambda_cluster: float = 0.0) -> None:
         super().__init__()
         d_model = encoder.projection.out_features
         self.encoder = encoder
         self.mask_token = nn.Parameter(torch.randn(d_model) * 0.02)
         self.decoder = nn.Linear(d_model, d_model)
+        self.lambda_cluster = lambda_cluster
+        self.classifier = nn.Linear(d_model, clusters) if lambda_cluster else None
+        self.register_buffer("clusters", torch.zeros(clusters, d_model))
         self.encoder.resnet.requires_grad_(False)
         self.encoder.projection.requires_grad_(False)
         self._frozen: FrozenSlices | None = None
@@ -182,7 +186,9 @@ class MaskedSlices(Learner):
         targets = batch.targets
         if targets is None:
             targets = self.targets(batch.views, batch.mask, batch.rows)
-        return masked_loss(self.encoder.transformer, self.mask_token, self.decoder, targets, batch)
+        parts = self.encoder.transformer, self.mask_token, self.decoder, targets, batch
+        found = masked_loss(*parts, self.classifier, self.clusters)
+        return {"loss": found["mask"] + self.lambda_cluster * found.get("cluster", 0.0), **found}
 
 
 class JointClustering(Learner):
@@ -247,7 +253,8 @@ class JointClustering(Learner):
                     losses["position"] = self.position(features, batch, _intra_counts(batch))
             if "mask" in self.lambdas:
                 found = masked_loss(self.encoder.transformer, self.mask_token, self.decoder, tokens.detach(), batch)
-                losses["mask"], more["interpolation"] = found["loss"], found["interpolation"]
+                losses["mask"] = found.pop("mask")
+                more = found
         if self.unet is not None:
             alone = not self.lambdas.keys() & {"intra", "inter", "position"} and not self.freeze
             losses["recon"] = recon_loss(self.encoder, self.unet, batch, statistics_move=alone)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasets.batch import Batch
@@ -12,20 +13,38 @@ from utils.profile import span
 
 
 def masked_loss(
-    transformer: nn.Module, mask_token: Tensor, decoder: nn.Module, targets: Tensor, batch: Batch
+    transformer: nn.Module,
+    mask_token: Tensor,
+    decoder: nn.Module,
+    targets: Tensor,
+    batch: Batch,
+    classifier: nn.Module | None = None,
+    clusters: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """targets [V, B, D, d] -> `loss` and `interpolation`: means over the masked slices of the global batch."""
+    """targets [V, B, D, d] -> `mask`: mean squared error over the masked slices of the global batch, and what the two
+    guesses to beat score there: `interpolation` between visible neighbours, `average` (0: targets are centred).
+
+    With clusters [K, d] unit length also `cluster`: cross-entropy of their classifier's logits against the nearest
+    cluster of every masked slice, in place of its exact embedding (as CAPI does, Darcet et al. 2025).
+    """
     mask, masked = batch.mask.repeat(len(targets), 1), batch.masked.flatten(0, 1)
     targets, only = wide(targets.flatten(0, 1)), masked.unsqueeze(-1)
     tokens = torch.where(only, mask_token.to(targets.dtype), targets)
     with span("f_inter"):
-        predicted = wide(decoder(transformer(tokens, mask)))
+        context = transformer(tokens, mask)
+        predicted = wide(decoder(context))
     guessed = interpolate_masked(targets, mask & ~masked)
     # Volumes of different length mask different numbers of slices; every masked slice of all processes counts once.
-    share = world_size() / (all_sum(masked.sum().float()).clamp(min=1) * targets.shape[-1])
-    loss = ((predicted - targets) * only).square().sum() * share
-    interpolation = ((guessed - targets) * only).square().sum() * share
-    return {"loss": loss, "interpolation": interpolation}
+    share = world_size() / all_sum(masked.sum().float()).clamp(min=1)
+    found = {
+        name: ((guess - targets) * only).square().sum() * share / targets.shape[-1]
+        for name, guess in (("mask", predicted), ("interpolation", guessed), ("average", torch.zeros_like(targets)))
+    }
+    if classifier is not None:
+        nearest = (targets @ clusters.T).argmax(dim=-1)
+        each = F.cross_entropy(wide(classifier(context)).flatten(0, 1), nearest.flatten(), reduction="none")
+        found["cluster"] = (each * masked.flatten()).sum() * share
+    return found
 
 
 def interpolate_masked(tokens: Tensor, visible: Tensor) -> Tensor:

@@ -29,7 +29,10 @@ CHARTS = {
         "loss": ("Loss", "nats; at ln K nothing was learned yet"),
         "intra": ("Loss of slices and images", "nats; at ln K nothing was learned yet"),
         "inter": ("Loss of volumes", "nats; at ln K nothing was learned yet"),
-        "mask": ("Masked-slice error", "mean squared error; below interpolation something was learned"),
+        "mask": ("Masked-slice error", "mean squared error; below both dotted guesses something was learned"),
+        "cluster": ("Cluster of masked slices", "cross-entropy in nats"),
+        "position": ("Contrast of positions", "nats"),
+        "recon": ("Restored pixels", "mean squared error of hidden ones, in deviations of intensity"),
     },
     "Diagnostics": {
         "usage": ("Prototype usage", "perplexity of the assignments, as a share of the prototypes; 1: all used alike"),
@@ -41,7 +44,7 @@ CHARTS = {
         "std": ("Spread of the embeddings", "standard deviation times √d; 1: the whole sphere, 0: collapsed"),
         "rank": ("Effective rank (RankMe)", "dimensions that the embeddings use; higher is better"),
         "origin": ("Neighbours from the same data set", "share of 5-NN votes that are right; dotted: the largest set"),
-        "skill": ("Masked-prediction skill", "1 - error / error of interpolation; above 0: something was learned"),
+        "skill": ("Masked-prediction skill", "1 - error / that of the better guess; above 0: something was learned"),
     },
     "Schedule and machine": {
         "lr": ("Learning rate", "at the end of the epoch"),
@@ -53,7 +56,7 @@ CHARTS = {
     },
 }
 # Dotted, in the chart of the column with which it is to be compared.
-REFERENCES = {"interpolation": "mask", "origin_chance": "origin", "positives": "agreement"}
+REFERENCES = {"interpolation": "mask", "average": "mask", "origin_chance": "origin", "positives": "agreement"}
 FEW_EPOCHS = 30  # up to which points are drawn as well: a line of one epoch would be invisible
 
 
@@ -83,8 +86,6 @@ def _place(column: str, stage: int) -> tuple[tuple[str, int, str], str, str]:
     chart = REFERENCES.get(name, name)
     if name == "chance":  # the loss of guessing; the only loss of stage 1 is that of its slices and images
         chart = "loss" if stage == 1 else level
-    elif stage == 2 and name == "loss":
-        chart = "mask"
     machine = "Schedule and machine" if name.startswith("time_") else "Diagnostics"
     heading = next((heading for heading, known in CHARTS.items() if chart in known), machine)
     place = heading, stage if heading == "Losses" else 0, chart  # losses of other stages are other quantities
@@ -97,7 +98,7 @@ def _curve(heading: str, stage: int, name: str, rows: pd.DataFrame) -> Figure:
     title, note = CHARTS[heading].get(name, (name, ""))
     if stage:
         title = f"{title} · stage {stage}"
-    if stage == 3 and name == "loss":
+    if stage > 1 and name == "loss":
         note = "sum of the weighted parts"
     lines = rows.drop_duplicates("line").set_index("line")
     figure = px.line(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import random, shake
+from tiny import random, shake, unit
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -86,7 +86,7 @@ def test_masked_loss_counts_masked_slices_only() -> None:
     batch = Batch(torch.arange(2), mask=mask, masked=masked[None])
     oracle = Oracle(targets, torch.zeros(2, 6))
     losses = masked_loss(oracle, token, nn.Identity(), targets[None], batch)
-    assert losses["loss"].item() == 0
+    assert losses["mask"].item() == 0
     assert_close(oracle.saw[masked], token.expand(4, 3))
     assert torch.equal(oracle.saw[~masked], targets[~masked])
     guess = interpolate_masked(targets, mask & ~masked)[masked] - targets[masked]
@@ -94,11 +94,15 @@ def test_masked_loss_counts_masked_slices_only() -> None:
     error = torch.where(masked, 2.0, 100.0)  # 100 where it must not matter
     error[1, 0] = 4.0
     losses = masked_loss(Oracle(targets, error), token, nn.Identity(), targets[None], batch)
-    assert float(losses["loss"].detach()) == pytest.approx((3 * 2**2 + 4**2) / 4)
+    assert float(losses["mask"].detach()) == pytest.approx((3 * 2**2 + 4**2) / 4)
+    found = masked_loss(oracle, token, nn.Identity(), targets[None], batch, (heads := nn.Linear(3, 5)), unit(5, 3))
+    nearest = (targets[masked] @ unit(5, 3).T).argmax(dim=1)
+    assert_close(found["cluster"], F.cross_entropy(heads(targets[masked]), nearest))
+    assert float(found["average"]) == pytest.approx(float(targets[masked].square().mean()), rel=1e-5)
     masked[:], learned = False, nn.Linear(3, 3)  # volumes of one slice: 0, and not nan
     losses = masked_loss(Oracle(targets, error), token, learned, targets[None], batch)
-    losses["loss"].backward()
-    assert (losses["loss"].item(), float(losses["interpolation"])) == (0, 0)
+    losses["mask"].backward()
+    assert (losses["mask"].item(), float(losses["interpolation"])) == (0, 0)
     assert learned.weight.grad.isfinite().all()
 
 
@@ -205,7 +209,7 @@ def test_lambda_zero_switches_a_branch_and_its_cost_off(weighted: dict[str, floa
     losses["loss"].backward()
     assert sum(given["resnet"]) == encoded
     assert bool(given["transformer"]) == bool(weighted.keys() & {"inter", "recon", "mask"})
-    assert losses.keys() - {"loss", "interpolation"} == weighted.keys()
+    assert losses.keys() - {"loss", "interpolation", "average"} == weighted.keys()
     total = sum(weight * losses[name] for name, weight in weighted.items())
     assert_close(losses["loss"], total)
     # Whatever asks for a gradient gets one, or DistributedDataParallel would wait for it in vain; the rest gets none.

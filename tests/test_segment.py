@@ -118,6 +118,8 @@ def test_a_patient_is_in_one_part_order_does_not_matter_and_every_part_gets_one(
     chosen = [choose_labelled(cases[::step], count, seed=1) for count, step in ((5, 1), (10, -1), (0, 1))]
     assert chosen[0] == chosen[1][:5] == chosen[2][:5]  # smaller choices are within larger ones
     assert sorted(chosen[2]) == sorted(cases)
+    whole = choose_labelled(list("abcdef"), 4, 0, dict(zip("abcdef", "xyzzxy", strict=True)))
+    assert set(whole) in (set("aebf"), set("aecd"), set("bfcd"))  # two patients with all of theirs
 
 
 def test_a_split_may_leave_out_folders_and_suffixes_or_have_those_of_another_task(tmp_path):

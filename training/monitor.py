@@ -82,11 +82,11 @@ class Monitor:
             found |= self._judge(self.levels[name], epoch, loss, figures)
             self.losses[name] = loss
         if "interpolation" in means:
-            loss, simple = means.get("mask", means["loss"]), means["interpolation"]
+            loss, simple = means["mask"], min(means["interpolation"], means["average"])
             columns["mask_skill"] = 1 - loss / simple if simple else NAN
             if self._settled(epoch) and columns["mask_skill"] <= 0:
                 found["masked"] = (
-                    f"masked prediction is no better than interpolation between neighbours (error {loss:.3g} against "
+                    f"masked prediction is no better than interpolation or the average (error {loss:.3g} against "
                     f"{simple:.3g}): train longer, raise --mask_ratio or take --mask_style span, which interpolation "
                     "cannot solve"
                 )

@@ -8,21 +8,17 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasets.index import Sample, describe, fingerprint
-from datasets.loaders import VolumeWindows
-from models.encoder import JointEncoder, init_pca
-from models.folding import fold_batch_norm
-from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, fold_grey, multi_scale, plain
+from models.encoder import JointEncoder
+from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, fold_grey, plain
 from models.unet import UNetDecoder
 from objectives.learners import Learner
 from utils import checkpoint, files
 from utils.config import commit, to_dict
-from utils.distributed import Run, gather_objects, rank
+from utils.distributed import rank
 from utils.errors import UserError
 
 MADE_BY = {
@@ -147,36 +143,6 @@ def load_joint(path: Path, dropout: float = 0.1) -> JointEncoder:
     _load_grey(encoder.resnet, _below(state, "encoder."), path, label=" encoder.")
     _load_parts(encoder, state, path)
     return encoder
-
-
-@torch.no_grad()
-def fit_projection(
-    encoder: JointEncoder, volumes: VolumeWindows, size: tuple[int, int], run: Run, slices: int = 4096
-) -> None:
-    """Set the slice projection to the principal components of the frozen ResNet's features of the data's own slices.
-
-    Up to `slices` slices, evenly spaced over all volumes and resized to `size` without augmentation; the processes
-    share them.
-    """
-    counts = [volumes.samples[i].slices for i in volumes.items]
-    every = [(i, s) for i, count in zip(volumes.items, counts, strict=True) for s in range(count)]
-    chosen = [every[int(k)] for k in np.linspace(0, len(every) - 1, min(slices, len(every)))]
-    encoder.eval().to(run.device)
-    resnet = fold_batch_norm(encoder.resnet)
-    features = []
-    for start in range(run.rank * 32, len(chosen), run.world_size * 32):
-        part = [volumes.store.read(i, s, s + 1) for i, s in chosen[start : start + 32]]
-        images = torch.from_numpy(np.stack(part)).to(run.device)
-        images = F.interpolate(images, size, mode="bilinear", antialias=True)
-        features.append((start, multi_scale(resnet(images)).cpu()))
-    joint = sorted((part for parts in gather_objects(features) for part in parts), key=lambda part: part[0])
-    kept = init_pca(encoder.projection, torch.cat([part for _, part in joint]).to(run.device))
-    if run.is_main:
-        print(
-            f"slice projection: {encoder.projection.out_features} principal components of {len(chosen)} slices "
-            f"keep {kept:.1%} of the variance of their features",
-            flush=True,
-        )
 
 
 def record(config: Any, samples: list[Sample], result: dict[str, float]) -> dict[str, Any]:

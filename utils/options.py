@@ -177,8 +177,8 @@ class Volumes(Group):
     d_model: PositiveInt = model(640, "size of slice and volume embeddings, a multiple of 8; as in the other stage")
     layers: PositiveInt = model(4, "layers of the transformer; as in the other stage")
     dropout: ClosedUnitInterval = model(0.1, "dropout rate in the transformer")
-    mask_ratio: OpenUnitInterval = objective(0.15, "share of a volume's slices that are masked")
-    mask_style: Literal["random", "span"] = objective("random", "masked slices anywhere, or in one contiguous run")
+    mask_ratio: OpenUnitInterval = objective(0.6, "share of a volume's slices that are masked")
+    mask_style: Literal["random", "span"] = objective("span", "masked slices anywhere, or in one contiguous run")
 
     def check(self) -> None:
         super().check()
@@ -205,6 +205,10 @@ class Masked(Volumes):
     projection_init: Literal["pca", "orthogonal"] = model(
         "pca", "slice projection, fixed in this stage: principal components of the data's slice features, or random"
     )
+    lambda_cluster: NonNegativeFloat = objective(
+        1.0, "weight of predicting which cluster a masked slice is in, beside its embedding; 0: off"
+    )
+    nmb_clusters: NonNegativeInt = objective(0, "clusters of slices; 0: 2 * sqrt(number of slices), at most 128")
     cached_views: NonNegativeInt = data(
         0,
         "0: new views in every epoch; n: epoch e sees version e mod n of a volume, embedded once and kept in the cache",
