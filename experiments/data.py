@@ -2,9 +2,9 @@
 
     python -m experiments.data --source ../shared/data --dest runs/experiments/data
 
-Writes tasks/ (what the downstream scripts read), splits/<task>.json (fixed: train is the pool of labelled cases) and
-pretrain/ (a tree for the training scripts: without labels, and without any patient who has a case in a test). The same
-command again makes only what is missing.
+Writes tasks/ (what the downstream scripts read), splits/<task>.json (fixed: train is the pool of labelled cases),
+pretrain/ and pretrain_volumes/ (trees for the training scripts: without labels, and without any patient who has a case
+in a test). The same command again makes only what is missing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,12 @@ SETS = {  # shares of the patients in train, validation and test
     "hippocampus": (0.75, 0.05, 0.2),
     "slices_png": (0.6, 0.1, 0.3),
     "chest_xray": (0.5, 0.1, 0.4),
+    "acdc": (0.65, 0.05, 0.3),
+    "fdgpet_cdi": (0.5, 0.1, 0.4),
 }
+UNLABELLED = ("misc_nifti", "sunnybrook")  # pre-training only
+VOLUMES = ("acdc", "fdgpet_cdi", "heart_la", "sunnybrook")  # what volumes.yaml is pre-trained on
+IMAGES = {*SETS, "misc_nifti"} - {"acdc", "fdgpet_cdi"}  # what main.yaml is pre-trained on
 STACK = 11  # slices: 8 stacks of every heart_la volume
 FINDINGS = ("COVID-19", "No finding")  # told apart; the other images have no label that is worth a test
 SCAN = re.compile(r"^(.*?)(?:_(?:t1ce|t1|t2|flair))?_frame_")  # of slices_png: what stands before the slice number
@@ -39,35 +44,45 @@ SCAN = re.compile(r"^(.*?)(?:_(?:t1ce|t1|t2|flair))?_frame_")  # of slices_png: 
 @dataclass
 class Config:
     source: str = "../shared/data"
-    """folder with heart_la, hippocampus, misc_nifti, slices_png and chest_xray"""
+    """folder with a folder of each set"""
     dest: str = "runs/experiments/data"
     """receives tasks/, splits/ and pretrain/"""
 
 
 def main(cfg: Config) -> None:
     source, dest = Path(cfg.source).expanduser(), Path(cfg.dest).expanduser()
-    for name in (*SETS, "misc_nifti"):
+    for name in (*SETS, *UNLABELLED):
         if not (source / name).is_dir():
             raise UserError(f"source: {source} has no folder {name}")
-    prepare(source / "misc_nifti", dest / "pretrain" / "misc_nifti")
+    for name in UNLABELLED:
+        for tree in trees(name):
+            prepare(source / name, dest / tree / name)
     for name, shares in SETS.items():
-        task, trained_on = dest / "tasks" / name, dest / "pretrain" / name
+        task = dest / "tasks" / name
         table = read_cases(source / name)
         if volumes := (source / name / "imagesTr").is_dir():
             prepare(source / name, task)
-            copy(["dataset.yaml"], task, trained_on)
         else:
             copy(table.index, source / name, task)
         split = stratified(table[table.label != ""], shares)
         write_split(split, dest / "splits" / f"{name}.json")
         allowed = table.index[~table.patient.isin(table.patient[split.test])]
-        files = [f"{case}.npy" if volumes else case for case in allowed]
-        copy(files, task, dest / "pretrain" if name == "slices_png" else trained_on)
+        files = ["dataset.yaml", *(f"{case}.npy" for case in allowed)] if volumes else list(allowed)
+        for tree in trees(name):
+            copy(files, task, dest / tree if name == "slices_png" else dest / tree / name)
         if name == "heart_la":
             cut_stacks(dest, table.patient, split)
         print(f"{name}: {', '.join(f'{len(getattr(split, part))} {part}' for part in PARTS)}")
     shutil.copyfile(source / "chest_xray" / "labels.csv", dest / "tasks" / "chest_xray.csv")
+    if "fdgpet_cdi" in SETS:
+        pet = read_cases(source / "fdgpet_cdi").rename_axis("case").reset_index()
+        pet.assign(case=pet.case + ".npy").to_csv(dest / "tasks" / "fdgpet_cdi.csv", index=False)
     print(f"wrote {dest}")
+
+
+def trees(name: str) -> list[str]:
+    """Which trees for pre-training a set belongs to."""
+    return ["pretrain"] * (name in IMAGES) + ["pretrain_volumes"] * (name in VOLUMES)
 
 
 def read_cases(folder: Path) -> pd.DataFrame:
@@ -76,10 +91,16 @@ def read_cases(folder: Path) -> pd.DataFrame:
     Of slices named <organ>/<scan>_frame_<number>.png the scan is the patient; those without contrast are left out.
     """
     if (folder / "dataset.json").is_file():
-        patients = options.read_yaml(folder / "dataset.json")["patient"]
+        about = options.read_yaml(folder / "dataset.json")
+        cases = about.get("cases", [])
+        patients = about.get("patient") or {Path(c["image"]).name.removesuffix(".nii.gz"): c["patient"] for c in cases}
         return pd.DataFrame({"patient": pd.Series(patients), "label": "volume"})
     if (folder / "labels.csv").is_file():
-        table = pd.read_csv(folder / "labels.csv", dtype=str).set_index("filename")
+        table = pd.read_csv(folder / "labels.csv", dtype=str)
+        if "AD" in table:  # a scan of each subject
+            label = table.AD.map({"1": "Alzheimer's", "0": "control"})
+            return pd.DataFrame({"patient": table.name, "label": label}).set_index(table.name.rename(None))
+        table = table.set_index("filename")
         return pd.DataFrame({"patient": table.patient, "label": table.finding.where(table.finding.isin(FINDINGS), "")})
     rows = {}
     for path in sorted(folder.glob("*/*.png")):

@@ -30,7 +30,7 @@ from utils import signals
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = [str(ROOT / "experiments" / f"{name}.yaml") for name in ("main", "controls", "ablations")]
+OURS = [str(ROOT / "experiments" / f"{name}.yaml") for name in ("main", "controls", "ablations", "volumes")]
 
 
 FIRST = """
@@ -172,7 +172,7 @@ def test_no_tested_patient_is_pre_trained_on(tmp_path: Path, monkeypatch: pytest
         Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(source / name)
         rows += [f"{i - 24}.png,p{i // 2},{layout.FINDINGS[i // 2 % 2]}"] * (i >= 24)
     (source / "chest_xray" / "labels.csv").write_text("\n".join(rows) + "\n")
-    (source / "misc_nifti").mkdir()
+    (source / "misc_nifti").mkdir(), (source / "sunnybrook").mkdir()
     monkeypatch.setattr(layout, "prepare", lambda *_: None)
     monkeypatch.setattr(layout, "SETS", {name: layout.SETS[name] for name in ("slices_png", "chest_xray")})
     for _ in range(2):  # again: nothing changes
