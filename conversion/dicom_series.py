@@ -1,0 +1,180 @@
+"""Which DICOM files belong together: series by their headers, also where an anonymiser damaged them, and pictures."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from conversion.dicom_header import (
+    ANNOTATIONS,
+    data_set,
+    dicom_header,
+    frame_count,
+    is_mosaic,
+    is_placed,
+    is_planar,
+    numbers,
+)
+from conversion.dicom_header import NEED_POSITIONS as OF_SLICES
+from conversion.dicom_labels import referenced_series, structure_names
+from conversion.volume import BadFile
+
+SAME_FACING = 0.05  # scanners round the directions of the slices of one series differently
+FEWEST = 3  # files of one series each that are taken as the slices of one
+
+
+class Series(NamedTuple):
+    """Files of one series, or a picture."""
+
+    files: tuple[Path, ...]
+    modality: str
+    patient: str  # a hash, as nobody is to be named
+    digest: str = ""  # of what the files of a series have in common; "" of a picture
+    frame: int | None = None  # of a film, which has a picture in each
+    label: Path | None = None  # segmentation or structure set of it
+    structures: tuple[str, ...] = ()  # names for the label values 1, 2, ... of the whole data set
+
+
+class _File(NamedTuple):
+    """What the header of a file with a place in space says."""
+
+    path: Path
+    modality: str
+    patient: str
+    uid: str
+    study: str
+    name: str  # SOPInstanceUID
+    facing: tuple[float, ...]
+    shape: tuple[int, int]
+    place: tuple[float, ...]
+    number: tuple[float, ...]  # in the series, else the place
+    about: tuple[str, ...]  # number, description and protocol of the series
+    alone: bool  # holds one slice
+
+
+def group_series(files: Iterable[Path], problems: list[str]) -> list[Series]:
+    """Series, and pictures, of files by their headers; what is wrong with the others goes to `problems`."""
+    slices: list[_File] = []
+    pictures: list[Series] = []
+    annotations: list[tuple[Path, str, list[str]]] = []
+    facings: dict[tuple[Any, ...], list[tuple[float, ...]]] = defaultdict(list)
+    for file in files:
+        try:
+            header = data_set(file)
+            if header.get("Modality") in ANNOTATIONS:
+                annotations.append((file, referenced_series(header), structure_names(header)))
+                continue
+            header = dicom_header(file)
+            if is_placed(header) or (header.get("Modality") in OF_SLICES and not is_planar(header)):
+                slices.append(_file(file, header, facings))
+            else:
+                count, what = frame_count(header), (str(header.get("Modality") or ""), _patient(header))
+                pictures += [Series((file,), *what, frame=i if count > 1 else None) for i in range(count)]
+        except BadFile as error:
+            problems.append(f"{file}: {error}")
+        except Exception as error:  # pydicom converts a value when it is asked for it
+            problems.append(f"{file}: has a damaged DICOM header ({error}); export it again or remove it")
+    groups = _joined(_split(slices))
+    return pictures + _with_labels(groups, annotations, problems)
+
+
+def _patient(header: Any) -> str:
+    found = str(header.get("PatientID") or "")
+    return hashlib.sha256(found.encode()).hexdigest()[:12] if found else ""
+
+
+def _file(path: Path, header: Any, facings: dict[tuple[Any, ...], list[tuple[float, ...]]]) -> _File:
+    """facings: the directions met so far, of which near ones are one."""
+    text = {
+        name: str(header.get(name) or "")
+        for name in ("Modality", "SeriesInstanceUID", "StudyInstanceUID", "SOPInstanceUID")
+    }
+    facing, place = (numbers(header.get(name)) for name in ("ImageOrientationPatient", "ImagePositionPatient"))
+    shape = (int(header.Rows), int(header.Columns))
+    known = facings[(text["SeriesInstanceUID"], *shape)]
+    near = (f for f in known if len(f) == len(facing) and np.allclose(f, facing, rtol=0, atol=SAME_FACING))
+    facing = next(near, facing)
+    known += [] if facing in known else [facing]
+    about = tuple(str(header.get(name) or "") for name in ("SeriesNumber", "SeriesDescription", "ProtocolName"))
+    number = numbers(header.get("InstanceNumber")) or place
+    alone = frame_count(header) == 1 and len(place) == 3 and not is_mosaic(header)
+    modality, uid, study, name = text.values()
+    return _File(path, modality, _patient(header), uid, study, name, facing, shape, place, number, about, alone)
+
+
+def _split(slices: Sequence[_File]) -> dict[tuple[Any, ...], list[_File]]:
+    """The files of each series; by patient, study and folder, too, where its UID is not its own."""
+    owners: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    for file in slices:
+        owners[file.uid].add((file.patient, file.study))
+    groups: dict[tuple[Any, ...], list[_File]] = defaultdict(list)
+    for file in slices:
+        facing = tuple(round(x, 1) + 0.0 for x in file.facing)
+        more = () if len(owners[file.uid]) == 1 else (file.patient, file.study)
+        groups[(file.uid, facing, *file.shape, *more)].append(file)
+    result: dict[tuple[Any, ...], list[_File]] = defaultdict(list)
+    for key, members in groups.items():
+        apart = not key[0] or len(owners[key[0]]) > 1 or _repeats(members)
+        for file in members:
+            result[(*key, file.path.parent) if apart else key].append(file)
+    return result
+
+
+def _repeats(members: Sequence[_File]) -> bool:
+    """Whether folders repeat the numbers of other images: a number is given once in a series."""
+    names: dict[Any, dict[Path, str]] = defaultdict(dict)
+    for file in members:
+        names[file.number][file.path.parent] = file.name
+    shared = Counter((file.path.parent, file.name) for file in members).most_common(1)[0][1] > 1
+    return any(len(folders) > 1 and (shared or len(set(folders.values())) > 1) for folders in names.values())
+
+
+def _joined(groups: dict[tuple[Any, ...], list[_File]]) -> list[tuple[str, list[_File]]]:
+    """[(digest, files)] of each series; files of a series each that are the slices of one are joined."""
+    alike: dict[tuple[Any, ...], list[tuple[Any, ...]]] = defaultdict(list)
+    for key, members in groups.items():
+        one = members[0]
+        if len(members) == 1 and one.alone:
+            alike[(one.path.parent, one.modality, one.patient, *key[1:4], *one.about)].append(key)
+    joined = []
+    for common, keys in alike.items():
+        if len(keys) >= FEWEST and len({groups[key][0].place for key in keys}) == len(keys):
+            joined.append((common[1:], [groups.pop(key)[0] for key in keys]))
+    found = [(tuple(part for part in key if not isinstance(part, Path)), files) for key, files in groups.items()]
+    return [(hashlib.sha256(repr(key).encode()).hexdigest()[:8], files) for key, files in [*found, *joined]]
+
+
+def _with_labels(
+    groups: Sequence[tuple[str, list[_File]]], annotations: Sequence[tuple[Path, str, list[str]]], problems: list[str]
+) -> list[Series]:
+    """The series with their segmentations; one of a series that is not there is a problem."""
+    structures = tuple(sorted({name for *_, names in annotations for name in names}))
+    largest: dict[str, int] = {}
+    for i, (_, files) in enumerate(groups):
+        if len(files) > len(groups[largest.get(files[0].uid, i)][1]) or files[0].uid not in largest:
+            largest[files[0].uid] = i
+    labels: dict[int, Path] = {}
+    for path, uid, _ in annotations:
+        at = largest.get(uid)
+        if at is None:
+            problems.append(f"{path}: is a segmentation of a series that is not there; copy that, or leave it out")
+        elif at in labels:
+            problems.append(f"{path}: is a second segmentation of the series of {labels[at].name}; remove one of them")
+        else:
+            labels[at] = path
+    return [
+        Series(
+            tuple(file.path for file in files),
+            files[0].modality,
+            files[0].patient,
+            digest,
+            label=labels.get(i),
+            structures=structures if i in labels else (),
+        )
+        for i, (digest, files) in enumerate(groups)
+    ]
