@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,16 +108,17 @@ def mosaic_tiles(header: Any) -> tuple[int, int]:
     side = math.ceil(math.sqrt(count)) if count > 0 else 0
     if not side or int(header.Rows) % side or int(header.Columns) % side:
         raise BadFile(
-            "is a Siemens mosaic whose header no longer tells how many slices it holds; convert the unanonymised files "
-            "with dcm2niix, or export them unmosaiced"
+            f"is a Siemens mosaic whose header does not tell how its {header.Rows} x {header.Columns} pixels hold "
+            "slices; convert it with dcm2niix before it is anonymised, or export it without mosaics"
         )
     return count, side
 
 
 def _csa(header: Any) -> dict[str, Any]:
     """Siemens' private header, {} where there is none."""
-    from nibabel.nicom.csareader import get_csa_header
-
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nibabel calls its DICOM reader experimental; this part is of 2011
+        from nibabel.nicom.csareader import get_csa_header
     try:
         return (get_csa_header(header) or {}).get("tags", {})
     except Exception:  # damaged, as by anonymisers
