@@ -10,7 +10,7 @@ import numpy as np
 
 from conversion.dicom_channels import SLICE_TOLERANCE, along, channels_of, shift_mm
 from conversion.dicom_frames import Frame, frames_of
-from conversion.dicom_header import dicom_header
+from conversion.dicom_header import dicom_header, in_file
 from conversion.dicom_pixels import intensities
 from conversion.volume import ACROSS, TO_RAS, BadFile, Options, Volume, by, choose
 
@@ -25,12 +25,10 @@ def read_dicom(files: Sequence[Path], options: Options) -> Volume:
     """
     frames, series = [], set()
     for path in files:
-        try:
+        with in_file(path, len(files)):
             header = dicom_header(path)
             series.add(header.get("SeriesInstanceUID"))
             frames += frames_of(path, header)
-        except BadFile as error:
-            raise BadFile(f"{path.name}: {error}" if len(files) > 1 else f"{error}") from None
     frames = _of_one_orientation(frames, options.slice_axis)
     channels, notes = channels_of(frames)
     if len(series) > 1:
@@ -50,9 +48,10 @@ def read_dicom(files: Sequence[Path], options: Options) -> Volume:
 
 def read_dicom_image(path: Path, frame: int = 0) -> tuple[np.ndarray, list[str]]:
     """([H, W] intensities of a frame of a picture, dark where it is shown dark, notes)."""
-    dicom_header(path)
-    pixels, notes = intensities([path], picture=True, frame=frame)
-    return pixels[path][0], notes
+    with in_file(path):
+        dicom_header(path)
+        pixels, notes = intensities([path], picture=True, frame=frame)
+        return pixels[path][0], notes
 
 
 def _of_one_orientation(frames: list[Frame], plane: str) -> list[Frame]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +25,18 @@ DEFLATED = b"1.2.840.10008.1.2.1.99"
 SHARED, PER_FRAME = "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"
 MOST_INFLATED = 100  # times its size may a compressed file grow: images do by 2 to 20, zip bombs by 1,000
 SMALL = 2**26  # bytes that a file or frame may claim to hold, however small it is
+
+
+@contextlib.contextmanager
+def in_file(path: Path, count: int = 1) -> Iterator[None]:
+    """BadFile for whatever goes wrong with one of `count` files, with its name where it is not the only one."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # libraries fail in many ways on arbitrary bytes
+        said = error if isinstance(error, BadFile) else f"cannot be read ({reason(error)}); copy or export it again"
+        raise BadFile(f"{path.name}: {said}" if count > 1 else f"{said}") from None
 
 
 def data_set(path: Path, pixels: bool = False) -> Any:
@@ -47,7 +60,7 @@ def data_set(path: Path, pixels: bool = False) -> Any:
         return pydicom.dcmread(source, stop_before_pixels=not pixels, force=True)
 
 
-def _limited(inflate: Any, path: Path) -> bytes:
+def _limited(inflate: Callable[[int], bytes], path: Path) -> bytes:
     limit = max(SMALL, MOST_INFLATED * path.stat().st_size)
     content = inflate(limit + 1)
     if len(content) > limit:
@@ -76,13 +89,9 @@ def is_dicom(path: Path) -> bool:
 
 def dicom_header(path: Path) -> Any:
     """The pydicom data set without its pixels. Raises BadFile where the file holds no image to convert."""
-    try:
+    with in_file(path):
         header = data_set(path)
         modality, rows, kind = (header.get(name) for name in ("Modality", "Rows", "SOPClassUID"))
-    except BadFile:
-        raise
-    except Exception as error:
-        raise BadFile(f"is not readable DICOM ({reason(error)}); copy it again or remove it") from None
     if kind is None and rows is None:
         raise BadFile("is not a DICOM file, whatever its name says; remove it or rename it")
     if rows is None or modality in NOT_IMAGES:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from conversion.dicom_frames import frames_of
-from conversion.dicom_header import ANNOTATIONS, data_set, value
-from conversion.dicom_pixels import intensities
+from conversion.dicom_header import ANNOTATIONS, data_set, in_file, value
+from conversion.dicom_pixels import stored_values
 from conversion.volume import TO_RAS, BadFile, Volume
 
 OFF_GRID = 0.1  # voxels by which a segmentation may lie off the grid of its series
@@ -37,7 +37,8 @@ def _structures(header: Any) -> dict[int, str]:
     """{number: name} of what is drawn."""
     segments = [(s.SegmentNumber, s.get("SegmentLabel")) for s in header.get("SegmentSequence") or ()]
     regions = [(s.ROINumber, s.get("ROIName")) for s in header.get("StructureSetROISequence") or ()]
-    return {int(number): " ".join(str(name or number).split()) for number, name in [*segments, *regions]}
+    named = {int(number): " ".join(str(name or number).split()) for number, name in [*segments, *regions]}
+    return {number: name for number, name in named.items() if number or regions}  # segment 0 is the background
 
 
 def structure_names(header: Any) -> list[str]:
@@ -49,28 +50,29 @@ def read_annotation(path: Path, image: Volume, structures: Sequence[str]) -> Vol
 
     Where structures overlap, the smaller one is kept. Raises BadFile where the label map does not lie on the image.
     """
-    data = data_set(path, pixels=True)
-    names, to_index = _structures(data), np.linalg.inv(TO_RAS @ image.affine)
-    shape = image.array.shape[:3]
+    header, to_index = data_set(path), np.linalg.inv(TO_RAS @ image.affine)
+    shape, names = image.array.shape[:3], _structures(header)
     masks: dict[int, np.ndarray] = {}
-    for number, voxels in (_segments if data.Modality == "SEG" else _contours)(path, data, to_index):
-        if ((voxels < 0) | (voxels >= shape)).any():
-            raise BadFile("does not lie on the image of its series; find the one that belongs to it, or remove it")
-        masks.setdefault(number, np.zeros(shape, dtype=bool))[tuple(voxels.T)] ^= True  # a hole is a contour, too
+    with in_file(path):
+        for number, voxels in _segments(path, to_index) if header.Modality == "SEG" else _contours(header, to_index):
+            if ((voxels < 0) | (voxels >= shape)).any():
+                raise BadFile("does not lie on the image of its series; find the one that belongs to it, or remove it")
+            masks.setdefault(number, np.zeros(shape, dtype=bool))[tuple(voxels.T)] ^= True  # a hole is a contour, too
+        values = {number: structures.index(names[number]) + 1 for number in masks}
     label = np.zeros(shape, dtype=np.uint16)
     hidden = 0
     for number, mask in sorted(masks.items(), key=lambda item: -np.count_nonzero(item[1])):
         hidden += np.count_nonzero(label[mask])
-        label[mask] = structures.index(names[number]) + 1
+        label[mask] = values[number]
     if hidden:
         image.notes.append(f"structures of {path.name} overlap in {hidden} voxels, which belong to the smaller one")
     return Volume(label, image.affine)
 
 
-def _segments(path: Path, data: Any, to_index: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def _segments(path: Path, to_index: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """(segment, [n, 3] voxels of the image) of each frame of a segmentation."""
-    pixels, _ = intensities([path])
-    for frame, mask in zip(frames_of(path, data), pixels[path], strict=True):
+    data, pixels = stored_values(path)
+    for frame, mask in zip(frames_of(path, data), pixels, strict=True):
         steps = frame.orientation[::-1] * np.array(frame.pixel_spacing)[:, None]  # of a row and of a column, in mm
         if data.get("SegmentationType") == "LABELMAP":
             segments = {number: mask == number for number in np.unique(mask[mask > 0]).tolist()}
@@ -86,7 +88,7 @@ def _segments(path: Path, data: Any, to_index: np.ndarray) -> Iterator[tuple[int
             yield number, voxels
 
 
-def _contours(path: Path, data: Any, to_index: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def _contours(data: Any, to_index: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """(region, [n, 3] voxels whose centre is inside) of each closed contour of a structure set."""
     from matplotlib.path import Path as Polygon
 

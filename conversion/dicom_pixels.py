@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from conversion.dicom_frames import mosaic_tiles
-from conversion.dicom_header import SMALL, data_set, frame_count, is_mosaic, numbers, value
-from conversion.volume import BadFile, by, reason, rescaled
+from conversion.dicom_header import SMALL, data_set, frame_count, in_file, is_mosaic, numbers, value
+from conversion.volume import BadFile, by, rescaled
 from datasets.index import MAX_IMAGE_PIXELS
 
 PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
@@ -41,10 +43,8 @@ def intensities(
     for path in files:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            try:
-                headers[path], stored[path] = _stored(path, picture, frame)
-            except BadFile as error:
-                raise BadFile(f"{path.name}: {error}" if len(files) > 1 else f"{error}") from None
+            with in_file(path, len(files)):
+                headers[path], stored[path] = stored_values(path, picture, frame)
         notes += [f"{path.name}: {' '.join(str(warning.message).split())}" for warning in caught]
     dark_is_high = {path: picture and headers[path].get("PhotometricInterpretation") == "MONOCHROME1" for path in files}
     _fill_padding(headers, stored, dark_is_high)
@@ -57,20 +57,15 @@ def intensities(
     return result, notes
 
 
-def _stored(path: Path, picture: bool, frame: int | None) -> tuple[Any, list[np.ndarray]]:
-    """(header, [H, W] stored values of the frames); of colours their luminance."""
+def stored_values(path: Path, picture: bool = False, frame: int | None = None) -> tuple[Any, list[np.ndarray]]:
+    """(header, [H, W] stored values of all frames or of one); of colours, in pictures only, their luminance."""
     data = data_set(path, pixels=True)
     if not any(data.get(name) for name in PIXELS):
         raise BadFile("holds no pixels, only their description; copy it again or remove it")
     colour = data.get("PhotometricInterpretation") == "PALETTE COLOR" or int(data.get("SamplesPerPixel") or 1) > 1
     if colour and not picture:
         raise BadFile("is in colour, which measures nothing, but has the place of a slice; leave it out")
-    try:
-        frames = list(_decoded(data, range(frame_count(data)) if frame is None else [frame]))
-    except (BadFile, MemoryError):
-        raise
-    except Exception as error:  # decoders fail in many ways on arbitrary bytes
-        raise BadFile(f"its pixels cannot be read ({reason(error)}); copy it again") from None
+    frames = list(_decoded(data, range(frame_count(data)) if frame is None else [frame]))
     for name in PIXELS:  # bytes that are decoded
         data.pop(name, None)
     return data, [_luminance(data, pixels) for pixels in frames] if colour else frames
@@ -188,7 +183,8 @@ def _by_gdcm(data: Any, syntax: Any, code: bytes) -> np.ndarray:
         file = os.path.join(folder, "frame.dcm")
         bare.save_as(file, enforce_file_format=True)
         try:
-            pixels = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(file, imageIO="GDCMImageIO"))
+            with _silence():
+                pixels = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(file, imageIO="GDCMImageIO"))
         except Exception:
             tool = next((tool for name, tool in TOOLS.items() if name in syntax.name), "")
             remedy = f", or decompress it first ({tool} IN OUT)" if tool else ", or export it as PNG"
@@ -197,3 +193,16 @@ def _by_gdcm(data: Any, syntax: Any, code: bytes) -> np.ndarray:
     if colours and str(data.PhotometricInterpretation).startswith("YBR_FULL"):
         return pydicom.pixels.convert_color_space(pixels, "YBR_FULL", "RGB")
     return pixels
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing on standard error, where C libraries write lines that name no file."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept), os.close(nothing)
