@@ -10,7 +10,7 @@ import numpy as np
 
 from conversion.dicom_channels import SLICE_TOLERANCE, along, channels_of, shift_mm
 from conversion.dicom_frames import Frame, frames_of
-from conversion.dicom_header import dicom_header, in_file
+from conversion.dicom_header import data_set, in_file
 from conversion.dicom_pixels import intensities
 from conversion.volume import ACROSS, TO_RAS, BadFile, Options, Volume, by, choose
 
@@ -26,7 +26,7 @@ def read_dicom(files: Sequence[Path], options: Options) -> Volume:
     frames, series = [], set()
     for path in files:
         with in_file(path, len(files)):
-            header = dicom_header(path)
+            header = data_set(path)
             series.add(header.get("SeriesInstanceUID"))
             frames += frames_of(path, header)
     frames = _of_one_orientation(frames, options.slice_axis)
@@ -49,7 +49,6 @@ def read_dicom(files: Sequence[Path], options: Options) -> Volume:
 def read_dicom_image(path: Path, frame: int = 0) -> tuple[np.ndarray, list[str]]:
     """([H, W] intensities of a frame of a picture, dark where it is shown dark, notes)."""
     with in_file(path):
-        dicom_header(path)
         pixels, notes = intensities([path], picture=True, frame=frame)
         return pixels[path][0], notes
 

@@ -111,6 +111,8 @@ def _without_copies(groups: list[list[Frame]]) -> tuple[list[list[Frame]], list[
     Looked for where a SOPInstanceUID comes twice, and where some positions hold more frames than most.
     """
     usual, copies, result = _usual(groups), 0, []
+    if usual == 1 and len(groups) == sum(map(len, groups)):
+        return groups, []
     for group in groups:
         names = [str(frame.header.get("SOPInstanceUID")) + f" {frame.index}" for frame in group]
         kept: dict[Any, Frame] = {}
@@ -144,7 +146,8 @@ def _what_is_uneven(groups: list[list[Frame]]) -> str:
 
 def _beside(groups: list[list[Frame]]) -> float:
     """Millimetres between frames at one position, within their plane; 0 if less than half a pixel."""
-    widest = max(float(np.ptp([frame.position for frame in group], axis=0).max()) for group in groups)
+    several = [[frame.position for frame in group] for group in groups if len(group) > 1]
+    widest = max((float(np.ptp(positions, axis=0).max()) for positions in several), default=0.0)
     return widest if widest > min(groups[0][0].pixel_spacing) / 2 else 0.0
 
 

@@ -87,11 +87,9 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
-def dicom_header(path: Path) -> Any:
-    """The pydicom data set without its pixels. Raises BadFile where the file holds no image to convert."""
-    with in_file(path):
-        header = data_set(path)
-        modality, rows, kind = (header.get(name) for name in ("Modality", "Rows", "SOPClassUID"))
+def require_image(header: Any) -> None:
+    """Raise BadFile where a header is not that of a slice, a volume or a picture."""
+    modality, rows, kind = (header.get(name) for name in ("Modality", "Rows", "SOPClassUID"))
     if kind is None and rows is None:
         raise BadFile("is not a DICOM file, whatever its name says; remove it or rename it")
     if rows is None or modality in NOT_IMAGES:
@@ -107,20 +105,18 @@ def dicom_header(path: Path) -> Any:
             raise BadFile("is a screenshot or a report saved as image (secondary capture), no slice; leave it out")
         if modality == "NM" and image_type(header)[2:3] == ("TOMO",):
             raise BadFile("holds projections, from which slices are yet to be reconstructed; leave it out")
-    return header
 
 
 def is_placed(header: Any) -> bool:
     """Whether a header gives its frames places in space: as slice, as frames, or as those of a gamma camera."""
     if PER_FRAME in header:
         return True
-    if header.get("Modality") in RADIOGRAPHS:
-        return False
     camera = detector(header)
-    return all(
-        len(header.get(name) or camera.get(name) or ()) == count
-        for name, count in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6))
-    ) and (frame_count(header) == 1 or bool(camera) or is_mosaic(header))
+    for name, count in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6)):
+        if len(header.get(name) or camera.get(name) or ()) != count:
+            return False
+    single = frame_count(header) == 1 or bool(camera) or is_mosaic(header)
+    return single and header.get("Modality") not in RADIOGRAPHS
 
 
 def is_planar(header: Any) -> bool:
@@ -134,6 +130,8 @@ def is_mosaic(header: Any) -> bool:
 
 def detector(header: Any) -> Any:
     """The part of an NM header that places a reconstructed volume; {} where it has none."""
+    if "DetectorInformationSequence" not in header:
+        return {}
     found = header.get("DetectorInformationSequence") or [{}]
     return found[0] if image_type(header)[2:3] in ((), ("RECON TOMO",), ("RECON GATED TOMO",)) else {}
 

@@ -49,7 +49,8 @@ def intensities(
     dark_is_high = {path: picture and headers[path].get("PhotometricInterpretation") == "MONOCHROME1" for path in files}
     _fill_padding(headers, stored, dark_is_high)
     result = {}
-    for path, pixels in stored.items():
+    for path in files:
+        pixels = stored.pop(path)  # as memory is short: a volume is there twice at most
         frames = [_modality(headers[path], i if frame is None else frame, array) for i, array in enumerate(pixels)]
         result[path] = [a.max() - a + a.min() for a in frames] if dark_is_high[path] else frames
         if is_mosaic(headers[path]) and not picture:
@@ -93,7 +94,10 @@ def _fill_padding(
         start, end = padding[path] or (low, high)
         if max(low - end, start - high) > PADDING_APART * max(high - low, 0):
             dark = high if dark_is_high[path] else low
-            stored[path] = [np.where((p >= start) & (p <= end), p.dtype.type(dark), p) for p in frames]
+            if end < low and dark == low:  # the usual case, and faster
+                stored[path] = [np.maximum(p, p.dtype.type(low)) for p in frames]
+            else:
+                stored[path] = [np.where((p >= start) & (p <= end), p.dtype.type(dark), p) for p in frames]
 
 
 def _padding(header: Any) -> tuple[float, float] | None:

@@ -13,12 +13,12 @@ import numpy as np
 from conversion.dicom_header import (
     ANNOTATIONS,
     data_set,
-    dicom_header,
     frame_count,
     is_mosaic,
     is_placed,
     is_planar,
     numbers,
+    require_image,
 )
 from conversion.dicom_header import NEED_POSITIONS as OF_SLICES
 from conversion.dicom_labels import referenced_series, structure_names
@@ -53,8 +53,6 @@ class _File(NamedTuple):
     shape: tuple[int, int]
     place: tuple[float, ...]
     number: tuple[float, ...]  # in the series, else the place
-    about: tuple[str, ...]  # number, description and protocol of the series
-    alone: bool  # holds one slice
 
 
 def group_series(files: Iterable[Path], problems: list[str]) -> list[Series]:
@@ -69,7 +67,7 @@ def group_series(files: Iterable[Path], problems: list[str]) -> list[Series]:
             if header.get("Modality") in ANNOTATIONS:
                 annotations.append((file, referenced_series(header), structure_names(header)))
                 continue
-            header = dicom_header(file)
+            require_image(header)
             if is_placed(header) or (header.get("Modality") in OF_SLICES and not is_planar(header)):
                 slices.append(_file(file, header, facings))
             else:
@@ -100,11 +98,9 @@ def _file(path: Path, header: Any, facings: dict[tuple[Any, ...], list[tuple[flo
     near = (f for f in known if len(f) == len(facing) and np.allclose(f, facing, rtol=0, atol=SAME_FACING))
     facing = next(near, facing)
     known += [] if facing in known else [facing]
-    about = tuple(str(header.get(name) or "") for name in ("SeriesNumber", "SeriesDescription", "ProtocolName"))
     number = numbers(header.get("InstanceNumber")) or place
-    alone = frame_count(header) == 1 and len(place) == 3 and not is_mosaic(header)
     modality, uid, study, name = text.values()
-    return _File(path, modality, _patient(header), uid, study, name, facing, shape, place, number, about, alone)
+    return _File(path, modality, _patient(header), uid, study, name, facing, shape, place, number)
 
 
 def _split(slices: Sequence[_File]) -> dict[tuple[Any, ...], list[_File]]:
@@ -139,8 +135,11 @@ def _joined(groups: dict[tuple[Any, ...], list[_File]]) -> list[tuple[str, list[
     alike: dict[tuple[Any, ...], list[tuple[Any, ...]]] = defaultdict(list)
     for key, members in groups.items():
         one = members[0]
-        if len(members) == 1 and one.alone:
-            alike[(one.path.parent, one.modality, one.patient, *key[1:4], *one.about)].append(key)
+        if len(members) == 1 and one.place:
+            header = data_set(one.path)
+            about = (str(header.get(name) or "") for name in ("SeriesNumber", "SeriesDescription", "ProtocolName"))
+            if not is_mosaic(header):
+                alike[(one.path.parent, one.modality, one.patient, *key[1:4], *about)].append(key)
     joined = []
     for common, keys in alike.items():
         if len(keys) >= FEWEST and len({groups[key][0].place for key in keys}) == len(keys):
