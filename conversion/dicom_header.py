@@ -57,7 +57,10 @@ def data_set(path: Path, pixels: bool = False) -> Any:
             inflated, rest = zlib.decompressobj(-zlib.MAX_WBITS), source.read()
             _limited(lambda limit: inflated.decompress(rest, limit), path)
             source.seek(0)
-        return pydicom.dcmread(source, stop_before_pixels=not pixels, force=True)
+        try:
+            return pydicom.dcmread(source, stop_before_pixels=not pixels, force=True)
+        except MemoryError:
+            raise BadFile("claims to hold more than fits into memory; copy it again or remove it") from None
 
 
 def _limited(inflate: Callable[[int], bytes], path: Path) -> bytes:

@@ -50,10 +50,11 @@ def read_annotation(path: Path, image: Volume, structures: Sequence[str]) -> Vol
 
     Where structures overlap, the smaller one is kept. Raises BadFile where the label map does not lie on the image.
     """
-    header, to_index = data_set(path), np.linalg.inv(TO_RAS @ image.affine)
-    shape, names = image.array.shape[:3], _structures(header)
+    shape, to_index = image.array.shape[:3], np.linalg.inv(TO_RAS @ image.affine)
     masks: dict[int, np.ndarray] = {}
     with in_file(path):
+        header = data_set(path)
+        names = _structures(header)
         for number, voxels in _segments(path, to_index) if header.Modality == "SEG" else _contours(header, to_index):
             if ((voxels < 0) | (voxels >= shape)).any():
                 raise BadFile("does not lie on the image of its series; find the one that belongs to it, or remove it")
