@@ -195,7 +195,7 @@ def _digest(path: Path) -> str:
 def _image(source: Source, case: Case, dest: Path) -> None:
     """Write one image and its label map: the file itself, copied, or a DICOM radiograph as a grey PNG."""
     path, radiograph = source.path, source.format == "dicom_image"
-    pixels, notes = read_dicom_image(path, source.frame or 0) if radiograph else (_decode(path), [])
+    pixels, notes = read_dicom_image(path, source.frame) if radiograph else (_decode(path), [])
     if min(pixels.shape) < MIN_SIDE:
         raise BadFile(f"has {by(pixels.shape)} pixels, below {MIN_SIDE}; remove it")
     low, high = _range([pixels])

@@ -46,8 +46,8 @@ def read_dicom(files: Sequence[Path], options: Options) -> Volume:
     return Volume(array, TO_RAS @ affine, notes + irregular + tilted + warned[:1])
 
 
-def read_dicom_image(path: Path, frame: int = 0) -> tuple[np.ndarray, list[str]]:
-    """([H, W] intensities of a frame of a picture, dark where it is shown dark, notes)."""
+def read_dicom_image(path: Path, frame: int | None = None) -> tuple[np.ndarray, list[str]]:
+    """([H, W] intensities of a picture, or of a frame of a film, dark where it is shown dark, notes)."""
     with in_file(path):
         pixels, notes = intensities([path], picture=True, frame=frame)
         return pixels[path][0], notes

@@ -24,6 +24,7 @@ WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
 DEFLATED = b"1.2.840.10008.1.2.1.99"
 SHARED, PER_FRAME = "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"
 MOST_INFLATED = 100  # times its size may a compressed file grow: images do by 2 to 20, zip bombs by 1,000
+FRAME_BYTES = 8  # any frame takes at least as many
 SMALL = 2**26  # bytes that a file or frame may claim to hold, however small it is
 
 
@@ -58,9 +59,12 @@ def data_set(path: Path, pixels: bool = False) -> Any:
             _limited(lambda limit: inflated.decompress(rest, limit), path)
             source.seek(0)
         try:
-            return pydicom.dcmread(source, stop_before_pixels=not pixels, force=True)
+            header = pydicom.dcmread(source, stop_before_pixels=not pixels, force=True)
         except MemoryError:
             raise BadFile("claims to hold more than fits into memory; copy it again or remove it") from None
+    if "NumberOfFrames" in header and frame_count(header) * FRAME_BYTES > path.stat().st_size:
+        raise BadFile(f"claims {header.NumberOfFrames} frames, more than it can hold; copy it again")
+    return header
 
 
 def _limited(inflate: Callable[[int], bytes], path: Path) -> bytes:
@@ -113,7 +117,7 @@ def require_image(header: Any) -> None:
 def is_placed(header: Any) -> bool:
     """Whether a header gives its frames places in space: as slice, as frames, or as those of a gamma camera."""
     if PER_FRAME in header:
-        return True
+        return bool(value(header, 0, "PlanePositionSequence", "ImagePositionPatient"))
     camera = detector(header)
     for name, count in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6)):
         if len(header.get(name) or camera.get(name) or ()) != count:
@@ -158,14 +162,12 @@ def value(header: Any, frame: int, sequence: str, name: str, own_name: str = "")
 
     own_name: of the same thing in a header of one frame, if it is another.
     """
-    if PER_FRAME not in header:
-        return header.get(own_name or name)
-    for groups, at in ((PER_FRAME, frame), (SHARED, 0)):
+    for groups, at in ((PER_FRAME, frame), (SHARED, 0)) if PER_FRAME in header else ():
         items = header[groups].value if groups in header else []
         found = items[at].get(sequence) if at < len(items) else None
-        if found:
+        if found and found[0].get(name) is not None:
             return found[0].get(name)
-    return None
+    return header.get(own_name or name)
 
 
 def numbers(found: Any) -> tuple[float, ...]:

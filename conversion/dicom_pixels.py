@@ -9,6 +9,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +61,22 @@ def intensities(
 
 def stored_values(path: Path, picture: bool = False, frame: int | None = None) -> tuple[Any, list[np.ndarray]]:
     """(header, [H, W] stored values of all frames or of one); of colours, in pictures only, their luminance."""
-    data = data_set(path, pixels=True)
+    data = data_set(path, pixels=True) if frame is None else _film(path, path.stat().st_mtime_ns)
     if not any(data.get(name) for name in PIXELS):
         raise BadFile("holds no pixels, only their description; copy it again or remove it")
     colour = data.get("PhotometricInterpretation") == "PALETTE COLOR" or int(data.get("SamplesPerPixel") or 1) > 1
     if colour and not picture:
         raise BadFile("is in colour, which measures nothing, but has the place of a slice; leave it out")
     frames = list(_decoded(data, range(frame_count(data)) if frame is None else [frame]))
-    for name in PIXELS:  # bytes that are decoded
+    for name in PIXELS if frame is None else ():  # bytes that are decoded
         data.pop(name, None)
     return data, [_luminance(data, pixels) for pixels in frames] if colour else frames
+
+
+@lru_cache(maxsize=1)
+def _film(path: Path, changed: int) -> Any:
+    """A data set that is asked for once for each of its frames."""
+    return data_set(path, pixels=True)
 
 
 def _luminance(data: Any, pixels: np.ndarray) -> np.ndarray:

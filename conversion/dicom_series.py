@@ -8,8 +8,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from conversion.dicom_header import (
     ANNOTATIONS,
     data_set,
@@ -55,17 +53,27 @@ class _File(NamedTuple):
     number: tuple[float, ...]  # in the series, else the place
 
 
+class _Annotation(NamedTuple):
+    """What a segmentation or a structure set says."""
+
+    path: Path
+    patient: str
+    uid: str  # of the series it was drawn on
+    names: list[str]
+
+
 def group_series(files: Iterable[Path], problems: list[str]) -> list[Series]:
     """Series, and pictures, of files by their headers; what is wrong with the others goes to `problems`."""
     slices: list[_File] = []
     pictures: list[Series] = []
-    annotations: list[tuple[Path, str, list[str]]] = []
+    annotations: list[_Annotation] = []
     facings: dict[tuple[Any, ...], list[tuple[float, ...]]] = defaultdict(list)
     for file in files:
         try:
             header = data_set(file)
             if header.get("Modality") in ANNOTATIONS:
-                annotations.append((file, referenced_series(header), structure_names(header)))
+                names = structure_names(header)
+                annotations.append(_Annotation(file, _patient(header), referenced_series(header), names))
                 continue
             require_image(header)
             if is_placed(header) or (header.get("Modality") in OF_SLICES and not is_planar(header)):
@@ -95,7 +103,11 @@ def _file(path: Path, header: Any, facings: dict[tuple[Any, ...], list[tuple[flo
     facing, place = (numbers(header.get(name)) for name in ("ImageOrientationPatient", "ImagePositionPatient"))
     shape = (int(header.Rows), int(header.Columns))
     known = facings[(text["SeriesInstanceUID"], *shape)]
-    near = (f for f in known if len(f) == len(facing) and np.allclose(f, facing, rtol=0, atol=SAME_FACING))
+    near = (
+        f
+        for f in known
+        if len(f) == len(facing) and all(abs(a - b) <= SAME_FACING for a, b in zip(f, facing, strict=True))
+    )
     facing = next(near, facing)
     known += [] if facing in known else [facing]
     number = numbers(header.get("InstanceNumber")) or place
@@ -149,31 +161,29 @@ def _joined(groups: dict[tuple[Any, ...], list[_File]]) -> list[tuple[str, list[
 
 
 def _with_labels(
-    groups: Sequence[tuple[str, list[_File]]], annotations: Sequence[tuple[Path, str, list[str]]], problems: list[str]
+    groups: Sequence[tuple[str, list[_File]]], annotations: Sequence[_Annotation], problems: list[str]
 ) -> list[Series]:
     """The series with their segmentations; one of a series that is not there is a problem."""
-    structures = tuple(sorted({name for *_, names in annotations for name in names}))
-    largest: dict[str, int] = {}
-    for i, (_, files) in enumerate(groups):
-        if len(files) > len(groups[largest.get(files[0].uid, i)][1]) or files[0].uid not in largest:
-            largest[files[0].uid] = i
+    structures = tuple(sorted({name for annotation in annotations for name in annotation.names}))
     labels: dict[int, Path] = {}
-    for path, uid, _ in annotations:
-        at = largest.get(uid)
-        if at is None:
+    for path, patient, uid, _ in annotations:
+        # Of one series, as of a volume and its scout, the largest part is meant; of several with one UID the patient's.
+        drawn_on = [i for i, (_, files) in enumerate(groups) if files[0].uid == uid]
+        if len({(groups[i][1][0].patient, groups[i][1][0].study) for i in drawn_on}) > 1:
+            drawn_on = [i for i in drawn_on if groups[i][1][0].patient == patient]
+        at = max(drawn_on, key=lambda i: len(groups[i][1]), default=None)
+        if at is None or not uid:
             problems.append(f"{path}: is a segmentation of a series that is not there; copy that, or leave it out")
+        elif len({(groups[i][1][0].facing, groups[i][1][0].shape) for i in drawn_on}) < len(drawn_on):
+            problems.append(
+                f"{path}: is a segmentation of a series whose UID several have; save its label map as NIfTI"
+            )
         elif at in labels:
             problems.append(f"{path}: is a second segmentation of the series of {labels[at].name}; remove one of them")
         else:
             labels[at] = path
-    return [
-        Series(
-            tuple(file.path for file in files),
-            files[0].modality,
-            files[0].patient,
-            digest,
-            label=labels.get(i),
-            structures=structures if i in labels else (),
-        )
-        for i, (digest, files) in enumerate(groups)
-    ]
+    series = []
+    for i, (digest, files) in enumerate(groups):
+        label, names = labels.get(i), structures if i in labels else ()
+        series.append(Series(tuple(f.path for f in files), *files[0][1:3], digest, label=label, structures=names))
+    return series
