@@ -195,12 +195,11 @@ def _digest(path: Path) -> str:
 def _image(source: Source, case: Case, dest: Path) -> None:
     """Write one image and its label map: the file itself, copied, or a DICOM radiograph as a grey PNG."""
     path, radiograph = source.path, source.format == "dicom_image"
-    pixels, notes = read_dicom_image(path, source.frame) if radiograph else (_decode(path), [])
+    pixels = read_dicom_image(path, source.frame) if radiograph else _decode(path)
     if min(pixels.shape) < MIN_SIDE:
         raise BadFile(f"has {by(pixels.shape)} pixels, below {MIN_SIDE}; remove it")
     low, high = _range([pixels])
     pixels = _grey(pixels, low, high) if radiograph else pixels
-    case.notes = "; ".join(notes)
     case.file = source.id + (".png" if radiograph else path.suffix.lower())
     case.shape = case.original_shape = by(pixels.shape)
     case.dtype, case.minimum, case.maximum = str(pixels.dtype), f"{low:g}", f"{high:g}"

@@ -46,11 +46,13 @@ def read_dicom(files: Sequence[Path], options: Options) -> Volume:
     return Volume(array, TO_RAS @ affine, notes + irregular + tilted + warned[:1])
 
 
-def read_dicom_image(path: Path, frame: int | None = None) -> tuple[np.ndarray, list[str]]:
-    """([H, W] intensities of a picture, or of a frame of a film, dark where it is shown dark, notes)."""
+def read_dicom_image(path: Path, frame: int | None = None) -> np.ndarray:
+    """[H, W] intensities of a picture, or of a frame of a film, dark where it is shown dark."""
     with in_file(path):
-        pixels, notes = intensities([path], picture=True, frame=frame)
-        return pixels[path][0], notes
+        pictures = intensities([path], picture=True, frame=frame)[0][path]
+        if len(pictures) > 1:
+            raise BadFile(f"is a film of {len(pictures)} frames, not one picture; export the one you want as PNG")
+        return pictures[0]
 
 
 def _of_one_orientation(frames: list[Frame], plane: str) -> list[Frame]:

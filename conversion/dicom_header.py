@@ -94,6 +94,14 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
+def dicom_header(path: Path) -> Any:
+    """The data set of a file without its pixels. Raises BadFile where it holds no image to convert."""
+    with in_file(path):
+        header = data_set(path)
+        require_image(header)
+        return header
+
+
 def require_image(header: Any) -> None:
     """Raise BadFile where a header is not that of a slice, a volume or a picture."""
     modality, rows, kind = (header.get(name) for name in ("Modality", "Rows", "SOPClassUID"))
