@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from pydicom.dataset import Dataset
 from scans import AXIAL, at, convert, dicom_slice, enhanced, item, load, refused, settings, write_series
+
+from conversion.table import read_table
 
 TUMOUR, ORGAN = AXIAL > 900, (AXIAL > 500) & (AXIAL < 800)
 
@@ -77,6 +81,25 @@ def test_structure_sets_fill_the_pixels_whose_centres_are_inside(tmp_path, capsy
     np.testing.assert_array_equal(load(dest, "labels/scan.npy"), expected)
     assert settings(dest)["structures"] == {"box": [1], "ring": [2]}
     assert "overlap in 4 voxels" in capsys.readouterr().out
+
+
+def test_a_segmentation_of_a_uid_that_several_have_goes_to_its_patient_or_nowhere(tmp_path, capsys):
+    for patient in "ab":
+        write_series(tmp_path / f"in/{patient}/scan", PatientID=patient)
+    label = segmentation({"tumour": TUMOUR})
+    label.PatientID = "b"
+    label.save_as(tmp_path / "in/label.dcm", enforce_file_format=True)
+    dest = convert(tmp_path / "in", tmp_path / "out")
+    labelled = {case.source.split("/")[1] for case in read_table(dest).values() if case.label}
+    assert labelled == {"b"}
+    shutil.copytree(tmp_path / "in/b", tmp_path / "in/c")
+    for file in (tmp_path / "in/c/scan").iterdir():
+        data = pydicom.dcmread(file)
+        data.PixelData = bytes(range(240))
+        data.SOPInstanceUID = f"1.{file.stem}9"
+        data.save_as(file)
+    convert(tmp_path / "in", tmp_path / "more", on_error="skip")
+    assert "whose UID several have" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

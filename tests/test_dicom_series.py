@@ -11,11 +11,14 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK as sitk
 from nibabel.nicom.dicomwrappers import wrapper_from_data
 from PIL import Image
 from scans import AXIAL, affine_of, at, convert, dicom_slice, enhanced, item, load, refused, write_series
 
+from conversion.dicom import read_dicom_image
 from conversion.table import read_table
+from conversion.volume import BadFile
 
 SIEMENS = Path(nibabel.__file__).parent / "nicom/tests/data"
 SHIPPED = Path(pydicom.__file__).parent / "data/test_files"
@@ -220,6 +223,19 @@ def test_a_tilted_gantry_is_told_and_kept_in_the_affine(tmp_path):
     np.testing.assert_allclose(affine_of(dest) @ [1, 2, 8, 1], [-1, -0.75 - 4, 16, 1])
 
 
+def test_a_multi_frame_file_lies_where_simpleitk_puts_it(tmp_path):
+    frames = [at(3, 4, 5 + 2.0 * k) for k in range(9)]
+    scale = {"PixelValueTransformationSequence": {"RescaleSlope": 2, "RescaleIntercept": -9, "RescaleType": "HU"}}
+    data = enhanced(DEEP, frames, scale, SOPClassUID="1.2.840.10008.5.1.4.1.1.2.1")
+    data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID
+    data.save_as(tmp_path / "ct.dcm", enforce_file_format=True)
+    dest = convert(tmp_path / "ct.dcm", tmp_path / "out")
+    image = sitk.ReadImage(str(tmp_path / "ct.dcm"), imageIO="GDCMImageIO")
+    np.testing.assert_array_equal(load(dest), sitk.GetArrayFromImage(image).transpose(1, 2, 0))
+    place = affine_of(dest) @ [3, 2, 1, 1] * [-1, -1, 1, 1]
+    np.testing.assert_allclose(place[:3], image.TransformIndexToPhysicalPoint((2, 3, 1)), rtol=1e-5)
+
+
 def test_a_file_of_several_orientations_offers_a_choice(tmp_path, capsys):
     facings = [[1, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, -1]]
     frames = [
@@ -244,6 +260,9 @@ def test_a_file_of_several_orientations_offers_a_choice(tmp_path, capsys):
             "damaged ImagePositionPatient",
         ),
         ({"Modality": "US", "NumberOfFrames": -4}, "claims -4 frames"),
+        ({"Modality": "US", "NumberOfFrames": 10**9}, "claims 1000000000 frames, more than it can hold"),
+        ({"Modality": "NM", **PLACE, "NumberOfFrames": 10**9}, "claims 1000000000 frames, more than it can hold"),
+        ({"Modality": "CT", "NumberOfFrames": 9, "PerFrameFunctionalGroupsSequence": [item()]}, "but describes 1"),
     ],
 )
 def test_what_is_no_slice_is_named_once(fields, said, tmp_path, capsys):
@@ -271,9 +290,13 @@ def test_real_ultrasound_and_radiographs_are_pictures(tmp_path):
     for k, name in enumerate(("examples_rgb_color.dcm", "examples_palette.dcm", "examples_jpeg2k.dcm")):
         (tmp_path / "in").mkdir(exist_ok=True)
         shutil.copy(SHIPPED / name, tmp_path / f"in/{k}.dcm")
+    sideways = enhanced(np.tile(DEEP, (1, 2, 2)), [{} for _ in range(9)], {}, Modality="XA")  # projections of a gantry
+    sideways.save_as(tmp_path / "in/run.dcm", enforce_file_format=True)
     film = np.random.default_rng(0).integers(0, 255, (4, 20, 20), dtype=np.uint8)
     dicom_slice(film, Modality="XA", NumberOfFrames=4).save_as(tmp_path / "in/film.dcm", enforce_file_format=True)
     dest = convert(tmp_path / "in", tmp_path / "out")
     names = {file.stem for file in dest.glob("*.png")} - {"montage"}
-    assert names == {"0", "1", "2", *(f"film_00{k}" for k in range(4))}
+    assert names == {"0", "1", "2", *(f"film_00{k}" for k in range(4)), *(f"run_00{k}" for k in range(9))}
+    with pytest.raises(BadFile, match="is a film of 4 frames"):
+        read_dicom_image(tmp_path / "in/film.dcm")
     np.testing.assert_array_equal(np.asarray(Image.open(dest / "film_002.png")), film[2])
