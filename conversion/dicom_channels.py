@@ -14,7 +14,7 @@ from conversion.dicom_pixels import intensities
 from conversion.volume import BadFile
 
 SLICE_TOLERANCE = 0.1  # slice distances may differ from their median by this share of it
-SAME_POSITION_MM = 0.02
+SAME_POSITION_MM = 0.02  # at most, and at most a tenth of a pixel, as of microscopes
 SAME_NUMBER = 0.01  # echo times and b-values of one channel may differ by this share
 
 
@@ -28,7 +28,7 @@ def _vector(name: str) -> Callable[[Frame], tuple[Any, ...]]:
 
 
 def _type(frame: Frame) -> tuple[str, ...]:
-    for kind in ("MRImageFrameType", "CTImageFrameType", "PETFrameType", "CTPETFrameType"):
+    for kind in ("MRImageFrameType", "CTImageFrameType", "PETFrameType"):
         if found := value(frame.header, frame.index, f"{kind}Sequence", "FrameType"):
             return tuple(map(str, found))
     return image_type(frame.header)
@@ -44,6 +44,7 @@ def _direction(frame: Frame) -> tuple[float, ...]:
 # What may be one for each channel; channels are numbered in the order of the first of these that tells them apart.
 TELLS_APART: dict[str, Callable[[Frame], tuple[Any, ...]]] = {
     "TemporalPositionIdentifier": _of("FrameContentSequence", "TemporalPositionIndex", "TemporalPositionIdentifier"),
+    "RRIntervalVector": _vector("RRIntervalVector"),
     "TimeSlotVector": _vector("TimeSlotVector"),
     "EnergyWindowVector": _vector("EnergyWindowVector"),
     "EchoTime": _of("MREchoSequence", "EffectiveEchoTime", "EchoTime"),
@@ -96,9 +97,9 @@ def _at_positions(frames: Sequence[Frame]) -> list[list[Frame]]:
     """The frames at each position, from the first to the last."""
     places = along(frames)
     groups: list[list[Frame]] = []
-    last = -np.inf
+    last, tolerance = -np.inf, min(SAME_POSITION_MM, min(frames[0].pixel_spacing) / 10)
     for i in np.argsort(places, kind="stable").tolist():
-        if places[i] - last > SAME_POSITION_MM:
+        if places[i] - last > tolerance:
             groups.append([])
         groups[-1].append(frames[i])
         last = places[i]

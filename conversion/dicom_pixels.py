@@ -110,7 +110,13 @@ def _fill_padding(
 def _padding(header: Any) -> tuple[float, float] | None:
     """The smallest and the largest stored value that pads the image; None: none does."""
     ends = [x for name in ("PixelPaddingValue", "PixelPaddingRangeLimit") for x in numbers(header.get(name))]
-    return (min(ends), max(ends)) if ends else None
+    if not ends:
+        return None
+    # Its own type in the file need not be that of the pixels: 63536 is -2000.
+    span = 2.0 ** int(header.get("BitsAllocated") or 16)
+    first = -span / 2 if header.get("PixelRepresentation") else 0
+    ends = [(x - first) % span + first for x in ends]
+    return min(ends), max(ends)
 
 
 def _ends(pixels: np.ndarray, padding: tuple[float, float] | None) -> tuple[float, float]:
