@@ -127,6 +127,8 @@ def _csa(header: Any) -> dict[str, Any]:
 
 def _private(header: Any, group: int, creator: str, element: int) -> tuple[float, ...]:
     """The numbers of a private element, () where there are none."""
+    if not any((group, block) in header for block in range(0x10, 0x20)):  # as the library is slow to find that out
+        return ()
     try:
         found = header.private_block(group, creator)[element].value
         return numbers(found.decode() if isinstance(found, bytes) else found)

@@ -102,8 +102,8 @@ def dicom_header(path: Path) -> Any:
         return header
 
 
-def require_image(header: Any) -> None:
-    """Raise BadFile where a header is not that of a slice, a volume or a picture."""
+def require_image(header: Any) -> bool:
+    """Whether it is of slices, not a picture. Raises BadFile where a header is of neither."""
     modality, rows, kind = (header.get(name) for name in ("Modality", "Rows", "SOPClassUID"))
     if kind is None and rows is None:
         raise BadFile("is not a DICOM file, whatever its name says; remove it or rename it")
@@ -115,11 +115,15 @@ def require_image(header: Any) -> None:
     syntax = header.file_meta.get("TransferSyntaxUID")
     if syntax and syntax.is_transfer_syntax and any(video in syntax.name for video in ("MPEG", "HEVC")):
         raise BadFile(f"is a video ({syntax.name}); export the frames you want as PNG")
-    if modality in NEED_POSITIONS and not is_placed(header) and not is_planar(header):
-        if str(kind or "").startswith(SECONDARY_CAPTURE):
-            raise BadFile("is a screenshot or a report saved as image (secondary capture), no slice; leave it out")
-        if modality == "NM" and image_type(header)[2:3] == ("TOMO",):
-            raise BadFile("holds projections, from which slices are yet to be reconstructed; leave it out")
+    if is_placed(header):
+        return True
+    if modality not in NEED_POSITIONS or is_planar(header):
+        return False
+    if str(kind or "").startswith(SECONDARY_CAPTURE):
+        raise BadFile("is a screenshot or a report saved as image (secondary capture), no slice; leave it out")
+    if modality == "NM" and image_type(header)[2:3] == ("TOMO",):
+        raise BadFile("holds projections, from which slices are yet to be reconstructed; leave it out")
+    return True  # what it lacks is told when it is read
 
 
 def is_placed(header: Any) -> bool:

@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -64,10 +64,11 @@ def stored_values(path: Path, picture: bool = False, frame: int | None = None) -
     data = data_set(path, pixels=True) if frame is None else _film(path, path.stat().st_mtime_ns)
     if not any(data.get(name) for name in PIXELS):
         raise BadFile("holds no pixels, only their description; copy it again or remove it")
-    colour = data.get("PhotometricInterpretation") == "PALETTE COLOR" or int(data.get("SamplesPerPixel") or 1) > 1
+    shown = str(data.get("PhotometricInterpretation") or "")
+    colour = shown == "PALETTE COLOR" or (not shown.startswith("MONO") and int(data.get("SamplesPerPixel") or 1) > 1)
     if colour and not picture:
         raise BadFile("is in colour, which measures nothing, but has the place of a slice; leave it out")
-    frames = list(_decoded(data, range(frame_count(data)) if frame is None else [frame]))
+    frames = list(_decoded(data, frame))
     for name in PIXELS if frame is None else ():  # bytes that are decoded
         data.pop(name, None)
     return data, [_luminance(data, pixels) for pixels in frames] if colour else frames
@@ -109,14 +110,15 @@ def _fill_padding(
 
 def _padding(header: Any) -> tuple[float, float] | None:
     """The smallest and the largest stored value that pads the image; None: none does."""
-    ends = [x for name in ("PixelPaddingValue", "PixelPaddingRangeLimit") for x in numbers(header.get(name))]
+    ends = numbers(header.get("PixelPaddingValue"))
     if not ends:
         return None
+    ends += numbers(header.get("PixelPaddingRangeLimit"))
     # Its own type in the file need not be that of the pixels: 63536 is -2000.
     span = 2.0 ** int(header.get("BitsAllocated") or 16)
     first = -span / 2 if header.get("PixelRepresentation") else 0
-    ends = [(x - first) % span + first for x in ends]
-    return min(ends), max(ends)
+    values = [(x - first) % span + first for x in ends]
+    return min(values), max(values)
 
 
 def _ends(pixels: np.ndarray, padding: tuple[float, float] | None) -> tuple[float, float]:
@@ -145,8 +147,8 @@ def _tiles(header: Any, mosaic: np.ndarray) -> list[np.ndarray]:
     return list(tiles[:count])
 
 
-def _decoded(data: Any, frames: Sequence[int]) -> Iterator[np.ndarray]:
-    """Stored values, [H, W] or [H, W, 3], one frame at a time, so that a header's claims allocate nothing."""
+def _decoded(data: Any, frame: int | None) -> Iterator[np.ndarray]:
+    """Stored values of all frames or of one, [H, W] or [H, W, 3], one by one, so that claims allocate nothing."""
     import pydicom
     from pydicom.encaps import get_frame
 
@@ -155,7 +157,7 @@ def _decoded(data: Any, frames: Sequence[int]) -> Iterator[np.ndarray]:
     syntax, count = data.file_meta.TransferSyntaxUID, frame_count(data)
     if int(data.Rows) * int(data.Columns) > MAX_IMAGE_PIXELS:
         raise BadFile(f"claims {data.Rows} x {data.Columns} pixels, beyond {MAX_IMAGE_PIXELS}; reduce it or remove it")
-    for i in frames:
+    for i in range(count) if frame is None else [frame]:
         if not syntax.is_encapsulated:
             yield data.pixel_array if count == 1 else pydicom.pixels.pixel_array(data, index=i)
             continue

@@ -13,12 +13,9 @@ from conversion.dicom_header import (
     data_set,
     frame_count,
     is_mosaic,
-    is_placed,
-    is_planar,
     numbers,
     require_image,
 )
-from conversion.dicom_header import NEED_POSITIONS as OF_SLICES
 from conversion.dicom_labels import referenced_series, structure_names
 from conversion.volume import BadFile
 
@@ -46,11 +43,9 @@ class _File(NamedTuple):
     patient: str
     uid: str
     study: str
-    name: str  # SOPInstanceUID
     facing: tuple[float, ...]
     shape: tuple[int, int]
     place: tuple[float, ...]
-    number: tuple[float, ...]  # in the series, else the place
 
 
 class _Annotation(NamedTuple):
@@ -75,8 +70,7 @@ def group_series(files: Iterable[Path], problems: list[str]) -> list[Series]:
                 names = structure_names(header)
                 annotations.append(_Annotation(file, _patient(header), referenced_series(header), names))
                 continue
-            require_image(header)
-            if is_placed(header) or (header.get("Modality") in OF_SLICES and not is_planar(header)):
+            if require_image(header):
                 slices.append(_file(file, header, facings))
             else:
                 count, what = frame_count(header), (str(header.get("Modality") or ""), _patient(header))
@@ -96,13 +90,12 @@ def _patient(header: Any) -> str:
 
 def _file(path: Path, header: Any, facings: dict[tuple[Any, ...], list[tuple[float, ...]]]) -> _File:
     """facings: the directions met so far, of which near ones are one."""
-    text = {
-        name: str(header.get(name) or "")
-        for name in ("Modality", "SeriesInstanceUID", "StudyInstanceUID", "SOPInstanceUID")
-    }
+    modality, uid, study = (
+        str(header.get(name) or "") for name in ("Modality", "SeriesInstanceUID", "StudyInstanceUID")
+    )
     facing, place = (numbers(header.get(name)) for name in ("ImageOrientationPatient", "ImagePositionPatient"))
     shape = (int(header.Rows), int(header.Columns))
-    known = facings[(text["SeriesInstanceUID"], *shape)]
+    known = facings[(uid, *shape)]
     near = (
         f
         for f in known
@@ -110,9 +103,7 @@ def _file(path: Path, header: Any, facings: dict[tuple[Any, ...], list[tuple[flo
     )
     facing = next(near, facing)
     known += [] if facing in known else [facing]
-    number = numbers(header.get("InstanceNumber")) or place
-    modality, uid, study, name = text.values()
-    return _File(path, modality, _patient(header), uid, study, name, facing, shape, place, number)
+    return _File(path, modality, _patient(header), uid, study, facing, shape, place)
 
 
 def _split(slices: Sequence[_File]) -> dict[tuple[Any, ...], list[_File]]:
@@ -135,10 +126,16 @@ def _split(slices: Sequence[_File]) -> dict[tuple[Any, ...], list[_File]]:
 
 def _repeats(members: Sequence[_File]) -> bool:
     """Whether folders repeat the numbers of other images: a number is given once in a series."""
+    if len({file.path.parent for file in members}) == 1:
+        return False
     names: dict[Any, dict[Path, str]] = defaultdict(dict)
+    taken: Counter[tuple[Path, str]] = Counter()
     for file in members:
-        names[file.number][file.path.parent] = file.name
-    shared = Counter((file.path.parent, file.name) for file in members).most_common(1)[0][1] > 1
+        header, folder = data_set(file.path), file.path.parent
+        name = str(header.get("SOPInstanceUID"))
+        names[numbers(header.get("InstanceNumber")) or file.place][folder] = name
+        taken[folder, name] += 1
+    shared = max(taken.values()) > 1
     return any(len(folders) > 1 and (shared or len(set(folders.values())) > 1) for folders in names.values())
 
 
