@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from conversion.dicom import read_dicom_image
+from conversion.dicom_labels import read_annotation
 from conversion.layouts import Source
 from conversion.readers import read
 from conversion.table import LABELS, Case
@@ -21,7 +22,7 @@ from datasets.index import MIN_SIDE, image_header
 from datasets.render import read_grey
 from utils.files import whole_file
 
-VERSION = 3  # raise it when the content of converted files changes, so that they are made again
+VERSION = 4  # raise it when the content of converted files changes, so that they are made again
 SPACING_TOLERANCE = 0.02  # of a label map against its image, as a share
 
 Window = tuple[float, float] | None
@@ -51,7 +52,7 @@ def source_key(source: Source, options: Options) -> str:
     files = [file for file in (*source.files, source.label) if file and file.exists()]
     stats = [(file.name, (status := file.stat()).st_size, status.st_mtime_ns) for file in files]
     settings = [(f.name, getattr(options, f.name)) for f in fields(Options)]
-    text = repr((source.name, sorted(stats), source.channels, settings, VERSION))
+    text = repr((source.name, sorted(stats), source.channels, source.structures, settings, VERSION))
     return hashlib.sha256(os.fsencode(text)).hexdigest()[:32]
 
 
@@ -145,10 +146,13 @@ def _read_label(source: Source, volume: Volume, view: Volume, options: Options) 
         return None
     path, format = (source.label, source.label_format) if source.label else (source.path, source.format)
     try:
-        if format in ("image", "dicom_image", "dicom"):
+        if format in ("image", "dicom_image") or (format == "dicom" and not source.structures):
             raise BadFile("is not a volume, as its image is; give a label map of the image's shape")
         key = "" if source.label else options.label_key
-        label = read(format, (path,), Options(array_axis=options.array_axis, array_key=key))
+        if format == "dicom":
+            label = read_annotation(path, volume, source.structures)
+        else:
+            label = read(format, (path,), Options(array_axis=options.array_axis, array_key=key))
         label.codes = options.orientation or label.codes
         if label.codes != volume.codes:  # masks saved without their image's header lie differently by mistake
             lies = f"label map stored as {label.codes or 'unknown'}, image as {volume.codes or 'unknown'}"
@@ -191,7 +195,7 @@ def _digest(path: Path) -> str:
 def _image(source: Source, case: Case, dest: Path) -> None:
     """Write one image and its label map: the file itself, copied, or a DICOM radiograph as a grey PNG."""
     path, radiograph = source.path, source.format == "dicom_image"
-    pixels = read_dicom_image(path) if radiograph else _decode(path)
+    pixels = read_dicom_image(path, source.frame) if radiograph else _decode(path)
     if min(pixels.shape) < MIN_SIDE:
         raise BadFile(f"has {by(pixels.shape)} pixels, below {MIN_SIDE}; remove it")
     low, high = _range([pixels])

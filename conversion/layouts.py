@@ -14,14 +14,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from conversion.dicom import group_series
+from conversion.dicom_header import is_dicom
+from conversion.dicom_labels import is_annotation
+from conversion.dicom_series import group_series
 from datasets.index import IMAGE_SUFFIXES, LABEL_FOLDERS, SIDE_FILES, walk
 from utils.errors import UserError
 
 FORMATS = {
     ".nii": "nifti", ".nii.gz": "nifti", ".nrrd": "itk", ".nhdr": "itk", ".mha": "itk", ".mhd": "itk", ".npy": "npy",
     ".npz": "npz", ".h5": "hdf5", ".hdf5": "hdf5", ".dcm": "dicom", ".dicom": "dicom", ".ima": "dicom",
-    **dict.fromkeys(IMAGE_SUFFIXES, "image"),
+    ".dcm.gz": "dicom", **dict.fromkeys(IMAGE_SUFFIXES, "image"),
 }  # fmt: skip
 COMPANIONS = {".raw", ".zraw"}  # pixels of .mhd and .nhdr headers
 LOOKS_LIKE_LABEL = re.compile(r"(^|[_.-])(seg|segmentations?|labels?|masks?|gt)([_.-]?\d+)?$", re.IGNORECASE)
@@ -132,6 +134,8 @@ class Source:
     id: str = ""  # in the data set, see conversion.table.assign_ids
     text: str = ""  # what the "*" of its pattern stands for, or its stem
     number: int = 0  # of the pattern
+    frame: int | None = None  # of a film
+    structures: tuple[str, ...] = ()  # names for the values 1, 2, ... of a label map that comes as DICOM
 
     @property
     def path(self) -> Path:
@@ -144,7 +148,7 @@ class Source:
 
     @property
     def label_format(self) -> str:
-        return FORMATS[split_suffix(self.label.name)[1]]
+        return FORMATS.get(split_suffix(self.label.name)[1], "dicom")
 
 
 @dataclass
@@ -212,7 +216,7 @@ def above(name: str) -> str:
 
 def split_suffix(name: str) -> tuple[str, str]:
     """("case.v2", ".nii.gz") of "case.v2.nii.gz"; the suffix in lower case."""
-    end = ".nii.gz" if name.lower().endswith(".nii.gz") else os.path.splitext(name)[1]
+    end = next((s for s in (".nii.gz", ".dcm.gz") if name.lower().endswith(s)), os.path.splitext(name)[1])
     return name[: len(name) - len(end)], end.lower()
 
 
@@ -236,8 +240,6 @@ def _sort(
     listed: dict[Path, str], images: Sequence[str], labels: str, found: Found
 ) -> tuple[list[Source], list[Source], list[Source]]:
     """(files of images and volumes, DICOM files, label maps)."""
-    from pydicom.misc import is_dicom
-
     plain, dicom, label_files = [], [], []
     with_headers = {file.parent for file in listed if file.suffix.lower() in (".mhd", ".nhdr")}
     for file, name in listed.items():
@@ -255,7 +257,7 @@ def _sort(
             continue
         if not format or file.name == "DICOMDIR":
             found.ignored[suffix or "without suffix"] += 1
-        elif label is not None:
+        elif label is not None and not (format == "dicom" and is_annotation(file)):
             label_files.append(source)
         elif number is None:
             found.ignored[f"{suffix} not called {' or '.join(images)}"] += 1
@@ -336,12 +338,16 @@ def _of_dicom(dicom: Sequence[Source], found: Found) -> list[Source]:
     """DICOM files grouped into series by their headers, and single radiographs."""
     listed = {item.path: item for item in dicom}
     progress = tqdm(listed, desc="reading DICOM headers", unit="file", disable=None, leave=False)
-    sources = []
+    sources, names = [], found.description.structures
+    taken = max((value for values in names.values() for value in values), default=0)
     for s in group_series(progress, found.problems):
-        source = replace(listed[s.files[0]], files=s.files, modality=s.modality, patient=s.patient)
+        source = replace(listed[s.files[0]], files=s.files, modality=s.modality, patient=s.patient, frame=s.frame)
         if s.digest:
             stem = source.folder.rpartition("/")[2]
-            sources.append(replace(source, name=f"{source.folder}#{s.digest}", stem=stem))
+            name, structures = f"{source.folder}#{s.digest}", taken * ("",) + s.structures
+            sources.append(replace(source, name=name, stem=stem, label=s.label, structures=structures))
+            names |= {text: [taken + 1 + i] for i, text in enumerate(s.structures)}
         else:
-            sources.append(replace(source, format="dicom_image"))
+            end = "" if s.frame is None else f"_{s.frame:03d}"
+            sources.append(replace(source, format="dicom_image", name=source.name + end, stem=source.stem + end))
     return sources

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torchvision.ops import box_iou
 
-from conversion.dicom import dicom_header
+from conversion.dicom_header import dicom_header
 from datasets.index import IMAGE_FORMATS, IMAGE_SUFFIXES, bad_files
 from utils.errors import UserError
 from utils.files import read_csv

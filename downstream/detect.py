@@ -45,7 +45,7 @@ from utils.options import model as network
 from utils.precision import Precision
 from utils.seeding import SHARED, SHUFFLE, stream
 
-FORMAT = 2  # of the prepared images; raise it when their content changes
+FORMAT = 3  # of the prepared images; raise it when their content changes
 LEVELS = 5  # of both pyramids, each with its own anchor size
 PREDICTIONS = ("image_id", "class_name", "score", "x_min", "y_min", "x_max", "y_max")  # columns
 STAGES = ("layer4", "layer3", "layer2", "layer1", "stem")  # in the order in which they are set free

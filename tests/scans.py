@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +110,34 @@ def write_series(folder: Path, names: Callable[[int], str] = lambda k: f"{(k * 5
         own = {name: value(k) if callable(value) else value for name, value in fields.items()}
         dicom_slice(AXIAL[:, :, k], **{**usual, **own}).save_as(folder / names(k), enforce_file_format=True)
     return folder
+
+
+def item(**fields: Any) -> Dataset:
+    """An item of a sequence."""
+    made = Dataset()
+    for name, value in fields.items():
+        setattr(made, name, value)
+    return made
+
+
+def enhanced(pixels: np.ndarray, frames: Sequence[dict[str, Any]], shared: dict[str, Any], **fields: Any) -> Dataset:
+    """A multi-frame data set; frames, shared: {sequence: {name: value}} of each frame, of all of them."""
+    usual = {
+        "PixelMeasuresSequence": {"PixelSpacing": [0.75, 0.5], "SliceThickness": 2},
+        "PlaneOrientationSequence": {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0]},
+    }
+
+    def group(content: dict[str, Any]) -> Dataset:
+        return item(**{name: [item(**values)] for name, values in content.items()})
+
+    return dicom_slice(
+        pixels,
+        NumberOfFrames=len(frames),
+        SharedFunctionalGroupsSequence=[group({**usual, **shared})],
+        PerFrameFunctionalGroupsSequence=[group(frame) for frame in frames],
+        **fields,
+    )
+
+
+def at(*position: float) -> dict[str, Any]:
+    return {"PlanePositionSequence": {"ImagePositionPatient": list(position)}}
