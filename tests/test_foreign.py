@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -19,17 +20,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torchvision
 from torch import nn
 
 from models.resnet import GreyResNet, fold_grey
 from training import layouts, loading
-from utils import tensors
+from utils import checkpoint, tensors
 from utils.errors import UserError
 from utils.tensors import Inert, Stored
 
+timm = pytest.importorskip("timm")
 State = dict[str, Any]
 STEM = "conv1.weight"
 MAGIC = pickle.dumps(torch.serialization.MAGIC_NUMBER, 2)
@@ -271,19 +272,19 @@ def test_another_network_is_refused_by_name(kind):
 # ---- files
 
 
-class Config:
+class Settings:
     """A class that nobody else has."""
 
 
 @pytest.mark.parametrize("fmt", ["zip", "older", "safetensors"])
 def test_a_file_with_foreign_objects_or_a_whole_module_loads(fmt, weights, tmp_path, monkeypatch):
     module = types.ModuleType("gone")
-    module.Config, Config.__module__ = Config, "gone"
+    module.Settings, Settings.__module__ = Settings, "gone"
     monkeypatch.setitem(sys.modules, "gone", module)
     resnet, path = GreyResNet("resnet18"), tmp_path / "x.ckpt"
     net = torchvision.models.resnet18()
     net.load_state_dict(weights)
-    net.config = config = Config()
+    net.config = config = Settings()
     config.listed, config.by_name = [np.ones(3), {1}, Path("a")], Namespace(lr=np.float64(0.1))
     for content in ({"cfg": config, "state_dict": weights}, nn.DataParallel(net), {"model": net, 3: config}):
         if fmt == "safetensors":
@@ -379,6 +380,7 @@ def test_what_is_no_weights_file_is_named_and_left_alone(name, tmp_path):
     assert (tmp_path / name).read_bytes() == content
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_torchscript_and_the_remedy_for_it(tmp_path, monkeypatch, weights):
     monkeypatch.chdir(tmp_path)
     net = torchvision.models.resnet18().eval()
@@ -443,7 +445,7 @@ CALL = b"(" + TOUCH + b"t"
 RUN = {  # each leaves the file `ran` behind if anything in it is called
     "reduce": named("os", "system") + CALL + b"R",
     "eval": named("builtins", "eval") + b"(" + text("open('ran', 'w')") + b"tR",
-    "exec": named("__builtin__", "exec") + b"(" + text("open('ran', 'w')") + b"tR",
+    "exec": named("builtins", "exec") + b"(" + text("open('ran', 'w')") + b"tR",
     "open": named("io", "open") + b"(" + text("ran") + text("w") + b"tR",
     "class": named("subprocess", "Popen") + b"((" + text("touch") + text("ran") + b"ltR",
     "new": named("subprocess", "Popen") + b"((" + text("touch") + text("ran") + b"lt\x81",
@@ -451,7 +453,7 @@ RUN = {  # each leaves the file `ran` behind if anything in it is called
     "inst": b"(" + TOUCH + b"ios\nsystem\n",
     "obj": b"(" + named("os", "system") + TOUCH + b"o",
     "dotted": text("torch") + text("serialization.os.system") + b"\x93" + CALL + b"R",
-    "getattr": named("builtins", "getattr") + b"(" + named("torch", "hub") + text("os") + b"tR" + CALL + b"R",
+    "getattr": named("builtins", "getattr") + b"(" + named("torch.hub", "os") + text("system") + b"tR" + CALL + b"R",
     "torch.hub": named("torch.hub", "load") + b"(" + text(".") + text("ran") + b"tR",
     "torch.load": named("torch.serialization", "load") + b"(" + text("ran") + b"tR",
     "numpy": named("numpy.testing._private.utils", "runstring") + b"(" + text("open('ran','w')") + b"}tR",
@@ -531,6 +533,19 @@ def test_nothing_in_a_file_runs_and_no_claim_is_believed(attack, tmp_path, monke
 
 
 HOOKS: list[Any] = []
+
+
+def test_a_checkpoint_that_claims_gigabytes_or_is_a_pipe_is_refused(tmp_path):
+    """The seal is right: whoever makes such a file can compute it."""
+    path = tmp_path / checkpoint.LATEST
+    data = archive({"m/data.pkl": b"\x80\x02" + CLAIM["tensor"] + b".", "m/data/0": bytes(16)})
+    path.write_bytes(data + checkpoint.SEAL + hashlib.sha256(data).hexdigest().encode())
+    with pytest.raises(UserError, match=r"checkpoint\.pth: .*claims 8589934592 bytes, of which 16 are there"):
+        checkpoint.read(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="is a folder or a pipe"):
+        checkpoint.read(path)
 
 
 def test_no_nesting_multiplies_what_is_read():

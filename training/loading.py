@@ -104,8 +104,8 @@ def network_in(state: Mapping[str, Stored], path: Path, arch: str) -> tuple[layo
     if kind != arch:
         raise UserError(f"{path}: holds {kind}, to be loaded as a {arch}; take one of {', '.join(ARCHITECTURES)}")
     names = {prefix: prefix.rstrip(".") or "the names without a prefix" for prefix in found}
-    others = ", ".join(sorted(name for prefix, name in names.items() if prefix != taken))
-    return found[taken], f"; taken: {names[taken]}, also there: {others}" * bool(others)
+    others = sorted(name for prefix, name in names.items() if prefix != taken)
+    return found[taken], f"; taken: {names[taken]}, also there: {_some(others)}" * bool(others)
 
 
 def in_grey(resnet: GreyResNet, network: layouts.Network) -> layouts.Network:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from utils import filekinds, tensors
+from utils import tensors
 from utils.config import to_dict
 from utils.distributed import Run, broadcast_object, gather_objects, on_main, rank
 from utils.errors import UserError
@@ -88,8 +88,8 @@ def read(path: Path) -> tuple[dict[str, Any], bytes]:
     Raises FileNotFoundError or NotADirectoryError, or UserError that says what is wrong with the file.
     """
     try:
-        if path.exists():
-            filekinds.require_file(path)
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is a folder or a pipe, not a checkpoint; move it away")
         with open(path, "rb") as file:
             size = max(0, os.fstat(file.fileno()).st_size - SEAL_BYTES)
             file.seek(size)

@@ -270,7 +270,9 @@ class DeepCluster(Group):
 
     kmeans_iterations: PositiveInt = objective(10, "iterations of spherical k-means, once per epoch and head")
     kmeans_backend: Literal["auto", "faiss", "torch"] = objective(
-        "auto", "torch (on the training device, spread over the processes), faiss (on one process's CPU); auto is torch"
+        "auto",
+        "torch (on the training device, spread over the processes), faiss (on one process, its GPU where that build "
+        "of faiss can); auto is torch",
     )
 
 
