@@ -20,8 +20,8 @@ from utils.errors import UserError
 
 NAMED = ("random", "imagenet")
 REMEDY = (
-    "give a ResNet file (of ssl_*2D.py, *_encoder.pth, torchvision, SwAV, DeepCluster-v2, VISSL), a file of "
-    "mask_*.py or ssl_*3D.py, random, or imagenet"
+    "give a ResNet file (of ssl_*2D.py, *_encoder.pth, or from elsewhere: docs/EXPORTS.md), a file of mask_*.py or "
+    "ssl_*3D.py, random, or imagenet"
 )
 
 

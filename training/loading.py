@@ -83,8 +83,10 @@ def reading(path: Path, remedy: str = "") -> Iterator[dict[str, Stored]]:
     if not path.exists() and remedy:
         raise UserError(f"{path}: no such weights file; {remedy}")
     with tensors.opened(path) as content:
-        with tensors.explained(path):
+        try:
             state = tensors.flat(content)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}; save the one that is wanted in a file of its own") from None
         if not state:
             raise UserError(f"{path}: holds no tensors; name a file of weights")
         yield state

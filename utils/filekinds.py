@@ -37,7 +37,7 @@ def require_file(path: Path) -> None:
         inside = sorted(file.name for kind in ("*.safetensors", "*.bin", "*.pt*") for file in path.glob(kind))[:3]
         raise UserError(f"{path}: is a folder; name the file in it" + f" ({', '.join(inside)})" * bool(inside))
     if not path.exists():
-        raise UserError(f"{path}: no such weights file")
+        raise UserError(f"{path}: no such weights file; correct the name")
     if not path.is_file():
         raise UserError(f"{path}: is a pipe or device, not a file; copy it into a file first")
     if not path.stat().st_size:

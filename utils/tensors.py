@@ -50,13 +50,12 @@ class Stored:
 class Inert:
     """Stands for an object of any other class: keeps what the file says it holds, calls nothing."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.state: Any = None
-        self.items: dict[Any, Any] = {}
+    state: Any
+    items: dict[Any, Any]
 
-    def __new__(cls, *_: Any, **__: Any) -> Inert:
+    def __new__(cls, *_: Any, **__: Any) -> Inert:  # and no __init__, which pickles may skip
         inert = super().__new__(cls)
-        inert.__init__()  # pickles may skip it
+        inert.state, inert.items = None, {}
         return inert
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -78,7 +77,7 @@ class Storage:
     dtype: torch.dtype
     key: str
     size: int = 0  # bytes that are really there
-    bytes: Callable[[], bytearray] = bytearray
+    content: Callable[[], bytearray] = bytearray
     ends: list[int] = field(default_factory=list)  # bytes that tensors claim
 
     def tensor(self, offset: int, shape: tuple, stride: tuple, dtype: torch.dtype | None = None) -> Stored | Inert:
@@ -95,8 +94,12 @@ class Storage:
         self.ends.append((offset + last + 1) * dtype.itemsize if elements else 0)
 
         def read() -> Tensor:
-            flat = torch.frombuffer(data, dtype=dtype) if (data := self.bytes()) else torch.empty(0, dtype=dtype)
-            return flat.as_strided(shape, stride, offset)
+            if not elements:
+                return torch.empty(shape, dtype=dtype)
+            data = self.content()
+            return torch.frombuffer(data, dtype=dtype, count=len(data) // dtype.itemsize).as_strided(
+                shape, stride, offset
+            )
 
         return Stored(tuple(shape), read)
 
@@ -164,13 +167,14 @@ def opened(path: Path) -> Iterator[Any]:
     Raises UserError that says what the file is where it holds no tensors that could be read.
     """
     filekinds.require_file(path)
-    with open(path, "rb") as file:
-        head = file.read(filekinds.HEAD)
-        file.seek(0)
-        reader = next((read for fits, read in READERS if fits(head)), None)
-        if reader is None:
-            raise filekinds.refusal(path, head)
+    with contextlib.ExitStack() as stack:
         with explained(path):
+            file = stack.enter_context(open(path, "rb"))
+            head = file.read(filekinds.HEAD)
+            file.seek(0)
+            reader = next((read for fits, read in READERS if fits(head)), None)
+            if reader is None:
+                raise filekinds.refusal(path, head)
             content = reader(file, path)
         yield content
 
@@ -182,6 +186,8 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the disk and permissions") from None
     except Exception as error:  # arbitrary bytes fail in many ways
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -258,7 +264,7 @@ def _zipped(file: BinaryIO, path: Path) -> Any:
 
     for storage in unpickler.storages.values():
         name = f"{root}data/{storage.key}"
-        storage.size, storage.bytes = record(name).file_size, functools.partial(data, name)
+        storage.size, storage.content = record(name).file_size, functools.partial(data, name)
     return _checked(content, unpickler)
 
 
@@ -285,7 +291,7 @@ def _older(file: BinaryIO, path: Path) -> Any:
         start, storage.size = file.tell(), count * storage.dtype.itemsize
         if start + storage.size > rest.size:
             raise EOFError("its end is missing")
-        storage.bytes = functools.partial(data, start, storage.size)
+        storage.content = functools.partial(data, start, storage.size)
         file.seek(start + storage.size)
     return _checked(content, unpickler)
 
