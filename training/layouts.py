@@ -111,11 +111,12 @@ def kind(network: Network) -> str:
     """`resnet50` and so on, or in words what else a network with ResNet's names is."""
     shapes = {name: value.shape for name, value in network.items()}
     stem, grouped = shapes.get("conv1.weight", ()), shapes.get("layer1.0.conv2.weight", ())
-    if any(len(shape) == 5 for shape in shapes.values()):
+    blocks = {name: shape for name, shape in shapes.items() if name.startswith("layer")}
+    if any(len(shape) == 5 for shape in (stem, *blocks.values())):
         return "a ResNet of 3D convolutions"
     if "conv1.0.weight" in shapes or "stem.0.weight" in shapes or "attnpool.c_proj.weight" in shapes:
         return "a ResNet with a stem of several convolutions (ResNet-C, ResNet-D, CLIP)"
-    if any(".se." in name or ".fc1." in name for name in shapes):
+    if any(".se." in name or ".fc1." in name for name in blocks):
         return "a ResNet with attention in its blocks (SE-ResNet, ResNeSt)"
     if len(stem) != 4 or len(grouped) != 4:
         return "a ResNet without its first convolution"
@@ -123,15 +124,15 @@ def kind(network: Network) -> str:
         return f"a ResNet with a stem of {stem[2]} x {stem[3]} pixels (for tiny images)"
     if stem[0] != 64:
         return f"a ResNet with {stem[0]} channels in its stem instead of 64"
-    blocks = tuple(len({name.split(".")[1] for name in shapes if name.startswith(f"layer{s}.")}) for s in STAGES)
+    counts = tuple(len({name.split(".")[1] for name in blocks if name.startswith(f"layer{s}.")}) for s in STAGES)
     bottleneck = "layer1.0.conv3.weight" in shapes
     if grouped[0] != grouped[1]:
         return f"a ResNeXt ({grouped[0] // max(grouped[1], 1)} groups)"
     depths = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50 if bottleneck else 34, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
-    if blocks not in depths or bottleneck != (depths[blocks] >= 50):
-        return f"a ResNet of {' + '.join(map(str, blocks))} blocks"
+    if counts not in depths or bottleneck != (depths[counts] >= 50):
+        return f"a ResNet of {' + '.join(map(str, counts))} blocks"
     wide = {64: "resnet{}", 128: "wide_resnet{}_2"}.get(grouped[0] if bottleneck else 64, "a wide ResNet-{}")
-    return wide.format(depths[blocks])
+    return wide.format(depths[counts])
 
 
 def other(names: Iterable[str]) -> str:
