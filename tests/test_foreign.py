@@ -474,6 +474,8 @@ HUGE = 2**31
 CLAIM = {  # each claims gigabytes, in a few hundred bytes
     "storage": tensor((HUGE,), (1,), HUGE),
     "tensor": tensor((HUGE,), (1,), 4),
+    "stem": b"}" + text(STEM) + tensor((HUGE // 8, 3, 1, 1), (3, 1, 1, 1), HUGE) + b"s",
+    "stem of one number": b"}" + text(STEM) + tensor((HUGE // 8, 3, 1, 1), (0, 0, 0, 0), 4) + b"s",
     "shape": tensor((2**15, 2**15, 2**15), (0, 0, 0), 4),
     "overlapping": tensor((2**15, 2**16), (1, 1), 4),
     "negative": tensor((-4,), (-1,), 4),
@@ -496,6 +498,7 @@ def _listen(event: str, arguments: tuple) -> None:
 def legacy(content: bytes, keys: int = 0) -> bytes:
     order = pickle.dumps([str(k) for k in range(keys)], 2)
     head = MAGIC + pickle.dumps(1001, 2) + pickle.dumps({"little_endian": True}, 2)
+    content = content.replace(b"tQ", b"NtQ")  # its storages have one more entry
     return head + b"\x80\x02" + content + b"." + order + struct.pack("<q", HUGE) * keys + bytes(16)
 
 
