@@ -29,7 +29,7 @@ from torch import Tensor
 
 from conversion.phantoms import ANATOMIES, STRUCTURES, phantom
 from models.resnet import GreyResNet, pooled
-from training import weights
+from training import loading
 from utils import config as options
 
 Cases = tuple[Tensor, np.ndarray]  # images [N, D, H, W] in 0..1, which structures each slice shows [N, D, structures]
@@ -107,7 +107,7 @@ def resnet_of(path: Path | None, seed: int = 0) -> GreyResNet:
     torch.manual_seed(seed)
     resnet = GreyResNet(ARCH)
     if path is not None:
-        weights.load_resnet(resnet, path, "run demo.py again")
+        loading.load_resnet(resnet, path, "run demo.py again")
     return resnet.eval()
 
 

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from downstream.encoders import has_transformer, load_encoder, load_joint_encoder
 from models.encoder import JointEncoder
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, plain, pooled
+from training.loading import read_record
+from training.weights import encoded as weights_file
 from utils import config as options
 from utils import files
 from utils.errors import UserError
@@ -120,21 +122,19 @@ def main(cfg: Config) -> None:
 
 
 def write(name: str, source: Source, cfg: Config) -> None:
-    """The files of a format, then their cards; a card that is there is of no other files."""
+    """The files of a format and their cards, all or none; a card that is there is of no other files."""
     stem = Path(cfg.dest, f"{source.path.stem}_{name}{'_fp16' * cfg.half}")
     channels = FORMATS[name].channels if name in PROGRAMS else cfg.channels or FORMATS[name].channels
     contents = {Path(f"{stem}{suffix}"): data for suffix, data in encoded(name, source, channels, cfg).items()}
-    for path, data in contents.items():
-        with files.whole_file(path) as temporary:
-            temporary.write_bytes(data)
-            for card in (".json", ".md"):  # of the file that is replaced
-                Path(f"{stem}{card}").unlink(missing_ok=True)
+    if source.path.resolve() in [path.resolve() for path in contents]:
+        raise UserError(f"dest: {source.path} itself would be overwritten; choose another folder")
     checksums = {path.name: hashlib.sha256(data).hexdigest() for path, data in contents.items()}
     card = card_of(name, source, stem.name, channels, checksums, cfg)
     imports = [m for m in dict.fromkeys(("torch", card["library"])) if any(f"{m}." in line for line in card["use"])]
     template = Template(CARD.read_text(encoding="utf-8"), undefined=StrictUndefined, trim_blocks=True)
-    files.write_text(template.render(card, file=stem.name, imports=imports), Path(f"{stem}.md"))
-    files.write_text(json.dumps(card, indent=2) + "\n", Path(f"{stem}.json"))
+    text = template.render(card, file=stem.name, imports=imports)
+    cards = {Path(f"{stem}.md"): text.encode(), Path(f"{stem}.json"): (json.dumps(card, indent=2) + "\n").encode()}
+    files.write_together(contents | cards, last=cards)
     print(f"wrote {', '.join(map(str, contents))}", flush=True)
 
 
@@ -147,10 +147,10 @@ def read(weights: str, arch: str | None = None) -> Source:
                 f"weights: {file}: missing; name a file of ssl_*2D.py, mask_*.py or ssl_*3D.py with the .json that "
                 "was written beside it: a model card must say what made the weights"
             )
+    record = read_record(path)
     try:
-        record = json.loads(about.read_text(encoding="utf-8"))
-        checksum, *_ = record["sha256"], record["config"]["arch"], record["data"]["summary"], record["commit"]
-    except (ValueError, KeyError, TypeError):
+        checksum, *_ = record["sha256"], record["data"]["summary"], record["commit"]
+    except (KeyError, TypeError):
         raise UserError(f"{about}: damaged; it should hold sha256, config, data and commit. Copy it again") from None
     if checksum != hashlib.sha256(path.read_bytes()).hexdigest():
         raise UserError(f"{about}: is of other weights than {path.name} (sha256 differs); copy both files again")
@@ -183,7 +183,7 @@ def encoded(name: str, source: Source, channels: int, cfg: Config) -> dict[str, 
         state = inflate(state, cfg.inflation)
     if cfg.half:
         state = halved(state)
-    both = {".pth": state_file(state), ".safetensors": save(state, metadata={"format": "pt"})}
+    both = {".pth": weights_file(state), ".safetensors": save(state, metadata={"format": "pt"})}
     loaded = "".join(FORMATS[name].use)
     return {suffix: data for suffix, data in both.items() if not cfg.one_file or f"{{file}}{suffix}" in loaded}
 
@@ -295,13 +295,6 @@ class EncoderOutputs(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         stages = self.encoder(images)
         return pooled(stages), *stages
-
-
-def state_file(state: dict[str, Tensor]) -> bytes:
-    """A state dict as torch.save writes it (.pth)."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    return file.getvalue()
 
 
 def program_file(joint: JointEncoder) -> bytes:

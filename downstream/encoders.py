@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor
 
 from models.encoder import JointEncoder
 from models.resnet import GreyResNet
-from training.weights import load_joint, load_resnet
+from training import loading
+from training.weights import load_joint
 from utils.errors import UserError
 
 NAMED = ("random", "imagenet")
 REMEDY = (
-    "give a ResNet file (of ssl_*2D.py, *_encoder.pth, torchvision, SwAV, DeepCluster-v2, VISSL), a file of "
-    "mask_*.py or ssl_*3D.py, random, or imagenet"
+    "give a ResNet file (of ssl_*2D.py, *_encoder.pth, or from elsewhere: docs/EXPORTS.md), a file of mask_*.py or "
+    "ssl_*3D.py, random, or imagenet"
 )
 
 
@@ -30,17 +29,14 @@ def load_encoder(weights: str, arch: str | None = None, seed: int = 0) -> GreyRe
     """f_intra, the slice encoder.  arch: see `choose_arch`.
 
     weights: `random`, of a seed; `imagenet` (torchvision's, if they lie in torch's cache: nothing is downloaded); or a
-    file in any layout of `training.weights.load_resnet`. Raises UserError where they are missing or do not fit.
+    file in any layout of `training.layouts`. Raises UserError where they are missing or do not fit.
     """
     arch = choose_arch(weights, arch)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = GreyResNet(arch)
     if weights != "random":
-        try:
-            load_resnet(encoder, _imagenet_file(arch) if weights == "imagenet" else Path(weights), REMEDY)
-        except UserError as error:
-            raise UserError(f"{error} (loaded as {arch}; another one is chosen with --arch)") from None
+        loading.load_resnet(encoder, loading.imagenet(arch) if weights == "imagenet" else Path(weights), REMEDY)
     return encoder
 
 
@@ -64,22 +60,19 @@ def describe_weights(weights: str) -> str:
 
 
 def has_transformer(weights: str) -> bool:
-    """Whether these are weights of stage 2 or 3, which `load_joint_encoder` takes; `load_encoder` has read them."""
+    """Whether these are weights of stage 2 or 3, which `load_joint_encoder` takes."""
     if weights in NAMED:
         return False
-    return any(key.startswith("transformer.") for key in torch.load(weights, map_location="cpu", weights_only=True))
+    with loading.reading(_existing(weights)) as state:
+        return bool(loading.below(state, "transformer."))
 
 
 def choose_arch(weights: str, arch: str | None) -> str:
     """`arch`, or what the `.json` beside the weights says, or resnet50. UserError where the first two differ."""
-    made_with = None
-    if weights not in NAMED and (about := _existing(weights).with_suffix(".json")).is_file():
-        try:
-            made_with = json.loads(about.read_text(encoding="utf-8"))["config"]["arch"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{about}: damaged; it should say the arch of {weights}, or be removed") from None
-        if arch and arch != made_with:
-            raise UserError(f"arch: {arch} was asked for, but {weights} was made with {made_with}; leave --arch out")
+    record = None if weights in NAMED else loading.read_record(_existing(weights))
+    made_with = record and record["config"]["arch"]
+    if arch and made_with and arch != made_with:
+        raise UserError(f"arch: {arch} was asked for, but {weights} was made with {made_with}; leave --arch out")
     return arch or made_with or "resnet50"
 
 
@@ -107,14 +100,4 @@ def _existing(weights: str) -> Path:
     path = Path(weights)
     if not path.is_file():
         raise UserError(f"weights: {weights}: no such file; {REMEDY}")
-    return path
-
-
-def _imagenet_file(arch: str) -> Path:
-    """torchvision's file of its default recipe in torch's cache."""
-    file = Path(torchvision.models.get_model_weights(arch).DEFAULT.url).name
-    path = Path(torch.hub.get_dir()) / "checkpoints" / file
-    if not path.is_file():
-        fetch = f"fetch it with torchvision.models.{arch}(weights='DEFAULT')"
-        raise UserError(f"weights: imagenet: {path} is not there, and nothing is downloaded here; {fetch}")
     return path

@@ -7,7 +7,8 @@ describe these; each is trained by its script:
     swav_joint: {script: ssl_swav3D, start: {resnet_pretrained: swav_2d, trans_pretrained: none}, seeds: [0, 1, 2]}
 
 options: of the script, where they differ from its constants. start: options that name weights: a recipe that stands
-before, a file, or none. seeds: one pre-training each; the k-th starts from the k-th of the recipes in `start`.
+before, a file, imagenet, or none. seeds: one pre-training each; the k-th starts from the k-th of the recipes in
+`start`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import pandas as pd
 import torch
 
 from downstream.encoders import content_of
+from training import weights
 from training.scripts import load
 from utils import config, signals
 from utils.errors import UserError
@@ -196,6 +198,9 @@ def read_recipes(recipes: Mapping[str, Any], root: Path) -> dict[str, list[Pretr
         for k, seed in enumerate(seeds):
             own = options if seed is None else options | {"seed": seed}
             starts = {option: _start(f"{where}: {option}", of, known, k) for option, of in start.items()}
+            there = {option: of if isinstance(of, str) else "none" for option, of in starts.items()}
+            made = dict.fromkeys(weights.MADE_BY.keys() & {field.name for field in fields(script.Config)}, "none")
+            weights.check_sources(parsed(script.Config, options | made | there))
             known[name].append(Pretraining(name, seed, script.__name__, own, starts, root))
     return known
 
@@ -204,9 +209,11 @@ def _start(where: str, of: str, known: Mapping[str, Sequence[Pretraining]], k: i
     """What the k-th run of a recipe starts from."""
     if known.get(of):
         return at(known[of], k)
-    if of != "none" and not Path(of).is_file():
+    if of in ("none", "imagenet"):
+        return of
+    if not Path(of).is_file():
         raise UserError(f"{where}: {of} is neither a file nor a recipe that stands before this one")
-    return of if of == "none" else str(Path(of).resolve())
+    return str(Path(of).resolve())
 
 
 def at(runs: Sequence[Pretraining], k: int) -> Pretraining:

@@ -257,7 +257,7 @@ class Course:
 
     def begin(self) -> None:
         """Make the optimiser, and take up a run that was stopped."""
-        task, state = self.task, self.state
+        task, state, self.state = self.task, self.state, None  # its memory is needed
         self.optimizer = torch.optim.AdamW(task.groups(self.model), self.cfg.base_lr)
         self.rate = WarmupCosine(self.cfg.base_lr, 0.0, 0.0, task.warmup_steps, task.epochs * task.steps)
         if not state:

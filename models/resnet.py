@@ -52,7 +52,7 @@ class GreyResNet(nn.Module):
         net.conv1.in_channels = 1
         self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
-        self.recompute = recompute
+        self.arch, self.recompute = arch, recompute
         self.num_features = net.fc.in_features  # channels of the last stage, 2048 for ResNet-50
         expansion = self.num_features // 512
         self.stem_features = net.conv1.out_channels

@@ -104,7 +104,10 @@ def kmeans_torch(
 
 @torch.no_grad()
 def kmeans_faiss(points: Tensor, centroids: Tensor, iterations: int = 10, seed: int = 0) -> Tensor:
-    """The same by faiss on rank 0's CPU: points [n, d] of this process are gathered there, so they must fit."""
+    """The same by faiss on rank 0: points [n, d] of this process are gathered in its memory, so they must fit.
+
+    On the GPU where the points are on one and faiss is a build that uses it, else on the CPU.
+    """
     import faiss  # optional: the torch back end needs nothing but torch
 
     parts = gather_objects(points.cpu())
@@ -120,6 +123,7 @@ def kmeans_faiss(points: Tensor, centroids: Tensor, iterations: int = 10, seed: 
             seed=seed % 2**31,
             min_points_per_centroid=1,
             max_points_per_centroid=len(joint) // K + 1,
+            gpu=int(points.is_cuda and faiss.get_num_gpus() > 0),  # one: the others train
         )
         kmeans.train(joint, init_centroids=F.normalize(centroids, dim=1).cpu().float().numpy())
         result = torch.from_numpy(kmeans.centroids).to(centroids)

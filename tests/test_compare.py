@@ -148,6 +148,7 @@ def test_recipes_are_known_by_what_they_are_made_from_and_paired_by_place(tmp_pa
     def read(start: str = "flat", **changes: Any):
         described = {"flat": {"script": "ssl_swav2D", "options": options | changes, "seeds": [5, 6]}}
         described["joint"] = {"script": "ssl_swav3D", "start": {"resnet_pretrained": start}, "seeds": [0, 1, 2]}
+        described["joint"]["options"] = {"arch": "resnet18"}
         return read_recipes(described, tmp_path)
 
     runs = read()
@@ -163,12 +164,16 @@ def test_recipes_are_known_by_what_they_are_made_from_and_paired_by_place(tmp_pa
     assert read(str(weights))["joint"][0].key != of_file
 
 
-def test_a_mistake_in_a_recipe_is_named_before_anything_is_trained(data, tmp_path):
-    for options, message in (
-        ({"epoch": 1}, "ssl_swav2D has no option 'epoch'"),
-        ({"epochs": 5}, "warmup_epochs: a warm-up of 10 epochs leaves nothing"),
+def test_a_mistake_in_a_recipe_is_named_before_anything_is_trained(data, weights, tmp_path):
+    (tmp_path / "page.pth").write_text("<html>")
+    for options, start, message in (
+        ({"epoch": 1}, "none", "ssl_swav2D has no option 'epoch'"),
+        ({"epochs": 5}, "none", "warmup_epochs: a warm-up of 10 epochs leaves nothing"),
+        ({}, str(weights), r"other\.pth: holds a resnet18, to be loaded as a resnet50; add --arch resnet18"),
+        ({}, str(tmp_path / "page.pth"), r"page\.pth: is a web page"),
+        ({}, "no.pth", "neither a file nor a recipe"),
     ):
-        recipe = {"script": "ssl_swav2D", "options": options}
+        recipe = {"script": "ssl_swav2D", "options": options, "start": {"resnet_pretrained": start}}
         with pytest.raises(UserError, match=message):
             run(data, tmp_path, recipes={"mine": recipe}, initialisations=["mine"])
     assert not (tmp_path / "compare").exists()
@@ -225,7 +230,7 @@ def test_errors_of_any_cell_come_before_the_first_and_name_the_option(data, weig
     (weights.with_suffix(".json")).write_text(json.dumps({"config": {"arch": "resnet18"}}))
     for changes, message in (
         ({"initialisations": [str(weights), f"other={weights}"]}, "two are called other"),
-        ({"initialisations": ["random", f"half={tmp_path / 'half.pth'}"]}, r"half\.pth: matched 0"),
+        ({"initialisations": ["random", f"half={tmp_path / 'half.pth'}"]}, r"half\.pth: holds no ResNet"),
         ({"initialisations": ["random", str(weights)], "options": {"arch": None}}, "resnet18, resnet50 differ"),
         ({"labelled": [2, 99]}, "labelled: 99 cases were asked for"),
     ):

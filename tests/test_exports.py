@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -195,10 +197,63 @@ def test_the_card_says_what_the_files_are_what_made_them_and_what_not_to_expect(
 
 def test_an_export_that_is_cut_short_leaves_no_card_of_other_files(resnet18, tmp_path, monkeypatch):
     export(resnet18, tmp_path, format="timm")
-    monkeypatch.setattr(files, "write_text", lambda text, path: exec("raise KeyboardInterrupt"))
+    monkeypatch.setattr(os, "replace", lambda *_: exec("raise KeyboardInterrupt"))
     with pytest.raises(KeyboardInterrupt):
         export(resnet18, tmp_path, format="timm", channels=1)
     assert {path.name for path in tmp_path.iterdir()} == {"third_timm.pth", "third_timm.safetensors"}
+
+
+@pytest.mark.parametrize("killed_at", range(4))
+def test_files_that_belong_together_take_their_places_one_right_after_the_other(killed_at, tmp_path, monkeypatch):
+    names = [tmp_path / name for name in ("card", "weights", "others", "list")]
+    files.write_together(dict.fromkeys(names, b"old"))
+    moved = []
+
+    def move(source, target):
+        if len(moved) == killed_at:
+            raise KeyboardInterrupt
+        moved.append(shutil.move(source, target))
+
+    monkeypatch.setattr(os, "replace", move)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_together(dict.fromkeys(names, b"new"), last=[names[3], names[0]])
+    there = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    order = ["weights", "others", "list", "card"]
+    assert there == {"weights": "old", "others": "old"} | dict.fromkeys(order[:killed_at], "new")
+
+
+@pytest.mark.parametrize("room", [0, 5, 15])
+def test_a_full_disk_leaves_what_was_there(room, tmp_path, monkeypatch):
+    names = [tmp_path / name for name in ("weights", "others", "card")]
+    files.write_together(dict.fromkeys(names, b"older"))
+    left, write = room, Path.write_bytes
+
+    def write_bytes(path, data):
+        nonlocal left
+        write(path, data[: max(0, left)])
+        left -= len(data)
+        if left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    named = names[room // 6].name
+    with pytest.raises(UserError, match=rf"{named}: cannot be written \(No space left on device\); free space"):
+        files.write_together(dict.fromkeys(names, b"newer!"), last=[names[2]])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {path.name: b"older" for path in names}
+
+
+def test_an_export_over_its_own_source_or_a_folder_is_refused(resnet18, tmp_path):
+    for suffix in (".pth", ".json"):
+        shutil.copy(resnet18.folder / f"first{suffix}", tmp_path / f"first_timm{suffix}")
+    (tmp_path / "first_timm_smp.pth").mkdir()
+    made = SimpleNamespace(folder=tmp_path)
+    with pytest.raises(UserError, match=r"first_timm_smp\.pth: cannot be written \(is a folder\)"):
+        export(made, tmp_path, "first_timm", format="smp")
+    (tmp_path / "first_timm.pth").rename(tmp_path / "first.pth")
+    (tmp_path / "first_timm.json").rename(tmp_path / "first.json")
+    (tmp_path / "first_timm.pth").symlink_to(tmp_path / "first.pth")
+    with pytest.raises(UserError, match=r"dest: .*first\.pth itself would be overwritten"):
+        export(made, tmp_path, "first", format="timm")
 
 
 def test_what_a_format_cannot_hold_is_left_out_or_refused(resnet18, tmp_path, capsys, monkeypatch):
@@ -231,4 +286,4 @@ def test_wrong_input_is_named(resnet18, tmp_path):
     assert "is of other weights" in said()
     record["config"]["arch"] = "resnet50"
     about.write_text(json.dumps(record))
-    assert "loaded as resnet50" in said()
+    assert "holds a resnet18, to be loaded as a resnet50; first.json says otherwise" in said()

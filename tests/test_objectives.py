@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from torch.testing import assert_close
 
 from objectives import DeepClusterV2, SwAV, bank
 from objectives.deepcluster import UNASSIGNED
-from objectives.kmeans import _sum_clusters, assign, kmeans_torch
+from objectives.kmeans import _sum_clusters, assign, kmeans_faiss, kmeans_torch
 from objectives.sinkhorn import sinkhorn
 from objectives.sizes import prototype_counts, queue_size
 from utils.distributed import rank
@@ -254,3 +256,22 @@ def test_queue_size_and_its_warning_with_numbers() -> None:
         assert queue_size(68, [800], 32, "queue_length") == 68  # 100 in all: just enough
     with pytest.warns(UserWarning, match=r"32 embeddings .* queue of 67 .* 800 prototypes.*--queue_length 1568"):
         assert queue_size(67, [30, 800], 32, "queue_length") == 67
+
+
+@pytest.mark.parametrize(("cuda", "gpus", "used"), [(True, 2, 1), (True, 0, 0), (False, 2, 0)])
+def test_faiss_runs_on_a_gpu_where_points_and_its_build_are_there(cuda, gpus, used, monkeypatch):
+    class Points(torch.Tensor):
+        is_cuda = cuda
+
+    class Kmeans:
+        def __init__(self, d, K, **options):
+            asked.update(options)
+
+        def train(self, points, init_centroids):
+            self.centroids = init_centroids
+
+    asked: dict[str, object] = {}
+    monkeypatch.setitem(sys.modules, "faiss", SimpleNamespace(Kmeans=Kmeans, get_num_gpus=lambda: gpus))
+    points = unit(20, 4)
+    assert kmeans_faiss(points.as_subclass(Points), points[:3]).shape == (3, 4)
+    assert asked["gpu"] == used

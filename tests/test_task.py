@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 import signal
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,27 @@ def test_a_run_stopped_anywhere_ends_as_one_that_was_not(make, stops, tmp_path):
     written = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"best.pth", "cases.csv", "config.yaml", "results.json", "split.json"} <= written
     assert not {checkpoint.LATEST, checkpoint.PREVIOUS} & written
+
+
+def test_a_checkpoint_that_was_gone_on_from_leaves_the_memory(tmp_path, monkeypatch):
+    kind, cfg = line(tmp_path)
+    with pytest.raises(SystemExit):
+        task.run(stopping(kind, *STOPS[0]), cfg)
+    loaded, load = [], checkpoint.load
+
+    def spied(folder: Path) -> Any:
+        state = load(folder)
+        loaded.extend(weakref.ref(value) for value in state["learner"].values())
+        return state
+
+    def test(self: Task, *args: Any) -> Any:
+        gc.collect()
+        assert loaded
+        assert not any(value() is not None for value in loaded)
+        return kind.test(self, *args)
+
+    monkeypatch.setattr(checkpoint, "load", spied)
+    task.run(type(kind.__name__, (kind,), {"test": test}), cfg)
 
 
 @pytest.mark.parametrize("stopped", [False, True])

@@ -21,7 +21,8 @@ from utils.errors import UserError
 
 def chosen(folder: Path, resnet: str = "none", trans: str = "none") -> SimpleNamespace:
     """Options that name weights files."""
-    return SimpleNamespace(stage=3, pretrained_path=str(folder), resnet_pretrained=resnet, trans_pretrained=trans)
+    names = {"resnet_pretrained": resnet, "trans_pretrained": trans, "checkpoint_name": "made.pth"}
+    return SimpleNamespace(stage=3, arch="resnet18", pretrained_path=str(folder), **names)
 
 
 @pytest.fixture(scope="module")
@@ -34,32 +35,17 @@ def trunk(source, prefix):
     return {prefix + k: v for k, v in source.items() if not k.startswith("fc.")}
 
 
-LAYOUTS = {
-    "torchvision": lambda s: s,
-    "swav": lambda s: (
-        trunk(s, "module.")
-        | {"module.projection_head.0.weight": torch.ones(4, 4), "module.prototypes.weight": torch.ones(9, 4)}
-    ),
-    "vissl": lambda s: {
-        "classy_state_dict": {
-            "base_model": {"model": {"trunk": trunk(s, "_feature_blocks."), "heads": {"x": torch.ones(2)}}}
-        }
-    },
-    "ours": lambda s: trunk(s, "encoder.") | {"projection.weight": torch.ones(4, 4)},
-    "grey": lambda s: trunk(s, "") | {"conv1.weight": fold_grey(s["conv1.weight"])},
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout, source, tmp_path, capsys):
-    torch.save(LAYOUTS[layout](source), tmp_path / "x.pth")
+def test_a_file_of_swav_loads_and_what_is_beside_the_resnet_is_counted(source, tmp_path, capsys):
+    heads = {"module.projection_head.0.weight": torch.ones(4, 4), "module.prototypes.weight": torch.ones(9, 4)}
+    torch.save(trunk(source, "module.") | heads, tmp_path / "x.pth")
     resnet = GreyResNet("resnet18")
     weights.load_backbone(resnet, chosen(tmp_path, "x.pth"))
     for key, value in resnet.state_dict().items():
         expected = fold_grey(source[key]) if key == "conv1.weight" else source[key]
         torch.testing.assert_close(value, expected)
     (line,) = capsys.readouterr().out.splitlines()
-    assert "x.pth: matched 120, missing 0, unexpected" in line
+    beside = "projection_head.0.weight, prototypes.weight"
+    assert line.endswith(f"x.pth: matched 120, missing 0, unexpected 2 ({beside})")
 
 
 @pytest.mark.parametrize(
@@ -68,8 +54,8 @@ def test_layouts(layout, source, tmp_path, capsys):
         (lambda s: {k: v for k, v in s.items() if k != "layer3.0.conv2.weight"}, r"missing 1.*layer3\.0\.conv2"),
         (lambda s: s | {"layer4.0.conv1.weight": torch.ones(1, 1, 3, 3)}, r"layer4\.0\.conv1\.weight is \(1, 1"),
         (lambda s: s | {"bn1.bias": torch.full((64,), torch.nan)}, r"bn1\.bias hold NaN"),
-        (lambda s: [1, 2], "not a state dict"),
-        (lambda s: None, "cannot be read as tensors only"),
+        (lambda s: [1, 2], "holds no tensors"),
+        (lambda s: None, "cannot be read as tensors .*cut short"),
     ],
 )
 def test_incomplete_and_damaged_files_are_refused(state, says, source, tmp_path):
@@ -87,11 +73,49 @@ def test_files_that_would_run_something_or_are_missing_are_refused(tmp_path):
             return os.mkdir, (str(tmp_path / "executed"),)
 
     torch.save({"state_dict": Payload()}, tmp_path / "evil.pth")
-    with pytest.raises(UserError, match=r"evil\.pth: cannot be read as tensors only"):
+    with pytest.raises(UserError, match=r"evil\.pth: holds no tensors"):
         weights.load_backbone(GreyResNet("resnet18"), chosen(tmp_path, "evil.pth"))
     assert not (tmp_path / "executed").exists()
     with pytest.raises(UserError, match=r"no\.pth: no such weights file; run ssl_swav2D.*--resnet_pretrained none"):
         weights.load_backbone(GreyResNet("resnet18"), chosen(tmp_path, "no.pth"))
+
+
+def test_imagenet_is_found_in_torch_s_cache(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(UserError, match=r"resnet18-f37072fd\.pth is not there, and nothing is downloaded"):
+        weights.check(chosen(tmp_path, "imagenet"))
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(source, tmp_path / "checkpoints/resnet18-f37072fd.pth")
+    weights.check(chosen(tmp_path, "imagenet"))
+    weights.load_backbone(resnet := GreyResNet("resnet18"), chosen(tmp_path, "imagenet"))
+    assert torch.equal(resnet.bn1.weight, source["bn1.weight"])
+
+
+def test_results_that_could_not_be_written_are_noticed_before_training(source, tmp_path):
+    torch.save(source, tmp_path / "first.pth")
+    (tmp_path / "folder.pth").mkdir()
+    (tmp_path / "a_encoder.json").mkdir()
+    (tmp_path / "link.pth").symlink_to("first.pth")
+    for name, says in {
+        "weights.json": "overwritten by its own record; end it in .pth",
+        "first.pth": "would overwrite resnet_pretrained",
+        "link.pth": "would overwrite resnet_pretrained",
+        "folder.pth": r"folder\.pth is a folder",
+        "a.pth": r"a_encoder\.json is a folder",
+        "first.pth/x.pth": "is no folder that can be written to",
+    }.items():
+        config = chosen(tmp_path, "first.pth")
+        config.checkpoint_name = name
+        with pytest.raises(UserError, match=says):
+            weights.check(config)
+    weights.check(chosen(tmp_path, "first.pth"))
+    torch.save(source, tmp_path / "first_encoder.pth")
+    config = chosen(tmp_path, "first_encoder.pth")
+    config.checkpoint_name = "first.pth"
+    with pytest.raises(UserError, match=r"would overwrite resnet_pretrained .*first_encoder\.pth"):
+        weights.check(config)
+    with pytest.raises(UserError, match=r"first\.pth: holds no transformer.*mask_swav"):
+        weights.check(chosen(tmp_path, trans="first.pth"))
 
 
 @pytest.fixture
@@ -133,6 +157,39 @@ def test_parts_that_do_not_fit_and_damaged_records_are_named(joint):
     (folder / "joint.json").write_text('{"config": {"arch": "resnet18"}}')
     with pytest.raises(UserError, match=r"joint\.json"):
         weights.load_joint(folder / "joint.pth")
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"layers": 10**8}, r"joint\.json: is of other weights than joint\.pth, which holds d_model 32 and layers 2"),
+        ({"layers": 1e8}, "of other weights"),
+        ({"layers": "2"}, "of other weights"),
+        ({"d_model": 10**9}, "of other weights"),
+        ({"attention": "magic"}, "attention 'magic' is none of deformable, ordinary, mean"),
+        ({"arch": "resnet9000"}, r"joint\.json: damaged"),
+        ({"arch": "resnet50"}, "encoder.*missing"),
+        ("[" * 10**5, r"joint\.json: damaged"),
+        (" " * 2**25, r"joint\.json: damaged"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_record_that_claims_what_the_file_does_not_hold_is_refused(config, says, joint):
+    about = joint[1] / "joint.json"
+    record = json.loads(about.read_text())
+    about.write_text(config if isinstance(config, str) else json.dumps({"config": record["config"] | config}))
+    with pytest.raises(UserError, match=says):
+        weights.load_joint(joint[1] / "joint.pth")
+
+
+def test_a_file_that_claims_what_it_does_not_hold_makes_no_network(joint):
+    path, width = joint[1] / "joint.pth", 2**20  # a transformer of this width would take terabytes
+    state = torch.load(path)
+    state["projection.weight"] = torch.zeros(width, 1)
+    torch.save(state, path)
+    path.with_suffix(".json").write_text(json.dumps({"config": {"arch": "resnet18", "d_model": width, "layers": 2}}))
+    with pytest.raises(UserError, match=r"joint\.pth projection\.: .*instead of"):
+        weights.load_joint(path)
 
 
 def halved(state):

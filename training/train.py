@@ -29,9 +29,8 @@ from utils.seeding import DROPOUT, FILLING, stream
 
 
 def start(config: Any) -> Run:
-    """Join the other processes, unless a weights file is missing: UserError before any long work."""
-    for option in weights.MADE_BY:
-        weights.chosen(config, option)
+    """Join the other processes, unless weights cannot be read or written: UserError before any long work."""
+    weights.check(config)
     return distributed.start(config.device, config.seed, config.timeout_minutes)
 
 

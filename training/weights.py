@@ -3,29 +3,79 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
 import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from datasets.index import Sample, describe, fingerprint
 from models.encoder import JointEncoder
-from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, fold_grey, plain
+from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, plain
+from models.transformer import Attention
 from models.unet import UNetDecoder
 from objectives.learners import Learner
-from utils import checkpoint, files
+from training import loading
+from utils import files
 from utils.config import commit, to_dict
 from utils.distributed import rank
 from utils.errors import UserError
+from utils.tensors import Stored
 
 MADE_BY = {
     "resnet_pretrained": "ssl_swav2D.py or ssl_deepcluster2D.py",
     "trans_pretrained": "mask_swav.py or mask_deepcluster.py",
 }
-WRAPPERS = ("state_dict", "model_state_dict", "model", "classy_state_dict", "base_model", "trunk")
+TRANSFORMER = ("projection", "transformer")  # parts of a `JointEncoder` beside its ResNet
+
+
+def check(config: Any) -> None:
+    """Raises UserError, before any long work, for weights that cannot be loaded, and results that cannot be written."""
+    given = check_sources(config)
+    results = targets(config)
+    if len(set(results)) < len(results):
+        raise UserError(f"checkpoint_name: {results[0].name} would be overwritten by its own record; end it in .pth")
+    for option, path in given.items():
+        if path.resolve() in [result.resolve() for result in results]:
+            raise UserError(f"checkpoint_name: {results[0].name} would overwrite {option} {path}; choose another name")
+    for result in results:
+        if result.is_dir():
+            raise UserError(f"checkpoint_name: {result} is a folder; choose another name")
+    above = next(folder for folder in results[0].absolute().parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UserError(f"pretrained_path: {above} is no folder that can be written to; choose another")
+
+
+def check_sources(config: Any) -> dict[str, Path]:
+    """Option -> weights to start from. Raises UserError where they do not fit by their names and shapes."""
+    given = {option: path for option in MADE_BY if (path := chosen(config, option))}
+    if path := given.get("resnet_pretrained"):
+        with loading.reading(path) as state:
+            loading.network_in(state, path, config.arch)
+    if path := given.get("trans_pretrained"):
+        with loading.reading(path) as state:
+            if not loading.below(state, "transformer."):
+                made_by = MADE_BY["trans_pretrained"]
+                raise UserError(f"{path}: holds no transformer over slices; name a file of {made_by}")
+    return given
+
+
+def targets(config: Any) -> list[Path]:
+    """The files that `save` writes: weights and their records."""
+    path = Path(config.pretrained_path) / config.checkpoint_name
+    weights = [path, *[encoder_of(path)] * (config.stage == 3)]
+    return [file for path in weights for file in (path, path.with_suffix(".json"))]
+
+
+def encoder_of(path: Path) -> Path:
+    """Of a file of stage 3, the one beside it that holds the ResNet alone."""
+    return path.with_name(f"{path.stem}_encoder.pth")
 
 
 def chosen(config: Any, option: str) -> Path | None:
@@ -34,7 +84,9 @@ def chosen(config: Any, option: str) -> Path | None:
     path = Path(config.pretrained_path) / name
     if name == "none":
         return None
-    if not path.is_file():
+    if (option, name) == ("resnet_pretrained", "imagenet"):
+        return loading.imagenet(config.arch)
+    if not path.exists():
         raise UserError(
             f"{path}: no such weights file; run {MADE_BY[option]} first, or copy one there, or pass --{option} none to "
             "go on with random weights"
@@ -43,21 +95,14 @@ def chosen(config: Any, option: str) -> Path | None:
 
 
 def load_backbone(resnet: GreyResNet, config: Any) -> None:
-    """Load `resnet_pretrained` from any known layout: torchvision, SwAV, DeepCluster-v2, VISSL, or ours.
+    """Load `resnet_pretrained`: see `loading.load_resnet`, or `imagenet`.
 
-    Heads and prototypes in the file are left out and counted. The name `none` loads nothing and says so where a stage
-    builds on pre-trained weights. Raises UserError when the file is missing, unreadable, or any backbone tensor is
-    absent or has another shape.
+    The name `none` loads nothing and says so where a stage builds on pre-trained weights.
     """
     if path := chosen(config, "resnet_pretrained"):
-        load_resnet(resnet, path)
+        loading.load_resnet(resnet, path)
     elif config.stage > 1:
         _say_random("slice encoder (ResNet)", "resnet_pretrained")
-
-
-def load_resnet(resnet: GreyResNet, path: Path, remedy: str = "") -> None:
-    """A ResNet from a file of any known layout. Raises UserError; remedy: what to do where there is no such file."""
-    _load_grey(resnet, _unwrap(_read(path, remedy)), path)
 
 
 def load_transformer(encoder: JointEncoder, config: Any) -> None:
@@ -71,37 +116,40 @@ def load_transformer(encoder: JointEncoder, config: Any) -> None:
     if not path:
         _say_random("projection and transformer", "trans_pretrained")
         return
-    state = _read(path)
-    _load_parts(encoder, state, path)
-    ours = encoder.resnet.conv1.weight.detach().cpu()
-    theirs = _below(state, "encoder.").get("conv1.weight")
-    rounding = torch.finfo(torch.float16).eps * float(ours.abs().max())
-    if theirs is None or not torch.allclose(fold_grey(theirs.float()), ours, rtol=0, atol=rounding):
-        warnings.warn(f"{path} was trained on another ResNet than the one loaded here", stacklevel=2)
+    with loading.reading(path) as state:
+        for part in TRANSFORMER:
+            loading.load(getattr(encoder, part), loading.below(state, f"{part}."), path, f" {part}.")
+        ours = encoder.resnet.conv1.weight.detach().cpu()
+        theirs = loading.in_grey(encoder.resnet, loading.below(state, "encoder.")).get("conv1.weight")
+        rounding = torch.finfo(torch.float16).eps * float(ours.abs().max())
+        same = theirs and theirs.shape == ours.shape
+        if not (same and torch.allclose(theirs.read().float(), ours, rtol=0, atol=rounding)) and rank() == 0:
+            warnings.warn(f"{path} was trained on another ResNet than the one loaded here", stacklevel=2)
 
 
 def load_mask_head(learner: nn.Module, config: Any) -> None:
     """Load stage 2's mask token and decoder into a learner that goes on predicting masked slices."""
     if path := chosen(config, "trans_pretrained"):
-        state = _read(path)
-        _load(learner.decoder, _below(state, "decoder."), path, " decoder.")
-        with torch.no_grad():
-            learner.mask_token.copy_(state["mask_token"])
+        with loading.reading(path) as state:
+            loading.load(learner.decoder, loading.below(state, "decoder."), path, " decoder.")
+            token = {name: value for name, value in state.items() if name == "mask_token"}
+            loading.load(nn.ParameterDict({"mask_token": learner.mask_token}), token, path, " ")
 
 
 def load_unet(decoder: UNetDecoder, path: Path) -> bool:
     """L_recon's decoder for another output: all but its head, f_inter's part where this one has it. False: no such."""
-    state = _below(_read(path), "unet.")
-    own = {f"{part}." for part in ("blocks", "from_inter") if getattr(decoder, part) is not None}
-    for part in sorted(own) if state else ():
-        _load(getattr(decoder, part[:-1]), _below(state, part), path, f" unet.{part}")
+    with loading.reading(path) as everything:
+        state = loading.below(everything, "unet.")
+        parts = [part for part in ("blocks", "from_inter") if getattr(decoder, part) is not None]
+        for part in parts if state else ():
+            loading.load(getattr(decoder, part), loading.below(state, f"{part}."), path, f" unet.{part}.")
     return bool(state)
 
 
 def joint_state(encoder: JointEncoder) -> dict[str, Tensor]:
     """Prefixes `encoder.` (torchvision layout), `projection.` and `transformer.`."""
     state = {f"encoder.{key}": value for key, value in encoder.resnet.torchvision_state().items()}
-    for part in ("projection", "transformer"):
+    for part in TRANSFORMER:
         state |= {f"{part}.{key}": plain(value) for key, value in getattr(encoder, part).state_dict().items()}
     return state
 
@@ -113,8 +161,9 @@ def save(learner: Learner, path: Path, record: dict[str, Any]) -> None:
     Stage 3: `joint_state`, with `unet.` where L_recon was on; beside it `*_encoder.pth`, the flat ResNet to copy
     downstream.
     """
+    resnet = learner.resnet.torchvision_state()
     if learner.stage == 1:
-        _save(learner.resnet.torchvision_state(), path, record)
+        _save({path: resnet}, record)
         return
     state = joint_state(learner.encoder)
     if learner.stage == 2:
@@ -122,27 +171,38 @@ def save(learner: Learner, path: Path, record: dict[str, Any]) -> None:
         state |= {f"decoder.{key}": plain(value) for key, value in learner.decoder.state_dict().items()}
     if getattr(learner, "unet", None) is not None:
         state |= {f"unet.{key}": plain(value) for key, value in learner.unet.state_dict().items()}
-    _save(state, path, record)
-    if learner.stage == 3:
-        _save(learner.resnet.torchvision_state(), path.with_name(f"{path.stem}_encoder.pth"), record)
+    _save({path: state} | ({encoder_of(path): resnet} if learner.stage == 3 else {}), record)
 
 
 def load_joint(path: Path, dropout: float = 0.1) -> JointEncoder:
-    """The encoder of a stage 2 or stage 3 file; architecture and width come from the `.json` beside it."""
-    about = path.with_suffix(".json")
-    try:
-        made_by = json.loads(about.read_text())["config"]
-        arch, d_model, layers = made_by["arch"], made_by["d_model"], made_by["layers"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{about}: missing or damaged; it should say the arch, d_model and layers of {path.name}"
-        ) from None
-    attention = made_by.get("attention", "deformable")  # files of before there was a choice do not say
-    encoder = JointEncoder(arch, d_model, layers, dropout, attention=attention)
-    state = _read(path, "run mask_*.py or ssl_*3D.py first")
-    _load_grey(encoder.resnet, _below(state, "encoder."), path, label=" encoder.")
-    _load_parts(encoder, state, path)
+    """The encoder of a stage 2 or stage 3 file; architecture and attention come from the `.json` beside it."""
+    with loading.reading(path, "run mask_*.py or ssl_*3D.py first") as state:
+        about = path.with_suffix(".json")
+        if not (record := loading.read_record(path)):
+            raise UserError(f"{about}: missing; it should say the arch, d_model and layers of {path.name}")
+        made_by = {"attention": "deformable"} | record["config"]  # files of before there was a choice do not say
+        layers = len({name.split(".")[2] for name in state if name.startswith("transformer.layers.")})
+        width = state["projection.weight"].shape[0] if "projection.weight" in state else 0
+        if (made_by.get("d_model"), made_by.get("layers")) != (width, layers):
+            raise UserError(
+                f"{about}: is of other weights than {path.name}, which holds d_model {width} and layers {layers}; copy "
+                "both files again, or name a file of mask_*.py or ssl_*3D.py"
+            )
+        if (attention := made_by["attention"]) not in get_args(Attention):
+            raise UserError(f"{about}: attention {attention!r} is none of {', '.join(get_args(Attention))}")
+        build = partial(JointEncoder, made_by["arch"], width, layers, dropout, attention=attention)
+        with torch.device("meta"):
+            _parts(build(), state, path, loading.require_fit)  # before anything of these sizes is made
+        encoder = build()
+        _parts(encoder, state, path, loading.load)
     return encoder
+
+
+def _parts(encoder: JointEncoder, state: Mapping[str, Stored], path: Path, do: Callable[..., Any]) -> None:
+    """Do something with each part of an encoder and its tensors."""
+    do(encoder.resnet, loading.in_grey(encoder.resnet, loading.below(state, "encoder.")), path, " encoder.")
+    for part in TRANSFORMER:
+        do(getattr(encoder, part), loading.below(state, f"{part}."), path, f" {part}.")
 
 
 def record(config: Any, samples: list[Sample], result: dict[str, float]) -> dict[str, Any]:
@@ -163,83 +223,22 @@ def _say_random(what: str, option: str) -> None:
         print(f"{'!' * 20}\nWARNING: {what} start from RANDOM weights ({why})\n{'!' * 20}", flush=True)
 
 
-def _below(state: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+def encoded(state: Mapping[str, Tensor]) -> bytes:
+    """A state dict as torch.save writes it (.pth)."""
+    file = io.BytesIO()
+    torch.save({key: value.contiguous() for key, value in state.items()}, file)
+    return file.getvalue()
 
 
-def _read(path: Path, remedy: str = "") -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such weights file; {remedy}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path}: cannot be read as tensors only ({reason}). If it holds other Python objects and you trust its "
-            "source, re-save its state dict: torch.save(torch.load(f, weights_only=False)['state_dict'], f)"
-        ) from None
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: holds a {type(state).__name__}, not a state dict")
-    return state
-
-
-def _unwrap(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors in the dictionaries that trainers wrap around them, without the prefix of the ResNet's names."""
-    while not any(key.endswith("conv1.weight") for key in state):
-        inner = next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), None)
-        if inner is None:
-            break
-        state = inner
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    stems = [key for key in tensors if key.endswith("conv1.weight") and ".layer" not in f".{key}"]
-    prefix = stems[0].removesuffix("conv1.weight") if stems else ""
-    return {key.removeprefix(prefix): value for key, value in tensors.items()}
-
-
-def _load_grey(resnet: GreyResNet, state: dict[str, Tensor], path: Path, label: str = "") -> None:
-    """Load a stem for colour as one for grey; counters of BatchNorm's batches may be missing, as in old files."""
-    stem = state.get("conv1.weight")
-    if stem is not None and stem.dim() == 4 and stem.shape[1] == 3:
-        state["conv1.weight"] = fold_grey(stem)
-    _load(resnet, state, path, label)
-
-
-def _load_parts(encoder: JointEncoder, state: dict[str, Tensor], path: Path) -> None:
-    for part in ("projection", "transformer"):
-        _load(getattr(encoder, part), _below(state, f"{part}."), path, f" {part}.")
-
-
-def _load(module: nn.Module, state: dict[str, Tensor], path: Path, label: str) -> None:
-    """All of a module, from a file that may hold other things beside it, which are counted."""
-    own = module.state_dict()
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in own]
-    parts = {key.split(".")[0] for key in own}
-    both = [key for key in own if key in state]
-    wrong = [key for key in both if state[key].shape != own[key].shape]
-    line = f"{path}{label}: matched {len(both) - len(wrong)}, missing {len(missing)}, unexpected {len(unexpected)}"
-    problems = (
-        [f"{key} is missing" for key in missing]
-        + [f"{key} is {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" for key in wrong]
-        + [f"{key} has no place" for key in unexpected if key.split(".")[0] in parts]
-    )
-    if problems:
-        raise UserError(f"{line}; {_some(problems)}. Were arch, d_model and layers the same when it was made?")
-    if broken := [key for key in both if state[key].is_floating_point() and not state[key].isfinite().all()]:
-        raise UserError(f"{path}: {_some(broken)} hold NaN or Inf; what made this file went wrong, take another")
-    module.load_state_dict({key: state[key] for key in both}, strict=False)
-    if rank() == 0:
-        print(f"{line} ({_some(unexpected)})" if unexpected else line, flush=True)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
-
-
-def _save(state: dict[str, Tensor], path: Path, record: dict[str, Any]) -> None:
+def _save(states: Mapping[Path, dict[str, Tensor]], record: dict[str, Any]) -> None:
+    """Files and their records, all or none."""
     if rank() != 0:
         return
-    checkpoint.write({key: value.contiguous() for key, value in state.items()}, path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    files.write_text(json.dumps({**record, "sha256": digest}, indent=2) + "\n", path.with_suffix(".json"))
-    print(f"wrote {path}", flush=True)
+    contents = {path: encoded(state) for path, state in states.items()}
+    records = {
+        path.with_suffix(".json"): json.dumps({**record, "sha256": hashlib.sha256(data).hexdigest()}, indent=2) + "\n"
+        for path, data in contents.items()
+    }
+    files.write_together(contents | {path: text.encode() for path, text in records.items()}, last=records)
+    for path in contents:
+        print(f"wrote {path}", flush=True)

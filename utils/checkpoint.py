@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from utils import tensors
 from utils.config import to_dict
 from utils.distributed import Run, broadcast_object, gather_objects, on_main, rank
 from utils.errors import UserError
@@ -87,13 +88,16 @@ def read(path: Path) -> tuple[dict[str, Any], bytes]:
     Raises FileNotFoundError or NotADirectoryError, or UserError that says what is wrong with the file.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is a folder or a pipe, not a checkpoint; move it away")
         with open(path, "rb") as file:
             size = max(0, os.fstat(file.fileno()).st_size - SEAL_BYTES)
             file.seek(size)
             seal = file.read()
         if seal != SEAL + _digest(path, size):
             raise UserError(f"{path}: is damaged, cut short, or not a checkpoint (its end is no checksum of the rest)")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with tensors.opened(path):  # before torch.load makes room for what the file claims
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, NotADirectoryError, UserError):
         raise
     except Exception as error:  # torch fails in many ways on arbitrary bytes

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import glob
 import io
 import json
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,34 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     with signals.noted(), temporary_file(path) as temporary:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        _flush(temporary)
         os.replace(temporary, path)
-        with contextlib.suppress(OSError):  # makes the renaming last through a power failure, where that can be asked
-            descriptor = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        _flush_folder(path.parent)
+
+
+def write_together(contents: Mapping[Path, bytes], last: Collection[Path] = ()) -> None:
+    """Several files that belong together: none takes its place before all are whole on the disk.
+
+    last: those of them that speak of the others; where one is there from before, it goes first, so that a process that
+    is killed in between leaves none that speaks of other files. Raises UserError as `whole_file` does.
+    """
+    with signals.noted(), contextlib.ExitStack() as stack:
+        written = {}
+        for path, content in contents.items():
+            with writing(path):
+                if path.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, "is a folder")
+                temporary = written[path] = stack.enter_context(temporary_file(path))
+                temporary.write_bytes(content)
+                _flush(temporary)
+        for path in last:
+            with writing(path):
+                path.unlink(missing_ok=True)
+        for path in [*(path for path in written if path not in last), *last]:
+            with writing(path):
+                os.replace(written[path], path)
+        for folder in {path.parent for path in written}:
+            _flush_folder(folder)
 
 
 @contextlib.contextmanager
@@ -43,20 +63,28 @@ def temporary_file(path: Path) -> Iterator[Path]:
     """A free name beside `path`, gone when the block ends; errors of writing name `path`, the reason and a remedy."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            if not _writer_lives(leftover):
-                leftover.unlink(missing_ok=True)
-        yield temporary
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+                if not _writer_lives(leftover):
+                    leftover.unlink(missing_ok=True)
+            yield temporary
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Errors of writing name `path`, the reason and a remedy."""
+    try:
+        yield
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         cause: BaseException | None = error
         while cause and not getattr(cause, "strerror", None):
             cause = cause.__cause__ or cause.__context__
         reason = cause.strerror if cause else str(error).splitlines()[0]
         raise UserError(f"{path}: cannot be written ({reason}); free space or choose another folder") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def write_text(text: str, path: Path) -> None:
@@ -102,6 +130,21 @@ def read_csv(path: str | Path, option: str, columns: Sequence[str] = ()) -> list
     if lacking := [name for name in columns if name not in rows[0]]:
         raise UserError(f"{option}: {path} has no column {', '.join(lacking)}, but {', '.join(rows[0])}")
     return rows
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Makes renamings last through a power failure, where that can be asked."""
+    with contextlib.suppress(OSError):
+        _flush(folder)
 
 
 def _writer_lives(leftover: Path) -> bool:

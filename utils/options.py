@@ -88,8 +88,10 @@ class Training(Group):
     workers: NonNegativeInt = data(4, "data-loading processes per training process", FREE)
 
     arch: Literal[ARCHITECTURES] = model("resnet50", "torchvision ResNet that encodes slices")
-    pretrained_path: str = model("weights", "folder of weights: holds those to start from, receives checkpoint_name")
-    resnet_pretrained: str = model("none", "ResNet to start from, of any layout, or none for random weights")
+    pretrained_path: str = model(
+        "weights", "folder of weights: holds those to start from, receives checkpoint_name", FREE
+    )
+    resnet_pretrained: str = model("none", "ResNet to start from: a file of any layout, imagenet, or none (random)")
     checkpoint_name: str = model("", "name of the resulting weights file, below pretrained_path")
 
     epochs: PositiveInt = optimisation(100, "passes over the data", FREE)
@@ -299,7 +301,9 @@ class DeepCluster(Group):
     )
     kmeans_iterations: PositiveInt = objective(10, "iterations of spherical k-means, once per epoch and head")
     kmeans_backend: Literal["auto", "faiss", "torch"] = objective(
-        "auto", "torch (on the training device, spread over the processes), faiss (on one process's CPU); auto is torch"
+        "auto",
+        "torch (on the training device, spread over the processes), faiss (on one process, its GPU where that build "
+        "of faiss can); auto is torch",
     )
 
 
