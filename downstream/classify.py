@@ -87,6 +87,7 @@ class Classification(task.Task):
         self.items, self.classes = label_items(cases, cfg)
         self.labels, self.stack = self.items.label.to_numpy(), self.items["stack"].to_numpy()
         self.patients = dict(zip(self.items.case, self.items.patient, strict=True))
+        self.sources = dict(zip(cases.names, (sample.path for sample in cases.samples), strict=True))
         self.fingerprint = task.fingerprint(sample.path for sample in cases.samples)
 
     def choose(self, train: list[str]) -> list[str]:
@@ -138,8 +139,9 @@ class Classification(task.Task):
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """The new layer learns ten times as fast."""
-        parts = ((model.encoder, 1.0), (model.head, 10.0))
-        return [{"params": list(m.parameters()), "weight_decay": self.cfg.wd, "share": share} for m, share in parts]
+        parts = ((model.encoder, 1.0, self.head_start), (model.head, 10.0, 0))
+        common = {"weight_decay": self.cfg.wd}
+        return [common | {"params": [*m.parameters()], "share": share, "start": start} for m, share, start in parts]
 
     def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Augmented stacks [B, D, S, S], mask [B, D], labels [B]."""

@@ -26,7 +26,7 @@ from scipy.stats import t
 from downstream import jobs
 from downstream.encoders import NAMED, choose_arch, content_of, load_encoder
 from downstream.jobs import Pretraining
-from downstream.task import RESULTS, read_results
+from downstream.task import RESULTS, read_results, warn_of
 from utils import config as options
 from utils.errors import UserError
 from utils.files import whole_file, write_text
@@ -118,6 +118,8 @@ def run(cfg: Config) -> dict[str, Any]:
     text = format_tables(summary, metric, baseline)
     if not _splits_vary(cfg):
         text += "\nall seeds share their test cases: the intervals do not cover which cases these are"
+    for name, seen, tested in leaks(cells):
+        text += f"\nwarning: {name}: {warn_of(seen, tested)}"
     write_text(text + "\n", out / "summary.txt")
     plot({"": (table, metric)}, out / "comparison.png")
     print(f"\n{text}\n\nwrote {out}/results.csv, summary.csv, summary.txt, comparison.png")
@@ -174,6 +176,15 @@ def results(cells: Sequence[Cell]) -> pd.DataFrame:
             about |= {name: record[name] for name in ("cases", "seconds", "commit")}
             rows += [about | {"metric": name, "value": value} for name, value in record["metrics"].items()]
     return pd.DataFrame(rows).astype({"pretraining_seed": "Int64"})
+
+
+def leaks(cells: Sequence[Cell]) -> Iterator[tuple[str, list[str], int]]:
+    """(initialisation, test cases that it was pre-trained on, how many there are), the worst of each initialisation."""
+    for name in dict.fromkeys(cell.initialisation for cell in cells):
+        records = [cell.record for cell in cells if cell.initialisation == name and cell.record]
+        worst = max(records, key=lambda record: len(record.get("pretrained_on", [])))
+        if worst.get("pretrained_on"):
+            yield name, worst["pretrained_on"], worst["cases"]
 
 
 def summarise(table: pd.DataFrame, baseline: str) -> pd.DataFrame:

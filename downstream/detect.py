@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -87,6 +87,7 @@ class Detection(task.Task):
         images, self.classes = read_boxes(cfg.annotations, cfg.data_path, cfg.classes, cfg.merge_iou)
         self.images = {image.name: image for image in images if len(image.boxes) or cfg.empty == "keep"}
         self.patients = {name: image.patient for name, image in self.images.items()}
+        self.sources = {name: image.path for name, image in self.images.items()}
         self.fingerprint = task.fingerprint(image.path for image in self.images.values())
 
     @functools.cached_property
@@ -111,6 +112,21 @@ class Detection(task.Task):
     def describe(self) -> str:
         boxes = pd.DataFrame({part: self.count(images) for part, images in self.parts.items()}, self.classes)
         return f"boxes:\n{boxes.fillna(0).astype(int).to_string()}"
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        loaded = {id(p) for p in model.backbone.body.parameters()}
+        starts = {True: self.head_start, False: 0}
+        split = [
+            {
+                **group,
+                "params": [p for p in group["params"] if (id(p) in loaded) == within],
+                "share": 1.0,
+                "start": start,
+            }
+            for group in super().groups(model)
+            for within, start in starts.items()
+        ]
+        return [group for group in split if group["params"]]
 
     def batch(self, epoch: int, step: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         """Images [1, h, w] and their boxes [n, 4] and labels [n], without crowds, at working resolution."""

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from monai.losses import DiceCELoss
 from torch import Tensor, nn
 
@@ -61,9 +61,6 @@ class Config(task.Options):
     d_model: PositiveInt = model(640, "width of an f_inter that starts from random weights")
     load_decoder: bool = model(True, "start the decoder from the weights where they have one (lambda_recon > 0)")
     encoder_lr: PositiveFloat = optimisation(1.0, "learning rate of the encoder and of f_inter, as a share of base_lr")
-    head_start: ClosedUnitInterval = optimisation(
-        0.1, "share of the steps in which the decoder alone is trained; the rest then warms up over as many"
-    )
     overlays: NonNegativeInt = running(0, "test cases of which a slice is drawn with outlines", FREE)
 
     def check(self) -> None:
@@ -95,6 +92,7 @@ class Segmentation(task.Task):
         self.data = pairs.LabelledVolumes(cfg.data_path, cfg.structures, cfg.slice_axis, cfg.window, cfg.patients)
         self.pairs = {pair.case: pair for pair in self.data.pairs}
         self.patients = {case: pair.patient for case, pair in self.pairs.items()}
+        self.sources = {case: pair.image.path for case, pair in self.pairs.items()}
         self.fingerprint = task.fingerprint(path for pair in self.data.pairs for path in (pair.image.path, pair.label))
         self.loss_of = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
 
@@ -156,10 +154,9 @@ class Segmentation(task.Task):
         return self.cfg.steps_per_epoch or max(1, slices // self.cfg.batch_size)
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        start = round(self.cfg.head_start * self.epochs * self.steps)
         return [
             {**group, "share": share, "start": begin}
-            for part, share, begin in ((model.encoder, self.cfg.encoder_lr, start), (model.decoder, 1.0, 0))
+            for part, share, begin in ((model.encoder, self.cfg.encoder_lr, self.head_start), (model.decoder, 1.0, 0))
             for group in parameter_groups(part, self.cfg.wd)
         ]
 

@@ -13,20 +13,22 @@ import json
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from downstream.encoders import content_of, describe_weights
+from datasets.origins import shared
+from downstream.encoders import NAMED, content_of, describe_weights
 from downstream.metrics import format_metrics
 from downstream.splits import Split, choose_labelled, draw_split, write_split
+from training.loading import read_record
 from utils import checkpoint, config, distributed, signals
 from utils.errors import UserError
 from utils.files import write_csv, write_json
@@ -57,6 +59,9 @@ class Options(Group):
     batch_size: PositiveInt = optimisation(16, "samples of a step")
     base_lr: PositiveFloat = optimisation(0.0001, "peak learning rate of AdamW, cosine schedule")
     wd: NonNegativeFloat = optimisation(0.0001, "weight decay")
+    head_start: ClosedUnitInterval = optimisation(
+        0.1, "share of the steps in which new layers train alone; loaded ones then warm up over as many"
+    )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = optimisation(
         "auto", "auto: bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU"
     )
@@ -83,6 +88,7 @@ class Task(ABC):
 
     needed: tuple[str, ...] = ("train", "validation", "test")  # parts of the split that must have cases
     patients: dict[str, str]  # of every case, by its name
+    sources: dict[str, Path]  # their files
     fingerprint: str  # changes with the data, see `fingerprint`
     split: Split
     labelled: list[str]  # training cases whose labels may be used
@@ -126,6 +132,11 @@ class Task(ABC):
     def warmup_steps(self) -> int:
         """Steps of linear warm-up: an epoch, at most a tenth of all."""
         return min(self.steps, self.epochs * self.steps // 10)
+
+    @property
+    def head_start(self) -> int:
+        """Steps in which new layers train alone."""
+        return round(self.cfg.head_start * self.epochs * self.steps)
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Parameter groups of AdamW: each has its `weight_decay`, its `share` of the learning rate, and the step at
@@ -217,6 +228,9 @@ class Course:
         print(task.describe())
         labelled, validation, test = (len(cases) for cases in (task.labelled, task.split.validation, task.split.test))
         print(f"train {labelled} (labelled), validation {validation}, test {test} cases", flush=True)
+        seen = pretrained_on(cfg.weights, {case: task.sources[case] for case in task.split.test})
+        if seen:
+            print(f"warning: {warn_of(seen, test)}", flush=True)
         config.save_yaml(config.to_dict(cfg), folder / "config.yaml")
         write_split(task.split, folder / "split.json")
         task.load()
@@ -238,6 +252,7 @@ class Course:
             "cases": test,
             "weights": describe_weights(cfg.weights),
             "labelled": task.labelled,
+            "pretrained_on": seen,
             **trained,
             **outcome.about,
             "seconds": round(self.seconds(), 1),
@@ -342,6 +357,18 @@ class Course:
     def seconds(self) -> float:
         """Of the run, all its parts together."""
         return self.at.seconds + time.monotonic() - self.began
+
+
+def pretrained_on(weights: str, test: Mapping[str, Path]) -> list[str]:
+    """The test cases that the weights were trained on, or whose patients; as far as the record of the weights says."""
+    record = None if weights in NAMED else read_record(Path(weights))
+    return shared(test, (record or {}).get("data", {}).get("files", []))
+
+
+def warn_of(seen: Sequence[str], count: int) -> str:
+    """What to say where test cases were pre-trained on."""
+    some = ", ".join(seen[:3]) + ", ..." * (len(seen) > 3)
+    return f"{len(seen)} of {count} test cases ({some}) or their patients were pre-trained on: scores may be too high"
 
 
 def fingerprint(files: Iterable[Path]) -> str:

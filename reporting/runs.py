@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from downstream.task import warn_of
 from training import scripts
 from training.log import METRICS, WARNINGS
 from utils import checkpoint
@@ -128,6 +130,8 @@ class Table:
     about: str
     columns: list[str]
     rows: list[list[str]]
+    data: str = ""  # data_path of a task
+    tested: Sequence[str] = ()  # its test cases
 
 
 def read_tables(paths: list[str]) -> list[Table]:
@@ -135,7 +139,12 @@ def read_tables(paths: list[str]) -> list[Table]:
 
     Raises UserError for what is not there or cannot be read.
     """
-    return [_read(path) for given in paths for path in _files(Path(given).expanduser())]
+    tables = [_read(path) for given in paths for path in _files(Path(given).expanduser())]
+    for table in tables:
+        others = [t.title for t in tables if t.data and t.data == table.data and t.tested != table.tested]
+        if others:
+            table.about += f". WARNING: its test cases are not those of {', '.join(others)}: scores cannot be compared"
+    return tables
 
 
 def _files(path: Path) -> list[Path]:
@@ -149,7 +158,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _read(path: Path) -> Table:
-    facts = []
+    facts, data, tested = [], "", []
     try:
         if path.suffix == ".csv":
             frame = pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -158,10 +167,15 @@ def _read(path: Path) -> Table:
             frame = _table_of(result["metrics"])
             facts = [f"{result[key]} {key}" for key in ("cases", "patients") if isinstance(result.get(key), int)]
             facts += [f"weights {result['weights']}"] if "weights" in result else []
+            if seen := result.get("pretrained_on"):
+                facts.append(f"WARNING: {warn_of(seen, result['cases'])}")
+            data = result.get("config", {}).get("data_path", "")
+            split = path.with_name("split.json")
+            tested = json.loads(split.read_text(encoding="utf-8"))["test"] if split.is_file() else []
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is not a results file of downstream/ that can be read ({error})") from None
     about = f"{path}: {', '.join(facts)}" if facts else str(path)
-    return Table(path.parent.name, about, [*frame], frame.map(_cell).to_numpy().tolist())
+    return Table(path.parent.name, about, [*frame], frame.map(_cell).to_numpy().tolist(), data, tested)
 
 
 def _table_of(metrics: dict[str, Any]) -> pd.DataFrame:

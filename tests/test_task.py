@@ -15,13 +15,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import write_pairs
+from tiny import save_weights, write_pairs
 from torch import Tensor, nn
 
+from datasets.origins import origin, shared
 from downstream import segment, task
+from downstream.splits import Split, write_split
 from downstream.task import Options, Outcome, Task
+from models.resnet import GreyResNet
+from reporting.runs import read_tables
 from utils import checkpoint, options
 from utils.errors import UserError
+from utils.files import read_csv, write_csv
 from utils.seeding import stream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,6 +51,7 @@ class Line(Task):
     def __init__(self, cfg: Config, device: torch.device) -> None:
         super().__init__(cfg, device)
         self.patients = {f"c{i}": f"p{i // 2}" for i in range(12)}
+        self.sources = {case: Path(case) for case in self.patients}
 
     def build(self) -> nn.Module:
         torch.manual_seed(self.cfg.seed)
@@ -210,7 +216,8 @@ def test_learning_rates_and_a_loss_that_is_not_finite(tmp_path, monkeypatch):
         return model(batch).sum() * (math.nan if len(rates) == 5 else 1)
 
     def groups(self: Task, model: nn.Module) -> list[dict[str, Any]]:
-        return [{"params": model[0].parameters(), "share": 10.0}, {"params": model[3].parameters(), "share": 1.0}]
+        first, last = ({"params": model[i].parameters(), "start": 0} for i in (0, 3))
+        return [first | {"share": 10.0}, last | {"share": 1.0}]
 
     monkeypatch.setattr(torch.optim, "AdamW", Noting)
     monkeypatch.setattr(Line, "loss", loss)
@@ -220,3 +227,38 @@ def test_learning_rates_and_a_loss_that_is_not_finite(tmp_path, monkeypatch):
         task.run(kind, cfg)
     cosine = [0.05 * (1 + math.cos(math.pi * step / 6)) for step in range(5)]  # a tenth of six steps: no warm-up
     assert rates == [[pytest.approx(10 * lr), pytest.approx(lr)] for lr in cosine]
+
+
+def test_test_cases_that_were_pre_trained_on_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """By content, by name, by patient; a file of the same name with another content is another file."""
+    root = write_pairs(tmp_path / "balls")
+    rows = [
+        row | {"file": f"{row['id']}.npy", "sha256": f"{row['id']:z<64}"} for row in read_csv(root / "cases.csv", "")
+    ]
+    write_csv(rows, root / "cases.csv")
+    origins = {path.stem: origin(path) for path in root.glob("*.npy")}
+    assert origins["c6"].patient == origins["c7"].patient == "balls/p6"
+    files = {case: root / f"{case}.npy" for case in origins}
+    seen = [
+        ("elsewhere/a.npy", origins["c1"].content, ""),
+        ("balls/c2.npy", "", ""),
+        ("balls/c3.npy", "0" * 16, ""),
+        ("balls/x.npy", "", "balls/p6"),
+    ]
+    assert sorted(shared(files, seen)) == ["c1", "c2", "c6", "c7"]
+
+    encoder, weights = GreyResNet("resnet18"), tmp_path / "w.pth"
+    save_weights(encoder, weights, {"config": {"arch": "resnet18"}, "data": {"files": seen}})
+    write_split(Split(["c0", "c4", "c5"], ["c3"], ["c1", "c6"]), tmp_path / "split.json")
+    cfg = segment.Config(
+        data_path=str(root), dump_path=str(tmp_path / "run"), split=str(tmp_path / "split.json"), weights=str(weights),
+        size=32, epochs=1, steps_per_epoch=1, batch_size=4, device="cpu", precision="fp32",
+    )  # fmt: skip
+    assert segment.run(cfg)["pretrained_on"] == ["c1", "c6"]
+    assert "warning: 2 of 2 test cases (c1, c6) or their patients were pre-trained on" in capsys.readouterr().out
+    write_split(Split(["c0", "c4"], ["c3"], ["c1", "c2"]), tmp_path / "split.json")
+    segment.run(replace(cfg, dump_path=str(tmp_path / "other")))
+    first, second = read_tables([str(tmp_path / "run"), str(tmp_path / "other")])
+    assert "WARNING: 2 of 2 test cases (c1, c6)" in first.about
+    assert "WARNING: its test cases are not those of other" in first.about
+    assert "not those of run" in second.about

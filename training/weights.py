@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets.index import Sample, describe, fingerprint
+from datasets.origins import origin
 from models.encoder import JointEncoder
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet, plain
 from models.transformer import Attention
@@ -209,7 +210,11 @@ def record(config: Any, samples: list[Sample], result: dict[str, float]) -> dict
     """What stands in the `.json` beside a weights file: what made it, from which data, and what input it expects."""
     return {
         "config": to_dict(config),
-        "data": {"summary": describe(samples).splitlines(), "fingerprint": fingerprint(samples)},
+        "data": {
+            "summary": describe(samples).splitlines(),
+            "fingerprint": fingerprint(samples),
+            "files": [origin(sample.path) for sample in samples],  # name, sha256, patient
+        },
         "last_epoch": result,
         "input": {"range": [0, 1], "grey_mean": GREY_MEAN, "grey_std": GREY_STD},
         "commit": commit(),
