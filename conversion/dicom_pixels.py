@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,14 @@ PADDING_APART = 0.01  # of the range of the others; padding that is nearer than 
 LUMINANCE = np.array([19595, 38470, 7471])  # of red, green and blue, in 65536 parts: as Pillow's for colour PNG
 
 
+class Padded(NamedTuple):
+    """A file some of whose stored values pad the image, to be filled when those of all files are known."""
+
+    header: Any
+    frames: list[np.ndarray]
+    padding: tuple[float, float]
+
+
 def intensities(
     files: Iterable[Path], picture: bool = False, frame: int | None = None
 ) -> tuple[dict[Path, list[np.ndarray]], list[str]]:
@@ -39,24 +47,36 @@ def intensities(
     inverted, and colours become luminance. Slices of volumes keep their numbers, which measure something, and have no
     colours. Raises BadFile with the file's name where there are several.
     """
-    headers, stored, notes = {}, {}, []
-    files = list(files)
+    result: dict[Path, list[np.ndarray]] = {}
+    padded: dict[Path, Padded] = {}
+    notes, files = [], list(files)
     for path in files:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             with in_file(path, len(files)):
-                headers[path], stored[path] = stored_values(path, picture, frame)
+                header, pixels = stored_values(path, picture, frame)
+                if padding := _padding(header):
+                    padded[path] = Padded(header, pixels, padding)
+                else:  # at once, while they are in the processor's cache
+                    result[path] = _shown(header, pixels, picture, frame)
         notes += [f"{path.name}: {' '.join(str(warning.message).split())}" for warning in caught]
-    dark_is_high = {path: picture and headers[path].get("PhotometricInterpretation") == "MONOCHROME1" for path in files}
-    _fill_padding(headers, stored, dark_is_high)
-    result = {}
-    for path in files:
-        pixels = stored.pop(path)  # as memory is short: a volume is there twice at most
-        frames = [_modality(headers[path], i if frame is None else frame, array) for i, array in enumerate(pixels)]
-        result[path] = [a.max() - a + a.min() for a in frames] if dark_is_high[path] else frames
-        if is_mosaic(headers[path]) and not picture:
-            result[path] = _tiles(headers[path], frames[0])
+    _fill_padding(padded, picture)
+    for path in list(padded):
+        header, pixels, _ = padded.pop(path)
+        result[path] = _shown(header, pixels, picture, frame)
     return result, notes
+
+
+def _shown(header: Any, stored: list[np.ndarray], picture: bool, frame: int | None) -> list[np.ndarray]:
+    """Intensities of stored values; frame: the only one."""
+    frames = [_modality(header, i if frame is None else frame, pixels) for i, pixels in enumerate(stored)]
+    if picture:
+        return [a.max() - a + a.min() for a in frames] if _is_inverted(header) else frames
+    return _tiles(header, frames[0]) if is_mosaic(header) else frames
+
+
+def _is_inverted(header: Any) -> bool:
+    return header.get("PhotometricInterpretation") == "MONOCHROME1"
 
 
 def stored_values(path: Path, picture: bool = False, frame: int | None = None) -> tuple[Any, list[np.ndarray]]:
@@ -89,23 +109,18 @@ def _luminance(data: Any, pixels: np.ndarray) -> np.ndarray:
     return ((pixels[..., :3].astype(np.int64) @ LUMINANCE + 32768) >> 16).astype(pixels.dtype)
 
 
-def _fill_padding(
-    headers: dict[Path, Any], stored: dict[Path, list[np.ndarray]], dark_is_high: dict[Path, bool]
-) -> None:
+def _fill_padding(padded: dict[Path, Padded], picture: bool) -> None:
     """Write the darkest value over padding that lies apart from all others; among them, it cannot be told."""
-    padding = {path: _padding(header) for path, header in headers.items()}
-    if not any(padding.values()):
-        return
-    ends = [_ends(pixels, padding[path]) for path, frames in stored.items() for pixels in frames]
-    low, high = min(low for low, _ in ends), max(high for _, high in ends)
-    for path, frames in stored.items():
-        start, end = padding[path] or (low, high)
+    ends = [_ends(pixels, padding) for _, frames, padding in padded.values() for pixels in frames]
+    low, high = min((low for low, _ in ends), default=0), max((high for _, high in ends), default=0)
+    for header, frames, (start, end) in padded.values() if low <= high else ():  # else all of it is padding
         if max(low - end, start - high) > PADDING_APART * max(high - low, 0):
-            dark = high if dark_is_high[path] else low
-            if end < low and dark == low:  # the usual case, and faster
-                stored[path] = [np.maximum(p, p.dtype.type(low)) for p in frames]
-            else:
-                stored[path] = [np.where((p >= start) & (p <= end), p.dtype.type(dark), p) for p in frames]
+            dark = high if picture and _is_inverted(header) else low
+            for i, p in enumerate(frames):
+                if end < low and dark == low:  # the usual case, and faster
+                    frames[i] = np.maximum(p, p.dtype.type(low))
+                else:
+                    frames[i] = np.where((p >= start) & (p <= end), p.dtype.type(dark), p)
 
 
 def _padding(header: Any) -> tuple[float, float] | None:

@@ -188,6 +188,9 @@ def test_a_table_of_modality_values_is_applied_and_padding_of_negatives_is_dark(
     shown = np.asarray(Image.open(convert(tmp_path / "film.dcm", tmp_path / "film") / "film.png"))
     assert shown[0].max() == shown.min() == shown[-1, -1] == 120
     assert shown.max() == shown[1, 0] == 499
+    film.PixelData = b"\xff" * 800
+    film.save_as(tmp_path / "nothing.dcm", enforce_file_format=True)
+    assert intensities([tmp_path / "nothing.dcm"], picture=True)[0][tmp_path / "nothing.dcm"][0].min() == 65535
 
 
 def test_float_pixels_are_read_and_empty_ones_named(tmp_path, capsys):
