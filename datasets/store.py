@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 import time
 from collections import deque
@@ -28,6 +29,8 @@ from utils.distributed import everywhere, gather_objects, rank, world_size
 from utils.errors import UserError
 
 NPY_HEADER = 128  # bytes that numpy.save writes before the data of a 3D array
+CACHE_FOLDER = re.compile(r"(slices_\d+px|embeddings_[0-9a-f]+)_v\d+")
+CACHE_FILE = re.compile(r"\.?([0-9a-f]{32})(_\d+_\d+)?(\.[0-9a-f]{32})?(\.tmp)?\.npy")  # whole or being made
 MEETING_SECONDS = 20.0  # processes that build a cache meet this often, so none waits into the collectives' time-out
 
 
@@ -168,16 +171,23 @@ class SliceStore:
             return index, f"{sample.path}: {error}"
 
 
-def unused_files(samples: Sequence[Sample], cache_path: str | Path | None = None) -> list[Path]:
-    """Cache files, slices of whatever size and embeddings of whatever weights, whose source has changed or is gone."""
+def unused_files(samples: Sequence[Sample], cache_path: str | Path | None = None) -> tuple[list[Path], list[Path]]:
+    """(cache files whose source has changed or is gone, links among the cache's folders).
+
+    Of slices of whatever size and embeddings of whatever weights. Nothing behind a link is listed: it may be anything.
+    """
     keys = {_key(sample) for sample in samples}
     cache = cache_folder(samples[0].data_path, cache_path)
-    files = sorted([*cache.glob("slices_*px_v*/*"), *cache.glob("embeddings_*_v*/*")])
-    return [
-        file
-        for file in files
-        if not (file.name.lstrip(".").split(".")[0].split("_")[0] in keys and file.parent.name.endswith(f"_v{FORMAT}"))
-    ]
+    folders = [cache, *sorted(f for f in cache.glob("*") if CACHE_FOLDER.fullmatch(f.name))]
+    links = [folder for folder in folders if folder.is_symlink()]
+    unused = []
+    for folder in [f for f in folders[1:] if not {f, cache} & set(links)]:
+        for file in sorted(folder.iterdir()):
+            named = CACHE_FILE.fullmatch(file.name)
+            current = named and named[1] in keys and folder.name.endswith(f"_v{FORMAT}")
+            if named and not current and file.is_file() and not file.is_symlink():
+                unused.append(file)
+    return unused, links
 
 
 def _warn(lines: list[str]) -> None:
