@@ -146,8 +146,10 @@ def _picture(volume: Volume, source: Source, case: Case, dest: Path, options: Op
     view = arrange(volume, "auto")
     if view.array.ndim > 3:
         raise BadFile(f"is a picture of {view.array.shape[3]} channels; choose one with --channel")
-    pixels, copied = view.array[..., 0], source.format == "image" and pictures.is_copied(source.path)
-    copied &= pixels.dtype.kind != "f" or options.nan_value is None  # which pixels have, but not the file
+    pixels = view.array[..., 0]
+    copied = volume.as_file and (
+        pixels.dtype.kind != "f" or options.nan_value is None
+    )  # which pixels have, but not the file
     if min(pixels.shape) < MIN_SIDE:
         raise BadFile(f"has {by(pixels.shape)} pixels, below {MIN_SIDE}; remove it")
     low, high = contrast(pixels)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-import stat
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,25 +23,10 @@ from conversion.description import (
     split_suffix,
 )
 from conversion.dicom import group_series
-from conversion.pictures import SUFFIXES
+from conversion.listing import COMPANIONS, FORMATS, HEADERS, NOT_DATA, NOT_DATA_NAMES, list_files, unknown
 from conversion.volume import Options
-from datasets.index import LABEL_FOLDERS, SIDE_FILES, leads_into, walk
 from utils.errors import UserError
 
-FORMATS = {
-    **dict.fromkeys((".nii", ".nii.gz", ".hdr", ".hdr.gz", ".mgh", ".mgz", ".mnc", ".par"), "nifti"),
-    **dict.fromkeys((".nrrd", ".nhdr", ".mha", ".mhd"), "itk"),
-    **dict.fromkeys((".npy", ".npz", ".h5", ".hdf5"), "array"),
-    **dict.fromkeys((".dcm", ".dicom", ".ima"), "dicom"),
-    **dict.fromkeys(SUFFIXES, "image"),
-}
-COMPANIONS = {  # files of voxels, by the headers that may stand beside them
-    **dict.fromkeys((".raw", ".zraw"), (".mhd", ".nhdr")),
-    **{".img": (".hdr",), ".img.gz": (".hdr.gz",), ".mat": (".hdr",), ".rec": (".par",)},
-}
-NOT_DATA_NAMES = {"LICENSE", "LICENCE", "COPYING", "NOTICE", "README", "DICOMDIR", "MD5SUMS", "SHA256SUMS"}
-ARCHIVES = {".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip"}
-NOT_DATA = SIDE_FILES | {".bval", ".bvec", ".docx", ".html", ".log", ".pdf", ".py", ".sh", ".tsv", ".xlsx", ".xml"}
 LOOKS_LIKE_LABEL = re.compile(r"(^|[_.-])(seg|segmentations?|labels?|masks?|gt)([_.-]?\d+)?$", re.IGNORECASE)
 
 
@@ -141,7 +125,7 @@ def find(
             raise UserError(f"channel: there is no channel {channel}; choose 0 to {len(images) - 1}, or all")
         images = images[channel : channel + 1]
     found = Found()
-    listed = _list(places, found)
+    listed = list_files(places, found.problems)
     described = _described(places, listed, found)
     plain, dicom, label_files = _sort(listed, images, labels, found)
     plain = [case for source in plain for case in _parts(source, options)]
@@ -190,36 +174,6 @@ def above(name: str) -> str:
     return name.rpartition("/")[0]
 
 
-def _list(places: Sequence[Path], found: Found) -> dict[Path, tuple[str, bool]]:
-    """{file: (name, whether it lies in a folder of label maps)} of every file that is not hidden."""
-    files: dict[Path, tuple[str, bool]] = {}  # places may overlap
-    for place in (Path(os.path.abspath(place.expanduser())) for place in places):
-        if not place.exists():
-            raise UserError(f"source: {place} does not exist; give files or a folder")
-        root = place if place.is_dir() else place.parent
-        for file in walk(place) if place.is_dir() else [place]:
-            way = file.relative_to(root)
-            name = f"{root.name}/{way.as_posix()}"
-            of_labels = any(part.lower() in LABEL_FOLDERS for part in way.parts[:-1])
-            if any(part.is_symlink() for part in (file, *file.parents[: len(way.parts) - 1])):
-                of_labels = of_labels or leads_into(file, root, LABEL_FOLDERS)
-            if os.fsencode(name).decode(errors="replace") != name:  # as from archives of other systems
-                found.problems.append(f"{os.fsencode(file)!r}: has a name that is not UTF-8; rename it")
-            elif problem := _unreadable(file):
-                found.problems.append(f"{file}: {problem}")
-            else:
-                files.setdefault(file, (name, of_labels))
-    return files
-
-
-def _unreadable(file: Path) -> str:
-    try:
-        regular = stat.S_ISREG(file.stat().st_mode)
-    except OSError as error:
-        return f"cannot be read ({error.strerror}); copy it again or remove it"
-    return "" if regular else "is not a regular file; remove it"  # a FIFO would be waited for
-
-
 def _described(places: Sequence[Path], listed: dict[Path, tuple[str, bool]], found: Found) -> dict[Path, Description]:
     """What dataset.json files say, by the folder below which it holds; those above a place, if they name its files."""
     described = {file.parent: read_description(file) for file in listed if file.name == NAME}
@@ -253,7 +207,11 @@ def _sort(
     from pydicom.misc import is_dicom
 
     plain, dicom, label_files = [], [], []
-    headers = {(file.parent, part) for file in listed for part in (split_suffix(file.name), split_suffix(file.name)[1])}
+    headers = set()  # by name, and by suffix alone
+    for file in listed:
+        stem, suffix = split_suffix(file.name)
+        if suffix in HEADERS:
+            headers |= {(file.parent, (stem, suffix)), (file.parent, suffix)}
     for file, (name, of_labels) in listed.items():
         stem, suffix = split_suffix(file.name)
         label = _star(labels, file.name) if labels else stem if of_labels else None
@@ -263,13 +221,12 @@ def _sort(
         texts = [_star(pattern, file.name) for pattern in images]
         number = next((i for i, text in enumerate(texts) if text is not None), None)
         source = Source(name, stem, format, (file,), text=label or (stem if number is None else texts[number]))
-        ends = COMPANIONS.get(suffix, ())
-        if any((file.parent, key) in headers for end in ends for key in ((stem, end), end)[: 1 + ("raw" in suffix)]):
+        if any((file.parent, end if "raw" in suffix else (stem, end)) in headers for end in COMPANIONS.get(suffix, ())):
             continue
         if suffix in NOT_DATA or file.name.upper() in NOT_DATA_NAMES:
             found.ignored[suffix or file.name] += 1
         elif not format:
-            found.problems.append(f"{file}: {_unknown(suffix)}")
+            found.problems.append(f"{file}: {unknown(suffix)}")
         elif label is not None:
             label_files.append(source)
         elif number is None:
@@ -277,16 +234,6 @@ def _sort(
         else:
             (dicom if format == "dicom" else plain).append(replace(source, number=number))
     return plain, dicom, label_files
-
-
-def _unknown(suffix: str) -> str:
-    """What is wrong with a file of no accepted format."""
-    if suffix in ARCHIVES:
-        return "is an archive; unpack it"
-    if suffix in COMPANIONS:
-        return f"has no {' or '.join(COMPANIONS[suffix])} header beside it that says what it is; copy that, too"
-    what = suffix or "no suffix, and no DICOM"
-    return f"is of no format that is read ({what}); convert it to one of docs/DATA.md, or remove it"
 
 
 def _parts(source: Source, options: Options) -> list[Source]:

@@ -70,6 +70,7 @@ class Volume:
     codes: str = ""  # for each axis the side towards which its index grows, such as "LPS"; "": not known
     plane: str = ""  # after `arrange`, where codes are known
     flat: bool = False  # a picture, whose third axis is 1: no slice of a volume
+    as_file: bool = False  # a picture in a file that training reads as it is
 
     def __post_init__(self) -> None:
         if self.affine is None:

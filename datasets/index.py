@@ -319,28 +319,28 @@ def _volume_header(path: Path, size_bytes: int, settings: dict[str, Any]) -> dic
     }
 
 
-def image_header(path: Path, formats: Sequence[str] = IMAGE_FORMATS, stacks: bool = False) -> dict[str, Any]:
-    """What the header of an image says: fields of a Sample. Raises ValueError. A window is for HU, never for these.
-
-    Height and width are those of the upright picture.  stacks: several pages are slices, no error.
-    """
+def image_header(path: Path) -> dict[str, Any]:
+    """What the header of an image says: fields of a Sample. Raises ValueError. A window is for HU, never for these."""
     try:
-        with Image.open(path, formats=formats) as image:
-            (width, height), mode = image.size, image.mode
-            pages = 1 if image.format in ("PNG", "JPEG", "MPO") else getattr(image, "n_frames", 1)
-            if orientation(image) > 4:
-                height, width = width, height
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            layout = image_layout(image)
     except PermissionError:
         raise
     except Exception:  # decoders fail in many ways on arbitrary bytes
-        *others, last = formats
-        raise ValueError(
-            f"is not a readable {', '.join(others)} or {last} image; export it again or remove it"
-        ) from None
-    if pages > 1 and not stacks:
-        raise ValueError(f"is a stack of {pages} pages; convert it to a volume with prepare_data.py")
-    if width * height > MAX_IMAGE_PIXELS:
+        raise ValueError("is not a readable PNG, JPEG, TIFF or BMP image; export it again or remove it") from None
+    if layout["slices"] > 1:
+        raise ValueError(f"is a stack of {layout['slices']} pages; convert it to a volume with prepare_data.py")
+    if layout["height"] * layout["width"] > MAX_IMAGE_PIXELS:
         raise ValueError(f"has more than {MAX_IMAGE_PIXELS} pixels; reduce it or remove it")
+    return layout
+
+
+def image_layout(image: Image.Image) -> dict[str, Any]:
+    """Of an open image: height and width are those of the upright picture, slices its pages."""
+    (width, height), mode = image.size, image.mode
+    pages = 1 if image.format in ("PNG", "JPEG", "MPO") else getattr(image, "n_frames", 1)
+    if orientation(image) > 4:
+        height, width = width, height
     return {"slices": pages, "height": height, "width": width, "slice_axis": 2, "window": None, "dtype": mode}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,10 +77,10 @@ def open_source(sample: Sample) -> np.ndarray:
     return np.ascontiguousarray(array) if interleaved else array
 
 
-def read_grey(path: Path, formats: Sequence[str] = IMAGE_FORMATS) -> np.ndarray:
+def read_grey(path: Path) -> np.ndarray:
     """[H, W] grey values of an image, upright: its own if it has one channel of 8, 16 or 32 bits, else luminance."""
     try:
-        with Image.open(path, formats=formats) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             return grey_of(image)
     except Exception as error:  # decoders fail in many ways on damaged data
         reason = str(error) or type(error).__name__

@@ -291,7 +291,7 @@ def spoil(root: Path) -> dict[str, str]:
     contents = {
         "empty.nii": (b"", "is empty (0 bytes)"),
         "cut.nii.gz": (write_nifti(root / "cut.nii.gz", good).read_bytes()[:-200], "compressed data end early"),
-        "cut.npy": ((root / "nan.npy").read_bytes()[:-8], "cannot be read"),
+        "cut.npy": ((root / "nan.npy").read_bytes()[:-8], "is truncated"),
         "a.mha": (b"text", "cannot be read"),
         "a.png": (b"\x89PNG text", "is not a readable PNG"),
     }
