@@ -74,6 +74,8 @@ def _explained(error: RuntimeError) -> BadFile:
             "has four axes in a space of three, all called space or time; in its header, set the kind of the one that "
             "counts channels to list (kinds: domain domain domain list)"
         )
+    if "No such file" in text:  # which ITK says of everything that goes wrong with the data
+        return BadFile("is damaged: its voxels cannot be read; copy it again or export it again")
     return BadFile(f"cannot be read ({text}); copy it again or export it again")
 
 
@@ -103,6 +105,7 @@ class Header:
         self.zlib = self.fields.get("compresseddata", "").lower() == "true"
         if self.zlib and (size := int(self.fields.get("compresseddatasize") or 0)) > self.stored:
             raise BadFile(f"is truncated: {self.stored} of {size} compressed bytes are there; copy it again")
+        self.gzip = self.fields.get("encoding", "").lower() in ("gzip", "gz")
         text = self.fields.get("binarydata", "").lower() == "false"
         self.compressed = self.zlib or text or self.fields.get("encoding", "raw").lower() != "raw"
 
@@ -127,23 +130,30 @@ class Header:
         return MM[units.pop()] if units else 1.0
 
     def require_whole(self, array: np.ndarray) -> None:
-        """Raises BadFile where a compressed MetaImage ends early: ITK fills up with zeros and says nothing.
+        """Raises BadFile where compressed voxels end early or are damaged: ITK fills up with zeros and says nothing.
 
         The stream ends with a checksum of what it holds; only where that differs is it decompressed again.
         """
-        if not self.zlib:
+        if not (self.zlib or self.gzip):
             return
-        swapped = "true" in (self.fields.get(f"{kind}byteordermsb", "").lower() for kind in ("binarydata", "element"))
+        names = ("endian", "binarydatabyteordermsb", "elementbyteordermsb")
+        swapped = any(self.fields.get(name, "").lower() in ("big", "true") for name in names)
+        voxels = array.byteswap() if swapped else array
         size = int(self.fields.get("compresseddatasize") or self.stored)
         stream, count = zlib.decompressobj(wbits=47), 0  # of zlib or of gzip
         with open(self.files[0], "rb") as file:
-            file.seek(self.begin + size - 4)
-            if file.read(4) == zlib.adler32(array.byteswap() if swapped else array).to_bytes(4, "big"):
+            file.seek(self.begin + max(size - 8, 0))
+            end = file.read(8)
+            if end[4:] == zlib.adler32(voxels).to_bytes(4, "big") if self.zlib else end[:4] == _crc(voxels):
                 return
             file.seek(self.begin)
-            while (piece := stream.unconsumed_tail or file.read(2**20)) and count <= array.nbytes:
+            while not stream.eof and count <= array.nbytes and (piece := stream.unconsumed_tail or file.read(2**20)):
                 count += len(stream.decompress(piece, 2**24))
         if not stream.eof or count != array.nbytes:
             raise BadFile(
                 f"is truncated or damaged: its compressed data end after {count} of {array.nbytes} bytes; copy it again"
             )
+
+
+def _crc(voxels: np.ndarray) -> bytes:
+    return zlib.crc32(voxels).to_bytes(4, "little")

@@ -66,8 +66,8 @@ def _read(path: Path, format: str, key: str, options: Options) -> Volume:
 
 
 def _size(volume: Volume) -> str:
-    mm = f" of {by(volume.spacing_mm)} mm" if volume.spacing_mm else ""
-    return f"{by(volume.array.shape[:3])} voxels{mm}"
+    size = f"{by(volume.array.shape[: 2 if volume.flat else 3])} {'pixels' if volume.flat else 'voxels'}"
+    return size + (f" of {by(volume.spacing_mm)} mm" if volume.spacing_mm and not volume.flat else "")
 
 
 def _whole_numbers(values: np.ndarray) -> np.ndarray:

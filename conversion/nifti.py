@@ -5,6 +5,7 @@ Through nibabel, as it reads one channel of a 4D file alone and accepts affines 
 
 from __future__ import annotations
 
+import gzip
 import math
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def read_nibabel(path: Path, options: Options) -> Volume:
     claimed = math.prod(image.shape) * image.get_data_dtype().itemsize
     require_room(claimed, file.stat().st_size, squeezed)
     notes, mm = _header_says(image)
-    array, flat = _intensities(image, options), len(image.shape) == 2
+    array, flat = _intensities(image, file, options), len(image.shape) == 2
     affine = np.diag([mm, mm, mm, 1.0]) @ np.asarray(image.affine, dtype=np.float64)
     if array.dtype.fields:
         array = luminance(np.stack([array[colour] for colour in "RGB"], axis=-1))
@@ -48,14 +49,19 @@ def read_nibabel(path: Path, options: Options) -> Volume:
     return Volume(array[:, :, None] if flat else array, affine, notes, flat=flat)
 
 
-def _intensities(image: Any, options: Options) -> np.ndarray:
+def _intensities(image: Any, file: Path, options: Options) -> np.ndarray:
     from nibabel.arrayproxy import ArrayProxy
 
     proxy = image.dataobj
     if type(proxy) is not ArrayProxy:  # MINC, PAR/REC: every slice has its own scale
         return with_channels(proxy, options.channel).astype(np.float32)
-    unscaled = ArrayProxy(proxy.file_like, (proxy.shape, proxy.dtype, proxy.offset), mmap=False)
-    return rescaled(with_channels(unscaled, options.channel), float(proxy.slope), float(proxy.inter))
+    with gzip.open(file) if _is_compressed(file) else open(file, "rb") as stream:
+        unscaled = ArrayProxy(stream, (proxy.shape, proxy.dtype, proxy.offset), mmap=False)
+        array = with_channels(unscaled, options.channel)
+        if _is_compressed(file) and array.size == math.prod(proxy.shape):
+            while stream.read(2**16):  # to the checksum at the end, which shows damage
+                pass
+    return rescaled(array, float(proxy.slope), float(proxy.inter))
 
 
 def _header_says(image: Any) -> tuple[list[str], float]:

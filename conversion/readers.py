@@ -50,7 +50,7 @@ def read(format: str, files: Sequence[Path], options: Options, part: Part | None
     except (BadFile, MemoryError):
         raise
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise BadFile("is truncated or damaged: its compressed data end early; copy it again") from None
+        raise BadFile("is truncated or damaged: its compressed data end early or do not agree; copy it again") from None
     except Exception as error:  # readers fail in many ways on arbitrary bytes
         raise BadFile(f"cannot be read ({reason(error)}); copy it again or export it again") from None
     volume.array = _checked(volume.array, options.nan_value)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from datasets.index import IMAGE_FORMATS, Sample, orientation
+from datasets.index import IMAGE_FORMATS, ORIENTATION, Sample, orientation
 
 FORMAT = 3  # of the cache files; raise it when their content changes, so that old ones are not used
 PERCENTILES = (0.5, 99.5)
@@ -89,6 +89,8 @@ def read_grey(path: Path) -> np.ndarray:
 
 def grey_of(image: Image.Image) -> np.ndarray:
     """What `read_grey` returns, of the page at which an open image stands."""
+    if image.format == "TIFF" and image.tag_v2.get(ORIENTATION, 1) > 4 and image.info.get("compression") == "raw":
+        raise ValueError("stored on its side, which Pillow reads wrongly without compression: save it upright")
     upright = ImageOps.exif_transpose(image) if orientation(image) > 1 else image
     own = upright.mode in ("L", "I", "F") or upright.mode.startswith("I;16")
     colours = upright.convert("RGB") if upright.mode == "LAB" else upright  # LAB has no direct way to grey
