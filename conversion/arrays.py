@@ -31,8 +31,7 @@ class Part(NamedTuple):
 
 def read_array(path: Path, options: Options, part: Part | None = None) -> Volume:
     """A volume without geometry, its slices moved to the third axis and its channels to the fourth, or a picture."""
-    shapes = array_shapes(path)
-    name = part.array if part else _pick(shapes, options.array_key)
+    name = part.array if part else _pick(array_shapes(path), options.array_key)
     array = (
         _cases(path, path.stat().st_mtime_ns, name, options.case_axis or 0)[part.index] if part else load(path, name)
     )
@@ -64,7 +63,7 @@ def array_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """{name: shape} of the arrays in a file, from its headers alone."""
     suffix = path.suffix.lower()
     if suffix == ".npy":
-        return {"": npy_header(path)[0]}
+        return {"": _npy_header(path)[0]}
     if suffix == ".npz":
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if name.endswith(".npy")]
@@ -86,7 +85,7 @@ def load(path: Path, name: str) -> np.ndarray:
     """One array of a file, whole. Raises BadFile for one that cannot be what its header claims."""
     suffix = path.suffix.lower()
     if suffix == ".npy":
-        shape, dtype, offset = npy_header(path)
+        shape, dtype, offset = _npy_header(path)
         _require(shape, dtype, path.stat().st_size - offset)
         return np.load(path, allow_pickle=False)
     if suffix == ".npz":
@@ -109,6 +108,13 @@ def load(path: Path, name: str) -> np.ndarray:
         filtered = data.id.get_create_plist().get_nfilters() > 0
         _require(data.shape, data.dtype, data.id.get_storage_size(), filtered)
         return np.asarray(data[...])
+
+
+def _npy_header(path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
+    try:
+        return npy_header(path)
+    except ValueError as error:
+        raise BadFile(f"{error}") from None
 
 
 def _require(shape: tuple[int, ...], dtype: np.dtype, stored: int, compressed: bool = False) -> None:

@@ -124,7 +124,9 @@ def _volume(volume: Volume, source: Source, case: Case, dest: Path, options: Opt
     view = resampled(view, options.spacing_mm)
     if min(view.array.shape[:2]) < MIN_SIDE:
         side, option = by(view.array.shape[:2]), "--slice_axis" if view.codes else "--array_axis"
-        raise BadFile(f"has slices of {side} pixels, below {MIN_SIDE}; correct {option} or --spacing_mm, or remove it")
+        turned = sorted(view.array.shape[:3])[1] >= MIN_SIDE or any(options.spacing_mm)
+        remedy = f"correct {option} or --spacing_mm, or remove it" if turned else "remove it"
+        raise BadFile(f"has slices of {side} pixels, below {MIN_SIDE}; {remedy}")
     count = len(view.channels)
     names = source.channels if len(source.channels) == count else map(str, range(count))
     case.file = f"{source.id}.npy"

@@ -73,6 +73,6 @@ def unknown(suffix: str) -> str:
     if suffix in ARCHIVES:
         return "is an archive; unpack it"
     if suffix in COMPANIONS:
-        return f"has no {' or '.join(COMPANIONS[suffix])} header beside it that says what it is; copy that, too"
+        return f"holds voxels alone; copy its header ({' or '.join(COMPANIONS[suffix])}) beside it, or give that"
     what = suffix or "no suffix, and no DICOM"
     return f"is of no format that is read ({what}); convert it to one of docs/DATA.md, or remove it"

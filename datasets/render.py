@@ -67,7 +67,7 @@ def open_source(sample: Sample) -> np.ndarray:
             array = np.load(sample.path, allow_pickle=False)  # never mapped: a file cut short would kill the process
             array = np.moveaxis(array[..., 0] if sample.channel_names else array, sample.slice_axis, 0)
         except OSError as error:
-            raise BadSource(f"cannot be read ({error}); copy it again or remove it") from None
+            raise BadSource(f"cannot be read ({error.strerror or error}); copy it again or remove it") from None
         except (ValueError, IndexError, EOFError):
             raise changed from None
     if array.shape != (sample.slices, sample.height, sample.width):

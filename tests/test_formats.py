@@ -354,7 +354,7 @@ ODD = {  # what must be said of each
     "solid.png": "is constant",
     "alpha.png": "is constant",
     "picture.xyz": "is of no format that is read (.xyz)",
-    "lonely.img": "has no .hdr header beside it",
+    "lonely.img": "holds voxels alone; copy its header (.hdr)",
     "pipe.nii": "is not a regular file",
     "pipe": "is not a regular file",
 }
