@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from conversion.claims import require_room
+from conversion.claims import DEFLATE, require_room
 from conversion.volume import BadFile, Options, Volume, by, luminance, with_channels
 from datasets.check import likely_slice_axis
 from datasets.index import HEADER_BYTES, MIN_SIDE, npy_header, npy_layout
@@ -135,7 +135,7 @@ def cases_in(path: Path, case_axis: int | None, key: str) -> list[Part]:
     key: the array that is meant; "": all.
     """
     try:
-        shapes = array_shapes(path)
+        shapes, stored = array_shapes(path), path.stat().st_size
     except Exception:  # said when it is to be converted
         return []
     if case_axis is None:
@@ -144,7 +144,7 @@ def cases_in(path: Path, case_axis: int | None, key: str) -> list[Part]:
     return [
         Part(name, index)
         for name, shape in shapes.items()
-        if len(shape) >= 3 and case_axis < len(shape) and key in ("", name)
+        if len(shape) >= 3 and case_axis < len(shape) and key in ("", name) and math.prod(shape) <= DEFLATE * stored
         for index in range(shape[case_axis])
     ]
 

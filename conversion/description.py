@@ -107,6 +107,6 @@ def _paths(value: Any, folder: Path) -> list[str]:
 def _by_case(people: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """{case: patient} of {case: patient} or of {patient: [cases]}."""
     pairs = [(case, key) for key, cases in people.items() if isinstance(cases, list) for case in cases]
-    pairs += [(key, person) for key, person in people.items() if not isinstance(person, list | dict)]
+    pairs += [(key, person) for key, person in people.items() if person and not isinstance(person, list | dict)]
     cases = ((str(case), str(person)) for case, person in pairs)
     return {split_suffix(os.path.abspath(folder / case) if "/" in case else case)[0]: who for case, who in cases}

@@ -17,17 +17,8 @@ from conversion.volume import TO_RAS, BadFile, Options, Volume, luminance, reaso
 
 HEADER_BYTES = 2**20
 PREFIXES = {"": 1e3, "centi": 10.0, "milli": 1.0, "micro": 1e-3, "nano": 1e-6}
-MM = {
-    "nm": 1e-6,
-    "um": 1e-3,
-    "\u00b5m": 1e-3,
-    "\u03bcm": 1e-3,
-    "micron": 1e-3,
-    "microns": 1e-3,
-    "mm": 1.0,
-    "cm": 10.0,
-    "m": 1e3,
-}
+MM = {"nm": 1e-6, "um": 1e-3, "mm": 1.0, "cm": 10.0, "m": 1e3}
+MM |= dict.fromkeys(("\u00b5m", "\u03bcm", "micron", "microns"), 1e-3)
 MM |= {f"{a}{b}": mm for a, mm in PREFIXES.items() for b in ("meter", "meters", "metre", "metres")}
 
 
@@ -94,7 +85,8 @@ class Header:
         for line in head:
             key, _, value = line.decode("latin-1").partition(":" if nrrd else "=")
             key, value = key.strip().lower().replace(" ", ""), value.strip()
-            self.fields[key] = value
+            if not value.startswith("="):  # NRRD's key:=value is for remarks
+                self.fields[key] = value
             if key == ("" if nrrd else "elementdatafile") or (key == "datafile" and value.startswith("LIST")):
                 break
         self.mm = self._unit()

@@ -136,7 +136,7 @@ def find(
     sources += _of_dicom(dicom, found)
     modality = MODALITIES.get(modality.upper(), modality)
     for s in sorted(sources, key=lambda s: os.fsencode(s.name)):
-        about = [described[folder] for folder in s.path.parents if folder in described]
+        about = [described[folder] for folder in s.files[0].parents if folder in described]
         told = (name for one in about if (name := one.modality(channel, s.stem)))
         what, person = modality or next(told, s.modality), patient_of(s.path, s.name, about, s.patient)
         found.sources.append(replace(s, modality=what, patient=person))

@@ -55,6 +55,9 @@ def _intensities(image: Any, file: Path, options: Options) -> np.ndarray:
     proxy = image.dataobj
     if type(proxy) is not ArrayProxy:  # MINC, PAR/REC: every slice has its own scale
         return with_channels(proxy, options.channel).astype(np.float32)
+    if not _is_compressed(file) and len(proxy.shape) <= 3:
+        stored = np.fromfile(file, proxy.dtype, math.prod(proxy.shape), offset=proxy.offset)
+        return rescaled(stored.reshape(proxy.shape, order="F"), float(proxy.slope), float(proxy.inter))
     with gzip.open(file) if _is_compressed(file) else open(file, "rb") as stream:
         unscaled = ArrayProxy(stream, (proxy.shape, proxy.dtype, proxy.offset), mmap=False)
         array = with_channels(unscaled, options.channel)

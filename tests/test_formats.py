@@ -242,6 +242,11 @@ def test_arrays_of_many_cases_become_cases(tmp_path):
     np.testing.assert_array_equal(load(dest, "a_x_00002.npy"), volumes[..., 2])
 
 
+def test_cases_that_an_array_only_claims_to_hold_are_not_listed(tmp_path, capsys):
+    (tmp_path / "a.npy").write_bytes(npy_claim())
+    assert "the file holds 4" in refused(capsys, tmp_path / "a.npy", tmp_path / "out", case_axis=0)
+
+
 @pytest.mark.parametrize("label", ["c.png", "c.nii.gz"])
 def test_pictures_have_label_maps_as_pictures(label, tmp_path, capsys):
     mask = (EIGHT > 99).astype(np.uint8)
