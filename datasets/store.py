@@ -171,23 +171,31 @@ class SliceStore:
             return index, f"{sample.path}: {error}"
 
 
-def unused_files(samples: Sequence[Sample], cache_path: str | Path | None = None) -> tuple[list[Path], list[Path]]:
-    """(cache files whose source has changed or is gone, links among the cache's folders).
+def unused_files(samples: Sequence[Sample], cache_path: str | Path | None = None) -> list[Path]:
+    """Cache files, slices of whatever size and embeddings of whatever weights, whose source has changed or is gone.
 
-    Of slices of whatever size and embeddings of whatever weights. Nothing behind a link is listed: it may be anything.
+    Nothing behind a link is listed (see `links_in_cache`): it may be anything.
     """
-    keys = {_key(sample) for sample in samples}
-    cache = cache_folder(samples[0].data_path, cache_path)
-    folders = [cache, *sorted(f for f in cache.glob("*") if CACHE_FOLDER.fullmatch(f.name))]
-    links = [folder for folder in folders if folder.is_symlink()]
+    keys, links = {_key(sample) for sample in samples}, set(links_in_cache(samples, cache_path))
+    cache, *folders = _cache_folders(samples, cache_path)
     unused = []
-    for folder in [f for f in folders[1:] if not {f, cache} & set(links)]:
+    for folder in [f for f in folders if not {f, cache} & links]:
         for file in sorted(folder.iterdir()):
             named = CACHE_FILE.fullmatch(file.name)
             current = named and named[1] in keys and folder.name.endswith(f"_v{FORMAT}")
             if named and not current and file.is_file() and not file.is_symlink():
                 unused.append(file)
-    return unused, links
+    return unused
+
+
+def links_in_cache(samples: Sequence[Sample], cache_path: str | Path | None = None) -> list[Path]:
+    """The cache's folder and those in it that are links."""
+    return [folder for folder in _cache_folders(samples, cache_path) if folder.is_symlink()]
+
+
+def _cache_folders(samples: Sequence[Sample], cache_path: str | Path | None) -> list[Path]:
+    cache = cache_folder(samples[0].data_path, cache_path)
+    return [cache, *sorted(f for f in cache.glob("*") if CACHE_FOLDER.fullmatch(f.name))]
 
 
 def _warn(lines: list[str]) -> None:
