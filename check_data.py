@@ -20,7 +20,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from datasets.cache import shown_size
 from datasets.check import Content, check
 from datasets.index import Sample, groups
-from datasets.store import unused_files
+from datasets.store import links_in_cache, unused_files
 from utils import config as options
 from utils.errors import UserError
 from utils.files import write_json
@@ -71,7 +71,8 @@ def main(cfg: Config) -> None:
     depth = "all read" if cfg.full else "headers only; --full true reads everything"
     print(f"{_count(errors, 'error')}, {_count(warnings, 'warning')}, {_count(samples, 'file')} ({depth})", flush=True)
     if samples:
-        tidy_cache(unused_files(samples, cfg.cache_path), cfg.clean_cache)
+        cache = samples, cfg.cache_path
+        tidy_cache(unused_files(*cache), links_in_cache(*cache), cfg.clean_cache)
     if cfg.report:
         found = [asdict(finding) for finding in findings]
         write_json({"options": options.to_dict(cfg), "data_sets": data_sets, "findings": found}, Path(cfg.report))
@@ -90,8 +91,10 @@ def measure(members: Sequence[Sample], contents: dict[Sample, Content]) -> dict[
     return {name: {"min": min(v), "median": float(np.median(v)), "max": max(v)} for name, v in values.items() if v}
 
 
-def tidy_cache(unused: Sequence[Path], delete: bool) -> None:
+def tidy_cache(unused: Sequence[Path], links: Sequence[Path], delete: bool) -> None:
     """Say, or delete, what lies in the cache and no training on these data would read."""
+    for link in links if delete else ():
+        print(f"cache: {link} is a link, and nothing behind links is deleted; clean up there yourself")
     if not unused:
         return
     size = shown_size(sum(file.stat().st_size for file in unused))

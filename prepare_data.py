@@ -5,15 +5,16 @@
     python prepare_data.py --source dicom_export --dest Training_Data/MR --on_error skip
     python prepare_data.py --source BraTS2018 --dest Tasks/BraTS --preset brats2018    # four channels, for downstream
 
-Reads NIfTI, DICOM series, NRRD, MHA / MHD, HDF5, NPY / NPZ and 2D images. Writes beside the cases dataset.yaml (what
-training reads), cases.csv (where each case comes from), montage.png (look at it) and labels/. The same command again
-converts only what is missing or has changed. docs/DATA.md has the details.
+Reads NIfTI, DICOM series, NRRD, MHA / MHD, Analyze, MGH, MINC, PAR / REC, HDF5, NPY / NPZ, TIFF stacks and 2D images.
+Writes beside the cases dataset.yaml (what training reads), cases.csv (where each case comes from), montage.png (look at
+it) and labels/. The same command again converts only what is missing or has changed. docs/DATA.md has the details.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import sys
 import time
 from collections import Counter
@@ -25,13 +26,12 @@ from pathlib import Path
 from typing import Literal
 
 from jsonargparse.typing import NonNegativeInt
-from tqdm import tqdm
 
 from conversion.convert import Window, attempt, source_key
 from conversion.layouts import PRESETS, Found, Source, find
 from conversion.montage import montage
 from conversion.table import Case, assign_ids, describe, in_order, read_table, write_table
-from conversion.volume import Options
+from conversion.volume import BadFile, LeftOut, Options
 from conversion.workers import outcomes
 from datasets.index import LABEL_FOLDERS, MONTAGE, scan
 from datasets.index import describe as describe_samples
@@ -74,7 +74,7 @@ def main(cfg: Config) -> None:
     places, dest = _check(cfg)
     preset = PRESETS.get(cfg.preset)
     images = [cfg.images] if isinstance(cfg.images, str) else cfg.images
-    found = find(places, images, cfg.labels, cfg.modality, cfg.channel, preset)
+    found = find(places, images, cfg.labels, cfg.modality, cfg, preset)
     _say_what_was_found(found, places)
     window = _window(cfg.window, found.sources)
     with _only_run(dest):
@@ -84,11 +84,11 @@ def main(cfg: Config) -> None:
         for source in sources:
             case = table.get(source.name)
             if case and case.key == source_key(source, cfg) and case.is_whole(dest):
-                case.modality, case.patient = source.modality, source.patient
+                case.modality, case.patient = source.modality, source.patient or case.patient
             else:
                 todo[source.name] = source
         one = partial(attempt, dest=dest, options=cfg, window=window)
-        failed = _keep(outcomes(todo, one, cfg.workers), table, dest)
+        failed, left_out = _keep(outcomes(todo, one, cfg.workers), table, dest, found.problems)
         if not table:
             raise UserError("nothing was converted, for the reasons above")
         structures = preset.structures if preset else found.description.structures
@@ -96,10 +96,10 @@ def main(cfg: Config) -> None:
         content = describe(in_order(table), dest, cfg.spacing_mm, asked, found.description.about, structures)
         montage(in_order(table), dest, content.get("window"))
     samples, _ = scan(dest.resolve().parent, dest.resolve().name)
-    problems = len(found.problems) + len(failed)
+    problems, converted = len(found.problems) + failed, len(todo) - failed - left_out
     print(
-        f"{describe_samples(samples)}\n{dest}: {len(todo) - len(failed)} cases converted, "
-        f"{len(sources) - len(todo)} there already, problems: {problems}; look at {dest / MONTAGE}"
+        f"{describe_samples(samples)}\n{dest}: {converted} cases converted, {len(sources) - len(todo)} there already, "
+        f"left out: {left_out}, problems: {problems}; look at {dest / MONTAGE}"
     )
     if content["modality"] == "CT" and not content.get("window"):
         print("note: CT without --window: training scales each volume by its percentiles, not by HU")
@@ -149,13 +149,18 @@ def _window(window: str | list[float], sources: Sequence[Source]) -> Window:
     return limits[0], limits[1]
 
 
+def _as_it_is(path: str, flags: int) -> int:
+    """Opens a file, but not what a link points to, and waits for nobody at a FIFO."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
 @contextlib.contextmanager
 def _only_run(dest: Path) -> Iterator[None]:
     """A lock on the folder, which is made if need be, and goes again if nothing comes into it."""
     lock = dest / ".prepare.lock"
     try:
         dest.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w")
+        file = open(lock, "w", opener=_as_it_is)  # noqa: SIM115
     except OSError as error:
         raise UserError(f"dest: {dest} cannot be written ({error.strerror}); choose another folder") from None
     with file:
@@ -173,30 +178,51 @@ def _only_run(dest: Path) -> Iterator[None]:
                 dest.rmdir()  # where nothing was converted: training would stop at an empty data set
 
 
-def _keep(results: Iterable[tuple[str, Case | str]], table: dict[str, Case], dest: Path) -> list[str]:
-    """Note what is converted in the table, which is saved meanwhile; returns what went wrong."""
-    problems, notes = [], []
+def _keep(
+    results: Iterable[tuple[str, Case | BadFile]], table: dict[str, Case], dest: Path, problems: Sequence[str]
+) -> tuple[int, int]:
+    """Note what is converted in the table, which is saved meanwhile, and say at the end what is not, and why.
+
+    problems: of files that were not tried.  Returns the numbers of cases that failed and that were left out.
+    """
+    bad: list[BadFile] = []
+    notes: list[str] = []
     saved = time.monotonic()
     try:
         for name, result in results:
-            if isinstance(result, str):
-                problems.append(result)
-                tqdm.write(f"problem: {result}", file=sys.stderr)
+            if isinstance(result, BadFile):
+                bad.append(result)
             else:
-                old = table.get(name, result)
-                for file in {old.file, old.label} - {result.file, result.label, ""}:
-                    (dest / file).unlink(missing_ok=True)  # such as a label map that is gone from the source
-                table[name] = result
+                result.patient = result.patient or (table[name].patient if name in table else "")  # as filled in
                 notes += [f"note: {name}: {result.notes}"] if result.notes else []
+            if not isinstance(result, BadFile) or isinstance(result, LeftOut):
+                _replace(name, result, table, dest)
             if time.monotonic() - saved > SAVE_SECONDS:
                 write_table(table, dest)
                 saved = time.monotonic()
     finally:
         if table:
             write_table(table, dest)
-    more = [f"note: and {len(notes) - 5} more in cases.csv"] if len(notes) > 5 else []
-    print(*notes[:5], *more, sep="\n", end="\n" if notes else "")
-    return problems
+        more = [f"note: and {len(notes) - 5} more in cases.csv"] if len(notes) > 5 else []
+        print(*notes[:5], *more, sep="\n", end="\n" if notes else "", flush=True)
+        said = sorted({*(f"problem: {p}" for p in problems), *(f"{_kind(error)}: {error}" for error in bad)})
+        print(*said, sep="\n", end="\n" if said else "", file=sys.stderr, flush=True)
+    left_out = sum(isinstance(error, LeftOut) for error in bad)
+    return len(bad) - left_out, left_out
+
+
+def _kind(error: BadFile) -> str:
+    return "left out" if isinstance(error, LeftOut) else "problem"
+
+
+def _replace(name: str, new: Case | LeftOut, table: dict[str, Case], dest: Path) -> None:
+    """The case of an earlier run by a new one, or by none; files that nothing stands for any more are deleted."""
+    old = table.pop(name, None)
+    kept = {new.file, new.label} if isinstance(new, Case) else set()
+    for file in {old.file, old.label} - kept - {""} if old else ():  # such as a label map that is gone from the source
+        (dest / file).unlink(missing_ok=True)
+    if isinstance(new, Case):
+        table[name] = new
 
 
 def _say_what_was_found(found: Found, places: Sequence[Path]) -> None:
@@ -204,8 +230,6 @@ def _say_what_was_found(found: Found, places: Sequence[Path]) -> None:
         print(f"note: {note}", flush=True)
     if ignored := ", ".join(f"{count} {suffix}" for suffix, count in sorted(found.ignored.items()) if count > 0):
         print(f"not converted: {ignored}", flush=True)
-    for problem in found.problems:
-        print(f"problem: {problem}", file=sys.stderr, flush=True)
     if not found.sources and not found.problems:
         raise UserError(f"source: {places[0]} holds nothing to convert; docs/DATA.md lists the accepted formats")
 

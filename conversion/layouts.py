@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
+from conversion.arrays import Part, cases_in
+from conversion.description import (
+    MODALITIES,
+    NAME,
+    NNUNET_CHANNEL,
+    Description,
+    patient_of,
+    read_description,
+    split_suffix,
+)
 from conversion.dicom_header import is_dicom
 from conversion.dicom_labels import is_annotation
 from conversion.dicom_series import group_series
-from datasets.index import IMAGE_SUFFIXES, LABEL_FOLDERS, SIDE_FILES, walk
+from conversion.listing import COMPANIONS, FORMATS, HEADERS, NOT_DATA, NOT_DATA_NAMES, list_files, unknown
+from conversion.volume import Options
 from utils.errors import UserError
 
-FORMATS = {
-    ".nii": "nifti", ".nii.gz": "nifti", ".nrrd": "itk", ".nhdr": "itk", ".mha": "itk", ".mhd": "itk", ".npy": "npy",
-    ".npz": "npz", ".h5": "hdf5", ".hdf5": "hdf5", ".dcm": "dicom", ".dicom": "dicom", ".ima": "dicom",
-    ".dcm.gz": "dicom", **dict.fromkeys(IMAGE_SUFFIXES, "image"),
-}  # fmt: skip
-COMPANIONS = {".raw", ".zraw"}  # pixels of .mhd and .nhdr headers
 LOOKS_LIKE_LABEL = re.compile(r"(^|[_.-])(seg|segmentations?|labels?|masks?|gt)([_.-]?\d+)?$", re.IGNORECASE)
-MODALITIES = {"MRI": "MR", "PET": "PT"}  # other names of DICOM's modalities
-NNUNET_CHANNEL = re.compile(r"_(\d{4})$")
 
 
 @dataclass(frozen=True)
@@ -59,68 +60,12 @@ PRESETS = {
 }
 
 
-@dataclass
-class Description:
-    """What the dataset.json of the Decathlon or of nnU-Net says; empty where there is none."""
-
-    about: str = ""
-    structures: dict[str, list[int]] = field(default_factory=dict)  # without the background
-    modalities: dict[str, str] = field(default_factory=dict)  # by channel
-    patients: dict[str, str] = field(default_factory=dict)  # by case
-    files: list[str] = field(default_factory=list)  # absolute paths
-    image_of: dict[str, str] = field(default_factory=dict)  # by label map
-
-    @property
-    def channels(self) -> tuple[str, ...]:
-        """Names of the channels of a case, where there are several."""
-        names = [self.modalities.get(str(number), "") for number in range(len(self.modalities))]
-        return tuple(names) if len(names) > 1 and all(names) else ()
-
-    def modality(self, channel: int | str | None, stem: str) -> str:
-        """Of the channel that nnU-Net's file name tells (_0000), else of the given or the only one, else ""."""
-        end = NNUNET_CHANNEL.search(stem)
-        if end and str(int(end[1])) in self.modalities:
-            channel = int(end[1])
-        only = "0" if len(self.modalities) == 1 else ""
-        name = self.modalities.get(str(channel) if isinstance(channel, int) else only, "")
-        return MODALITIES.get(name.upper(), name)
-
-
-def read_description(path: Path) -> Description:
-    """The dataset.json at `path`. Raises UserError where it is no JSON."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); correct it or remove it") from None
-
-    def get(key: str, kind: type) -> Any:
-        value = content.get(key) if isinstance(content, dict) else None
-        return value if isinstance(value, kind) else kind()
-
-    found = Description("; ".join(text for key in ("name", "reference", "licence") if (text := get(key, str))))
-    for key, value in get("labels", dict).items():  # {"1": "lesion"} (Decathlon), {"lesion": 1 or [1, 2]} (nnU-Net)
-        name, values = (str(value), [key]) if str(key).isdigit() else (str(key), value)
-        values = [str(number) for number in (values if isinstance(values, list) else [values])]
-        if all(map(str.isdigit, values)) and set(values) != {"0"}:
-            found.structures[name] = list(map(int, values))
-    names = get("modality", dict) or get("channel_names", dict)
-    found.modalities = {str(number): str(name).replace(",", "") for number, name in names.items()}
-    found.patients = {str(case): str(person) for case, person in get("patient", dict).items()}
-    for entry in [*get("training", list), *get("test", list)]:
-        parts = [entry.get("image"), entry.get("label")] if isinstance(entry, dict) else [entry]
-        paths = [os.path.abspath(path.parent / part) for part in parts if part and isinstance(part, str)]
-        found.files += paths
-        if len(paths) == 2:
-            found.image_of[paths[1]] = paths[0]
-    return found
-
-
 @dataclass(frozen=True)
 class Source:
     """One case: a file, a file per channel, or the files of a DICOM series; or a label map.
 
     name: the last part of the place given and the path below it, the same on every machine; a series adds "#" and
-    eight hexadecimal digits of its UID's hash.
+    eight hexadecimal digits of its UID's hash, a case of an array with many its name and number.
     """
 
     name: str
@@ -134,6 +79,7 @@ class Source:
     id: str = ""  # in the data set, see conversion.table.assign_ids
     text: str = ""  # what the "*" of its pattern stands for, or its stem
     number: int = 0  # of the pattern
+    part: Part | None = None  # of an array that holds many cases
     frame: int | None = None  # of a film
     structures: tuple[str, ...] = ()  # names for the values 1, 2, ... of a label map that comes as DICOM
 
@@ -153,29 +99,29 @@ class Source:
 
 @dataclass
 class Found:
-    """What `find` found. problems stop a run or are skipped, notes are printed, ignored counts files by suffix."""
+    """What `find` found. problems stop a run or are skipped, notes are printed, ignored counts files by suffix.
+
+    description: of all that was given, where a single dataset.json says it.
+    """
 
     sources: list[Source] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     description: Description = field(default_factory=Description)
+    image_of: dict[str, str] = field(default_factory=dict)  # by label map, as absolute paths
 
 
 def find(
-    places: Sequence[Path],
-    images: Sequence[str],
-    labels: str,
-    modality: str,
-    channel: int | str | None,
-    preset: Preset | None,
+    places: Sequence[Path], images: Sequence[str], labels: str, modality: str, options: Options, preset: Preset | None
 ) -> Found:
     """Everything to convert in files and folders, in a fixed order. Raises UserError where a place is missing.
 
     images: patterns of file names; several: one for each channel of a case.  labels: a pattern whose "*" stands for the
     same text as the image's; "": label maps lie in folders of labels beside the images and have their names.
-    channel: "all" makes one case of nnU-Net's CASE_0000, CASE_0001, ...  preset: replaces images and labels.
+    options: with channel "all" nnU-Net's CASE_0000, CASE_0001, ... are one case.  preset: replaces images and labels.
     """
+    channel = options.channel
     if preset:
         images, labels, modality = list(preset.images.values()), preset.labels, modality or preset.modality
     if len(images) > 1 and isinstance(channel, int):
@@ -183,80 +129,106 @@ def find(
             raise UserError(f"channel: there is no channel {channel}; choose 0 to {len(images) - 1}, or all")
         images = images[channel : channel + 1]
     found = Found()
-    listed = _list(places, found)
-    if len(places) == 1 and (places[0] / "dataset.json").is_file():
-        found.description = read_description(places[0] / "dataset.json")
-        found.ignored[".json"] -= 1
-        missing = [file for file in found.description.files if not os.path.exists(file)]
-        found.problems += [f"{file}: is listed in dataset.json but does not exist; copy it" for file in missing]
+    listed = list_files(places, found.problems)
+    described = _described(places, listed, found)
     plain, dicom, label_files = _sort(listed, images, labels, found)
+    plain = [case for source in plain for case in _parts(source, options)]
     names = tuple(preset.images) if preset and len(preset.images) > 1 else found.description.channels
     sources = _pair(_cases(plain, len(images), names, channel == "all", found), label_files, bool(labels), found)
     if preset:
         sources = [replace(source, patient=source.text) for source in sources]
     sources += _of_dicom(dicom, found)
-    about, modality = found.description, MODALITIES.get(modality.upper(), modality)
+    modality = MODALITIES.get(modality.upper(), modality)
     for s in sorted(sources, key=lambda s: os.fsencode(s.name)):
-        person = about.patients.get(s.stem) or about.patients.get(NNUNET_CHANNEL.sub("", s.stem)) or s.patient
-        what = modality or about.modality(channel, s.stem) or s.modality
+        about = [described[folder] for folder in s.files[0].parents if folder in described]
+        told = (name for one in about if (name := one.modality(channel, s.stem)))
+        what, person = modality or next(told, s.modality), patient_of(s.path, s.name, about, s.patient)
         found.sources.append(replace(s, modality=what, patient=person))
-    if twice := [name for name, count in Counter(s.name for s in sources).items() if count > 1]:
+    _require_one_name(found)
+    _note_doubts(found)
+    return found
+
+
+def _require_one_name(found: Found) -> None:
+    counts = Counter(s.name for s in found.sources)
+    if twice := [name for name, count in counts.items() if count > 1]:
         raise UserError(f"source: two of the places hold a {twice[0]}; give the folder above them instead")
+
+
+def _note_doubts(found: Found) -> None:
+    """Note what may not be meant: label maps among the images, copies of a file, cases of unknown patients."""
     if suspects := [s.name for s in found.sources if s.label is None and LOOKS_LIKE_LABEL.search(s.stem)]:
         found.notes.append(
             f"{len(suspects)} files look like label maps but are taken as images ({suspects[0]}); choose images and "
             "label maps by name, e.g. --images '*_flair.nii.gz' --labels '*_seg.nii.gz'"
         )
-    return found
+    names = {s.name for s in found.sources}
+    if twins := [name for name in names if name.lower().endswith(".gz") and name[:-3] in names]:
+        found.notes.append(
+            f"{len(twins)} files are there compressed and not ({min(twins)}); remove one if they are copies"
+        )
+    if (unknown := [s.name for s in found.sources if not s.patient]) and len(unknown) < len(found.sources):
+        found.notes.append(
+            f"{len(unknown)} of {len(found.sources)} cases have no patient, e.g. {unknown[0]}; write it into "
+            "cases.csv, as splits by patient need it"
+        )
 
 
 def above(name: str) -> str:
     return name.rpartition("/")[0]
 
 
-def split_suffix(name: str) -> tuple[str, str]:
-    """("case.v2", ".nii.gz") of "case.v2.nii.gz"; the suffix in lower case."""
-    end = next((s for s in (".nii.gz", ".dcm.gz") if name.lower().endswith(s)), os.path.splitext(name)[1])
-    return name[: len(name) - len(end)], end.lower()
-
-
-def _list(places: Sequence[Path], found: Found) -> dict[Path, str]:
-    """{file: name} of every file that is not hidden."""
-    files: dict[Path, str] = {}  # places may overlap
+def _described(places: Sequence[Path], listed: dict[Path, tuple[str, bool]], found: Found) -> dict[Path, Description]:
+    """What dataset.json files say, by the folder below which it holds; those above a place, if they name its files."""
+    described = {file.parent: read_description(file) for file in listed if file.name == NAME}
+    found.ignored[".json"] -= len(described)
+    missing = [file for about in described.values() for file in about.files if not os.path.exists(file)]
+    found.problems += [f"{file}: is listed in dataset.json but does not exist; copy it" for file in missing]
     for place in (Path(os.path.abspath(place.expanduser())) for place in places):
-        if not place.exists():
-            raise UserError(f"source: {place} does not exist; give files or a folder")
-        root = place if place.is_dir() else place.parent
-        for file in walk(place) if place.is_dir() else [place]:
-            name = f"{root.name}/{file.relative_to(root).as_posix()}"
-            if os.fsencode(name).decode(errors="replace") == name:
-                files.setdefault(file, name)
-            else:  # as from archives of other systems
-                found.problems.append(f"{os.fsencode(file)!r}: has a name that is not UTF-8; rename it")
-    return files
+        for folder in place.parents[:2]:
+            if folder not in described and (folder / NAME).is_file():
+                about = read_description(folder / NAME)
+                if any(Path(file) in listed for file in about.files):
+                    described[folder] = about
+    said = list(described.values())
+    alike = all((about.structures, about.modalities) == (said[0].structures, said[0].modalities) for about in said)
+    if said and alike:
+        found.description = replace(
+            said[0], about="; ".join(dict.fromkeys(about.about for about in said if about.about))
+        )
+    elif said:
+        found.notes.append(
+            f"{len(said)} dataset.json files differ in labels or modalities: write those into dataset.yaml"
+        )
+    found.image_of = {label: image for about in said for label, image in about.image_of.items()}
+    return described
 
 
 def _sort(
-    listed: dict[Path, str], images: Sequence[str], labels: str, found: Found
+    listed: dict[Path, tuple[str, bool]], images: Sequence[str], labels: str, found: Found
 ) -> tuple[list[Source], list[Source], list[Source]]:
     """(files of images and volumes, DICOM files, label maps)."""
     plain, dicom, label_files = [], [], []
-    with_headers = {file.parent for file in listed if file.suffix.lower() in (".mhd", ".nhdr")}
-    for file, name in listed.items():
+    headers = set()  # by name, and by suffix alone
+    for file in listed:
         stem, suffix = split_suffix(file.name)
-        in_label_folder = any(part.lower() in LABEL_FOLDERS for part in name.split("/")[1:-1])
-        label = _star(labels, file.name) if labels else stem if in_label_folder else None
+        if suffix in HEADERS:
+            headers |= {(file.parent, (stem, suffix)), (file.parent, suffix)}
+    for file, (name, of_labels) in listed.items():
+        stem, suffix = split_suffix(file.name)
+        label = _star(labels, file.name) if labels else stem if of_labels else None
         format = FORMATS.get(suffix, "")
-        other = format or label is not None or suffix in SIDE_FILES | COMPANIONS
-        if not other and os.access(file, os.R_OK) and is_dicom(file):
+        if not format and suffix not in NOT_DATA | COMPANIONS.keys() and os.access(file, os.R_OK) and is_dicom(file):
             format = "dicom"
         texts = [_star(pattern, file.name) for pattern in images]
         number = next((i for i, text in enumerate(texts) if text is not None), None)
         source = Source(name, stem, format, (file,), text=label or (stem if number is None else texts[number]))
-        if suffix in COMPANIONS and file.parent in with_headers:
+        if any((file.parent, end if "raw" in suffix else (stem, end)) in headers for end in COMPANIONS.get(suffix, ())):
             continue
-        if not format or file.name == "DICOMDIR":
-            found.ignored[suffix or "without suffix"] += 1
+        if suffix in NOT_DATA or file.name.upper() in NOT_DATA_NAMES:
+            found.ignored[suffix or file.name] += 1
+        elif not format:
+            found.problems.append(f"{file}: {unknown(suffix)}")
         elif label is not None and not (format == "dicom" and is_annotation(file)):
             label_files.append(source)
         elif number is None:
@@ -264,6 +236,18 @@ def _sort(
         else:
             (dicom if format == "dicom" else plain).append(replace(source, number=number))
     return plain, dicom, label_files
+
+
+def _parts(source: Source, options: Options) -> list[Source]:
+    """The source, or one for each case of an array that holds many."""
+    many = source.format == "array" and (options.case_axis is not None or source.path.suffix.lower() == ".npz")
+    parts = cases_in(source.path, options.case_axis, options.array_key) if many else []
+    cases = []
+    for part in parts:
+        end = f"{part.array.removesuffix('_images').replace('/', '_')}_{part.index:05d}".lstrip("_")
+        stem = f"{source.stem}_{end}"
+        cases.append(replace(source, name=f"{source.name}#{end}", stem=stem, text=stem, part=part))
+    return cases or [source]
 
 
 def _star(pattern: str, name: str) -> str | None:
@@ -292,7 +276,7 @@ def _cases(
         elif of_nnunet and together:
             groups[item.path.parent, base].append((int(end[1]), item))
         else:
-            groups[item.path, item.stem].append((-1, item))
+            groups[item.path, item.text if item.part else item.stem].append((-1, item))
     count = max([patterns, *(number + 1 for members in groups.values() for number, _ in members)])
     sources = []
     for (_, stem), members in groups.items():
@@ -321,7 +305,7 @@ def _pair(sources: list[Source], label_files: Sequence[Source], by_pattern: bool
         if not by_pattern:  # imagesTs may have the same names as imagesTr
             other = {"tr": "imagests", "ts": "imagestr"}.get(item.folder.lower()[-2:], "/")
             matches = [source for source in matches if not source.folder.lower().endswith(other)]
-        image = by_path.get(found.description.image_of.get(os.path.abspath(item.path), ""))
+        image = by_path.get(found.image_of.get(os.path.abspath(item.path), ""))
         matches = [image] if image else matches
         if not matches:
             found.problems.append(f"{item.path}: is a label map without an image; copy its image, or remove it")

@@ -1,32 +1,33 @@
 """Volumes of every accepted format as intensities with their geometry, each through a maintained reader.
 
-NIfTI through nibabel, as it reads one channel of a 4D file alone and accepts affines that ITK refuses. The libraries
-are imported when a file needs them: training never does.
+The libraries are imported when a file needs them: training never does.
 """
 
 from __future__ import annotations
 
 import gzip
-import os
+import stat
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from conversion.arrays import Part, read_array
 from conversion.dicom import read_dicom
-from conversion.volume import TO_RAS, BadFile, Options, Volume, by, reason, rescaled, with_channels
-from datasets.index import npy_header
+from conversion.itk import read_itk
+from conversion.nifti import read_nibabel
+from conversion.pictures import read_picture
+from conversion.volume import BadFile, Options, Volume, by, reason
 
 SAME_SPACING = 1e-3  # as a share; headers carry spacings in float32
 
 
-def read(format: str, files: Sequence[Path], options: Options) -> Volume:
+def read(format: str, files: Sequence[Path], options: Options, part: Part | None = None) -> Volume:
     """The volume in a file, in the files of a DICOM series, or in one file per channel; its intensities are finite.
 
-    Raises BadFile, whatever is wrong with the files.
+    part: the case that is read of an array with many. Raises BadFile, whatever is wrong with the files.
     """
     if len(files) > 1 and format != "dicom":
         volumes = []
@@ -37,13 +38,19 @@ def read(format: str, files: Sequence[Path], options: Options) -> Volume:
                 raise BadFile(f"{file.name}: {error}") from None
         return _stack(files, volumes)
     try:
-        if files[0].stat().st_size == 0:
+        status = files[0].stat()
+        if not stat.S_ISREG(status.st_mode):  # a FIFO would be waited for
+            raise BadFile("is not a regular file; remove it")
+        if status.st_size == 0:
             raise BadFile("is empty (0 bytes); copy it again or remove it")
-        volume = read_dicom(files, options) if format == "dicom" else READERS[format](files[0], options)
+        if format == "dicom":
+            volume = read_dicom(files, options)
+        else:
+            volume = READERS[format](files[0], options, *[part] * (part is not None))
     except (BadFile, MemoryError):
         raise
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise BadFile("is truncated or damaged: its compressed data end early; copy it again") from None
+        raise BadFile("is truncated or damaged: its compressed data end early or do not agree; copy it again") from None
     except Exception as error:  # readers fail in many ways on arbitrary bytes
         raise BadFile(f"cannot be read ({reason(error)}); copy it again or export it again") from None
     volume.array = _checked(volume.array, options.nan_value)
@@ -85,75 +92,4 @@ def _stack(files: Sequence[Path], volumes: Sequence[Volume]) -> Volume:
     return replace(first, array=np.stack([volume.array.T for volume in volumes]).T)  # slices stay in one piece
 
 
-def read_nifti(path: Path, options: Options) -> Volume:
-    """NIfTI-1 or -2, compressed or not; axes and spacing from the sform, or else the qform."""
-    import nibabel
-    from nibabel.arrayproxy import ArrayProxy
-
-    image = nibabel.load(path)
-    proxy = image.dataobj
-    coded = any(int(image.header.get(f"{kind}_code", 1)) for kind in ("qform", "sform"))
-    notes = [] if coded else ["no orientation in the NIfTI header (qform and sform code 0): taken as its affine says"]
-    unscaled = ArrayProxy(proxy.file_like, (proxy.shape, proxy.dtype, proxy.offset))
-    array = rescaled(with_channels(unscaled, options.channel), float(proxy.slope), float(proxy.inter))
-    return Volume(array, np.asarray(image.affine, dtype=np.float64), notes)
-
-
-def read_itk(path: Path, options: Options) -> Volume:
-    """NRRD or MetaImage."""
-    import SimpleITK
-
-    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-    image = SimpleITK.ReadImage(os.fspath(path))
-    axes, array = image.GetDimension(), SimpleITK.GetArrayFromImage(image)
-    if axes < 3:
-        raise BadFile(f"is {axes}D ({by(image.GetSize())}); save it as an image (.png), or stack slices to a volume")
-    array = array.transpose(*range(axes)[::-1], *range(axes, array.ndim))
-    steps = np.array(image.GetDirection()).reshape(axes, axes) * image.GetSpacing()
-    affine = np.eye(4)
-    affine[:3, :3], affine[:3, 3] = steps[:3, :3], image.GetOrigin()[:3]
-    return Volume(with_channels(array, options.channel), TO_RAS @ affine)
-
-
-def read_npy(path: Path, options: Options) -> Volume:
-    """NPY; slices lie along options.array_axis. Nothing is unpickled."""
-    npy_header(path)  # says better than numpy what is wrong
-    return _from_array(np.load(path, mmap_mode="c", allow_pickle=False), options)
-
-
-def read_npz(path: Path, options: Options) -> Volume:
-    """One array of an NPZ archive: options.array_key, or the only volume in it."""
-    with np.load(path, allow_pickle=False) as archive:
-        return _from_array(_pick(archive, options.array_key), options)
-
-
-def read_hdf5(path: Path, options: Options) -> Volume:
-    """One array of an HDF5 file: options.array_key, or the only volume in it."""
-    import h5py
-
-    with h5py.File(path, "r") as file:
-        arrays: dict[str, Any] = {}
-        file.visititems(lambda name, item: arrays.update({name: item} if isinstance(item, h5py.Dataset) else {}))
-        return _from_array(_pick(arrays, options.array_key), options)
-
-
-def _from_array(array: Any, options: Options) -> Volume:
-    """A volume without geometry, its slices moved to the third axis and its channels to the fourth."""
-    array = with_channels(array, options.channel, options.channel_axis)
-    return Volume(np.moveaxis(array, options.array_axis, 2) if array.ndim > 2 else array)
-
-
-def _pick(arrays: Mapping[str, Any], key: str) -> Any:
-    """The array to read."""
-    if key in arrays:
-        return arrays[key]
-    shapes = {name: array.shape for name, array in arrays.items()}
-    volumes = [name for name, shape in shapes.items() if len(shape) >= 3]
-    if len(volumes) == 1 and not key:
-        return arrays[volumes[0]]
-    listed = ", ".join(f"{name} ({by(shape)})" for name, shape in list(shapes.items())[:8]) or "nothing"
-    what = f"has no array {key!r}" if key else "has several volumes" if volumes else "has no volume"
-    raise BadFile(f"{what} among {listed}; name one with --array_key")
-
-
-READERS = {"nifti": read_nifti, "itk": read_itk, "npy": read_npy, "npz": read_npz, "hdf5": read_hdf5}
+READERS = {"nifti": read_nibabel, "itk": read_itk, "array": read_array, "image": read_picture}

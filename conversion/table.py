@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from conversion.layouts import Source, split_suffix
+from conversion.description import split_suffix
+from conversion.layouts import Source
 from datasets.cache import is_whole
 from datasets.index import MONTAGE
 from utils.config import read_yaml
@@ -23,6 +24,8 @@ from utils.files import read_csv, write_csv, write_text
 
 CASES = "cases.csv"
 LABELS = "labels"  # the folder of label maps: one that datasets.index never reads as data
+PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+LONGEST = 120  # characters of an id: file systems take names of 255 bytes
 SAME_SPACING = 0.02  # data sets whose spacings differ by less than this share have one spacing
 
 
@@ -64,11 +67,19 @@ class Case:
 def read_table(dest: Path) -> dict[str, Case]:
     """{source: case} of cases.csv; {} where there is none."""
     path = dest / CASES
+    for place in (path, dest / "dataset.yaml", dest / MONTAGE, dest / LABELS):
+        if place.is_symlink() or (place.exists() and not (place.is_dir() if place.name == LABELS else place.is_file())):
+            raise UserError(f"{place}: is a link or no regular file, through which nothing is written; move it away")
     if not path.exists():
         return {}
     rows, names = read_csv(path, "dest"), {f.name for f in fields(Case)}
     if set(rows[0]) != names:
         raise UserError(f"{path}: was not written by this version; move it away, and all cases are converted again")
+    for line, row in enumerate(rows, start=2):
+        label = row["label"].removeprefix(f"{LABELS}/") if row["label"] else row["id"]
+        for name in (row["id"], row["file"], label):  # they are written and deleted
+            if not PLAIN.fullmatch(name):
+                raise UserError(f"{path}, line {line}: {name!r} is no plain file name; correct it or remove the line")
     return {row["source"]: Case(**row) for row in rows}
 
 
@@ -91,7 +102,8 @@ def assign_ids(sources: Sequence[Source], known: dict[str, str]) -> list[Source]
         wanted = {}
         for s in (s for s in sources if s.name not in ids):
             digest = hashlib.sha256(os.fsencode(s.name)).hexdigest()[:8]
-            text = (s.stem, split_suffix(s.name)[0].replace("/", "__"), f"{s.stem}_{digest}")[proposal]
+            text = (s.stem, split_suffix(s.name)[0].replace("/", "__"), f"{s.stem[:LONGEST]}_{digest}")[proposal]
+            text = f"{text[:LONGEST]}_{digest}" if len(text) > LONGEST + 9 else text
             wanted[s.name] = re.sub(r"[^A-Za-z0-9._-]+", "_", text).lstrip(".") or "case"
         count = Counter(identifier.lower() for identifier in (*ids.values(), *wanted.values()))
         ids |= {name: identifier for name, identifier in wanted.items() if count[identifier.lower()] == 1}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 # Sides of the patient towards which the row, column and slice index grows. Axial: front on top, right side on the
 # left, from the feet up. Coronal: head on top, right side on the left, from front to back. Sagittal: head on top,
@@ -20,6 +20,10 @@ TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # axes of DICOM and ITK point to the l
 
 class BadFile(ValueError):
     """A file cannot be converted; the message says why and what to do, without the file's name."""
+
+
+class LeftOut(BadFile):
+    """A file is not converted because an option says so."""
 
 
 @dataclass
@@ -37,8 +41,10 @@ class Options:
     together, for downstream tasks; default: all where dataset.json names them, else 4D volumes are an error"""
     channel_axis: int = -1
     """axis of 4D NPY, NPZ and HDF5 arrays that counts channels"""
-    array_axis: Literal[0, 1, 2] = 2
-    """axis of NPY, NPZ and HDF5 arrays that counts slices"""
+    array_axis: Literal[0, 1, 2] | None = None
+    """axis of NPY, NPZ and HDF5 arrays that counts slices; default: the last, unless their shape speaks against it"""
+    case_axis: NonNegativeInt | None = None
+    """axis of NPY, NPZ and HDF5 arrays that counts cases, where one holds many; files of MedMNIST are known"""
     array_key: str = ""
     """name of the image in NPZ and HDF5 files; default: the only volume"""
     label_key: str = ""
@@ -47,6 +53,8 @@ class Options:
     """number written in place of NaN and Inf; default: such a file is an error"""
     allow_gaps: bool = False
     """acceptance of DICOM series whose slices are not evenly spaced"""
+    min_slices: PositiveInt = 1
+    """slices of a volume below which it is left out, as scouts and localisers are"""
 
 
 @dataclass
@@ -61,6 +69,8 @@ class Volume:
     notes: list[str] = field(default_factory=list)  # what a person should know but nothing to stop for
     codes: str = ""  # for each axis the side towards which its index grows, such as "LPS"; "": not known
     plane: str = ""  # after `arrange`, where codes are known
+    flat: bool = False  # a picture, whose third axis is 1: no slice of a volume
+    as_file: bool = False  # a picture in a file that training reads as it is
 
     def __post_init__(self) -> None:
         if self.affine is None:
@@ -86,7 +96,8 @@ class Volume:
 def arrange(volume: Volume, plane: str) -> Volume:
     """The volume with its axes permuted and flipped, never interpolated; without known orientation as it is.
 
-    plane: axial, coronal, sagittal or auto: slices along the axis of thickest spacing, axial where there is none.
+    plane: axial, coronal, sagittal or auto: slices along the axis of thickest spacing, or along the only one with a
+    single voxel; axial where there is none.
     """
     if not volume.codes:
         if plane != "auto":
@@ -97,7 +108,9 @@ def arrange(volume: Volume, plane: str) -> Volume:
     if plane == "auto":
         spacing = volume.spacing_mm or (1, 1, 1)
         thin, thick = sorted(spacing)[-2:]
-        plane = "axial" if thick < THICKEST * thin else ACROSS[volume.codes[int(np.argmax(spacing))]]
+        single = [k for k in range(3) if volume.array.shape[k] == 1]
+        across = single[0] if len(single) == 1 else int(np.argmax(spacing))
+        plane = "axial" if thick < THICKEST * thin and len(single) != 1 else ACROSS[volume.codes[across]]
     turn = ornt_transform(axcodes2ornt(volume.codes), axcodes2ornt(PLANES[plane]))
     affine = None if volume.affine is None else volume.affine @ inv_ornt_aff(turn, volume.array.shape[:3])
     array = apply_orientation(volume.array, turn)
@@ -117,6 +130,12 @@ def rescaled(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
                 # What wraps around here comes back, as the results fit.
                 return stored.astype(dtype) * dtype(slope) + dtype(intercept)
     return np.multiply(stored, slope, dtype=np.float64).astype(np.float32) + np.float32(intercept)
+
+
+def luminance(colours: np.ndarray) -> np.ndarray:
+    """[...] uint8 of [..., 3 or 4] uint8 red, green, blue (and alpha): PIL's, as of the pictures of training."""
+    red, green, blue = (colours[..., k].astype(np.uint32) for k in range(3))
+    return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).astype(np.uint8)
 
 
 def choose(count: int, channel: int | str | None, shape: Iterable[int]) -> int | slice:

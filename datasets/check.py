@@ -145,14 +145,18 @@ def _volume_findings(members: list[Sample], turned: dict[Sample, int], wanted: i
 
 def _turned(members: list[Sample]) -> dict[Sample, int]:
     """Volumes whose slices seem to lie along another axis than slice_axis, and along which one."""
-    rows, columns = (axis for axis in range(3) if axis != members[0].slice_axis)
-    turned = {}
-    for s in members:
-        short, long = sorted((s.height, s.width))
-        thinner = THINNER_EQUAL if s.slices == long else THINNER
-        if s.slices > LONGER * long or min(s.slices, long) > thinner * short:
-            turned[s] = rows if s.height <= s.width else columns
-    return turned
+    axes = {s: likely_slice_axis(np.insert([s.height, s.width], s.slice_axis, s.slices), s.slice_axis) for s in members}
+    return {s: axis for s, axis in axes.items() if axis != s.slice_axis}
+
+
+def likely_slice_axis(shape: Sequence[int], axis: int) -> int:
+    """The axis along which the slices of a volume seem to lie; `axis` unless its lengths speak clearly against it."""
+    rows, columns = (k for k in range(3) if k != axis)
+    slices, (short, long) = shape[axis], sorted((shape[rows], shape[columns]))
+    thinner = THINNER_EQUAL if slices == long else THINNER
+    if slices > LONGER * long or min(slices, long) > thinner * short:
+        return rows if shape[rows] <= shape[columns] else columns
+    return axis
 
 
 def _odd_sizes(members: list[Sample], without: set[Sample]) -> list[Finding]:

@@ -27,6 +27,7 @@ IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # PIL tries no other decoder, wh
 LABEL_FOLDERS = {"labels", "labelstr", "labelsts", "masks"}  # compared in lower case
 MONTAGE = "montage.png"  # a picture of the data set for people (prepare_data.py), in its folder, not data
 SIDE_FILES = {".yaml", ".yml", ".csv", ".txt", ".md", ".json"}  # may lie beside the data, never read as data
+ORIENTATION = 0x0112  # EXIF tag
 MIN_SIDE = 8  # pixels; a smaller slice holds nothing to learn from
 MAX_IMAGE_PIXELS = 80_000_000  # below PIL's own limit; a few bytes of PNG can claim far more
 THREADS = 8  # that read headers: on a network disk each costs a round trip
@@ -91,6 +92,7 @@ def scan(
         raise UserError(f"data_path: {root} {reason}; {GET_DATA}") from None
     entries.sort(key=lambda e: os.fsencode(e.name))
     folders = [e for e in entries if e.is_dir() and e.name.lower() not in LABEL_FOLDERS]
+    folders = [e for e in folders if not (e.is_symlink() and leads_into(e, root, LABEL_FOLDERS))]
     bad = [
         f"{e}: lies outside any data set; move it into a folder, e.g. {root / 'MyData' / e.name}"
         for e in entries
@@ -153,7 +155,11 @@ def bad_files(problems: Sequence[str], where: str) -> UserError:
 def npy_header(path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
     """(shape, dtype, bytes before the data) of an NPY file of any version; unpickles nothing. Raises ValueError."""
     with open(path, "rb", buffering=0) as file:
-        head = file.read(HEADER_BYTES)
+        return npy_layout(file.read(HEADER_BYTES))
+
+
+def npy_layout(head: bytes) -> tuple[tuple[int, ...], np.dtype, int]:
+    """What `npy_header` returns, of the first HEADER_BYTES of a file."""
     if not head:
         raise ValueError("is empty (0 bytes); remove it or copy it again")
     if not head.startswith(b"\x93NUMPY"):
@@ -173,6 +179,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     path = folder / "dataset.yaml"
     if (folder / "dataset.yml").exists():
         raise UserError(f"{folder / 'dataset.yml'}: is not read under this name; rename it to dataset.yaml")
+    if path.exists() and not path.is_file():  # a FIFO would be waited for
+        raise UserError(f"{path}: is not a regular file; remove it")
     settings = read_yaml(path) if path.exists() else None
     if settings is None:
         return {}
@@ -211,26 +219,42 @@ SETTINGS: dict[str, tuple[Callable[[Any], bool] | None, str]] = {
 
 
 def walk(folder: Path, skip: Container[str] = ()) -> Iterator[Path]:
-    """The files below a folder in order, but hidden ones and its montage. Raises UserError where one cannot be listed.
+    """The files below a folder, but hidden ones and its montage. Raises UserError where one cannot be listed.
 
-    Links are followed, to each folder once.  skip: names of folders, in lower case, that are not entered.
+    Links are followed, to each folder once, and last: what a link shows has its own name where it lies in the tree,
+    too.  skip: names of folders, in lower case, that are not entered, whatever a link to them is called.
     """
-
-    def unlisted(error: OSError) -> None:
-        raise UserError(f"{error.filename}: cannot be listed ({error.strerror}); change its permissions")
-
-    seen = set()
-    for parent, folders, names in os.walk(folder, followlinks=True, onerror=unlisted):
+    seen: set[str] = set()
+    waiting, links = [folder], []  # folders still to be listed
+    while waiting or links:
+        parent = waiting.pop() if waiting else links.pop(0)
         real = os.path.realpath(parent)
         if real in seen:  # a link that leads back up, or a second way to the same files
-            folders.clear()
             continue
         seen.add(real)
-        # Sorted, so that of several links to one folder the same one is always followed.
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name.lower() not in skip)
-        for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
-            if path != folder / MONTAGE:
+        try:
+            with os.scandir(parent) as found:
+                entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
+        except OSError as error:
+            raise UserError(f"{parent}: cannot be listed ({error.strerror}); change its permissions") from None
+        folders = []
+        for entry in entries:
+            path = parent / entry.name
+            linked = entry.is_symlink()
+            if (entry.name.lower() if entry.is_dir() else "") in skip or (linked and leads_into(path, folder, skip)):
+                continue
+            if entry.is_dir():
+                (links if linked else folders).append(path)
+            elif path != folder / MONTAGE:
                 yield path
+        waiting += reversed(folders)
+
+
+def leads_into(link: Path, root: Path, folders: Container[str]) -> bool:
+    """Whether what a link shows is, or lies in, a folder with one of these names (in lower case), seen from `root`."""
+    real = os.path.realpath(link)
+    way = os.path.relpath(real, os.path.realpath(root)).lower().split(os.sep)
+    return any(part in folders for part in (way if os.path.isdir(real) else way[:-1]))
 
 
 def _data_files(folder: Path) -> list[Path]:
@@ -302,17 +326,34 @@ def image_header(path: Path) -> dict[str, Any]:
     """What the header of an image says: fields of a Sample. Raises ValueError. A window is for HU, never for these."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            (width, height), mode = image.size, image.mode
-            pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+            layout = image_layout(image)
     except PermissionError:
         raise
     except Exception:  # decoders fail in many ways on arbitrary bytes
         raise ValueError("is not a readable PNG, JPEG, TIFF or BMP image; export it again or remove it") from None
-    if pages > 1:
-        raise ValueError(f"is a stack of {pages} pages; save it as a volume, height x width x {pages} .npy")
-    if width * height > MAX_IMAGE_PIXELS:
+    if layout["slices"] > 1:
+        raise ValueError(f"is a stack of {layout['slices']} pages; convert it to a volume with prepare_data.py")
+    if layout["height"] * layout["width"] > MAX_IMAGE_PIXELS:
         raise ValueError(f"has more than {MAX_IMAGE_PIXELS} pixels; reduce it or remove it")
-    return {"slices": 1, "height": height, "width": width, "slice_axis": 2, "window": None, "dtype": mode}
+    return layout
+
+
+def image_layout(image: Image.Image) -> dict[str, Any]:
+    """Of an open image: height and width are those of the upright picture, slices its pages."""
+    (width, height), mode = image.size, image.mode
+    pages = 1 if image.format in ("PNG", "JPEG", "MPO") else getattr(image, "n_frames", 1)
+    if orientation(image) > 4:
+        height, width = width, height
+    return {"slices": pages, "height": height, "width": width, "slice_axis": 2, "window": None, "dtype": mode}
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF's way to turn an open image upright, 1 to 8; 1 is none. PIL turns TIFF itself."""
+    try:
+        turn = image.getexif().get(ORIENTATION, 1) if "exif" in image.info and image.format != "TIFF" else 1
+    except Exception:  # damaged EXIF data, which say nothing about the pixels
+        return 1
+    return turn if turn in range(1, 9) else 1
 
 
 def _kind(name: str) -> Literal["volume", "image"] | None:

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
-from datasets.index import IMAGE_FORMATS, Sample
+from datasets.index import IMAGE_FORMATS, ORIENTATION, Sample, orientation
 
-FORMAT = 2  # of the cache files; raise it when their content changes, so that old ones are not used
+FORMAT = 3  # of the cache files; raise it when their content changes, so that old ones are not used
 PERCENTILES = (0.5, 99.5)
 SAMPLED_VOXELS = 2**20  # the 0.5th percentile of so many is off by 0.007 percentage points (one standard deviation)
 SLICES_AT_ONCE = 8  # of a conversion in float: what they take stays in the processor's cache
@@ -64,11 +64,11 @@ def open_source(sample: Sample) -> np.ndarray:
         array = read_grey(sample.path)[None]
     else:
         try:
-            array = np.load(sample.path, mmap_mode="r", allow_pickle=False)
+            array = np.load(sample.path, allow_pickle=False)  # never mapped: a file cut short would kill the process
             array = np.moveaxis(array[..., 0] if sample.channel_names else array, sample.slice_axis, 0)
         except OSError as error:
-            raise BadSource(f"cannot be read ({error}); copy it again or remove it") from None
-        except (ValueError, IndexError):
+            raise BadSource(f"cannot be read ({error.strerror or error}); copy it again or remove it") from None
+        except (ValueError, IndexError, EOFError):
             raise changed from None
     if array.shape != (sample.slices, sample.height, sample.width):
         raise changed
@@ -78,32 +78,48 @@ def open_source(sample: Sample) -> np.ndarray:
 
 
 def read_grey(path: Path) -> np.ndarray:
-    """[H, W] grey values of an image: its own if it has one channel of 8, 16 or 32 bits, else luminance."""
+    """[H, W] grey values of an image, upright: its own if it has one channel of 8, 16 or 32 bits, else luminance."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            own = image.mode in ("L", "I", "F") or image.mode.startswith("I;16")
-            return np.asarray(image if own else image.convert("L"))
+            return grey_of(image)
     except Exception as error:  # decoders fail in many ways on damaged data
         reason = str(error) or type(error).__name__
         raise BadSource(f"broken image data ({reason}); export it again or remove it") from None
 
 
-def require_contrast(source: np.ndarray, sample: Sample) -> tuple[float, float]:
-    """(minimum, maximum) of [D, H, W]. Raises BadSource where training would learn nothing from it."""
-    low, high = float(source.min()), float(source.max())  # NaN if any is
+def grey_of(image: Image.Image) -> np.ndarray:
+    """What `read_grey` returns, of the page at which an open image stands."""
+    if image.format == "TIFF" and image.tag_v2.get(ORIENTATION, 1) > 4 and image.info.get("compression") == "raw":
+        raise ValueError("stored on its side, which Pillow reads wrongly without compression: save it upright")
+    upright = ImageOps.exif_transpose(image) if orientation(image) > 1 else image
+    own = upright.mode in ("L", "I", "F") or upright.mode.startswith("I;16")
+    colours = upright.convert("RGB") if upright.mode == "LAB" else upright  # LAB has no direct way to grey
+    return np.asarray(upright if own else colours.convert("L"))
+
+
+def contrast(array: np.ndarray) -> tuple[float, float]:
+    """(minimum, maximum). Raises BadSource where they say that training would learn nothing from the array."""
+    low, high = float(array.min()), float(array.max())  # NaN if any is
     if not (math.isfinite(low) and math.isfinite(high)):
-        count = source.size - int(np.count_nonzero(np.isfinite(source)))
-        problem, remedy = f"{count} of {source.size} values are NaN or Inf", "replace them (np.nan_to_num)"
-    elif low == high:
-        problem, remedy = f"is constant (all values are {low:g})", "remove it"
-    elif high - low > 1e38:  # near the end of float32, where the scaling would overflow
-        problem, remedy = f"its range, {low:g} to {high:g}, is too wide", "clip it"
-    elif sample.window and (high <= sample.window[0] or low >= sample.window[1]):
-        problem = f"its intensities, {low:g} to {high:g}, lie outside the window {sample.window} of dataset.yaml"
-        remedy = "correct the window"
-    else:
-        return low, high
-    raise BadSource(f"{problem}; {remedy}, or leave such files out with --on_bad skip")
+        count = array.size - int(np.count_nonzero(np.isfinite(array)))
+        raise BadSource(f"{count} of {array.size} values are NaN or Inf; replace them (np.nan_to_num)")
+    if low == high:
+        raise BadSource(f"is constant (all values are {low:g}), so there is nothing to learn from it; remove it")
+    if high - low > 1e38:  # near the end of float32, where the scaling would overflow
+        raise BadSource(f"its range, {low:g} to {high:g}, is too wide; clip it")
+    return low, high
+
+
+def require_contrast(source: np.ndarray, sample: Sample) -> tuple[float, float]:
+    """(minimum, maximum) of [D, H, W], within the sample's window, too. Raises BadSource."""
+    try:
+        low, high = contrast(source)
+        if sample.window and (high <= sample.window[0] or low >= sample.window[1]):
+            outside = f"lie outside the window {sample.window} of dataset.yaml; correct the window"
+            raise BadSource(f"its intensities, {low:g} to {high:g}, {outside}")
+    except BadSource as error:
+        raise BadSource(f"{error}, or leave such files out with --on_bad skip") from None
+    return low, high
 
 
 def robust_limits(array: np.ndarray) -> tuple[float, float]:

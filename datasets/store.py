@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 import time
 from collections import deque
@@ -28,6 +29,8 @@ from utils.distributed import everywhere, gather_objects, rank, world_size
 from utils.errors import UserError
 
 NPY_HEADER = 128  # bytes that numpy.save writes before the data of a 3D array
+CACHE_FOLDER = re.compile(r"(slices_\d+px|embeddings_[0-9a-f]+)_v\d+")
+CACHE_FILE = re.compile(r"\.?([0-9a-f]{32})(_\d+_\d+)?(\.[0-9a-f]{32})?(\.tmp)?\.npy")  # whole or being made
 MEETING_SECONDS = 20.0  # processes that build a cache meet this often, so none waits into the collectives' time-out
 
 
@@ -169,15 +172,30 @@ class SliceStore:
 
 
 def unused_files(samples: Sequence[Sample], cache_path: str | Path | None = None) -> list[Path]:
-    """Cache files, slices of whatever size and embeddings of whatever weights, whose source has changed or is gone."""
-    keys = {_key(sample) for sample in samples}
+    """Cache files, slices of whatever size and embeddings of whatever weights, whose source has changed or is gone.
+
+    Nothing behind a link is listed (see `links_in_cache`): it may be anything.
+    """
+    keys, links = {_key(sample) for sample in samples}, set(links_in_cache(samples, cache_path))
+    cache, *folders = _cache_folders(samples, cache_path)
+    unused = []
+    for folder in [f for f in folders if not {f, cache} & links]:
+        for file in sorted(folder.iterdir()):
+            named = CACHE_FILE.fullmatch(file.name)
+            current = named and named[1] in keys and folder.name.endswith(f"_v{FORMAT}")
+            if named and not current and file.is_file() and not file.is_symlink():
+                unused.append(file)
+    return unused
+
+
+def links_in_cache(samples: Sequence[Sample], cache_path: str | Path | None = None) -> list[Path]:
+    """The cache's folder and those in it that are links."""
+    return [folder for folder in _cache_folders(samples, cache_path) if folder.is_symlink()]
+
+
+def _cache_folders(samples: Sequence[Sample], cache_path: str | Path | None) -> list[Path]:
     cache = cache_folder(samples[0].data_path, cache_path)
-    files = sorted([*cache.glob("slices_*px_v*/*"), *cache.glob("embeddings_*_v*/*")])
-    return [
-        file
-        for file in files
-        if not (file.name.lstrip(".").split(".")[0].split("_")[0] in keys and file.parent.name.endswith(f"_v{FORMAT}"))
-    ]
+    return [cache, *sorted(f for f in cache.glob("*") if CACHE_FOLDER.fullmatch(f.name))]
 
 
 def _warn(lines: list[str]) -> None:

@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 from torchvision.ops import box_iou
 
 from conversion.dicom_header import dicom_header
-from datasets.index import IMAGE_FORMATS, IMAGE_SUFFIXES, bad_files
+from datasets.index import IMAGE_SUFFIXES, bad_files, image_header
 from utils.errors import UserError
 from utils.files import read_csv
 
@@ -155,8 +154,8 @@ def _measure(image: Annotated) -> str | None:
             header = dicom_header(image.path)
             found = int(header.Rows), int(header.Columns)
         else:
-            with Image.open(image.path, formats=IMAGE_FORMATS) as file:
-                found = file.height, file.width
+            header = image_header(image.path)
+            found = header["height"], header["width"]
     except FileNotFoundError:
         return f"{image.path}: no such file, but {image.name} has annotations; copy it there or correct data_path"
     except Exception as error:  # decoders fail in many ways on arbitrary bytes

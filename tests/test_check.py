@@ -245,3 +245,24 @@ def test_working_copies_of_changed_files_are_told_and_deleted_on_demand(tmp_path
     assert "cache: 2 cached files (0.1 MB) of files that have changed or are gone" in run(capsys, *options)[1]
     assert "deleted" in run(capsys, *options, "--clean_cache", "true")[1]
     assert len(list((tmp_path / ".cache").rglob("*.npy"))) == 1
+
+
+def test_cleaning_the_cache_deletes_nothing_behind_links_and_nothing_of_others(tmp_path, capsys) -> None:
+    save(tmp_path / "tree/A/0.npy", blob(shape=(16, 16, 80)))
+    prepare(tmp_path / "tree", 16, progress=False)
+    (folder,) = (tmp_path / "tree/.cache").iterdir()
+    stale = f"{'0' * 32}.npy"
+    for name in (stale, "thesis.npy"):
+        (folder / name).write_bytes(b"x")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / stale).write_bytes(b"x")
+    (folder.parent / "slices_32px_v2").symlink_to(tmp_path / "other")
+    options = "--data_path", tmp_path / "tree", "--target_shape", "[8,16,16]", "--clean_cache", "true"
+    assert "slices_32px_v2 is a link, and nothing behind links is deleted" in run(capsys, *options)[1]
+    assert (tmp_path / "other" / stale).exists()
+    assert sorted(file.name for file in folder.iterdir() if len(file.name) < 36) == ["thesis.npy"]
+    (folder / stale).write_bytes(b"x")
+    (tmp_path / "tree/.cache").rename(tmp_path / "disk")
+    (tmp_path / "tree/.cache").symlink_to(tmp_path / "disk")
+    assert ".cache is a link" in run(capsys, *options)[1]
+    assert (tmp_path / "disk" / folder.name / stale).exists()

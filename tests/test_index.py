@@ -129,6 +129,15 @@ def test_malformed_dataset_yaml_is_refused(tmp_path: Path, text: str, key: str) 
     assert key in message
 
 
+def test_pipes_in_place_of_files_are_named_and_not_waited_for(tmp_path: Path) -> None:
+    save_volume(tmp_path / "A/1.npy")
+    os.mkfifo(tmp_path / "A/2.npy")
+    os.mkfifo(tmp_path / "A/3.png")
+    assert all("is not a regular file; remove it" in line for line in problems(tmp_path))
+    os.mkfifo(tmp_path / "A/dataset.yaml")
+    assert problem(tmp_path) == f"{tmp_path / 'A/dataset.yaml'}: is not a regular file; remove it"
+
+
 def test_empty_dataset_yaml_means_the_defaults_and_yml_is_not_silently_ignored(tmp_path: Path) -> None:
     save_volume(tmp_path / "A/1.npy")
     (tmp_path / "A/dataset.yaml").write_text("# nothing yet\n")

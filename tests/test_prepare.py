@@ -287,17 +287,19 @@ def spoil(root: Path) -> dict[str, str]:
     for name, (array, _) in arrays.items():
         np.save(root / name, array)
     grey = Image.fromarray(PATIENT[0].astype(np.uint8))
-    grey.save(root / "stack.tif", save_all=True, append_images=[grey])
+    grey.save(root / "stack.tif", save_all=True, append_images=[grey.reduce(2)])
     contents = {
         "empty.nii": (b"", "is empty (0 bytes)"),
         "cut.nii.gz": (write_nifti(root / "cut.nii.gz", good).read_bytes()[:-200], "compressed data end early"),
-        "cut.npy": ((root / "nan.npy").read_bytes()[:-8], "cannot be read"),
+        "cut.npy": ((root / "nan.npy").read_bytes()[:-8], "is truncated"),
         "a.mha": (b"text", "cannot be read"),
         "a.png": (b"\x89PNG text", "is not a readable PNG"),
     }
     for name, (content, _) in contents.items():
         (root / name).write_bytes(content)
-    return {name: message for name, (_, message) in (arrays | contents).items()} | {"stack.tif": "a stack of 2 pages"}
+    return {name: message for name, (_, message) in (arrays | contents).items()} | {
+        "stack.tif": "pages of several sizes"
+    }
 
 
 def test_every_bad_file_is_told_and_the_good_ones_are_kept(tmp_path, capsys):

@@ -19,6 +19,7 @@ from tiny import save
 
 from datasets import render as render_module
 from datasets.cache import cached
+from datasets.index import scan
 from datasets.render import content_size, robust_limits
 from datasets.store import SliceStore, prepare
 from utils.errors import UserError
@@ -177,6 +178,23 @@ def test_a_changed_source_or_setting_is_seen(tmp_path: Path) -> None:
     np.testing.assert_array_equal(built(tmp_path).read(0, 0, 8), first[:, ::-1].transpose(1, 2, 0))
     (tmp_path / "A/dataset.yaml").write_text("window: [0.4, 0.6]")
     assert (built(tmp_path).read(0, 0, 8) == 1).mean() > 0.2
+
+
+@pytest.mark.parametrize("left", [0, 40, 200])
+def test_a_source_cut_while_it_is_read_is_named_and_kills_nobody(tmp_path, monkeypatch, left) -> None:
+    samples = scan(tree(tmp_path, shape=(64, 64, 32)))[0]
+    load = np.load
+
+    def load_and_cut(path: Path, *args: object, **options: object) -> np.ndarray:
+        array = load(path, *args, **options)
+        os.truncate(path, left)
+        return array
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "load", load_and_cut)
+        assert render_module.render(samples[0], 16).shape == (32, 16, 16)
+    with pytest.raises(render_module.BadSource):
+        render_module.render(samples[0], 16)
 
 
 @pytest.mark.parametrize("left", [None, 0, 40, -1])

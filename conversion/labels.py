@@ -1,0 +1,85 @@
+"""Label maps of volumes and pictures: read, turned as their image, and checked against it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from conversion.dicom_labels import read_annotation
+from conversion.layouts import Source
+from conversion.pictures import has_own_values
+from conversion.readers import read
+from conversion.volume import BadFile, Options, Volume, arrange, by
+from datasets.index import IMAGE_SUFFIXES
+
+SPACING_TOLERANCE = 0.02  # of a label map against its image, as a share
+
+
+def read_label(source: Source, volume: Volume, view: Volume, options: Options) -> np.ndarray | None:
+    """[H, W, D] label map of a volume, arranged as its `view`, in an unsigned integer type where it fits.
+
+    Of a picture D is 1. None where the source has none.
+    """
+    if not (source.label or options.label_key):
+        return None
+    path, format = (source.label, source.label_format) if source.label else (source.path, source.format)
+    try:
+        if format == "dicom" and source.structures:
+            label = read_annotation(path, volume, source.structures)
+        else:
+            label = _read(path, format, "" if source.label else options.label_key, options)
+        if label.flat != volume.flat:
+            raise BadFile(
+                f"is {'a picture' if label.flat else 'a volume'}, but its image is not; give one of its shape"
+            )
+        label.codes = options.orientation or label.codes
+        if label.codes != volume.codes:  # masks saved without their image's header lie differently by mistake
+            lies = f"label map stored as {label.codes or 'unknown'}, image as {volume.codes or 'unknown'}"
+            volume.notes.append(f"{lies}: each turned by its own header, see whether they match")
+        label = arrange(label, view.plane if view.plane and label.codes else "auto")
+        spacings = (label.spacing_mm or view.spacing_mm or (), view.spacing_mm or label.spacing_mm or ())
+        if label.array.shape != view.array.shape[:3] or not np.allclose(*spacings, rtol=SPACING_TOLERANCE, atol=0):
+            raise BadFile(
+                f"{_size(label)} do not match its image, {_size(view).replace(' voxels', '')}; find the one that "
+                "belongs to it, or remove it"
+            )
+        return _whole_numbers(label.array)
+    except BadFile as error:
+        raise BadFile(f"label {path}: {error}") from None
+
+
+def is_copied(label: Path | None) -> bool:
+    """Whether the label map of a picture is an image file, which is copied as it is."""
+    return label is not None and label.suffix.lower() in IMAGE_SUFFIXES
+
+
+def as_png(label: np.ndarray) -> np.ndarray:
+    """[H, W] of a picture's label map in a type that PNG has."""
+    if label.dtype not in (np.uint8, np.uint16):
+        raise BadFile(f"its label values, {label.min()} to {label.max()}, must lie in 0 to 65535; correct them")
+    return label
+
+
+def _read(path: Path, format: str, key: str, options: Options) -> Volume:
+    if format in ("dicom_image", "dicom"):
+        raise BadFile("is DICOM, but neither SEG nor RTSTRUCT; give a label map of the image's shape")
+    if format == "image" and not is_copied(path) and not has_own_values(path):
+        raise BadFile("has colours, which are no label values; save them as numbers, in PNG")
+    return read(format, (path,), Options(array_axis=options.array_axis, array_key=key))
+
+
+def _size(volume: Volume) -> str:
+    size = f"{by(volume.array.shape[: 2 if volume.flat else 3])} {'pixels' if volume.flat else 'voxels'}"
+    return size + (f" of {by(volume.spacing_mm)} mm" if volume.spacing_mm and not volume.flat else "")
+
+
+def _whole_numbers(values: np.ndarray) -> np.ndarray:
+    """In the smallest type that holds them. Raises BadFile for fractions."""
+    if values.dtype.kind == "f":
+        rounded = np.rint(values)
+        if np.abs(rounded - values).max() > 1e-3:
+            raise BadFile("holds numbers that are not whole, so it is not a label map; remove it")
+        values = rounded
+    ends = (np.min_scalar_type(int(end)) for end in (values.min(), values.max()))
+    return values.astype(np.result_type(*ends), copy=False)
