@@ -17,7 +17,7 @@ MODALITIES = {"MRI": "MR", "PET": "PT"}  # other names of DICOM's modalities
 NNUNET_CHANNEL = re.compile(r"_(\d{4})$")
 BIDS_SUBJECT = re.compile(r"(?:^|/)(sub-[A-Za-z0-9]+)(?=[_/])")
 LISTS = ("training", "validation", "test", "cases")  # of files, or of mappings with image, label and patient
-DOUBLE = re.compile(r"\.(nii|hdr|img)\.gz$", re.IGNORECASE)
+DOUBLE = re.compile(r"\.(nii|hdr|img|dcm)\.gz$", re.IGNORECASE)
 
 
 @dataclass

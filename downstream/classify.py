@@ -21,7 +21,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from datasets.augment import Ranges, VolumeViews
-from downstream import task
+from downstream import results, task
 from downstream.encoders import load_encoder, load_joint_encoder
 from downstream.features import Cases, Features, StackEncoder, fit_logistic_regression, frozen_features, vote
 from downstream.labels import label_items
@@ -88,7 +88,7 @@ class Classification(task.Task):
         self.labels, self.stack = self.items.label.to_numpy(), self.items["stack"].to_numpy()
         self.patients = dict(zip(self.items.case, self.items.patient, strict=True))
         self.sources = dict(zip(cases.names, (sample.path for sample in cases.samples), strict=True))
-        self.fingerprint = task.fingerprint(sample.path for sample in cases.samples)
+        self.fingerprint = results.fingerprint(sample.path for sample in cases.samples)
 
     def choose(self, train: list[str]) -> list[str]:
         """The classes by turns: the labels of a smaller fraction are the first of a larger one's."""

@@ -26,7 +26,7 @@ from scipy.stats import t
 from downstream import jobs
 from downstream.encoders import NAMED, choose_arch, content_of, load_encoder
 from downstream.jobs import Pretraining
-from downstream.task import RESULTS, read_results, warn_of
+from downstream.results import RESULTS, read_results, warn_of
 from utils import config as options
 from utils.errors import UserError
 from utils.files import whole_file, write_text

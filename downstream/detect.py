@@ -33,7 +33,7 @@ from conversion.dicom import read_dicom_image
 from datasets.cache import cache_folder, cached, key_of
 from datasets.index import bad_files
 from datasets.render import content_size, read_grey, robust_limits
-from downstream import task
+from downstream import results, task
 from downstream.boxes import DICOM_SUFFIXES, Annotated, read_boxes
 from downstream.encoders import grey, load_encoder
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet
@@ -88,7 +88,7 @@ class Detection(task.Task):
         self.images = {image.name: image for image in images if len(image.boxes) or cfg.empty == "keep"}
         self.patients = {name: image.patient for name, image in self.images.items()}
         self.sources = {name: image.path for name, image in self.images.items()}
-        self.fingerprint = task.fingerprint(image.path for image in self.images.values())
+        self.fingerprint = results.fingerprint(image.path for image in self.images.values())
 
     @functools.cached_property
     def parts(self) -> dict[str, list[Annotated]]:

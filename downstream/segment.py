@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from datasets.render import content_size, robust_limits
 from datasets.transforms import gamma, jitter, resample
-from downstream import metrics, pairs, task
+from downstream import metrics, pairs, results, task
 from downstream.encoders import NAMED, choose_arch, grey, has_transformer, load_encoder, load_joint_encoder
 from models.encoder import JointEncoder, real_rows
 from models.resnet import GreyResNet
@@ -93,7 +93,9 @@ class Segmentation(task.Task):
         self.pairs = {pair.case: pair for pair in self.data.pairs}
         self.patients = {case: pair.patient for case, pair in self.pairs.items()}
         self.sources = {case: pair.image.path for case, pair in self.pairs.items()}
-        self.fingerprint = task.fingerprint(path for pair in self.data.pairs for path in (pair.image.path, pair.label))
+        self.fingerprint = results.fingerprint(
+            path for pair in self.data.pairs for path in (pair.image.path, pair.label)
+        )
         self.loss_of = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
 
     def build(self) -> SliceUNet:

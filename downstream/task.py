@@ -7,13 +7,11 @@ by validation, one test, the files in `dump_path`, and an exact continuation of 
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -24,11 +22,10 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativ
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from datasets.origins import shared
-from downstream.encoders import NAMED, content_of, describe_weights
+from downstream.encoders import describe_weights
 from downstream.metrics import format_metrics
+from downstream.results import RESULTS, differences, pretrained_on, read_results, settings_of, warn_of
 from downstream.splits import Split, choose_labelled, draw_split, write_split
-from training.loading import read_record
 from utils import checkpoint, config, distributed, signals
 from utils.errors import UserError
 from utils.files import write_csv, write_json
@@ -37,7 +34,6 @@ from utils.options import ARCHITECTURES, FREE, Group, data, model, optimisation,
 from utils.precision import Precision
 from utils.seeding import DROPOUT, stream
 
-RESULTS = "results.json"  # of a run that is finished
 SAVE_SECONDS = 60.0  # between checkpoints at the end of epochs: one takes seconds, for gigabytes of weights
 
 
@@ -214,7 +210,7 @@ class Course:
         self.finished = read_results(self.folder) if (self.folder / RESULTS).is_file() else None
         self.state = None if self.finished else checkpoint.load(self.folder)
         begun = self.finished or self.state
-        if begun and (changed := _differences(begun.get("settings"), self.settings)):
+        if begun and (changed := differences(begun.get("settings"), self.settings)):
             said = f"{self.folder} holds a run made with other options ({'; '.join(changed)})"
             raise UserError(f"dump_path: {said}; choose another, or delete that folder to start again")
         self.at, self.saved_at = Progress(), self.began
@@ -359,60 +355,5 @@ class Course:
         return self.at.seconds + time.monotonic() - self.began
 
 
-def pretrained_on(weights: str, test: Mapping[str, Path]) -> list[str]:
-    """The test cases that the weights were trained on, or whose patients; as far as the record of the weights says."""
-    record = None if weights in NAMED else read_record(Path(weights))
-    return shared(test, (record or {}).get("data", {}).get("files", []))
-
-
-def warn_of(seen: Sequence[str], count: int) -> str:
-    """What to say where test cases were pre-trained on."""
-    some = ", ".join(seen[:3]) + ", ..." * (len(seen) > 3)
-    return f"{len(seen)} of {count} test cases ({some}) or their patients were pre-trained on: scores may be too high"
-
-
-def fingerprint(files: Iterable[Path]) -> str:
-    """sha256 (hex) over names, sizes and times of files: changes when one of them is written again."""
-    digest = hashlib.sha256()
-    for file in files:
-        status = file.stat()
-        digest.update(repr((file.name, status.st_size, status.st_mtime_ns)).encode())
-    return digest.hexdigest()
-
-
-def read_results(folder: Path) -> dict[str, Any]:
-    """The results.json of a finished run, with nan in place of null."""
-    path = folder / RESULTS
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        return result | {"metrics": _with_nan(result["metrics"])}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: is damaged, or of another version; remove it to have the run repeated") from None
-
-
-def settings_of(cfg: Any) -> dict[str, Any]:
-    """What a result depends on beside the data: options, and the content of the files that they name."""
-    values = config.to_dict(cfg)
-    chosen = {f.name: values[f.name] for f in fields(cfg) if not f.metadata.get("may_change")}
-    files = {name: content for name, value in chosen.items() if (content := content_of(value)) != value}
-    return {"options": {name: value for name, value in chosen.items() if name not in files}, "files": files}
-
-
-def _differences(old: dict[str, Any] | None, new: dict[str, Any]) -> list[str]:
-    """In what the settings of two runs differ."""
-    if not old:
-        return ["of another script"]
-    (before, files), (now, others) = ((settings["options"], settings["files"]) for settings in (old, new))
-    changed = [f"{name}: {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
-    changed += [f"the content of {name}" for name in others if files.get(name) != others[name]]
-    return changed + ["the files below data_path"] * (old["data"] != new["data"])
-
-
 def _rank(figures: Mapping[str, float]) -> tuple[float, ...]:
     return tuple(-math.inf if math.isnan(value) else value for value in figures.values())
-
-
-def _with_nan(metrics: Any) -> Any:
-    if isinstance(metrics, dict):
-        return {name: _with_nan(value) for name, value in metrics.items()}
-    return math.nan if metrics is None else metrics

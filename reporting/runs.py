@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from downstream.task import warn_of
+from downstream.results import warn_of
 from training import scripts
 from training.log import METRICS, WARNINGS
 from utils import checkpoint
