@@ -57,6 +57,7 @@ class Sample:
     window: tuple[float, float] | None  # volumes: intensities to map to 0 and 1; None: robust percentiles
     size_bytes: int
     mtime_ns: int
+    content: str = field(default="", compare=False)  # digest of the file, known when it stands in the cache
     # What follows describes a sample for checks (datasets/check.py) and is no part of what it is.
     dtype: str = field(default="", compare=False)  # of a volume's file, e.g. int16; an image's mode in PIL's words
     modality: str | None = field(default=None, compare=False)  # as dataset.yaml says
@@ -113,10 +114,10 @@ def volumes(samples: Sequence[Sample]) -> list[int]:
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:
-    """sha256 (hex) over names, file sizes and shapes: changes with the data, but not when they are copied."""
+    """sha256 (hex) over all that a run sees of the data: changes with them, but not when they are copied."""
     digest = hashlib.sha256()
     for s in samples:
-        fields = (s.name, s.kind, s.size_bytes, s.slices, s.height, s.width)
+        fields = (s.name, s.kind, s.size_bytes, s.slices, s.height, s.width, s.slice_axis, s.window, s.content)
         digest.update(os.fsencode(repr(fields)) + b"\n")
     return digest.hexdigest()
 

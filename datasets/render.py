@@ -12,11 +12,12 @@ from PIL import Image
 
 from datasets.index import IMAGE_FORMATS, Sample
 
-FORMAT = 2  # of the cache files; raise it when their content changes, so that old ones are not used
+FORMAT = 3  # of the cache files; raise it when their content changes, so that old ones are not used
 PERCENTILES = (0.5, 99.5)
 SAMPLED_VOXELS = 2**20  # the 0.5th percentile of so many is off by 0.007 percentage points (one standard deviation)
 SLICES_AT_ONCE = 8  # of a conversion in float: what they take stays in the processor's cache
-TURNED_AT_ONCE = 2**28  # bytes of a file with interleaved slices that are brought into slice order in one go
+AT_ONCE = 2**28  # bytes of a file up to which it is read, not mapped, and interleaved slices are brought into order
+CHANGED = "has changed since it was scanned; start again"
 
 
 class BadSource(ValueError):
@@ -59,21 +60,22 @@ def open_source(sample: Sample) -> np.ndarray:
 
     Raises BadSource where it cannot be read or is no longer what the scan found.
     """
-    changed = BadSource("has changed since it was scanned; start again")
+    changed = BadSource(CHANGED)
     if sample.kind == "image":
         array = read_grey(sample.path)[None]
     else:
         try:
-            array = np.load(sample.path, mmap_mode="r", allow_pickle=False)
+            mapped = "r" if sample.size_bytes > AT_ONCE else None  # a mapped file that is cut kills the process
+            array = np.load(sample.path, mmap_mode=mapped, allow_pickle=False)
             array = np.moveaxis(array[..., 0] if sample.channel_names else array, sample.slice_axis, 0)
         except OSError as error:
             raise BadSource(f"cannot be read ({error}); copy it again or remove it") from None
-        except (ValueError, IndexError):
+        except (ValueError, IndexError, EOFError):
             raise changed from None
     if array.shape != (sample.slices, sample.height, sample.width):
         raise changed
     # A slice alone touches every page of a file with interleaved ones.
-    interleaved = min(array.strides) == array.strides[0] and array.nbytes <= TURNED_AT_ONCE
+    interleaved = min(array.strides) == array.strides[0] and array.nbytes <= AT_ONCE
     return np.ascontiguousarray(array) if interleaved else array
 
 

@@ -22,7 +22,7 @@ from trials import Trial
 import mask_swav
 from objectives import SwAV
 from training.scripts import SCRIPTS
-from utils import checkpoint
+from utils import checkpoint, locks
 from utils.config import to_dict
 from utils.distributed import Run
 from utils.errors import UserError
@@ -94,7 +94,11 @@ def test_a_kill_between_any_two_file_operations_leaves_a_newest_checkpoint(cut, 
 def test_what_killed_processes_left_is_cleared_away(tmp_path):
     save(tmp_path, 1)
     other = ".other.pth.3.tmp"  # of another run that shares the folder
-    for name in (".checkpoint.pth.99999998.tmp", ".checkpoint_previous.pth.99999999-ab.tmp", other):
+    mine = [
+        f".{name}.{locks.machine()}-9999999{i}-ab.tmp"
+        for i, name in enumerate((checkpoint.LATEST, checkpoint.PREVIOUS))
+    ]
+    for name in (*mine, other):
         (tmp_path / name).write_bytes(b"half")
     save(tmp_path, 2)
     assert {p.name for p in tmp_path.iterdir()} == {checkpoint.LATEST, checkpoint.PREVIOUS, other}
