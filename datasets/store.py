@@ -155,7 +155,7 @@ class SliceStore:
 
                 def make_for_a_while() -> None:
                     until = time.monotonic() + MEETING_SECONDS
-                    while waiting and time.monotonic() < until and not signals.caught():
+                    while waiting and time.monotonic() < until and not signals.waiting():
                         batch = [waiting.popleft() for _ in range(min(4 * workers, len(waiting)))]
                         results = pool.map(self._make, [i for i in batch if i not in bad])
                         bad.update(problem for problem in results if problem)

@@ -169,6 +169,12 @@ def test_other_options_or_data_do_not_continue_a_run_and_a_finished_one_stays(da
         run("mask_swav", data, tmp_path, epochs=1, base_lr=0.25)
     with pytest.raises(UserError, match="the files below data_path"):
         run("mask_swav", write_data(tmp_path / "other", volumes=9), tmp_path, epochs=1)
+    for name, content in (("Volumes/dataset.yaml", b"window: [0, 1]\n"), ("Volumes/case_0.npy", None)):
+        other = write_data(tmp_path / Path(name).name)  # one voxel, or how voxels are read
+        content = content or (other / name).read_bytes()[:-1] + b"?"
+        (other / name).write_bytes(content)
+        with pytest.raises(UserError, match="the files below data_path, or window"):
+            run("mask_swav", other, tmp_path, epochs=2)
     run("mask_swav", write_data(tmp_path / "moved"), tmp_path, epochs=2)
     assert [row["epoch"] for row in losses(tmp_path / "runs" / "mask_swav")] == ["0", "1"]
 
@@ -254,6 +260,15 @@ def test_which_batches_may_go_on(tmp_path):
     assert goes_on(8, 1) == "processes: 2 -> 1, global batch: 8 -> 8"
     with pytest.raises(UserError, match="batch_size: 4 -> 2"):
         goes_on(2, 2)
+
+
+def test_a_run_of_a_version_that_knew_less_of_its_data_goes_on(tmp_path):
+    config = mask_swav.Config(epochs=3)
+    state = {"config": to_dict(config), "processes": 1, "data": "ab", "epoch": 1, "seen": 0}
+    one = Run(0, 1, torch.device("cpu"))
+    assert checkpoint.check_same_run(state, config, one, "abcd", tmp_path) == ""
+    with pytest.raises(UserError, match="the files below data_path"):
+        checkpoint.check_same_run(state | {"data": "abce"}, config, one, "abcd", tmp_path)
 
 
 @pytest.mark.parametrize(("before", "after"), [(6, 6), (6, 4), (4, 6), (0, 4), (4, 0)])

@@ -118,7 +118,7 @@ def check_same_run(state: dict[str, Any], config: Any, run: Run, data: str, fold
     batches = f"{before[0] * before[1]} -> {now[0] * now[1]}"
     if before[0] != now[0] and before[0] * before[1] != now[0] * now[1]:
         changed.append(f"batch_size: {before[0]} -> {now[0]} (x processes: {batches})")
-    if state["data"] != data:
+    if not data.startswith(state["data"]):  # earlier versions knew less of the data
         changed.append("the files below data_path, or window or slice_axis in dataset.yaml")
     if (state["epoch"], state["seen"]) > (config.epochs, 0):
         begun = state["epoch"] + (state["seen"] > 0)

@@ -134,8 +134,13 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True, name="parent").start()
 
 
+def waiting() -> int:
+    """The number of a signal that the next chance obeys, 0 when there is none."""
+    return caught() if _handled and not _noting else 0
+
+
 def _obey() -> None:
-    if _handled and _caught and not _noting and not _together:
+    if waiting() and not _together:
         raise SystemExit(128 + caught())
 
 
