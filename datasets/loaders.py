@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from datasets.augment import MultiCrop, VolumeViews
 from datasets.batch import Batch, Counts
 from datasets.cache import shown_size
-from datasets.index import volumes
+from datasets.index import Sample, volumes
 from datasets.samplers import CyclingBatches, EpochBatches, Key
 from datasets.store import SliceStore, prepare
 from datasets.transforms import upload
@@ -164,6 +164,8 @@ class VolumeLoader:
         about = cfg.cache_path, cfg.on_bad, max(1, cfg.workers)
         store = prepare(cfg.data_path, canvas_size(*size), *about, target_shape=cfg.target_shape)
         self.dataset = VolumeWindows(store, slices, cfg.seed)
+        if mask_ratio:
+            require_neighbours([store.samples[i] for i in self.dataset.items], run)
         self.views = VolumeViews(*size, cfg.policy, cfg.seed)
         temperature, groups = cfg.sampling_temperature, self.dataset.groups
         self.batches = EpochBatches(groups, cfg.batch_size, cfg.seed, run, "volumes", temperature)
@@ -240,6 +242,18 @@ class VolumeLoader:
         if image_index is not None:
             names += [self.image_dataset.name(i) for i in (image_index - self.total_slices).tolist()]
         return names
+
+
+def require_neighbours(volumes: Sequence[Sample], run: Run) -> None:
+    """Raises UserError where no volume has a slice to mask and one to predict it from; says how many have not."""
+    alone = [sample for sample in volumes if sample.slices < 2]
+    if alone and len(alone) == len(volumes):
+        raise UserError(
+            f"data_path: all {len(volumes)} volumes have a single slice ({alone[0].path} ...), but masked slices are "
+            "predicted from their neighbours; give volumes of several slices, or set slice_axis in dataset.yaml"
+        )
+    if alone and run.is_main:
+        print(f"warning: {len(alone)} of {len(volumes)} volumes have a single slice and teach nothing here", flush=True)
 
 
 def draw_masks(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -217,6 +218,7 @@ def test_the_slurm_script_stops_its_steps_waits_and_queues_itself_again(tmp_path
     calls = (tmp_path / "calls").read_text().splitlines()
     assert "--nnodes=1:2 --nproc_per_node=4 --max-restarts=3 --rdzv-backend=c10d" in calls[0]
     assert "--rdzv-endpoint=node7:29400" in calls[0]
+    assert re.search(r" --rdzv-id=[0-9a-f]{32} ", calls[0])
     assert calls[0].endswith("mask_swav.py --epochs 3")
     assert calls[1:] == ["--signal=TERM 42", "requeue 42"]
     assert script.returncode == 143
