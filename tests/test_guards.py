@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from processes import run_processes
-from tiny import losses, run, stop_after
+from tiny import losses, options, run, stop_after, write_data
 from torch import nn
 from torch.utils.data import get_worker_info
+from trials import Trial
 
 from datasets.batch import Batch
 from datasets.loaders import VolumeWindows
@@ -129,6 +130,36 @@ def test_weights_that_are_not_finite_are_never_saved(data, tmp_path, monkeypatch
     with pytest.raises(UserError, match=r"in a row|weights are not finite"):
         run("mask_swav", data, tmp_path, epochs=2)
     assert (tmp_path / "runs" / "mask_swav" / checkpoint.LATEST).read_bytes() == good
+
+
+def said_of(options: list[dict[str, Any]]) -> str:
+    try:
+        guards.require_same_options(options[torch.distributed.get_rank()])
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+def test_processes_with_other_options_are_named_and_places_are_their_own():
+    usual = {"temperature": 0.1, "seed": 3, "workers": 4, "data_path": "/a"}
+    others = usual | {"workers": 2, "data_path": "/b"}, usual | {"temperature": 0.2}, {"seed": 3}
+    assert run_processes(3, said_of, [usual, others[0], usual]) == [""] * 3
+    for other, wanted in ((others[1], "has temperature: 0.2 instead of 0.1"), (others[2], "has temperature: None ins")):
+        said = run_processes(3, said_of, [usual, usual, other])
+        assert len(set(said)) == 1
+        assert said[0].startswith("process 2 on ")
+        assert wanted in said[0]
+
+
+@pytest.mark.slow
+def test_a_process_with_another_window_is_refused_before_any_step(tmp_path):
+    trees = [write_data(tmp_path / name) for name in "ab"]
+    (trees[1] / "Volumes" / "dataset.yaml").write_text("window: [0, 1]\n")
+    args = [options("mask_swav", tree, tmp_path, batch_size=1) for tree in trees]
+    trial = Trial("mask_swav", args, tmp_path / "trial", ranks=2)
+    assert trial.wait(120) == [2, 2]
+    assert "error: data_path: processes see different files, or dataset.yaml" in trial.log(0)
 
 
 def differ(broken_rank: int) -> str:

@@ -221,6 +221,45 @@ def test_a_killed_run_ends_with_the_same_bytes(data, tmp_path):
     assert not list((tmp_path / "killed").rglob("*.tmp"))
 
 
+@pytest.mark.slow
+def test_a_second_run_in_the_same_place_is_refused_by_name_at_the_start(data, tmp_path):
+    mine = options("mask_swav", data, tmp_path, epochs=1000)
+    first = Trial("mask_swav", mine, tmp_path / "first")
+    while not first.steps[0]:
+        time.sleep(0.1)
+    for changes, says in (
+        ({}, r"runs/mask_swav/\.lock: process {} on .* trains into .*another --dump_path"),
+        (
+            {"dump_path": str(tmp_path / "other")},
+            r"weights/\.mask_swav\.pth\.lock: process {}.*--checkpoint_name",
+        ),
+    ):
+        with pytest.raises(UserError, match=says.format(first.processes[0].pid)):
+            run("mask_swav", data, tmp_path, **changes)
+    assert not (tmp_path / "other").exists()
+    first.send(signal.SIGKILL)
+    assert first.wait() == [-9]
+    run("mask_swav", data, tmp_path, epochs=checkpoint.load(tmp_path / "runs/mask_swav")["epoch"] + 1)
+    assert not list(tmp_path.rglob(".*lock"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["runs", "weights", "cache"])
+def test_a_read_only_place_is_named_before_training(place, data, tmp_path, monkeypatch):
+    """Permissions do not bind root, so the system call fails instead."""
+    opened, places = os.open, {"runs": "runs/mask_swav", "weights": "weights", "cache": "cache"}
+
+    def refuse(path, flags, *args, **more):
+        if flags & os.O_CREAT and Path(path).parent.is_relative_to(tmp_path / places[place]):
+            raise OSError(30, "Read-only file system")
+        return opened(path, flags, *args, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(UserError, match=rf"{places[place]}.*\(Read-only file system\); free"):
+        run("mask_swav", data, tmp_path, cache_path=str(tmp_path / "cache"))
+    assert not list(tmp_path.rglob("*.pth"))
+
+
 # ---- another number of processes
 
 
