@@ -39,6 +39,7 @@ class Embeddings(Dataset):
 
     def __init__(self, windows: VolumeWindows, versions: int, width: int, dtype: torch.dtype, folder: Path) -> None:
         self.windows, self.versions, self.width, self.dtype, self.folder = windows, versions, width, dtype, folder
+        self.bytes_each = max(windows.bytes_each, VIEWS * windows.slices * width * dtype.itemsize)
         self.name, self.numpy_dtype = windows.name, torch.empty(0, dtype=dtype).numpy().dtype
 
     def __len__(self) -> int:

@@ -65,6 +65,7 @@ class Slices(Dataset):
             parts.append(np.stack((np.full_like(places, i), places), axis=1))
         self.items = np.concatenate([np.empty((0, 2), np.int32), *parts])  # sample, slice
         self.groups = [self.samples[i].dataset for i in self.items[:, 0].tolist()]
+        self.bytes_each = 2 * store.size**2  # of a sample
 
     def __len__(self) -> int:
         return len(self.items)
@@ -91,6 +92,7 @@ class VolumeWindows(Dataset):
         self.store, self.samples, self.slices, self.seed = store, store.samples, slices, seed
         self.items = volumes(self.samples)
         self.groups = [self.samples[i].dataset for i in self.items]
+        self.bytes_each = 2 * slices * store.size**2  # of a sample
 
     def __len__(self) -> int:
         return len(self.items)
@@ -304,7 +306,7 @@ def torch_loader(
     """
     workers = cfg.workers
     if workers:
-        everywhere(lambda: _require_room(dataset[0, 0], batches.batch_size, workers))
+        everywhere(lambda: _require_room(batches.batch_size * dataset.bytes_each, workers))
         atexit.register(_kill_workers)
     return DataLoader(
         dataset,
@@ -352,9 +354,8 @@ _WORKER_FAULTS = {  # what a text of torch or the system means
 }
 
 
-def _require_room(sample: dict[str, Any], batch_size: int, workers: int) -> None:
-    """Raises UserError where this process could not hold the workers' stock: a batch that finds no room never comes."""
-    size = batch_size * sum(value.nbytes for value in sample.values() if isinstance(value, Tensor))
+def _require_room(size: int, workers: int) -> None:
+    """Raises UserError where the stock of workers, batches of `size` bytes, has no room: it would never come."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     need = size * (workers * PREFETCHED + 1) * processes
     free = shutil.disk_usage(SHM).free if SHM.is_dir() else need

@@ -134,6 +134,7 @@ def test_too_little_room_for_workers_is_said_before_they_start(name, value, says
         volume_loader(data, "strong", workers=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "says"),
     [

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from datasets.cache import shown_size
 from datasets.loaders import PREFETCHED, OneAhead
 from training import scripts
-from utils import checkpoint, distributed, guards, signals
+from utils import checkpoint, distributed, files, guards, signals
 from utils.errors import UserError
 
 GIB = 2**30
@@ -51,7 +51,9 @@ def dry_run(training: Any) -> None:
     """
     config, loader, folder = training.config, training.loader, training.folder.absolute()
     disk = next(place for place in (folder, *folder.parents) if place.is_dir())  # that the run will write to
-    with tempfile.TemporaryDirectory(dir=disk) as temporary, signals.handled():
+    with files.writing(disk):
+        place = tempfile.TemporaryDirectory(dir=disk)
+    with place as temporary, signals.handled():
         training.folder = Path(temporary)
         clustering = _seconds(training, lambda: begin_full_epoch(training))
         cached = min(getattr(config, "cached_views", 0), config.epochs)

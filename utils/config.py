@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import math
+import os
 import re
 import subprocess
 import sys
@@ -68,6 +70,34 @@ def describe_type(hint: Any) -> str:
     return hint.__name__ if type(hint) is type else re.sub(r"\b(\w+\.)+", "", str(hint))
 
 
+class Output:
+    """Standard output that does not end a run of days: where it can no longer be written, the run goes on without.
+
+    Names of files may hold what no encoding has; such bytes are escaped.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self._try(lambda: self.stream.write(text)) or len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except OSError as error:  # a full disk, or a reader that has gone
+            print(f"warning: output is lost ({error.strerror}); the run goes on", file=sys.stderr, flush=True)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def parse(config_class: type, doc: str | None = None, args: list[str] | None = None) -> Any:
     """An instance of the dataclass from `args` (default: the command line). Exits with code 2 on a wrong option.
 
@@ -103,10 +133,8 @@ def main(script: Callable[[Any], None], config_class: type, doc: str | None, arg
     process, ends it with 1; torchrun then starts the processes again if it may.
     """
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    if hasattr(sys.stdout, "reconfigure"):  # names of files may hold what no encoding has
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with signals.handled():
+        with signals.handled(), contextlib.redirect_stdout(Output(sys.stdout)):
             config = parse(config_class, doc, args)
             check(config)
             script(config)
