@@ -21,6 +21,7 @@ from PIL import Image
 
 from utils.config import read_yaml
 from utils.errors import UserError
+from utils.files import shown
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # PIL tries no other decoder, whatever a file is called
@@ -266,10 +267,10 @@ def _inspect(path: Path, root: Path, settings: dict[str, Any]) -> Sample | str:
             )
         return sample
     except ValueError as error:
-        return f"{path}: {error}"
+        return f"{shown(path)}: {error}"
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        return f"{path}: cannot be read ({reason}); change its permissions, copy it again or remove it"
+        return f"{shown(path)}: cannot be read ({reason}); change its permissions, copy it again or remove it"
 
 
 def _volume_header(path: Path, size_bytes: int, settings: dict[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from datasets.transforms import upload
 from utils import signals
 from utils.distributed import Run, everywhere
 from utils.errors import UserError
+from utils.files import shown
 from utils.profile import span
 from utils.seeding import INTRA_SLICES, MASKED_SLICES, SHARED, WINDOW, stream
 
@@ -78,7 +79,7 @@ class Slices(Dataset):
 
     def name(self, index: int) -> str:
         i, s = self.items[index].tolist()
-        return f"{self.samples[i].path}" + (f" slice {s}" if self.samples[i].kind == "volume" else "")
+        return shown(self.samples[i].path) + (f" slice {s}" if self.samples[i].kind == "volume" else "")
 
 
 class VolumeWindows(Dataset):
@@ -110,7 +111,7 @@ class VolumeWindows(Dataset):
         return {"volume": volume, "length": length, "start": start, "extent": extent, "index": index}
 
     def name(self, index: int) -> str:
-        return str(self.samples[self.items[index]].path)
+        return shown(self.samples[self.items[index]].path)
 
 
 class ImageLoader:

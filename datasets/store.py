@@ -40,6 +40,7 @@ from datasets.render import CHANGED, FORMAT, BadSource, content_size, render
 from utils import signals
 from utils.distributed import everywhere, gather_objects, rank, world_size
 from utils.errors import UserError
+from utils.files import shown
 
 MEETING_SECONDS = 20.0  # processes that build a cache meet this often, so none waits into the collectives' time-out
 
@@ -122,7 +123,7 @@ class SliceStore:
             content = read_sealed(self.files[index], np.float16, (height, width), start, stop)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{self.files[index]}: the cached copy of {sample.path} cannot be read ({error}); delete it "
+                f"{self.files[index]}: the cached copy of {shown(sample.path)} cannot be read ({error}); delete it "
                 "if it is still there, and start again, which rebuilds it"
             ) from None
         if not half:
@@ -194,7 +195,7 @@ class SliceStore:
         try:
             cached(self.folder, key, make, self.shapes[index])
         except BadSource as error:
-            return index, f"{sample.path}: {error}"
+            return index, f"{shown(sample.path)}: {error}"
 
     def with_contents(self) -> list[Sample]:
         """The samples with what their files hold, of which each cached copy has kept a note. Raises UserError."""

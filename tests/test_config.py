@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -77,6 +79,14 @@ def test_a_config_that_is_no_plain_file_is_one_line(content, says, tmp_path, cap
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_run_goes_on_where_its_output_cannot_be_written():
+    code = "from utils import config; import mask_swav; config.main(print, mask_swav.Config, None, [])"
+    done = subprocess.run(f"{sys.executable} -c '{code}' > /dev/full", shell=True, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "warning: output is lost (No space left on device)" in done.stderr
 
 
 def test_half_a_group_in_the_environment_is_said(monkeypatch):

@@ -19,7 +19,7 @@ from datasets.batch import Batch
 from datasets.loaders import VolumeWindows
 from objectives.learners import Learner
 from training.train import Training
-from utils import checkpoint, guards
+from utils import checkpoint, files, guards
 from utils.errors import UserError
 from utils.precision import Precision
 
@@ -75,6 +75,19 @@ def test_a_bad_step_is_left_out_whole_and_its_files_are_noted(script, what, data
     assert "case_" in line["files"] or "image_" in line["files"]
     assert losses(folder)[0]["bad_steps"] == "1"
     assert f"warning: {wanted} is not finite at epoch 0 step 1" in capsys.readouterr().out
+
+
+def test_names_stay_on_one_line_and_in_one_cell(tmp_path, capsys):
+    names = ["a\nb.npy", "=1+1\x1b[31m.npy", "<script>.npy", "\u202egnp.npy", os.fsdecode(b"\xff.npy")]
+    shown = [files.shown(name) for name in names]
+    guards.report_bad_step("the loss", shown, 0, 1, 1, 10, tmp_path)
+    with open(tmp_path / guards.BAD_STEPS, newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["files"] == "; ".join(shown)
+    assert row["files"].isprintable()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.isprintable()
+    assert len(set(shown)) == 5
 
 
 def snapshot(core: Learner) -> dict[str, torch.Tensor]:

@@ -91,6 +91,11 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: Path, columns: Sequence[s
     write_text(text.getvalue(), path)
 
 
+def shown(path: Path | str) -> str:
+    """A name for people: one line, without what turns or colours the text around it; such characters are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
+
+
 def require_ordinary(path: Path) -> None:
     """Raises UserError for what is there but no file: to open a pipe waits until somebody writes into it, for ever."""
     with contextlib.suppress(OSError):  # which opening it will name
