@@ -225,7 +225,7 @@ def test_a_killed_run_ends_with_the_same_bytes(data, tmp_path):
 def test_a_second_run_in_the_same_place_is_refused_by_name_at_the_start(data, tmp_path):
     mine = options("mask_swav", data, tmp_path, epochs=1000)
     first = Trial("mask_swav", mine, tmp_path / "first")
-    while not first.steps[0]:
+    while not (tmp_path / "runs/mask_swav" / checkpoint.LATEST).exists():
         time.sleep(0.1)
     for changes, says in (
         ({}, r"runs/mask_swav/\.lock: process {} on .* trains into .*another --dump_path"),

@@ -131,22 +131,35 @@ def test_a_wait_for_data_that_never_come_ends_after_a_signal():
 
 
 ORPHAN = """
-import os, subprocess, sys, time
-code = "from utils import signals as s; import time; s.PARENT_SECONDS = .1; s.end_with_parent(); print(1, flush=True)"
-code += "; time.sleep(60)"
-child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-child.stdout.readline()
-print(child.pid, flush=True)
-time.sleep(60)
+import multiprocessing, os, subprocess, sys, time
+from utils import signals
+def child():
+    signals.PARENT_SECONDS = 0.1
+    signals.end_with_parent()
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+if __name__ == "__main__":
+    if sys.argv[1] == "child":
+        child()
+    if sys.argv[1] == "popen":
+        subprocess.Popen([sys.executable, __file__, "child"])
+    else:
+        multiprocessing.get_context(sys.argv[1]).Process(target=child).start()
+    time.sleep(60)
 """
 
 
-def test_what_a_launcher_started_ends_when_the_launcher_is_killed():
-    launcher = subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, cwd=ROOT)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["popen", "forkserver", "spawn"])
+def test_what_a_launcher_started_ends_when_the_launcher_is_killed(how, tmp_path):
+    (tmp_path / "orphan.py").write_text(ORPHAN)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(tmp_path / "orphan.py"), how]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
     child = int(launcher.stdout.readline())
     launcher.kill()
     launcher.wait()
-    wait_until(lambda: not locks.process(child)[0], 10)
+    wait_until(lambda: not locks.process(child)[0], 20)
 
 
 def torchrun(out: Path, args: dict, *how: str, script: str = "mask_swav") -> subprocess.Popen:

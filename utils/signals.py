@@ -7,6 +7,7 @@ others' connections along.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -123,11 +124,17 @@ def patient(seconds: float) -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """SIGTERM to this process when its parent has died, however: what a launcher started does not run on without it."""
-    parent = os.getppid()
+    """SIGTERM to this process when its parent has died, however: what a launcher started does not run on without it.
+
+    The parent of a process of `multiprocessing` is who started it, not the server that it was forked from.
+    """
+    parent, pid = multiprocessing.parent_process(), os.getppid()
+
+    def lives() -> bool:
+        return os.getppid() == pid if parent is None else parent.is_alive()
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while lives():
             time.sleep(PARENT_SECONDS)
         os.kill(os.getpid(), signal.SIGTERM)
 
