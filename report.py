@@ -110,7 +110,7 @@ def about_run(run: RunFolder, cfg: Config, thumbs: page.Thumbnails) -> dict[str,
     about["data"], about["datasets"] = describe(samples), list(dict.fromkeys(sample.dataset for sample in samples))
     if run.state is None:
         return about
-    if fingerprint(samples) != run.state["data"]:
+    if not fingerprint(samples).startswith(run.state["data"]):
         run.notes.append(f"{samples[0].data_path} does not hold the data that the run was trained on.")
     network = Network(run, loader, cfg.seed)
     levels = [level for level in (network.slices(cfg.slices), network.volumes(cfg.volumes)) if level]

@@ -5,6 +5,7 @@ Version v of a volume is what epoch v sees of it without this cache: its window 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from functools import partial
@@ -17,16 +18,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from datasets.batch import Batch
-from datasets.cache import cached, is_whole, make_room
-from datasets.loaders import VolumeLoader, VolumeWindows, torch_loader
+from datasets.cache import NPY_HEADER, cached, is_whole, make_room, read_sealed, seal, sealed_shape
+from datasets.loaders import VolumeLoader, VolumeWindows, read, torch_loader
 from datasets.render import FORMAT
 from datasets.samplers import Key
-from datasets.store import NPY_HEADER
 from datasets.transforms import upload
 from utils.distributed import everywhere
 from utils.precision import Precision
 
-LAYOUT = 1  # of the files; a new number makes all of them anew
+LAYOUT = 2  # of the files; a new number makes all of them anew
 VIEWS = 2
 
 
@@ -39,25 +39,31 @@ class Embeddings(Dataset):
 
     def __init__(self, windows: VolumeWindows, versions: int, width: int, dtype: torch.dtype, folder: Path) -> None:
         self.windows, self.versions, self.width, self.dtype, self.folder = windows, versions, width, dtype, folder
-        self.name = windows.name
+        self.bytes_each = max(windows.bytes_each, VIEWS * windows.slices * width * dtype.itemsize)
+        self.name, self.numpy_dtype = windows.name, torch.empty(0, dtype=dtype).numpy().dtype
 
     def __len__(self) -> int:
         return len(self.windows)
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         epoch, index = key
-        version, shape = epoch % self.versions, self.shape(index)
+        version, length = epoch % self.versions, self.length(index)
         path = self.path(version, index)
-        if not is_whole(path, shape):  # not there, or cut short by a power failure or a full disk
-            return self.windows[version, index]
-        targets = torch.zeros(VIEWS, self.windows.slices, self.width, dtype=self.dtype)
-        targets[:, : shape[1]] = torch.from_numpy(np.load(path, allow_pickle=False))
-        return {"targets": targets, "length": shape[1], "index": index}
+        if is_whole(path, self.shape(index)):  # else it is not there, or was cut short
+            with contextlib.suppress(OSError, ValueError):  # gone, or damaged: it is made anew
+                found = read_sealed(path, self.numpy_dtype, (self.width,), 0, VIEWS * length)
+                targets = torch.zeros(VIEWS, self.windows.slices, self.width, dtype=self.dtype)
+                targets[:, :length] = torch.from_numpy(found).unflatten(0, (VIEWS, length))
+                return {"targets": targets, "length": length, "index": index}
+        return self.windows[version, index]
 
-    def shape(self, index: int) -> tuple[int, int, int]:
+    def length(self, index: int) -> int:
+        """Real slices of a volume's version."""
+        return min(self.windows.samples[self.windows.items[index]].slices, self.windows.slices)
+
+    def shape(self, index: int) -> tuple[int, int]:
         """Of what is on disk for a volume: real slices only."""
-        length = min(self.windows.samples[self.windows.items[index]].slices, self.windows.slices)
-        return VIEWS, length, self.width
+        return sealed_shape(VIEWS * self.length(index), self.width * self.dtype.itemsize)
 
     def path(self, version: int, index: int) -> Path:
         """The name begins as that of the volume's file in the store and so changes with the volume, too."""
@@ -66,15 +72,15 @@ class Embeddings(Dataset):
 
     def write(self, version: int, index: int, targets: Tensor) -> None:
         """Keep embeddings [2, D, d] of a volume. Raises UserError where that fails."""
-        path, (_, length, _) = self.path(version, index), self.shape(index)
-        save = partial(np.save, arr=targets[:, :length].numpy())
+        path, own = self.path(version, index), targets[:, : self.length(index)].flatten(0, 1)
+        save = partial(np.save, arr=seal(own.numpy()))
         cached(self.folder, path.stem, save, self.shape(index))
 
     def prepare_folder(self) -> str:
         """Make the folder; how many bytes are still to be written. UserError where there is no room for them."""
         made, missing = {file.name for file in self.folder.glob("*.npy")}, 0
         for index in range(len(self)):
-            size = NPY_HEADER + int(np.prod(self.shape(index))) * self.dtype.itemsize
+            size = NPY_HEADER + 8 * int(np.prod(self.shape(index)))
             missing += size * sum(self.path(version, index).name not in made for version in range(self.versions))
         what = f"cached_views: {self.versions} versions of {len(self)} volumes"
         return make_room(self.folder, missing, what, "lower --cached_views, ")
@@ -101,7 +107,7 @@ class EmbeddingLoader:
         if self.loader is None:
             self._open()
         self.batches.begin(epoch, seen)
-        for raw, (_, counts) in zip(self.loader, self.batches.plan(seen), strict=True):
+        for raw, (_, counts) in zip(read(self.loader), self.batches.plan(seen), strict=True):
             if isinstance(raw, list):
                 raw = default_collate(self._complete(raw, epoch % self.cfg.cached_views))
             index, length = raw["index"], raw["length"]
@@ -122,7 +128,7 @@ class EmbeddingLoader:
         left = everywhere(self.cache.prepare_folder)
         if self.run.is_main:
             print(f"cached_views: embeddings in {folder}; still to be made: {left}", flush=True)
-        self.loader = torch_loader(self.cache, self.batches, self.cfg.workers, self.run.device, collate=_collate)
+        self.loader = torch_loader(self.cache, self.batches, self.cfg, self.run.device, collate=_collate)
 
     def _complete(self, samples: list[dict[str, Any]], version: int) -> list[dict[str, Any]]:
         """The samples with embeddings; those of the ones that came without are computed and written."""

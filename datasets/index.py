@@ -21,6 +21,7 @@ from PIL import Image
 
 from utils.config import read_yaml
 from utils.errors import UserError
+from utils.files import shown
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # PIL tries no other decoder, whatever a file is called
@@ -59,6 +60,7 @@ class Sample:
     size_bytes: int
     mtime_ns: int
     aligned_with: str | None = None  # data set whose positions correspond to this one's, as dataset.yaml says
+    content: str = field(default="", compare=False)  # digest of the file, known when it stands in the cache
     # What follows describes a sample for checks (datasets/check.py) and is no part of what it is.
     dtype: str = field(default="", compare=False)  # of a volume's file, e.g. int16; an image's mode in PIL's words
     modality: str | None = field(default=None, compare=False)  # as dataset.yaml says
@@ -116,12 +118,17 @@ def volumes(samples: Sequence[Sample]) -> list[int]:
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:
-    """sha256 (hex) over names, file sizes and shapes: changes with the data, but not when they are copied."""
-    digest = hashlib.sha256()
+    """Two sha256 (hex) in one over all that a run sees of the data: changes with them, but not when they are copied.
+
+    The first, of names, sizes and shapes, is all that versions before this one knew of a run's data; the second is of
+    how files are read and, where that is known, of what they hold.
+    """
+    layout, content = hashlib.sha256(), hashlib.sha256()
     for s in samples:
         fields = (s.name, s.kind, s.size_bytes, s.slices, s.height, s.width)
-        digest.update(os.fsencode(repr(fields)) + b"\n")
-    return digest.hexdigest()
+        layout.update(os.fsencode(repr(fields)) + b"\n")
+        content.update(os.fsencode(repr((s.slice_axis, s.window, s.content))) + b"\n")
+    return layout.hexdigest() + content.hexdigest()
 
 
 def groups(samples: Iterable[Sample]) -> dict[tuple[str, str], list[Sample]]:
@@ -287,10 +294,10 @@ def _inspect(path: Path, root: Path, settings: dict[str, Any]) -> Sample | str:
             )
         return sample
     except ValueError as error:
-        return f"{path}: {error}"
+        return f"{shown(path)}: {error}"
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        return f"{path}: cannot be read ({reason}); change its permissions, copy it again or remove it"
+        return f"{shown(path)}: cannot be read ({reason}); change its permissions, copy it again or remove it"
 
 
 def _volume_header(path: Path, size_bytes: int, settings: dict[str, Any]) -> dict[str, Any]:

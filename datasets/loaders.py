@@ -7,10 +7,16 @@ function of (data, options, e, seen), whatever the workers.
 
 from __future__ import annotations
 
+import atexit
 import math
+import multiprocessing
+import os
+import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,14 +26,22 @@ from torch.utils.data import DataLoader, Dataset
 
 from datasets.augment import MultiCrop, VolumeViews
 from datasets.batch import Batch, Counts
+from datasets.cache import shown_size
 from datasets.index import Sample, volumes
 from datasets.samplers import CyclingBatches, EpochBatches, Key
 from datasets.store import SliceStore, prepare
 from datasets.transforms import upload
 from utils import signals
-from utils.distributed import Run
+from utils.distributed import Run, everywhere
+from utils.errors import UserError
+from utils.files import shown
 from utils.profile import span
 from utils.seeding import HIDDEN, INTRA_SLICES, MASKED_SLICES, SHARED, WINDOW, stream
+
+SHM = Path("/dev/shm")  # where batches lie on their way from the workers, on Linux
+PREFETCHED = 2  # batches that each data-loading worker keeps in stock
+DESCRIPTORS = 16, 64  # open files for each worker and its stock, and for all else
+GRACE = 20.0  # seconds in which a batch may still come after a signal; torchrun kills after 30
 
 
 def canvas_size(*sides: int) -> int:
@@ -55,6 +69,7 @@ class Slices(Dataset):
         self.groups = [self.samples[i].dataset for i in self.items[:, 0].tolist()]
         slices = np.array([max(sample.slices, 1) for sample in self.samples])
         self.places = relative(self.items[:, 1], slices[self.items[:, 0]])
+        self.bytes_each = 2 * store.size**2  # of a sample
 
     def __len__(self) -> int:
         return len(self.items)
@@ -67,7 +82,7 @@ class Slices(Dataset):
 
     def name(self, index: int) -> str:
         i, s = self.items[index].tolist()
-        return f"{self.samples[i].path}" + (f" slice {s}" if self.samples[i].kind == "volume" else "")
+        return shown(self.samples[i].path) + (f" slice {s}" if self.samples[i].kind == "volume" else "")
 
 
 class VolumeWindows(Dataset):
@@ -81,6 +96,7 @@ class VolumeWindows(Dataset):
         self.store, self.samples, self.slices, self.seed = store, store.samples, slices, seed
         self.items = volumes(self.samples)
         self.groups = [self.samples[i].dataset for i in self.items]
+        self.bytes_each = 2 * slices * store.size**2  # of a sample
 
     def __len__(self) -> int:
         return len(self.items)
@@ -98,7 +114,7 @@ class VolumeWindows(Dataset):
         return {"volume": volume, "length": length, "start": start, "extent": extent, "index": index}
 
     def name(self, index: int) -> str:
-        return str(self.samples[self.items[index]].path)
+        return shown(self.samples[self.items[index]].path)
 
 
 def relative(slices: np.ndarray, counts: np.ndarray) -> Tensor:
@@ -124,7 +140,7 @@ class ImageLoader:
         self.crops = MultiCrop(sizes, cfg.nmb_crops, scales, cfg.policy, cfg.seed)
         how = cfg.batch_size, cfg.seed, run, "images and slices", cfg.sampling_temperature
         self.batches = EpochBatches(self.dataset.groups, *how)
-        self.loader = torch_loader(self.dataset, self.batches, cfg.workers, run.device)
+        self.loader = torch_loader(self.dataset, self.batches, cfg, run.device)
         self.samples, self.steps = self.batches.samples, self.batches.steps
         self.counts = Counts(len(self.dataset), self.batches.global_batch, places=self.dataset.places)
         self.groups: dict[str, Sequence[str]] = {"intra": self.dataset.groups}
@@ -133,7 +149,7 @@ class ImageLoader:
 
     def epoch(self, epoch: int, seen: int = 0) -> Iterator[Batch]:
         self.batches.begin(epoch, seen)
-        for raw, (_, counts) in zip(self.loader, self.batches.plan(seen), strict=True):
+        for raw, (_, counts) in zip(read(self.loader), self.batches.plan(seen), strict=True):
             image, index = (upload(raw[name], self.run.device) for name in ("image", "index"))
             # Parameters are drawn on the CPU, so what they are drawn from stays there.
             with span("augment"):
@@ -169,11 +185,13 @@ class VolumeLoader:
         about = cfg.cache_path, cfg.on_bad, max(1, cfg.workers)
         store = prepare(cfg.data_path, canvas_size(*size), *about, target_shape=cfg.target_shape)
         self.dataset = VolumeWindows(store, slices, cfg.seed)
+        if mask_ratio:
+            require_neighbours([store.samples[i] for i in self.dataset.items], run)
         self.views = VolumeViews(*size, cfg.policy, cfg.seed)
         temperature, groups = cfg.sampling_temperature, self.dataset.groups
         self.batches = EpochBatches(groups, cfg.batch_size, cfg.seed, run, "volumes", temperature)
         self.samples, self.steps = self.batches.samples, self.batches.steps
-        self.loader = torch_loader(self.dataset, self.batches, cfg.workers, run.device)
+        self.loader = torch_loader(self.dataset, self.batches, cfg, run.device)
         # Slice s of volume i has index slice_offsets[i] + s over all slices; the last entry is their number.
         self.slice_offsets = torch.tensor([0, *(store.samples[i].slices for i in self.dataset.items)]).cumsum(0)
         self.total_slices = int(self.slice_offsets[-1])
@@ -185,7 +203,7 @@ class VolumeLoader:
             self.image_views = MultiCrop([tuple(size)], [2], [(min_scale_images, 1.0)], cfg.policy, cfg.seed)
             passes = EpochBatches(images, 1, cfg.seed, Run(0, 1, run.device), "images", temperature)
             self.image_batches = CyclingBatches(passes, images_per_step, run, self.steps)
-            self.image_loader = torch_loader(self.image_dataset, self.image_batches, cfg.workers, run.device)
+            self.image_loader = torch_loader(self.image_dataset, self.image_batches, cfg, run.device)
         each = cfg.batch_size * intra_slices + (images_per_step if images else 0)
         of_volumes = len(self.dataset), self.batches.global_batch
         counts = np.diff(self.slice_offsets.numpy())
@@ -202,8 +220,8 @@ class VolumeLoader:
         pictures = None
         if self.image_loader is not None:
             self.image_batches.begin(epoch, self.batches.step_at(seen))
-            pictures = iter(self.image_loader)
-        for raw, (_, counts) in zip(self.loader, self.batches.plan(seen), strict=True):
+            pictures = read(self.image_loader)
+        for raw, (_, counts) in zip(read(self.loader), self.batches.plan(seen), strict=True):
             batch = self._volumes(raw, counts, epoch)
             if pictures is not None:
                 batch = batch._replace(**self._images(next(pictures), epoch))
@@ -258,6 +276,18 @@ class VolumeLoader:
         if image_index is not None:
             names += [self.image_dataset.name(i) for i in (image_index - self.total_slices).tolist()]
         return names
+
+
+def require_neighbours(volumes: Sequence[Sample], run: Run) -> None:
+    """Raises UserError where no volume has a slice to mask and one to predict it from; says how many have not."""
+    alone = [sample for sample in volumes if sample.slices < 2]
+    if alone and len(alone) == len(volumes):
+        raise UserError(
+            f"data_path: all {len(volumes)} volumes have a single slice ({alone[0].path} ...), but masked slices are "
+            "predicted from their neighbours; give volumes of several slices, or set slice_axis in dataset.yaml"
+        )
+    if alone and run.is_main:
+        print(f"warning: {len(alone)} of {len(volumes)} volumes have a single slice and teach nothing here", flush=True)
 
 
 def draw_masks(
@@ -326,23 +356,92 @@ class OneAhead:
 def torch_loader(
     dataset: Dataset,
     batches: EpochBatches | CyclingBatches,
-    workers: int,
+    cfg: Any,
     device: torch.device,
     collate: Callable[[list[Any]], Any] | None = None,
 ) -> DataLoader:
-    """A DataLoader whose workers live from one epoch to the next."""
+    """A DataLoader whose `cfg.workers` live from one epoch to the next; its batches come by `read`.
+
+    All processes call it together. Raises UserError on all where one has too little room for batches on their way.
+    """
+    workers = cfg.workers
+    if workers:
+        everywhere(lambda: _require_room(batches.batch_size * dataset.bytes_each, workers))
+        atexit.register(_kill_workers)
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
+        prefetch_factor=PREFETCHED if workers else None,
+        timeout=60 * cfg.timeout_minutes if workers else 0,
         worker_init_fn=_leave_signals_to_the_trainer,
         collate_fn=collate,
     )
+
+
+def read(loader: DataLoader) -> Iterator[Any]:
+    """The batches of a loader. A signal ends a wait that does not end; what went wrong in a worker is one UserError."""
+    try:
+        batches = iter(loader)
+        while True:
+            with signals.patient(GRACE):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+    except UserError as error:  # its text, from a worker, follows that worker's traceback
+        raise UserError(str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2].strip()) from None
+    except (RuntimeError, OSError) as error:
+        text = str(error).strip()
+        if not loader.num_workers or isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = next((what for mark, what in _WORKER_FAULTS.items() if mark in text), None)
+        if reason is None:
+            raise
+        raise UserError(f"workers: {text.splitlines()[-1]} ({reason})") from error
+
+
+_WORKER_FAULTS = {  # what a text of torch or the system means
+    "DataLoader worker (": "probably too little memory: lower --workers or --batch_size",
+    "DataLoader timed out": "no batch came within --timeout_minutes: see whether the disk answers, or --workers 0",
+    "shared memory": f"{SHM} is full: enlarge it (docker run --shm-size=8g), lower --workers, or --workers 0",
+    "Too many open files": "raise the limit (ulimit -n 4096), lower --workers, or --workers 0",
+    "received 0 items of ancdata": "too few open files: raise the limit (ulimit -n 4096), or --workers 0",
+    "Cannot allocate memory": "too little memory: lower --workers or --batch_size",
+    "Resource temporarily unavailable": "too many processes: lower --workers, or raise the limit (ulimit -u)",
+}
+
+
+def _require_room(size: int, workers: int) -> None:
+    """Raises UserError where the stock of workers, batches of `size` bytes, has no room: it would never come."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    need = size * (workers * PREFETCHED + 1) * processes
+    free = shutil.disk_usage(SHM).free if SHM.is_dir() else need
+    if need > free:
+        raise UserError(
+            f"workers: batches of {workers} workers in each of {processes} process(es) need {shown_size(need)} of "
+            f"shared memory, but {SHM} has {shown_size(free)} free; enlarge it (docker run --shm-size=8g), lower "
+            "--workers or --batch_size, or read in the training process itself with --workers 0"
+        )
+    limit, files = resource.getrlimit(resource.RLIMIT_NOFILE)[0], DESCRIPTORS[0] * workers + DESCRIPTORS[1]
+    if files > limit != resource.RLIM_INFINITY:
+        raise UserError(
+            f"workers: {workers} workers need about {files} open files, but the limit is {limit}; raise it "
+            "(ulimit -n 4096), lower --workers, or read in the training process itself with --workers 0"
+        )
 
 
 def _leave_signals_to_the_trainer(_: int) -> None:
     """torchrun and Ctrl-C signal the whole process group: a worker that died of it would tear the last step down."""
     for number in signals.STOPS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _kill_workers() -> None:
+    """At the end of the trainer, which would wait for ever for workers that it asks by a signal that they ignore."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their death for a fault
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

@@ -16,7 +16,8 @@ FORMAT = 3  # of the cache files; raise it when their content changes, so that o
 PERCENTILES = (0.5, 99.5)
 SAMPLED_VOXELS = 2**20  # the 0.5th percentile of so many is off by 0.007 percentage points (one standard deviation)
 SLICES_AT_ONCE = 8  # of a conversion in float: what they take stays in the processor's cache
-TURNED_AT_ONCE = 2**28  # bytes of a file with interleaved slices that are brought into slice order in one go
+AT_ONCE = 2**28  # bytes of a file up to which it is read, not mapped, and interleaved slices are brought into order
+CHANGED = "has changed since it was scanned; start again"
 
 
 class BadSource(ValueError):
@@ -59,12 +60,13 @@ def open_source(sample: Sample) -> np.ndarray:
 
     Raises BadSource where it cannot be read or is no longer what the scan found.
     """
-    changed = BadSource("has changed since it was scanned; start again")
+    changed = BadSource(CHANGED)
     if sample.kind == "image":
         array = read_grey(sample.path)[None]
     else:
         try:
-            array = np.load(sample.path, allow_pickle=False)  # never mapped: a file cut short would kill the process
+            mapped = "r" if sample.size_bytes > AT_ONCE else None  # a mapped file that is cut kills the process
+            array = np.load(sample.path, mmap_mode=mapped, allow_pickle=False)
             array = np.moveaxis(array[..., 0] if sample.channel_names else array, sample.slice_axis, 0)
         except OSError as error:
             raise BadSource(f"cannot be read ({error.strerror or error}); copy it again or remove it") from None
@@ -73,7 +75,7 @@ def open_source(sample: Sample) -> np.ndarray:
     if array.shape != (sample.slices, sample.height, sample.width):
         raise changed
     # A slice alone touches every page of a file with interleaved ones.
-    interleaved = min(array.strides) == array.strides[0] and array.nbytes <= TURNED_AT_ONCE
+    interleaved = min(array.strides) == array.strides[0] and array.nbytes <= AT_ONCE
     return np.ascontiguousarray(array) if interleaved else array
 
 

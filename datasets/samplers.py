@@ -35,7 +35,8 @@ class EpochBatches:
         what: str = "samples",
         sampling_temperature: float = 1.0,
     ) -> None:
-        self.samples, self.global_batch, self.seed, self.run = len(groups), batch_size * run.world_size, seed, run
+        self.samples, self.batch_size, self.seed, self.run = len(groups), batch_size, seed, run
+        self.global_batch = batch_size * run.world_size
         if not sampling_temperature >= 1:
             raise UserError(f"sampling_temperature: {sampling_temperature:g} is below 1, every sample once; raise it")
         if not self.samples:

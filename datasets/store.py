@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,14 +22,27 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from datasets.cache import cache_folder, cached, is_whole, key_of, make_room
+from datasets.cache import (
+    NPY_HEADER,
+    cache_folder,
+    cached,
+    content_of,
+    is_whole,
+    key_of,
+    make_room,
+    read_sealed,
+    seal,
+    sealed_shape,
+    source_of,
+)
 from datasets.check import header_findings
-from datasets.index import Sample, bad_files, describe, fingerprint, scan
-from datasets.render import FORMAT, BadSource, content_size, render
+from datasets.index import THREADS, Sample, bad_files, describe, fingerprint, scan
+from datasets.render import CHANGED, FORMAT, BadSource, content_size, render
+from utils import signals
 from utils.distributed import everywhere, gather_objects, rank, world_size
 from utils.errors import UserError
+from utils.files import shown
 
-NPY_HEADER = 128  # bytes that numpy.save writes before the data of a 3D array
 CACHE_FOLDER = re.compile(r"(slices_\d+px|embeddings_[0-9a-f]+)_v\d+")
 CACHE_FILE = re.compile(r"\.?([0-9a-f]{32})(_\d+_\d+)?(\.[0-9a-f]{32})?(\.tmp)?\.npy")  # whole or being made
 MEETING_SECONDS = 20.0  # processes that build a cache meet this often, so none waits into the collectives' time-out
@@ -58,9 +72,14 @@ def prepare(
         _warn([f"left out {problem}" for problem in problems])
         return good
 
+    def require_same(samples: list[Sample]) -> None:
+        if len(set(gather_objects(fingerprint(samples)))) > 1:
+            raise UserError(
+                f"data_path: processes see different files, or dataset.yaml, below {data_path}; give all the same data"
+            )
+
     samples = everywhere(lambda: usable(*scan(data_path, only)))
-    if len(set(gather_objects(fingerprint(samples)))) > 1:
-        raise UserError(f"data_path: processes see different files below {data_path}; give all the same data")
+    require_same(samples)
     if progress:
         several = {sample.dataset: sample.channel_names[0] for sample in samples if sample.channel_names}
         _warn([f"pre-training reads channel 0 ({name}) of {dataset}" for dataset, name in several.items()])
@@ -70,8 +89,10 @@ def prepare(
     if bad:
         samples = usable([sample for i, sample in enumerate(samples) if i not in bad], list(bad.values()))
         store = SliceStore(samples, size, cache_path)
+    store.samples = everywhere(store.with_contents)
+    require_same(store.samples)
     if progress and rank() == 0:
-        print(describe(samples), flush=True)
+        print(describe(store.samples), flush=True)
     return store
 
 
@@ -86,28 +107,27 @@ class SliceStore:
         self.samples, self.size = samples, size
         self.folder = cache_folder(samples[0].data_path, cache_path) / f"slices_{size}px_v{FORMAT}"
         self.files = [self.folder / f"{_key(sample)}.npy" for sample in samples]
-        self.shapes = [(s.slices, *content_size(s.height, s.width, size)) for s in samples]  # of the files
-        self.extents = np.array(self.shapes)[:, 1:]
+        self.extents = np.array([content_size(s.height, s.width, size) for s in samples])
+        bytes_each = 2 * self.extents.prod(axis=1)  # of a slice, float16
+        self.shapes = [sealed_shape(s.slices, int(n)) for s, n in zip(samples, bytes_each, strict=True)]  # of the files
 
     def read(self, index: int, start: int, stop: int, half: bool = False) -> np.ndarray:
         """Slices start..stop-1 of a sample: [stop - start, S, S] float32 in 0..1, centred, zeros around them.
 
         half: float16 instead, as they are stored: a quarter of the time, and half as much to move to a GPU.
-        Only these slices are read, and not by a memory map: a file cut short under a map kills the process. Raises
-        IndexError for slices that the sample does not have, UserError where the cached copy is gone or cut short.
+        Only these slices are read. Raises IndexError for slices that the sample does not have, UserError where the
+        cached copy is gone, cut short or damaged.
         """
         sample = self.samples[index]
         if not 0 <= start < stop <= sample.slices:
             raise IndexError(f"{sample.path}: slices {start}..{stop} of {sample.slices} were asked for")
-        _, height, width = self.shapes[index]
+        height, width = self.extents[index].tolist()
         try:
-            count, offset = (stop - start) * height * width, NPY_HEADER + start * height * width * 2
-            content = np.fromfile(self.files[index], np.float16, count, offset=offset)
-            content = content.reshape(stop - start, height, width)
+            content = read_sealed(self.files[index], np.float16, (height, width), start, stop)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{self.files[index]}: the cached copy of {sample.path} cannot be read ({error}); start again, "
-                "which rebuilds it"
+                f"{self.files[index]}: the cached copy of {shown(sample.path)} cannot be read ({error}); delete it "
+                "if it is still there, and start again, which rebuilds it"
             ) from None
         if not half:
             content = torch.from_numpy(content).float().numpy()  # numpy needs ten times as long
@@ -139,7 +159,7 @@ class SliceStore:
 
                 def make_for_a_while() -> None:
                     until = time.monotonic() + MEETING_SECONDS
-                    while waiting and time.monotonic() < until:
+                    while waiting and time.monotonic() < until and not signals.waiting():
                         batch = [waiting.popleft() for _ in range(min(4 * workers, len(waiting)))]
                         results = pool.map(self._make, [i for i in batch if i not in bad])
                         bad.update(problem for problem in results if problem)
@@ -156,7 +176,7 @@ class SliceStore:
     def _missing(self, progress: bool) -> list[int]:
         """What is to be made; UserError where there is no room for it."""
         todo = [i for i, file in enumerate(self.files) if not is_whole(file, self.shapes[i])]
-        need = sum(NPY_HEADER + 2 * math.prod(self.shapes[i]) for i in todo)
+        need = sum(NPY_HEADER + 8 * math.prod(self.shapes[i]) for i in todo)
         size = make_room(self.folder, need, f"prepared slices of {len(todo)} files")
         if todo and progress and rank() == 0:
             print(f"preparing {len(todo)} files in {self.folder}: {size}", flush=True)
@@ -165,10 +185,33 @@ class SliceStore:
     def _make(self, index: int) -> tuple[int, str] | None:
         """Write one cache file unless it is there, or say what is wrong with its source."""
         sample, key = self.samples[index], self.files[index].stem
+
+        def make(file: Path) -> None:
+            try:
+                content, rendered, now = content_of(sample.path), render(sample, self.size), sample.path.stat()
+            except OSError as error:
+                raise BadSource(f"cannot be read ({error.strerror}); copy it again or remove it") from None
+            if (now.st_size, now.st_mtime_ns) != (sample.size_bytes, sample.mtime_ns):
+                raise BadSource(CHANGED)
+            np.save(file, seal(rendered, content))
+
         try:
-            cached(self.folder, key, lambda file: np.save(file, render(sample, self.size)), self.shapes[index])
+            cached(self.folder, key, make, self.shapes[index])
         except BadSource as error:
-            return index, f"{sample.path}: {error}"
+            return index, f"{shown(sample.path)}: {error}"
+
+    def with_contents(self) -> list[Sample]:
+        """The samples with what their files hold, of which each cached copy has kept a note. Raises UserError."""
+
+        def content(index: int) -> str:
+            try:
+                return f"{source_of(self.files[index], 2 * int(self.extents[index].prod())):016x}"
+            except (OSError, IndexError) as error:
+                raise UserError(f"{self.files[index]}: cannot be read ({error}); delete it and start again") from None
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            contents = pool.map(content, range(len(self.samples)))
+            return [replace(s, content=content) for s, content in zip(self.samples, contents, strict=True)]
 
 
 def unused_files(samples: Sequence[Sample], cache_path: str | Path | None = None) -> list[Path]:

@@ -108,7 +108,8 @@ def launch(job: Job) -> BaseProcess:
 
 
 def _do(script: str, folder: Path) -> None:
-    """The script as from the command line, with its output in its log."""
+    """The script as from the command line, with its output in its log; it ends with the process that wanted it."""
+    signals.end_with_parent()
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)

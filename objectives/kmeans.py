@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.distributed import all_gather, all_sum, broadcast, gather_objects, rank, world_size
+from utils.distributed import all_gather, all_sum, broadcast, gather_objects, obey_signals, rank, world_size
 from utils.precision import Precision
 
 SCORES_AT_ONCE = 2**23  # cosines held at a time: 32 MiB in float32
@@ -85,11 +85,12 @@ def kmeans_torch(
     published algorithm does.  products: see `assign`.  Source: Caron et al. 2020, DeepCluster-v2.
 
     Memory beside points and centroids, in bytes, in float32: 12 * SCORES_AT_ONCE + 60 * n + 40 * d * max(K, 4096). The
-    host never waits for the device.
+    host never waits for the device, but for that several processes obey signals in each iteration.
     """
     centroids = F.normalize(centroids, dim=1)
     K = len(centroids)
     for _ in range(iterations):
+        obey_signals()
         assignment, cosine = assign(points, centroids, products)
         sums, counts = (all_sum(t) for t in _sum_clusters(points, assignment, K))
         missing = counts == 0

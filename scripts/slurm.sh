@@ -23,6 +23,9 @@ set -euo pipefail
 
 PYTHON=${PYTHON:-python}
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# torchrun's ports are open to all who reach the nodes: who knows port and id may join. So: a trusted network, and an id
+# that cannot be guessed.
+id=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
 asked_to_stop=false
 
 stop() { # torchrun passes SIGTERM on; its processes finish their step, save and leave
@@ -36,7 +39,7 @@ trap stop USR1 TERM
 # last_call_timeout: seconds in which a node that comes back may still join.
 srun --kill-on-bad-exit=0 "$PYTHON" -m torch.distributed.run \
     --nnodes="1:$SLURM_JOB_NUM_NODES" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" --max-restarts=3 \
-    --rdzv-backend=c10d --rdzv-endpoint="$first:29400" --rdzv-id="$SLURM_JOB_ID" --rdzv-conf=last_call_timeout=30 \
+    --rdzv-backend=c10d --rdzv-endpoint="$first:29400" --rdzv-id="$id" --rdzv-conf=last_call_timeout=30 \
     "$@" &
 training=$!
 

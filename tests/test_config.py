@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -11,7 +14,7 @@ import mask_swav
 import ssl_swav2D
 import ssl_swav3D
 from training.scripts import SCRIPTS
-from utils import config
+from utils import checkpoint, config, distributed, files
 from utils.errors import UserError
 
 
@@ -56,6 +59,42 @@ def test_rules_between_options():
     config.check(ssl_swav3D.Config(**one_slice))  # masks none: lambda_mask is 0
     with pytest.raises(UserError, match="target_shape: masking"):
         config.check(mask_swav.Config(**one_slice))
+
+
+@pytest.mark.parametrize("read", [config.read_yaml, checkpoint.read, lambda path: files.read_csv(path, "labels")])
+def test_a_pipe_or_folder_where_a_file_belongs_is_refused(read, tmp_path):
+    """To open a pipe into which nobody writes would wait for ever."""
+    os.mkfifo(tmp_path / "x")
+    for path, says in ((tmp_path / "x", "x: is a pipe or device"), (tmp_path, "is a folder")):
+        with pytest.raises(UserError, match=says):
+            read(path)
+
+
+@pytest.mark.parametrize(("content", "says"), [(None, "is a pipe"), ("epochs: &a 3\nseed: *a", "aliases")])
+def test_a_config_that_is_no_plain_file_is_one_line(content, says, tmp_path, capsys):
+    path = tmp_path / "my.yaml"
+    os.mkfifo(path) if content is None else path.write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        config.main(print, mask_swav.Config, None, ["--config", str(path)])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_run_goes_on_where_its_output_cannot_be_written():
+    code = "from utils import config; import mask_swav; config.main(print, mask_swav.Config, None, [])"
+    done = subprocess.run(f"{sys.executable} -c '{code}' > /dev/full", shell=True, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "warning: output is lost (No space left on device)" in done.stderr
+
+
+def test_half_a_group_in_the_environment_is_said(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=r"RANK: is set, but WORLD_SIZE, MASTER_ADDR, MASTER_PORT not.*unset RANK"):
+        distributed.start("cpu")
 
 
 @pytest.mark.parametrize("text", ["a: &x [1]\nb: *x", "a: " + "9" * 2**20], ids=["alias", "large"])

@@ -164,7 +164,8 @@ def test_a_sample_that_is_not_finite_leaves_no_trace():
 # ---- warnings
 
 LEVEL = {"name": "intra", "prototypes": 10, "chance": math.log(10), "batch": 8, "queue": 16, "samples": 40}
-FINE = {"usage": 0.6, "target_entropy": 0.5, "std": 0.6, "rank": 8.0}
+FINE = {"usage": 0.6, "dead": 1.0, "target_entropy": 0.5, "std": 0.6, "rank": 8.0}
+FEW = {"usage": 0.089, "dead": 40.0}
 
 
 def warned(epochs: list[tuple[float, dict[str, float]]], **changes) -> list[list[str]]:
@@ -192,6 +193,9 @@ def test_a_condition_is_reported_once_until_it_clears():
         (["intra_chance"], [(2.29, {})] * 3, {}),
         ([], [(2.26, {})] * 3, {}),  # 2 % below ln 10 = 2.303
         (["intra_collapse"], [(1.5, {"usage": 0.11})] * 3, {}),
+        (["intra_collapse"], [(1.5, {"rank": 93.0})] + [(1.5, FEW)] * 3, {"prototypes": 52}),
+        ([], [(1.5, {"usage": 0.11, "dead": 39.0})] * 4, {"prototypes": 52}),
+        (["intra_dead"], [(1.5, {"usage": 0.11, "dead": 40.0})] * 4, {"prototypes": 52}),
         (["intra_few"], [(1.5, {})], {"queue": 0, "prototypes": 65}),
         ([], [(1.5, {})], {"queue": 0, "prototypes": 64}),
         (["intra_stale"], [(1.5, {})], {"queue": 81}),

@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import torch
 from processes import run_processes
-from tiny import losses, run, stop_after
+from tiny import losses, options, run, stop_after, write_data
 from torch import nn
 from torch.utils.data import get_worker_info
+from trials import Trial
 
 from datasets.batch import Batch
 from datasets.loaders import VolumeWindows
 from objectives.learners import Learner
 from training.train import Training
-from utils import checkpoint, guards
+from utils import checkpoint, files, guards
 from utils.errors import UserError
 from utils.precision import Precision
 
@@ -76,6 +77,19 @@ def test_a_bad_step_is_left_out_whole_and_its_files_are_noted(script, what, data
     assert f"warning: {wanted} is not finite at epoch 0 step 1" in capsys.readouterr().out
 
 
+def test_names_stay_on_one_line_and_in_one_cell(tmp_path, capsys):
+    names = ["a\nb.npy", "=1+1\x1b[31m.npy", "<script>.npy", "\u202egnp.npy", os.fsdecode(b"\xff.npy")]
+    shown = [files.shown(name) for name in names]
+    guards.report_bad_step("the loss", shown, 0, 1, 1, 10, tmp_path)
+    with open(tmp_path / guards.BAD_STEPS, newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["files"] == "; ".join(shown)
+    assert row["files"].isprintable()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.isprintable()
+    assert len(set(shown)) == 5
+
+
 def snapshot(core: Learner) -> dict[str, torch.Tensor]:
     state = {name: value.clone() for name, value in core.state_dict().items()}
     for name, memory in core.memory_state().items():
@@ -129,6 +143,36 @@ def test_weights_that_are_not_finite_are_never_saved(data, tmp_path, monkeypatch
     with pytest.raises(UserError, match=r"in a row|weights are not finite"):
         run("mask_swav", data, tmp_path, epochs=2)
     assert (tmp_path / "runs" / "mask_swav" / checkpoint.LATEST).read_bytes() == good
+
+
+def said_of(options: list[dict[str, Any]]) -> str:
+    try:
+        guards.require_same_options(options[torch.distributed.get_rank()])
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+def test_processes_with_other_options_are_named_and_places_are_their_own():
+    usual = {"temperature": 0.1, "seed": 3, "workers": 4, "data_path": "/a"}
+    others = usual | {"workers": 2, "data_path": "/b"}, usual | {"temperature": 0.2}, {"seed": 3}
+    assert run_processes(3, said_of, [usual, others[0], usual]) == [""] * 3
+    for other, wanted in ((others[1], "has temperature: 0.2 instead of 0.1"), (others[2], "has temperature: None ins")):
+        said = run_processes(3, said_of, [usual, usual, other])
+        assert len(set(said)) == 1
+        assert said[0].startswith("process 2 on ")
+        assert wanted in said[0]
+
+
+@pytest.mark.slow
+def test_a_process_with_another_window_is_refused_before_any_step(tmp_path):
+    trees = [write_data(tmp_path / name) for name in "ab"]
+    (trees[1] / "Volumes" / "dataset.yaml").write_text("window: [0, 1]\n")
+    args = [options("mask_swav", tree, tmp_path, batch_size=1) for tree in trees]
+    trial = Trial("mask_swav", args, tmp_path / "trial", ranks=2)
+    assert trial.wait(120) == [2, 2]
+    assert "error: data_path: processes see different files, or dataset.yaml" in trial.log(0)
 
 
 def differ(broken_rank: int) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import resource
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,7 @@ from torch import Tensor
 import ssl_swav2D
 import ssl_swav3D
 from datasets.batch import Batch
-from datasets.loaders import ImageLoader, VolumeLoader
+from datasets.loaders import ImageLoader, VolumeLoader, VolumeWindows
 from datasets.samplers import CyclingBatches, EpochBatches
 from utils.distributed import Run
 from utils.errors import UserError
@@ -114,6 +117,54 @@ def test_an_epoch_goes_on_in_the_middle(make: Any, mixed: Path) -> None:
         same((joined([batch]) for batch in loader.epoch(1, places[step])), whole[step:])
     other = [joined([batch]) for batch in loader.epoch(2)]
     assert not torch.equal(other[0]["index"], whole[0]["index"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        (
+            "disk_usage",
+            SimpleNamespace(free=10**5),
+            r"MB of shared memory, but .* has 0\.1 MB free.*--workers 0",
+        ),
+        ("getrlimit", (64, 64), r"need about 96 open files, but the limit is 64.*ulimit"),
+    ],
+)
+def test_too_little_room_for_workers_is_said_before_they_start(name, value, says, data, monkeypatch) -> None:
+    monkeypatch.setattr(shutil if name == "disk_usage" else resource, name, lambda _: value)
+    volume_loader(data, "strong")
+    with pytest.raises(UserError, match=says):
+        volume_loader(data, "strong", workers=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (UserError("a.npy: is damaged; copy it again"), "^a.npy: is damaged; copy it again$"),
+        (RuntimeError("unable to allocate shared memory(shm)"), "^workers: .*shared memory.*--shm-size"),
+        (OSError(24, "Too many open files"), "^workers: .*Too many open files.*ulimit -n"),
+    ],
+)
+def test_what_goes_wrong_in_a_worker_is_one_line(error, says, data, monkeypatch) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    loader = volume_loader(data, "strong", workers=1)
+    monkeypatch.setattr(VolumeWindows, "__getitem__", fail)
+    with pytest.raises(UserError, match=says) as caught:
+        next(loader.epoch(0))
+    assert "\n" not in str(caught.value)
+
+
+def test_masking_needs_volumes_of_several_slices(tmp_path: Path, capsys) -> None:
+    for i in range(JOINT):
+        save(tmp_path / f"a/{i}.npy", np.random.default_rng(i).random((16, 16, 1)))
+    with pytest.raises(UserError, match="all 8 volumes have a single slice"):
+        volume_loader(tmp_path, "strong")
+    save(tmp_path / "a/8.npy", np.random.default_rng(9).random((16, 16, 4)))
+    volume_loader(tmp_path, "strong")
+    assert "8 of 9 volumes have a single slice" in capsys.readouterr().out
 
 
 # --- samplers: nothing lost, nothing twice, the same whatever the processes and stops

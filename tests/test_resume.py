@@ -22,7 +22,7 @@ from trials import Trial
 import mask_swav
 from objectives import SwAV
 from training.scripts import SCRIPTS
-from utils import checkpoint
+from utils import checkpoint, locks
 from utils.config import to_dict
 from utils.distributed import Run
 from utils.errors import UserError
@@ -94,7 +94,11 @@ def test_a_kill_between_any_two_file_operations_leaves_a_newest_checkpoint(cut, 
 def test_what_killed_processes_left_is_cleared_away(tmp_path):
     save(tmp_path, 1)
     other = ".other.pth.3.tmp"  # of another run that shares the folder
-    for name in (".checkpoint.pth.99999998.tmp", ".checkpoint_previous.pth.99999999-ab.tmp", other):
+    mine = [
+        f".{name}.{locks.machine()}-9999999{i}-ab.tmp"
+        for i, name in enumerate((checkpoint.LATEST, checkpoint.PREVIOUS))
+    ]
+    for name in (*mine, other):
         (tmp_path / name).write_bytes(b"half")
     save(tmp_path, 2)
     assert {p.name for p in tmp_path.iterdir()} == {checkpoint.LATEST, checkpoint.PREVIOUS, other}
@@ -165,6 +169,12 @@ def test_other_options_or_data_do_not_continue_a_run_and_a_finished_one_stays(da
         run("mask_swav", data, tmp_path, epochs=1, base_lr=0.25)
     with pytest.raises(UserError, match="the files below data_path"):
         run("mask_swav", write_data(tmp_path / "other", volumes=9), tmp_path, epochs=1)
+    for name, content in (("Volumes/dataset.yaml", b"window: [0, 1]\n"), ("Volumes/case_0.npy", None)):
+        other = write_data(tmp_path / Path(name).name)  # one voxel, or how voxels are read
+        content = content or (other / name).read_bytes()[:-1] + b"?"
+        (other / name).write_bytes(content)
+        with pytest.raises(UserError, match="the files below data_path, or window"):
+            run("mask_swav", other, tmp_path, epochs=2)
     run("mask_swav", write_data(tmp_path / "moved"), tmp_path, epochs=2)
     assert [row["epoch"] for row in losses(tmp_path / "runs" / "mask_swav")] == ["0", "1"]
 
@@ -211,6 +221,45 @@ def test_a_killed_run_ends_with_the_same_bytes(data, tmp_path):
     assert not list((tmp_path / "killed").rglob("*.tmp"))
 
 
+@pytest.mark.slow
+def test_a_second_run_in_the_same_place_is_refused_by_name_at_the_start(data, tmp_path):
+    mine = options("mask_swav", data, tmp_path, epochs=1000)
+    first = Trial("mask_swav", mine, tmp_path / "first")
+    while not (tmp_path / "runs/mask_swav" / checkpoint.LATEST).exists():
+        time.sleep(0.1)
+    for changes, says in (
+        ({}, r"runs/mask_swav/\.lock: process {} on .* trains into .*another --dump_path"),
+        (
+            {"dump_path": str(tmp_path / "other")},
+            r"weights/\.mask_swav\.pth\.lock: process {}.*--checkpoint_name",
+        ),
+    ):
+        with pytest.raises(UserError, match=says.format(first.processes[0].pid)):
+            run("mask_swav", data, tmp_path, **changes)
+    assert not (tmp_path / "other").exists()
+    first.send(signal.SIGKILL)
+    assert first.wait() == [-9]
+    run("mask_swav", data, tmp_path, epochs=checkpoint.load(tmp_path / "runs/mask_swav")["epoch"] + 1)
+    assert not list(tmp_path.rglob(".*lock"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["runs", "weights", "cache"])
+def test_a_read_only_place_is_named_before_training(place, data, tmp_path, monkeypatch):
+    """Permissions do not bind root, so the system call fails instead."""
+    opened, places = os.open, {"runs": "runs/mask_swav", "weights": "weights", "cache": "cache"}
+
+    def refuse(path, flags, *args, **more):
+        if flags & os.O_CREAT and Path(path).parent.is_relative_to(tmp_path / places[place]):
+            raise OSError(30, "Read-only file system")
+        return opened(path, flags, *args, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(UserError, match=rf"{places[place]}.*\(Read-only file system\); free"):
+        run("mask_swav", data, tmp_path, cache_path=str(tmp_path / "cache"))
+    assert not list(tmp_path.rglob("*.pth"))
+
+
 # ---- another number of processes
 
 
@@ -250,6 +299,15 @@ def test_which_batches_may_go_on(tmp_path):
     assert goes_on(8, 1) == "processes: 2 -> 1, global batch: 8 -> 8"
     with pytest.raises(UserError, match="batch_size: 4 -> 2"):
         goes_on(2, 2)
+
+
+def test_a_run_of_a_version_that_knew_less_of_its_data_goes_on(tmp_path):
+    config = mask_swav.Config(epochs=3)
+    state = {"config": to_dict(config), "processes": 1, "data": "ab", "epoch": 1, "seen": 0}
+    one = Run(0, 1, torch.device("cpu"))
+    assert checkpoint.check_same_run(state, config, one, "abcd", tmp_path) == ""
+    with pytest.raises(UserError, match="the files below data_path"):
+        checkpoint.check_same_run(state | {"data": "abce"}, config, one, "abcd", tmp_path)
 
 
 @pytest.mark.parametrize(("before", "after"), [(6, 6), (6, 4), (4, 6), (0, 4), (4, 0)])

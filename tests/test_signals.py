@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import losses, options, run
-from trials import Trial, arguments, count_steps, worker_of
+from trials import Trial, arguments, count_steps, signalled, worker_of
 
 import mask_swav
 import ssl_deepcluster3D
@@ -21,7 +22,7 @@ from datasets.store import SliceStore
 from objectives import deepcluster
 from objectives.deepcluster import DeepClusterV2
 from training import weights
-from utils import checkpoint, config, signals
+from utils import checkpoint, config, locks, signals
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,20 +30,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def main(script, args: dict) -> None:
     config.main(script.main, script.Config, None, arguments(args))
-
-
-def signal_in(owner: object, name: str, monkeypatch: pytest.MonkeyPatch, call: int = 1) -> None:
-    """A real SIGTERM to this process in the given call of a function, which then goes on if it may."""
-    function: Callable = getattr(owner, name)
-    calls = []
-
-    def signalled(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return function(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, signalled)
 
 
 @pytest.mark.slow
@@ -61,7 +48,7 @@ def test_a_signal_outside_of_steps_loses_and_tears_nothing(
 ):
     args = options("ssl_deepcluster3D", data, tmp_path, lambda_intra=0)
     with monkeypatch.context() as patch:
-        signal_in(owner, name, patch, call)
+        patch.setattr(owner, name, signalled(getattr(owner, name), call))
         with pytest.raises(SystemExit) as stopped:
             main(ssl_deepcluster3D, args)
     assert stopped.value.code == 143, where
@@ -96,6 +83,130 @@ def test_all_processes_stop_together_after_the_same_step(number, ranks, data, tm
     steps = state["epoch"] * 4 + state["seen"] // 2
     assert trial.steps == [steps, steps]  # none lost
     assert f"stopped by signal {number} after epoch" in trial.log()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("owner", "name", "call"), [("objectives.deepcluster", "kmeans_torch", 3), ("datasets.store", "render", 2)]
+)
+def test_a_signal_to_one_process_where_nothing_is_saved_ends_all_in_order(owner, name, call, data, tmp_path):
+    """In k-means, and while the cache is built: the process that is signalled does not leave alone."""
+    changes = {"lambda_intra": 0, "batch_size": 1, "epochs": 1000, "cache_path": str(tmp_path / "cache")}
+    args = options("ssl_deepcluster3D", data, tmp_path, **changes)
+    trial = Trial("ssl_deepcluster3D", args, tmp_path / "trial", ranks=2, signal_in=(1, owner, name, call))
+    assert trial.wait(120) == [143, 143], trial.log(0) + trial.log(1)
+    assert "Traceback" not in trial.log(0) + trial.log(1)
+
+
+def test_two_processes_obey_together_and_only_outside_of_what_must_not_be_torn():
+    reached = []
+
+    def work() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        reached.append("not alone")
+        with signals.noted():
+            signals.obey_together([15, 0])
+            reached.append("noted")
+        signals.obey_together([0, 15])
+        reached.append("obeyed")
+
+    signals.together(True)
+    with pytest.raises(SystemExit) as stopped, signals.handled():
+        work()
+    signals.together(False)
+    assert (stopped.value.code, reached) == (143, ["not alone", "noted"])
+
+
+def test_a_wait_for_data_that_never_come_ends_after_a_signal():
+    def wait() -> None:
+        with signals.patient(0.2):
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(20)
+
+    began = time.monotonic()
+    with pytest.raises(SystemExit) as stopped, signals.handled(), signals.noted():
+        wait()
+    assert stopped.value.code == 143
+    assert time.monotonic() - began < 10
+
+
+ORPHAN = """
+import multiprocessing, os, subprocess, sys, time
+from utils import signals
+def child():
+    signals.PARENT_SECONDS = 0.1
+    signals.end_with_parent()
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+if __name__ == "__main__":
+    if sys.argv[1] == "child":
+        child()
+    if sys.argv[1] == "popen":
+        subprocess.Popen([sys.executable, __file__, "child"])
+    else:
+        multiprocessing.get_context(sys.argv[1]).Process(target=child).start()
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["popen", "forkserver", "spawn"])
+def test_what_a_launcher_started_ends_when_the_launcher_is_killed(how, tmp_path):
+    (tmp_path / "orphan.py").write_text(ORPHAN)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(tmp_path / "orphan.py"), how]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
+    child = int(launcher.stdout.readline())
+    launcher.kill()
+    launcher.wait()
+    wait_until(lambda: not locks.process(child)[0], 20)
+
+
+def torchrun(out: Path, args: dict, *how: str, script: str = "mask_swav") -> subprocess.Popen:
+    """Two processes, with restarts; log.txt, and steps.<rank> of what they applied."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=3", *how]
+    command += ["-m", "trials", str(out / "steps"), script, *arguments(args)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    with open(out / "log.txt", "w") as log:
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
+
+
+ELASTIC = "--nnodes=1:2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--rdzv-conf=last_call_timeout=1"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_two_processes_go_on_when_one_was_killed_or_stopped(number, data, tmp_path):
+    """The store of torchrun still knows the addresses of the first start."""
+    changes = {"epochs": 3, "batch_size": 1, "checkpoint_minutes": 0.001, "timeout_minutes": 0.25}
+    launched = torchrun(tmp_path, options("mask_swav", data, tmp_path, **changes), *ELASTIC)
+    try:
+        wait_until(lambda: count_steps(tmp_path / "steps.0") >= 5)
+        os.kill(worker_of(launched), number)
+        assert launched.wait(300) == 0, (tmp_path / "log.txt").read_text()
+    finally:
+        launched.kill()
+    assert (tmp_path / "log.txt").read_text().count("continuing at epoch") == 1
+    assert [row["epoch"] for row in losses(tmp_path / "runs" / "mask_swav")] == ["0", "1", "2"]
+
+
+@pytest.mark.slow
+def test_a_wrong_option_is_tried_once_and_a_killed_torchrun_leaves_nobody(data, tmp_path):
+    args = options("mask_swav", data, tmp_path, epochs=1000, batch_size=1)
+    launched = torchrun(tmp_path, args | {"layers": 0}, "--standalone")
+    assert launched.wait(120) == 1
+    assert (tmp_path / "log.txt").read_text().count("error: layers: must be PositiveInt") <= 2  # one for each process
+    launched = torchrun(tmp_path, args | {"d_model": 30}, "--standalone")
+    assert launched.wait(120) == 1
+    assert 1 <= (tmp_path / "log.txt").read_text().count("error: d_model: 30 must be a multiple") <= 2
+    launched = torchrun(tmp_path, args, "--standalone")
+    wait_until(lambda: count_steps(tmp_path / "steps.0") >= 2)
+    worker = worker_of(launched)
+    launched.kill()
+    launched.wait()
+    wait_until(lambda: not locks.process(worker)[0], 60)
+    again = Trial("mask_swav", args | {"epochs": 1}, tmp_path / "again")  # the lock is free
+    assert "epochs: " in again.log() if again.wait() == [2] else again.wait() == [0], again.log()
 
 
 def wait_until(fact: Callable[[], bool], seconds: float = 120) -> None:
@@ -217,6 +328,7 @@ def test_the_slurm_script_stops_its_steps_waits_and_queues_itself_again(tmp_path
     calls = (tmp_path / "calls").read_text().splitlines()
     assert "--nnodes=1:2 --nproc_per_node=4 --max-restarts=3 --rdzv-backend=c10d" in calls[0]
     assert "--rdzv-endpoint=node7:29400" in calls[0]
+    assert re.search(r" --rdzv-id=[0-9a-f]{32} ", calls[0])
     assert calls[0].endswith("mask_swav.py --epochs 3")
     assert calls[1:] == ["--signal=TERM 42", "requeue 42"]
     assert script.returncode == 143

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import multiprocessing
 import os
 import shutil
@@ -18,8 +17,9 @@ from processes import run_processes
 from tiny import save
 
 from datasets import render as render_module
+from datasets import store as store_module
 from datasets.cache import cached
-from datasets.index import scan
+from datasets.index import fingerprint, scan
 from datasets.render import content_size, robust_limits
 from datasets.store import SliceStore, prepare
 from utils.errors import UserError
@@ -211,6 +211,49 @@ def test_a_cache_file_lost_or_cut_is_a_clear_error_in_training_and_rebuilt_at_th
     assert store.files[0].read_bytes() == good
 
 
+@pytest.mark.parametrize("damage", ["zeros", "a bit"])
+def test_damage_inside_a_cached_copy_is_an_error_and_rebuilt_at_the_next_start(tmp_path: Path, damage: str) -> None:
+    store = built(tree(tmp_path))
+    good = store.files[0].read_bytes()
+    bad = bytearray(good)
+    if damage == "zeros":
+        bad[128:] = bytes(len(good) - 128)  # as a file system leaves it that lost what it had not written yet
+    else:
+        bad[128 + 5 * (len(good) - 128) // 8] ^= 1  # in slice 5
+    store.files[0].write_bytes(bad)
+    if damage == "a bit":
+        assert store.read(0, 0, 5).any()  # the others are whole
+    with pytest.raises(UserError, match=r"A/0\.npy cannot be read \(its content is not what was written.*start again"):
+        store.read(0, 4, 8)
+    built(tmp_path)
+    assert store.files[0].read_bytes() == good
+
+
+def test_a_source_that_changes_while_the_cache_is_built_is_named(tmp_path: Path, monkeypatch) -> None:
+    source = tree(tmp_path) / "A/0.npy"
+
+    def replaced(sample, size, render=store_module.render):
+        found = render(sample, size)
+        os.utime(source, ns=(1, 1))
+        return found
+
+    monkeypatch.setattr(store_module, "render", replaced)
+    assert "A/0.npy: has changed since it was scanned" in refusal(tmp_path)
+
+
+def test_what_files_hold_is_part_of_the_fingerprint(tmp_path: Path) -> None:
+    tree(tmp_path, 2)
+    first = fingerprint(built(tmp_path).samples)
+    shutil.rmtree(tmp_path / ".cache")
+    assert fingerprint(built(tmp_path, 16).samples) == first  # whatever the canvas
+    array = np.load(tmp_path / "A/1.npy")
+    array[3, 3, 3] += 1e-9
+    save(tmp_path / "A/1.npy", array)
+    second = fingerprint(built(tmp_path).samples)
+    (tmp_path / "A/dataset.yaml").write_text("slice_axis: 1")
+    assert len({first, second, fingerprint(built(tmp_path).samples)}) == 3
+
+
 def test_a_cache_for_which_there_is_no_room_is_refused_with_its_size(tmp_path: Path, monkeypatch) -> None:
     tree(tmp_path, 4, (96, 64, 40))
     usage = shutil.disk_usage(tmp_path)
@@ -241,15 +284,8 @@ def test_a_killed_process_leaves_its_work_to_others(tmp_path: Path) -> None:
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert files(tmp_path) == [".k.tmp.npy"]
+    assert files(tmp_path) == [".k.lock", ".k.tmp.npy"]
     np.testing.assert_array_equal(np.load(cached(tmp_path, "k", lambda t: np.save(t, ARRAY))), ARRAY)
-    assert files(tmp_path) == ["k.npy"]
-
-
-def test_a_file_system_without_locks_still_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(37, "No locks available")))
-    made = cached(tmp_path, "k", lambda temporary: np.save(temporary, ARRAY))
-    np.testing.assert_array_equal(np.load(made), ARRAY)
     assert files(tmp_path) == ["k.npy"]
 
 

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,15 @@ def free_port() -> int:
 
 
 class Trial:
-    """A script with these options in `ranks` processes; `folder` receives log_<rank>.txt and steps_<rank>.txt."""
+    """A script with these options, or a list of those of each process, in `ranks` processes.
 
-    def __init__(self, script: str, options: dict[str, Any], folder: Path, ranks: int = 1) -> None:
+    folder: receives log_<rank>.txt and steps_<rank>.txt.  signal_in: (rank, module, function, n): SIGTERM for that
+    process in the n-th call of the function.
+    """
+
+    def __init__(
+        self, script: str, options: Any, folder: Path, ranks: int = 1, signal_in: tuple[Any, ...] | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.began = folder, time.monotonic()
         context = multiprocessing.get_context("forkserver")
@@ -44,7 +51,9 @@ class Trial:
             group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
             group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             environment = {name: str(value) for name, value in group.items()} if ranks > 1 else {}
-            work = script, arguments(options), folder, rank, environment
+            own = signal_in[1:] if signal_in and signal_in[0] == rank else None
+            given = options[rank] if isinstance(options, list) else options
+            work = script, arguments(given), folder, rank, environment, own
             self.processes.append(context.Process(target=_forked, args=work))
             self.processes[-1].start()
 
@@ -84,13 +93,36 @@ def worker_of(torchrun: subprocess.Popen[bytes]) -> int:
     return int(found.stdout.split()[0])
 
 
-def _forked(script: str, args: list[str], folder: Path, rank: int, environment: dict[str, str]) -> None:
+def signalled(function: Callable[..., Any], call: int) -> Callable[..., Any]:
+    """The function, with a real SIGTERM to this process in the given call, which then goes on if it may."""
+    calls = []
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def _forked(
+    script: str,
+    args: list[str],
+    folder: Path,
+    rank: int,
+    environment: dict[str, str],
+    signal_in: tuple[Any, ...] | None,
+) -> None:
     os.setsid()
     os.environ.update(environment)
     log = os.open(folder / f"log_{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
     (folder / f"steps_{rank}.txt").unlink(missing_ok=True)
+    if signal_in:
+        owner, name, call = importlib.import_module(signal_in[0]), *signal_in[1:]
+        setattr(owner, name, signalled(getattr(owner, name), call))
     run(script, args, folder / f"steps_{rank}.txt")
 
 

@@ -22,14 +22,13 @@ import torch
 import torch.nn.functional as F
 
 from datasets.cache import shown_size
-from datasets.loaders import OneAhead
+from datasets.loaders import PREFETCHED, OneAhead
 from training import scripts
-from utils import checkpoint, distributed, guards, signals
+from utils import checkpoint, distributed, files, guards, signals
 from utils.errors import UserError
 
 GIB = 2**30
 WARM_UP = 3  # updates that are not counted, beside those whose batches the workers had in stock
-PREFETCHED = 2  # batches that each data-loading worker keeps in stock
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
 STEPS = 3  # of a probe: the first has no momenta, the second makes them, the third finds all in place
 SPARE = 0.9  # share of the free memory of a CPU that a probe may need
@@ -52,7 +51,9 @@ def dry_run(training: Any) -> None:
     """
     config, loader, folder = training.config, training.loader, training.folder.absolute()
     disk = next(place for place in (folder, *folder.parents) if place.is_dir())  # that the run will write to
-    with tempfile.TemporaryDirectory(dir=disk) as temporary, signals.handled():
+    with files.writing(disk):
+        place = tempfile.TemporaryDirectory(dir=disk)
+    with place as temporary, signals.handled():
         training.folder = Path(temporary)
         clustering = _seconds(training, lambda: begin_full_epoch(training))
         cached = min(getattr(config, "cached_views", 0), config.epochs)

@@ -25,10 +25,17 @@ SAME_POINT = 0.1  # embedding spread: a tenth of the sphere's
 SAME_LINE = 1.5  # effective rank: one direction and little else
 FEW_SAMPLES = 10  # of an epoch, below which a low rank may be all there is
 ONE_PROTOTYPE = 1.5  # perplexity of the usage, in prototypes
+FEW_USED = 0.1  # usage, after the warm-up: what is left of the prototypes
+DEAD = 0.75  # share of the prototypes that no view is assigned to, after the warm-up
+FALLEN = 0.2  # effective rank, as a share of the highest so far: said beside other signs
 JUMP = 0.2  # rise of the loss over an epoch, in ln K
 DOMINATES = 0.9  # share of the largest of several data sets among the samples of an epoch
 STALE = 2  # epochs that a queue spans: every sample stands in it twice, once as weights of the epoch before saw it
-LASTING = ("_collapse", "_chance")  # conditions that must hold for two epochs in a row: one bad epoch often passes
+LASTING = (
+    "_collapse",
+    "_chance",
+    "_dead",
+)  # conditions that must hold for two epochs in a row: one bad epoch often passes
 SETTLING_EPOCHS = 1  # after the warm-up, before what takes time to learn is judged
 SETTLING_STEPS = 100  # and steps, with prototypes that move: a demonstration of a few steps has learnt little, and may
 TRANSIENT_STEPS = 30  # at first a high rate folds the embeddings together, and they unfold again
@@ -68,6 +75,7 @@ class Monitor:
         self.raised: list[str] = []  # conditions that hold and were reported
         self.suspected: list[str] = []  # those of the epoch before that count when they last
         self.losses: dict[str, float] = {}  # of the epoch before
+        self.ranks: dict[str, float] = {}  # the highest so far
         self.only = core.stage == 1  # there is one level, whose loss may be the whole loss
 
     def finish(self, epoch: int, means: dict[str, float]) -> tuple[dict[str, float], list[tuple[str, str]]]:
@@ -104,7 +112,12 @@ class Monitor:
 
     def _judge(self, level: Level, epoch: int, loss: float, figures: dict[str, float]) -> dict[str, str]:
         """Condition -> what is said of it."""
-        before, targets, signs = self.losses.get(level.name, NAN), figures["target_entropy"], _collapse(level, figures)
+        before, targets, rank = self.losses.get(level.name, NAN), figures["target_entropy"], figures["rank"]
+        self.ranks[level.name] = highest = max(self.ranks.get(level.name, 0.0), rank)  # 0 where it is not defined
+        warm = epoch >= self.config.warmup_epochs + SETTLING_EPOCHS
+        signs = _collapse(level, figures, FEW_USED if warm else 0)
+        if signs and rank < FALLEN * highest:
+            signs.append(f"effective rank fallen from {highest:.1f} to {rank:.1f}")
         if targets > UNIFORM:
             why = f"the targets are almost uniform (entropy {targets:.2f} ln K): lower --epsilon"
         else:
@@ -137,6 +150,12 @@ class Monitor:
                 f"the embeddings are collapsing: {', '.join(signs)}; start again with a lower --base_lr, {cure}",
             ),
             (
+                "dead",
+                warm and not signs and figures["dead"] > DEAD * level.prototypes,
+                f"{figures['dead']:.0f} of {level.prototypes} prototypes have no sample: fewer prototypes, or a lower "
+                "--base_lr",
+            ),
+            (
                 "jump",
                 loss - before > JUMP * level.chance,
                 f"the loss rose from {before:.3f} to {loss:.3f} over an epoch: the learning rate may be too high; "
@@ -148,13 +167,14 @@ class Monitor:
     def state(self) -> dict[str, Any]:
         """For the checkpoint; all processes call it together."""
         observers = {name: observer.state() for name, observer in self.observers.items()}
-        told = {name: getattr(self, name).copy() for name in ("raised", "suspected", "losses")}
+        told = {name: getattr(self, name).copy() for name in ("raised", "suspected", "losses", "ranks")}
         return {"observers": observers, **told}
 
     def load(self, state: dict[str, Any]) -> None:
         for name, observer in self.observers.items():
             observer.load(state["observers"][name])
         self.raised, self.suspected, self.losses = state["raised"], state["suspected"], state["losses"]
+        self.ranks = state.get("ranks", {})  # of runs that began before they were kept
 
 
 def level(name: str, objective: SwAV | DeepClusterV2, loader: Any, config: Any) -> Level:
@@ -173,15 +193,15 @@ def level(name: str, objective: SwAV | DeepClusterV2, loader: Any, config: Any) 
     )
 
 
-def _collapse(level: Level, figures: dict[str, float]) -> list[str]:
-    """Signs of embeddings or assignments that fall together."""
+def _collapse(level: Level, figures: dict[str, float], few_used: float) -> list[str]:
+    """Signs of embeddings or assignments that fall together. few_used: usage that counts as one."""
     K, used, signs = level.prototypes, figures["usage"] * level.prototypes, []
     if figures["std"] < SAME_POINT:
         signs.append(f"spread {figures['std']:.3f} (1: whole sphere, 0: one point)")
     if figures["rank"] < SAME_LINE and level.samples >= FEW_SAMPLES:
         signs.append(f"effective rank {figures['rank']:.2f}")
-    if used < min(ONE_PROTOTYPE, (1 + K) / 2):
-        signs.append(f"as few as {used:.2f} of {K} prototypes in use")
+    if used < min(ONE_PROTOTYPE, (1 + K) / 2) or figures["usage"] < few_used:
+        signs.append(f"as few as {used:.2f} of {K} prototypes in use ({figures['dead']:.0f} have no sample)")
     return signs
 
 

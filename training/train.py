@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -19,19 +21,51 @@ from objectives.learners import Learner
 from training import cost, weights
 from training.log import Log
 from training.monitor import Monitor
-from utils import checkpoint, distributed, guards, profile, signals
+from utils import checkpoint, distributed, files, guards, profile, signals
 from utils.config import to_dict
 from utils.distributed import Run
 from utils.errors import UserError
+from utils.locks import Lock
 from utils.optim import LARC, WarmupCosine, parameter_groups
 from utils.precision import Precision
 from utils.seeding import DROPOUT, FILLING, stream
 
 
 def start(config: Any) -> Run:
-    """Join the other processes, unless weights cannot be read or written: UserError before any long work."""
+    """Join the other processes. UserError before any long work where weights cannot be read or written, processes have
+    other options than the rest, or another run trains into the same folder or weights file."""
     weights.check(config)
-    return distributed.start(config.device, config.seed, config.timeout_minutes)
+    run = distributed.start(config.device, config.seed, config.timeout_minutes)
+    guards.require_same_options(to_dict(config))
+    distributed.on_main(lambda: [lock.check(remedy) for lock, remedy in outputs(config).items()])
+    return run
+
+
+def outputs(config: Any) -> dict[Lock, str]:
+    """Locks on what a run writes, and what to do where another run has them."""
+    if config.dry_run or config.fit_batch:
+        return {}
+    folder, file = Path(config.dump_path), Path(config.pretrained_path) / config.checkpoint_name
+    doing = f"trains into {folder}"
+    return {
+        Lock(folder / ".lock", doing): "wait for it or stop it, or choose another --dump_path",
+        Lock(file.with_name(f".{file.name}.lock"), doing): "choose another --checkpoint_name or --pretrained_path",
+    }
+
+
+@contextmanager
+def owning(config: Any) -> Iterator[list[Lock]]:
+    """Within, what the run writes is its own. Raises UserError on all processes where another run has it."""
+    with ExitStack() as stack:
+        locks: list[Lock] = []
+
+        def take() -> None:
+            for lock, remedy in outputs(config).items():
+                with files.writing(lock.path):
+                    locks.append(stack.enter_context(lock.held(remedy)))
+
+        distributed.on_main(take)
+        yield locks
 
 
 def fit(learner: Learner, loader: Any, config: Any, run: Run) -> None:
@@ -43,22 +77,24 @@ def fit(learner: Learner, loader: Any, config: Any, run: Run) -> None:
     """
     training = Training(learner, loader, config, run)
     if config.fit_batch:
-        return cost.fit_batch(training)
-    if config.dry_run:
-        return cost.dry_run(training)
-    with signals.handled(), signals.noted(), profile.recording(run.device, config.profile):
-        try:
+        cost.fit_batch(training)
+    elif config.dry_run:
+        cost.dry_run(training)
+    else:
+        train(training)
+
+
+def train(training: Training) -> None:
+    """The whole run, from its checkpoint to its weights."""
+    learner, loader, config = training.core, training.loader, training.config
+    with owning(config) as training.locks:
+        with signals.handled(), signals.noted(), profile.recording(training.run.device, config.profile):
             training.start()
             while training.at.epoch < config.epochs:
                 training.epoch()
             training.log.close()
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker ("):
-                raise
-            remedy = "probably too little memory: lower --workers or --batch_size"
-            raise UserError(f"workers: {str(error).strip()} ({remedy})") from error
-    made_by = weights.record(config, loader.dataset.samples, training.at.last)
-    return weights.save(learner, Path(config.pretrained_path) / config.checkpoint_name, made_by)
+        made_by = weights.record(config, loader.dataset.samples, training.at.last)
+        weights.save(learner, Path(config.pretrained_path) / config.checkpoint_name, made_by)
 
 
 @dataclass
@@ -104,6 +140,7 @@ class Training:
         self.statistics = guards.BatchNormStatistics(learner)
         self.data, self.folder = fingerprint(loader.dataset.samples), Path(config.dump_path)
         self.at, self.saved_at = Progress(), time.monotonic()
+        self.locks: list[Lock] = []  # on what it writes, in the first process
 
     def start(self) -> None:
         """Take up the checkpoint where there is one, else fill the memory banks."""
@@ -141,6 +178,7 @@ class Training:
         self.statistics.remember()
         try:
             for batch in self.loader.epoch(FILLING):
+                distributed.obey_signals()
                 with self.precision.autocast():
                     self.core.remember(batch)
         finally:
@@ -260,8 +298,13 @@ class Training:
         guards.require_finite_weights(self.core)
         state = self.state()  # all processes take part
         keep_as = f"checkpoint_epoch{self.at.epoch}.pth" if keep else None
-        distributed.on_main(lambda: checkpoint.save(state, self.folder, keep_as))
+        distributed.on_main(lambda: self.write(state, keep_as))
         self.saved_at = time.monotonic()
+
+    def write(self, state: dict[str, Any], keep_as: str | None) -> None:
+        for lock in self.locks:
+            lock.require("this run stops; look into dump_path for what goes on")
+        checkpoint.save(state, self.folder, keep_as)
 
     def state(self) -> dict[str, Any]:
         return {

@@ -18,7 +18,7 @@ from utils import tensors
 from utils.config import to_dict
 from utils.distributed import Run, broadcast_object, gather_objects, on_main, rank
 from utils.errors import UserError
-from utils.files import temporary_file, whole_file
+from utils.files import require_ordinary, temporary_file, whole_file
 
 LATEST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
 SEAL = b"\nsha256 "  # ends a checkpoint, before the digest of all that precedes it; zip readers ignore what follows
@@ -87,6 +87,7 @@ def read(path: Path) -> tuple[dict[str, Any], bytes]:
 
     Raises FileNotFoundError or NotADirectoryError, or UserError that says what is wrong with the file.
     """
+    require_ordinary(path)
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: is a folder or a pipe, not a checkpoint; move it away")
@@ -121,8 +122,8 @@ def check_same_run(state: dict[str, Any], config: Any, run: Run, data: str, fold
     batches = f"{before[0] * before[1]} -> {now[0] * now[1]}"
     if before[0] != now[0] and before[0] * before[1] != now[0] * now[1]:
         changed.append(f"batch_size: {before[0]} -> {now[0]} (x processes: {batches})")
-    if state["data"] != data:
-        changed.append("the files below data_path")
+    if not data.startswith(state["data"]):  # earlier versions knew less of the data
+        changed.append("the files below data_path, or window or slice_axis in dataset.yaml")
     if (state["epoch"], state["seen"]) > (config.epochs, 0):
         begun = state["epoch"] + (state["seen"] > 0)
         raise UserError(f"epochs: {folder} has begun {begun} epochs already, more than {config.epochs}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import math
+import os
 import re
 import subprocess
 import sys
@@ -52,9 +54,48 @@ class Parser(ArgumentParser):
         return text + (f"; did you mean --{close[0]}?" if close and close[0] != unknown[1] else "")
 
 
+class ConfigFile(ActionConfigFile):
+    """--config FILE: a file that `read_yaml` takes."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            read_yaml(Path(values))
+        except UserError as error:
+            parser.error(f"--config: {error}")
+        super().__call__(parser, namespace, values, option_string)
+
+
 def describe_type(hint: Any) -> str:
     """A type as the help says it: `list[PositiveInt]`, `Literal['random', 'span']`."""
     return hint.__name__ if type(hint) is type else re.sub(r"\b(\w+\.)+", "", str(hint))
+
+
+class Output:
+    """Standard output that does not end a run of days: where it can no longer be written, the run goes on without.
+
+    Names of files may hold what no encoding has; such bytes are escaped.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self._try(lambda: self.stream.write(text)) or len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except OSError as error:  # a full disk, or a reader that has gone
+            print(f"warning: output is lost ({error.strerror}); the run goes on", file=sys.stderr, flush=True)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def parse(config_class: type, doc: str | None = None, args: list[str] | None = None) -> Any:
@@ -64,7 +105,7 @@ def parse(config_class: type, doc: str | None = None, args: list[str] | None = N
     message names the field, for a wrong name or type as well as for a value outside the field's range.
     """
     parser = Parser(description=doc, usage="%(prog)s [--option value ...]", allow_abbrev=False, formatter_class=Help)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below")
+    parser.add_argument("--config", action=ConfigFile, help="YAML file with any of the options below")
     fields, hints, groups = dataclasses.fields(config_class), get_type_hints(config_class), {}
     helps = {  # of this class and those that it inherits
         part.arg_name: part.description
@@ -93,14 +134,19 @@ def main(script: Callable[[Any], None], config_class: type, doc: str | None, arg
     """
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
-        with signals.handled():
+        with signals.handled(), contextlib.redirect_stdout(Output(sys.stdout)):
             config = parse(config_class, doc, args)
             check(config)
             script(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         distributed.stop()
+        distributed.end_torchrun()
         raise SystemExit(2) from None
+    except SystemExit as ended:
+        if ended.code == 2:  # a wrong option
+            distributed.end_torchrun()
+        raise
     except Exception:
         if not signals.caught():
             raise  # without leaving the process group in order: lost processes could not answer
@@ -144,6 +190,7 @@ def read_yaml(path: Path) -> Any:
 
     A megabyte at most, and no aliases: a file of 500 bytes could stand for gigabytes.
     """
+    files.require_ordinary(path)
     try:
         content = path.read_bytes() if path.stat().st_size <= YAML_BYTES else None
         if content is None or any(isinstance(token, yaml.AliasToken) for token in yaml.scan(content)):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +21,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from utils import signals
 from utils.errors import UserError
+
+GROUP = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun puts into the environment
+APART = 0.5  # seconds between the processes of a machine that ask torchrun to end
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ def start(device: str = "auto", seed: int = 0, timeout_minutes: float = 10) -> R
     seed: the same on all processes, so that they build the same model.
     timeout_minutes: how long processes wait for one of them that does not answer. A process that dies is noticed at
     once; a machine that is cut off, only so. Its end is an error in all others, after which torchrun restarts them.
+    Raises UserError where the environment names half a group.
     """
     torch.manual_seed(seed)
     if device == "cuda" and not torch.cuda.is_available():
@@ -54,8 +61,31 @@ def start(device: str = "auto", seed: int = 0, timeout_minutes: float = 10) -> R
     else:
         _keep_freed_memory()
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes))
+        _join("nccl" if on_gpu else "gloo", timedelta(minutes=timeout_minutes))
     return Run(rank(), world_size(), chosen)
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Form the group. Addresses stand under a name of this start: torchrun's store still holds those of the last."""
+    if missing := [name for name in GROUP if name not in os.environ]:
+        raise UserError(
+            f"RANK: is set, but {', '.join(missing)} not, so there are no processes to join; start with torchrun, or "
+            "remove RANK from the environment (unset RANK)"
+        )
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signals.end_with_parent()
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    start = f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} of {world}"
+    dist.init_process_group(backend, store=dist.PrefixStore(start, store), rank=rank, world_size=world, timeout=timeout)
+    signals.together(world > 1)
+
+
+def end_torchrun() -> None:
+    """Ask the torchrun that started this process, if any, not to start it again: the same would only come once more."""
+    tries = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) - int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if "TORCHELASTIC_RUN_ID" in os.environ and tries > 0:
+        time.sleep(APART * int(os.environ["LOCAL_RANK"]))  # the first ends the others, too
+        os.kill(os.getppid(), signal.SIGTERM)
 
 
 def _keep_freed_memory() -> None:
@@ -73,6 +103,7 @@ def _keep_freed_memory() -> None:
 
 def stop() -> None:
     """Leave the process group."""
+    signals.together(False)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -132,12 +163,19 @@ def global_loss(loss: Tensor) -> Tensor:
 
 
 def gather_objects(x: Any) -> list[Any]:
-    """A small picklable object of every process, in rank order, on every process."""
+    """A small picklable object of every process, in rank order, on every process; signals of any are obeyed here."""
     if world_size() == 1:
         return [x]
     out: list[Any] = [None] * world_size()
-    dist.all_gather_object(out, x)
-    return out
+    dist.all_gather_object(out, (x, signals.caught()))
+    found, stops = zip(*out, strict=True)
+    signals.obey_together(stops)
+    return list(found)
+
+
+def obey_signals() -> None:
+    """In work of minutes: several processes stop here together after a signal to any, where one stops at once."""
+    gather_objects(None)
 
 
 def broadcast(x: Tensor) -> Tensor:

@@ -11,12 +11,15 @@ import json
 import math
 import os
 import secrets
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils import signals
+from utils import locks, signals
 from utils.errors import UserError
+
+FORGOTTEN = 86400.0  # seconds after which the temporary file of another machine is nobody's any more
 
 
 @contextlib.contextmanager
@@ -61,7 +64,7 @@ def write_together(contents: Mapping[Path, bytes], last: Collection[Path] = ()) 
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
     """A free name beside `path`, gone when the block ends; errors of writing name `path`, the reason and a remedy."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name}.{locks.machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +79,7 @@ def temporary_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Errors of writing name `path`, the reason and a remedy."""
+    """Errors of writing become a UserError that names `path`, the reason and a remedy."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
@@ -88,9 +91,9 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_text(text: str, path: Path) -> None:
-    """A whole text file, in UTF-8."""
+    """A whole text file, in UTF-8; bytes of a file name that are none are written as they are shown, \\udcff."""
     with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
 
 def write_json(value: Any, path: Path) -> None:
@@ -108,11 +111,25 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: Path, columns: Sequence[s
     write_text(text.getvalue(), path)
 
 
+def shown(path: Path | str) -> str:
+    """A name for people: one line, without what turns or colours the text around it; such characters are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
+
+
+def require_ordinary(path: Path) -> None:
+    """Raises UserError for what is there but no file: to open a pipe waits until somebody writes into it, for ever."""
+    with contextlib.suppress(OSError):  # which opening it will name
+        if path.exists() and not path.is_file():
+            what = "a folder" if path.is_dir() else "a pipe or device"
+            raise UserError(f"{path}: is {what}, not a file; name an ordinary file")
+
+
 def read_csv(path: str | Path, option: str, columns: Sequence[str] = ()) -> list[dict[str, str]]:
     """Lines of a CSV file, at least one, as dictionaries of stripped texts.
 
     option: what names the file, for the UserErrors that say what is wrong with it.  columns: that it must have.
     """
+    require_ordinary(Path(path))
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
@@ -148,13 +165,13 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _writer_lives(leftover: Path) -> bool:
-    """Whether the process in the name of a temporary file still runs."""
-    try:
-        os.kill(int(leftover.name.rsplit(".", 2)[-2].split("-")[0]), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:  # of somebody else
-        pass
+    """Whether the process in the name of a temporary file may still run."""
+    machine, _, process = leftover.name.rsplit(".", 2)[-2].partition("-")
+    pid = process.partition("-")[0]
+    if machine == locks.machine() and pid.isdecimal():
+        return bool(locks.process(int(pid))[0])
+    with contextlib.suppress(OSError):
+        return time.time() - leftover.stat().st_mtime < FORGOTTEN
     return True
 
 

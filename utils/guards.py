@@ -7,6 +7,7 @@ import hashlib
 import socket
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,11 @@ from torch.optim import Optimizer
 
 from utils.distributed import gather_objects, on_main, world_size
 from utils.errors import UserError
+from utils.files import writing
 
 BAD_STEPS = "bad_steps.csv"  # in a run's folder: epoch, step, reason, files of every update that was skipped
 NAMES_SHOWN = 16
+OWN = ("data_path", "cache_path", "pretrained_path", "dump_path", "workers", "recompute", "compile")  # of each machine
 
 
 def gradients_are_finite(optimizer: Optimizer) -> Tensor:
@@ -69,7 +72,8 @@ def report_bad_step(what: str, names: list[str], epoch: int, step: int, in_a_row
     )
 
     def note() -> None:
-        with open(folder / BAD_STEPS, "a", newline="") as file:
+        path = folder / BAD_STEPS
+        with writing(path), open(path, "a", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.writer(file)
             if not file.tell():
                 writer.writerow(["epoch", "step", "not_finite", "files"])
@@ -91,6 +95,23 @@ def require_finite_weights(module: nn.Module) -> None:
             "saved and the last good checkpoint stays; start again with a lower --base_lr or --precision fp32 "
             "(and another --dump_path)"
         )
+
+
+def require_same_options(options: dict[str, Any]) -> None:
+    """Raises UserError on all processes, naming those that were started with other options than the rest."""
+    options = {name: value for name, value in options.items() if name not in OWN} | {"torch": torch.__version__}
+    everyone = gather_objects((options, socket.gethostname()))
+    usual = Counter(repr(own) for own, _ in everyone).most_common(1)[0][0]
+    usual = next(own for own, _ in everyone if repr(own) == usual)
+    differing = [
+        f"process {rank} on {host} has {name}: {own.get(name)} instead of {usual.get(name)}"
+        for rank, (own, host) in enumerate(everyone)
+        for name in own | usual
+        if own.get(name) != usual.get(name)
+    ]
+    if differing:
+        more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
+        raise UserError(f"{'; '.join(differing[:3])}{more}; start all processes with the same script and options")
 
 
 def require_equal_weights(module: nn.Module, when: str) -> None:
