@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from jsonargparse.typing import PositiveInt
 
-from datasets.loaders import OneAhead
+from datasets.workers import OneAhead
 from training import scripts
 from training.train import Training
 from utils import files, profile

@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from datasets.batch import Batch
 from datasets.cache import NPY_HEADER, cached, is_whole, make_room, read_sealed, seal, sealed_shape
-from datasets.loaders import VolumeLoader, VolumeWindows, read, torch_loader
+from datasets.loaders import VolumeLoader, VolumeWindows
 from datasets.render import FORMAT
 from datasets.samplers import Key
 from datasets.transforms import upload
+from datasets.workers import read, torch_loader
 from utils.distributed import everywhere
 from utils.precision import Precision
 

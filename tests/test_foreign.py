@@ -547,7 +547,7 @@ def test_a_checkpoint_that_claims_gigabytes_or_is_a_pipe_is_refused(tmp_path):
         checkpoint.read(path)
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(UserError, match="is a folder or a pipe"):
+    with pytest.raises(UserError, match="is a pipe or device"):
         checkpoint.read(path)
 
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from datasets.cache import shown_size
-from datasets.loaders import PREFETCHED, OneAhead
+from datasets.workers import PREFETCHED, OneAhead
 from training import scripts
 from utils import checkpoint, distributed, files, guards, signals
 from utils.errors import UserError

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from datasets.batch import Batch
 from datasets.index import fingerprint
-from datasets.loaders import OneAhead
 from datasets.transforms import upload
+from datasets.workers import OneAhead
 from objectives.learners import Learner
 from training import cost, weights
 from training.log import Log
