@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -16,14 +17,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+import torch
 import yaml
 from PIL import Image
+from sklearn.linear_model import RidgeCV
 from test_compare import Fake
 
+import mask_swav
 from downstream import compare, jobs
 from experiments import data as layout
 from experiments import run as runner
-from experiments import summarise
+from experiments import skill, summarise
 from experiments.run import read_plan
 from utils import config as options
 from utils import signals
@@ -197,3 +201,26 @@ def test_recommended_settings_suit_both_methods() -> None:
         for method in ("swav", "deepcluster"):
             script = importlib.import_module(scripts[path.stem].format(method))
             options.check(options.parse(script.Config, None, ["--config", str(path)]))
+
+
+def test_skill_is_judged_against_the_best_of_three_rivals(data: Path, tmp_path: Path, capsys: Any) -> None:
+    """Slices on a line are guessed by interpolation; what decides is the better rival, on volumes of their own."""
+    tokens = torch.arange(6.0)[:, None] * torch.tensor([[1.0, -2.0]])
+    visible = torch.tensor([True, False, False, True, True, False])
+    sides = skill.nearest_visible(tokens, visible)
+    assert torch.equal(sides[[1, 2], 4:].unflatten(1, (2, 2)).sum(1), tokens[[1, 2]])
+    assert torch.equal(sides[5, :2], tokens[4])
+    hidden = skill.Hidden("a", tokens[~visible], tokens[~visible] + 1, tokens[~visible] * 0.5, sides[~visible])
+    found = skill.errors([hidden, hidden], RidgeCV([1e-6]).fit(sides[:5].numpy(), tokens[:5].numpy()))
+    square = float(tokens[~visible].square().mean())
+    assert found["a"][:3] == pytest.approx([square, 1, square / 4])
+
+    cfg = tiny.options("mask_swav", data, tmp_path, epochs=1, checkpoint_name="mask.pth")
+    mask_swav.main(mask_swav.Config(**cfg))
+    capsys.readouterr()
+    skill.main(skill.Config(str(tmp_path / "weights/mask.pth"), seen=str(data), unseen=str(data)))
+    assert re.search(
+        r"Volumes: transformer \d.*, ridge 0\.\d+ of the average's error; skill -\d", capsys.readouterr().out
+    )
+    with pytest.raises(UserError, match="give a file of stage 2"):
+        skill.load(tmp_path / "weights/other.pth")

@@ -131,10 +131,15 @@ def load_transformer(encoder: JointEncoder, config: Any) -> None:
 def load_mask_head(learner: nn.Module, config: Any) -> None:
     """Load stage 2's mask token and decoder into a learner that goes on predicting masked slices."""
     if path := chosen(config, "trans_pretrained"):
-        with loading.reading(path) as state:
-            loading.load(learner.decoder, loading.below(state, "decoder."), path, " decoder.")
-            token = {name: value for name, value in state.items() if name == "mask_token"}
-            loading.load(nn.ParameterDict({"mask_token": learner.mask_token}), token, path, " ")
+        load_head(learner, path)
+
+
+def load_head(learner: nn.Module, path: Path) -> None:
+    """A file's mask token and decoder of masked slices. UserError where it has none."""
+    with loading.reading(path) as state:
+        loading.load(learner.decoder, loading.below(state, "decoder."), path, " decoder.")
+        token = {name: value for name, value in state.items() if name == "mask_token"}
+        loading.load(nn.ParameterDict({"mask_token": learner.mask_token}), token, path, " ")
 
 
 def load_unet(decoder: UNetDecoder, path: Path) -> bool:
