@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=2 ssl_deepcluster3D.py --batch_size 8  # every constant is an option
     python ssl_deepcluster3D.py --arch resnet18 --target_shape [32,48,48]  # one process, CPU
 
-L = lambda_inter * L_inter + lambda_intra * L_intra + lambda_mask * L_mask.
+L = lambda_inter * L_inter + lambda_intra * L_intra, and more (docs/TRAINING.md).
 Starts from weights/resnet_deepcluster2D.pth of stage 1 and weights/mask_deepcluster.pth of stage 2 (or none).
 Result: weights/deepcluster3D.pth and weights/deepcluster3D_encoder.pth, the ResNet alone in torchvision's layout, to
 copy into downstream code.
