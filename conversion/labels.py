@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
+from conversion.arrays import Part
 from conversion.dicom_labels import read_annotation
 from conversion.layouts import Source
-from conversion.pictures import has_own_values
+from conversion.pictures import require_labels
 from conversion.readers import read
 from conversion.volume import BadFile, Options, Volume, arrange, by
 from datasets.index import IMAGE_SUFFIXES
 
+KEYED = {".npz", ".h5", ".hdf5"}  # formats that may hold an image and its label map
 SPACING_TOLERANCE = 0.02  # of a label map against its image, as a share
 
 
@@ -21,15 +23,25 @@ def read_label(source: Source, volume: Volume, view: Volume, options: Options) -
 
     Of a picture D is 1. None where the source has none.
     """
-    if not (source.label or options.label_key):
+    inside = bool(options.label_key) and source.path.suffix.lower() in KEYED
+    if not (source.label or inside):
         return None
     path, format = (source.label, source.label_format) if source.label else (source.path, source.format)
     try:
-        if format == "dicom" and source.structures:
-            label = read_annotation(path, volume, source.structures)
+        if format == "dicom":
+            label = read_annotation(path, volume, dict(source.values))
         else:
-            label = _read(path, format, "" if source.label else options.label_key, options)
-        if label.flat != volume.flat:
+            if format == "image":
+                require_labels(path, copied=volume.flat and is_copied(path))
+            key = "" if source.label else options.label_key
+            part = Part(key, source.part.index) if source.part and format == "array" else None
+            label = read(
+                format,
+                (path,),
+                Options(array_axis=options.array_axis, case_axis=options.case_axis, array_key=key),
+                part,
+            )
+        if label.flat != volume.flat and not label.array.shape[2] == volume.array.shape[2] == 1:
             raise BadFile(
                 f"is {'a picture' if label.flat else 'a volume'}, but its image is not; give one of its shape"
             )
@@ -59,14 +71,6 @@ def as_png(label: np.ndarray) -> np.ndarray:
     if label.dtype not in (np.uint8, np.uint16):
         raise BadFile(f"its label values, {label.min()} to {label.max()}, must lie in 0 to 65535; correct them")
     return label
-
-
-def _read(path: Path, format: str, key: str, options: Options) -> Volume:
-    if format in ("dicom_image", "dicom"):
-        raise BadFile("is DICOM, but neither SEG nor RTSTRUCT; give a label map of the image's shape")
-    if format == "image" and not is_copied(path) and not has_own_values(path):
-        raise BadFile("has colours, which are no label values; save them as numbers, in PNG")
-    return read(format, (path,), Options(array_axis=options.array_axis, array_key=key))
 
 
 def _size(volume: Volume) -> str:

@@ -354,6 +354,11 @@ def image_layout(image: Image.Image) -> dict[str, Any]:
     return {"slices": pages, "height": height, "width": width, "slice_axis": 2, "window": None, "dtype": mode}
 
 
+def holds_labels(mode: str) -> bool:
+    """Whether pixels of one of PIL's modes are numbers, as label values must be; those of a palette are its indices."""
+    return mode in ("1", "L", "P", "I") or mode.startswith("I;16")
+
+
 def orientation(image: Image.Image) -> int:
     """EXIF's way to turn an open image upright, 1 to 8; 1 is none. PIL turns TIFF itself."""
     try:
