@@ -221,7 +221,10 @@ SETTINGS: dict[str, tuple[Callable[[Any], bool] | None, str]] = {
         lambda v: isinstance(v, list) and bool(v) and all(isinstance(name, str) for name in v),
         "a list of names, one for each place along the files' fourth axis, e.g. [t1, t2]",
     ),
-    "structures": (lambda v: isinstance(v, dict), "names with lists of label values, e.g. {left atrium: [1]}"),
+    "structures": (
+        lambda v: isinstance(v, dict) and all(isinstance(x, list) and {*map(type, x)} <= {int} for x in v.values()),
+        "names with lists of label values, e.g. {left atrium: [1]}",
+    ),
 }
 
 
