@@ -13,8 +13,6 @@ it) and labels/. The same command again converts only what is missing or has cha
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import sys
 import time
 from collections import Counter
@@ -30,13 +28,14 @@ from jsonargparse.typing import NonNegativeInt
 from conversion.convert import Window, attempt, source_key
 from conversion.layouts import PRESETS, Found, Source, find
 from conversion.montage import montage
-from conversion.table import Case, assign_ids, describe, in_order, read_table, write_table
+from conversion.table import Case, assign_ids, assign_values, describe, in_order, read_table, write_table
 from conversion.volume import BadFile, LeftOut, Options
 from conversion.workers import outcomes
 from datasets.index import LABEL_FOLDERS, MONTAGE, scan
 from datasets.index import describe as describe_samples
 from utils import config
 from utils.errors import UserError
+from utils.locks import Lock
 
 WINDOWS_HU = {"lung": (-1000, 400), "soft_tissue": (-160, 240), "bone": (-500, 1300), "brain": (0, 80)}
 SAVE_SECONDS = 10.0  # the table of cases is saved this often, so a killed run has little to do again
@@ -79,7 +78,9 @@ def main(cfg: Config) -> None:
     window = _window(cfg.window, found.sources)
     with _only_run(dest):
         table = read_table(dest)
-        sources = assign_ids(found.sources, {name: case.id for name, case in table.items()})
+        described = preset.structures if preset else found.description.structures
+        sources, structures = assign_values(found.sources, table, dest, described)
+        sources = assign_ids(sources, {name: case.id for name, case in table.items()})
         todo = {}
         for source in sources:
             case = table.get(source.name)
@@ -91,7 +92,6 @@ def main(cfg: Config) -> None:
         failed, left_out = _keep(outcomes(todo, one, cfg.workers), table, dest, found.problems)
         if not table:
             raise UserError("nothing was converted, for the reasons above")
-        structures = preset.structures if preset else found.description.structures
         asked = "keep" if cfg.window == "keep" else window
         content = describe(in_order(table), dest, cfg.spacing_mm, asked, found.description.about, structures)
         montage(in_order(table), dest, content.get("window"))
@@ -149,33 +149,22 @@ def _window(window: str | list[float], sources: Sequence[Source]) -> Window:
     return limits[0], limits[1]
 
 
-def _as_it_is(path: str, flags: int) -> int:
-    """Opens a file, but not what a link points to, and waits for nobody at a FIFO."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-
-
 @contextlib.contextmanager
 def _only_run(dest: Path) -> Iterator[None]:
     """A lock on the folder, which is made if need be, and goes again if nothing comes into it."""
-    lock = dest / ".prepare.lock"
-    try:
-        dest.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "w", opener=_as_it_is)  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"dest: {dest} cannot be written ({error.strerror}); choose another folder") from None
-    with file:
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove_empty, dest)  # where nothing was converted: training would stop at an empty data set
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"dest: another prepare_data.py is writing to {dest}; wait for it") from None
-        except OSError:  # a file system without locks
-            pass
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                dest.rmdir()  # where nothing was converted: training would stop at an empty data set
+            lock = Lock(dest / ".prepare.lock", "is writing to this folder")
+            stack.enter_context(lock.held("wait for it, or choose another --dest"))
+        except OSError as error:
+            raise UserError(f"dest: {dest} cannot be written ({error.strerror}); choose another folder") from None
+        yield
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _keep(

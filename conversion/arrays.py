@@ -31,7 +31,7 @@ class Part(NamedTuple):
 
 def read_array(path: Path, options: Options, part: Part | None = None) -> Volume:
     """A volume without geometry, its slices moved to the third axis and its channels to the fourth, or a picture."""
-    name = part.array if part else _pick(array_shapes(path), options.array_key)
+    name = (part and part.array) or _pick(array_shapes(path), options.array_key)
     array = (
         _cases(path, path.stat().st_mtime_ns, name, options.case_axis or 0)[part.index] if part else load(path, name)
     )

@@ -95,7 +95,7 @@ def source_key(source: Source, options: Options) -> str:
     files = [file for file in (*source.files, source.label) if file and file.exists()]
     stats = [(file.name, (status := file.stat()).st_size, status.st_mtime_ns) for file in files]
     settings = [(f.name, getattr(options, f.name)) for f in fields(Options)]
-    text = repr((source.name, sorted(stats), source.channels, source.structures, settings, VERSION))
+    text = repr((source.name, sorted(stats), source.channels, source.values, settings, VERSION))
     return hashlib.sha256(os.fsencode(text)).hexdigest()[:32]
 
 

@@ -83,7 +83,7 @@ def read_description(path: Path) -> Description:
         name, values = (str(value), [key]) if str(key).isdigit() else (str(key), value)
         values = [str(number) for number in (values if isinstance(values, list) else [values])]
         if all(map(str.isdigit, values)) and set(values) != {"0"}:
-            found.structures[name] = list(map(int, values))
+            found.structures.setdefault(name, []).extend(map(int, values))
     names = get("modality", dict) or get("channel_names", dict)
     found.modalities = {str(number): str(name).replace(",", "") for number, name in names.items()}
     for key in ("patient", "patients"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,12 @@ def _structures(header: Any) -> dict[int, str]:
     return {number: name for number, name in named.items() if number or regions}  # segment 0 is the background
 
 
-def structure_names(header: Any) -> list[str]:
-    return list(_structures(header).values())
+def structure_names(header: Any) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(_structures(header).values()))
 
 
-def read_annotation(path: Path, image: Volume, structures: Sequence[str]) -> Volume:
-    """The label map of a DICOM volume as it was read; structures: the names for 1, 2, ...
+def read_annotation(path: Path, image: Volume, values: Mapping[str, int]) -> Volume:
+    """The label map of a DICOM volume as it was read; values: of its structures, by name.
 
     Where structures overlap, the smaller one is kept. Raises BadFile where the label map does not lie on the image.
     """
@@ -58,13 +58,14 @@ def read_annotation(path: Path, image: Volume, structures: Sequence[str]) -> Vol
         for number, voxels in _segments(path, to_index) if header.Modality == "SEG" else _contours(header, to_index):
             if ((voxels < 0) | (voxels >= shape)).any():
                 raise BadFile("does not lie on the image of its series; find the one that belongs to it, or remove it")
+            if number not in names:
+                raise BadFile(f"draws a structure, {number}, that it does not name; export it again")
             masks.setdefault(number, np.zeros(shape, dtype=bool))[tuple(voxels.T)] ^= True  # a hole is a contour, too
-        values = {number: structures.index(names[number]) + 1 for number in masks}
     label = np.zeros(shape, dtype=np.uint16)
     hidden = 0
     for number, mask in sorted(masks.items(), key=lambda item: -np.count_nonzero(item[1])):
         hidden += np.count_nonzero(label[mask])
-        label[mask] = values[number]
+        label[mask] = values[names[number]]
     if hidden:
         image.notes.append(f"structures of {path.name} overlap in {hidden} voxels, which belong to the smaller one")
     return Volume(label, image.affine)

@@ -17,7 +17,7 @@ import numpy as np
 
 from conversion.dicom_frames import mosaic_tiles
 from conversion.dicom_header import SMALL, data_set, frame_count, in_file, is_mosaic, numbers, value
-from conversion.volume import BadFile, by, rescaled
+from conversion.volume import BadFile, by, luminance, rescaled
 from datasets.index import MAX_IMAGE_PIXELS
 
 PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
@@ -26,7 +26,6 @@ DENSEST = 1000  # times its compressed bytes may a large frame hold: far beyond 
 DENSEST_RLE = 64  # two bytes tell at most 128 of one value
 TOOLS = {"JPEG-LS": "dcmdjpls", "RLE": "dcmdrle", "JPEG 2000": "gdcmconv --raw", "JPEG": "dcmdjpeg"}  # decompress
 PADDING_APART = 0.01  # of the range of the others; padding that is nearer than that does no harm
-LUMINANCE = np.array([19595, 38470, 7471])  # of red, green and blue, in 65536 parts: as Pillow's for colour PNG
 
 
 class Padded(NamedTuple):
@@ -106,7 +105,7 @@ def _luminance(data: Any, pixels: np.ndarray) -> np.ndarray:
         from pydicom.pixels import apply_color_lut
 
         pixels = apply_color_lut(pixels, data)
-    return ((pixels[..., :3].astype(np.int64) @ LUMINANCE + 32768) >> 16).astype(pixels.dtype)
+    return luminance(pixels)
 
 
 def _fill_padding(padded: dict[Path, Padded], picture: bool) -> None:

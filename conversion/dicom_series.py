@@ -32,7 +32,7 @@ class Series(NamedTuple):
     digest: str = ""  # of what the files of a series have in common; "" of a picture
     frame: int | None = None  # of a film, which has a picture in each
     label: Path | None = None  # segmentation or structure set of it
-    structures: tuple[str, ...] = ()  # names for the label values 1, 2, ... of the whole data set
+    structures: tuple[str, ...] = ()  # that are drawn there, by name
 
 
 class _File(NamedTuple):
@@ -54,7 +54,7 @@ class _Annotation(NamedTuple):
     path: Path
     patient: str
     uid: str  # of the series it was drawn on
-    names: list[str]
+    names: tuple[str, ...]
 
 
 def group_series(files: Iterable[Path], problems: list[str]) -> list[Series]:
@@ -62,6 +62,7 @@ def group_series(files: Iterable[Path], problems: list[str]) -> list[Series]:
     slices: list[_File] = []
     pictures: list[Series] = []
     annotations: list[_Annotation] = []
+    flat: set[str] = set()  # series of pictures
     facings: dict[tuple[Any, ...], list[tuple[float, ...]]] = defaultdict(list)
     for file in files:
         try:
@@ -75,12 +76,13 @@ def group_series(files: Iterable[Path], problems: list[str]) -> list[Series]:
             else:
                 count, what = frame_count(header), (str(header.get("Modality") or ""), _patient(header))
                 pictures += [Series((file,), *what, frame=i if count > 1 else None) for i in range(count)]
+                flat.add(str(header.get("SeriesInstanceUID") or ""))
         except BadFile as error:
             problems.append(f"{file}: {error}")
         except Exception as error:  # pydicom converts a value when it is asked for it
             problems.append(f"{file}: has a damaged DICOM header ({error}); export it again or remove it")
     groups = _joined(_split(slices))
-    return pictures + _with_labels(groups, annotations, problems)
+    return pictures + _with_labels(groups, annotations, flat, problems)
 
 
 def _patient(header: Any) -> str:
@@ -158,29 +160,36 @@ def _joined(groups: dict[tuple[Any, ...], list[_File]]) -> list[tuple[str, list[
 
 
 def _with_labels(
-    groups: Sequence[tuple[str, list[_File]]], annotations: Sequence[_Annotation], problems: list[str]
+    groups: Sequence[tuple[str, list[_File]]], annotations: Sequence[_Annotation], flat: set[str], problems: list[str]
 ) -> list[Series]:
-    """The series with their segmentations; one of a series that is not there is a problem."""
-    structures = tuple(sorted({name for annotation in annotations for name in annotation.names}))
-    labels: dict[int, Path] = {}
-    for path, patient, uid, _ in annotations:
+    """The series with their segmentations; one of a series that is not there, or of pictures (flat), is a problem."""
+    labels: dict[int, _Annotation] = {}
+    for annotation in annotations:
+        path, patient, uid, _ = annotation
         # Of one series, as of a volume and its scout, the largest part is meant; of several with one UID the patient's.
         drawn_on = [i for i, (_, files) in enumerate(groups) if files[0].uid == uid]
         if len({(groups[i][1][0].patient, groups[i][1][0].study) for i in drawn_on}) > 1:
             drawn_on = [i for i in drawn_on if groups[i][1][0].patient == patient]
         at = max(drawn_on, key=lambda i: len(groups[i][1]), default=None)
-        if at is None or not uid:
+        if at is None and uid in flat - {""}:
+            problems.append(
+                f"{path}: is a segmentation of pictures, which have no place in space; save their masks as PNG, called "
+                "as they are, in a folder labels"
+            )
+        elif at is None or not uid:
             problems.append(f"{path}: is a segmentation of a series that is not there; copy that, or leave it out")
         elif len({(groups[i][1][0].facing, groups[i][1][0].shape) for i in drawn_on}) < len(drawn_on):
             problems.append(
                 f"{path}: is a segmentation of a series whose UID several have; save its label map as NIfTI"
             )
         elif at in labels:
-            problems.append(f"{path}: is a second segmentation of the series of {labels[at].name}; remove one of them")
+            problems.append(
+                f"{path}: is a second segmentation of the series of {labels[at].path.name}; remove one of them"
+            )
         else:
-            labels[at] = path
+            labels[at] = annotation
     series = []
     for i, (digest, files) in enumerate(groups):
-        label, names = labels.get(i), structures if i in labels else ()
+        label, names = (labels[i].path, labels[i].names) if i in labels else (None, ())
         series.append(Series(tuple(f.path for f in files), *files[0][1:3], digest, label=label, structures=names))
     return series

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
+from conversion.arrays import Part
 from conversion.dicom_labels import read_annotation
 from conversion.layouts import Source
-from conversion.pictures import has_own_values
+from conversion.pictures import require_labels
 from conversion.readers import read
 from conversion.volume import BadFile, Options, Volume, arrange, by
 from datasets.index import IMAGE_SUFFIXES
 
+KEYED = {".npz", ".h5", ".hdf5"}  # formats that may hold an image and its label map
 SPACING_TOLERANCE = 0.02  # of a label map against its image, as a share
 
 
@@ -21,22 +23,29 @@ def read_label(source: Source, volume: Volume, view: Volume, options: Options) -
 
     Of a picture D is 1. None where the source has none.
     """
-    if not (source.label or options.label_key):
+    inside = bool(options.label_key) and source.path.suffix.lower() in KEYED
+    if not (source.label or inside):
         return None
     path, format = (source.label, source.label_format) if source.label else (source.path, source.format)
     try:
-        if format == "dicom" and source.structures:
-            label = read_annotation(path, volume, source.structures)
+        if format == "dicom":
+            label = read_annotation(path, volume, dict(source.values))
         else:
-            label = _read(path, format, "" if source.label else options.label_key, options)
-        if label.flat != volume.flat:
+            if format == "image":
+                require_labels(path, copied=volume.flat and is_copied(path))
+            key = "" if source.label else options.label_key
+            part = Part(key, source.part.index) if source.part and format == "array" else None
+            axes = {"array_axis": options.array_axis, "case_axis": options.case_axis}
+            label = read(format, (path,), Options(channel="all", array_key=key, **axes), part)
+        if label.array.ndim > 3:
+            raise BadFile(f"holds {label.array.shape[3]} channels or colours; save one map of numbers")
+        if label.flat != volume.flat and not label.array.shape[2] == volume.array.shape[2] == 1:
             raise BadFile(
                 f"is {'a picture' if label.flat else 'a volume'}, but its image is not; give one of its shape"
             )
+        label.flat = volume.flat
         label.codes = options.orientation or label.codes
-        if label.codes != volume.codes:  # masks saved without their image's header lie differently by mistake
-            lies = f"label map stored as {label.codes or 'unknown'}, image as {volume.codes or 'unknown'}"
-            volume.notes.append(f"{lies}: each turned by its own header, see whether they match")
+        stored = label.codes or "unknown", volume.codes or "unknown"
         label = arrange(label, view.plane if view.plane and label.codes else "auto")
         spacings = (label.spacing_mm or view.spacing_mm or (), view.spacing_mm or label.spacing_mm or ())
         if label.array.shape != view.array.shape[:3] or not np.allclose(*spacings, rtol=SPACING_TOLERANCE, atol=0):
@@ -44,6 +53,11 @@ def read_label(source: Source, volume: Volume, view: Volume, options: Options) -
                 f"{_size(label)} do not match its image, {_size(view).replace(' voxels', '')}; find the one that "
                 "belongs to it, or remove it"
             )
+        moved = _distance_mm(label, view)
+        dicom = source.format == "dicom" and moved is not None  # which others store in another order as a rule
+        if moved or (stored[0] != stored[1] and not dicom):  # masks saved without their image's header, by mistake
+            lies = f"label map stored as {stored[0]}, image as {stored[1]}: each turned by its own header"
+            volume.notes.append(f"{lies}{f', {moved:.3g} mm apart' if moved else ''}, see whether they match")
         return _whole_numbers(label.array)
     except BadFile as error:
         raise BadFile(f"label {path}: {error}") from None
@@ -61,12 +75,13 @@ def as_png(label: np.ndarray) -> np.ndarray:
     return label
 
 
-def _read(path: Path, format: str, key: str, options: Options) -> Volume:
-    if format in ("dicom_image", "dicom"):
-        raise BadFile("is DICOM, but neither SEG nor RTSTRUCT; give a label map of the image's shape")
-    if format == "image" and not is_copied(path) and not has_own_values(path):
-        raise BadFile("has colours, which are no label values; save them as numbers, in PNG")
-    return read(format, (path,), Options(array_axis=options.array_axis, array_key=key))
+def _distance_mm(label: Volume, view: Volume) -> float | None:
+    """Between the same voxels of two volumes of one shape; 0 within a voxel, None where a header does not tell."""
+    if label.affine is None or view.affine is None or label.flat or view.flat:
+        return None
+    corners = np.array([[0, 0, 0, 1], [*view.array.shape[:3], 1]]).T
+    distance = float(np.abs(((label.affine - view.affine) @ corners)[:3]).max())
+    return distance if distance > min(view.spacing_mm) else 0.0
 
 
 def _size(volume: Volume) -> str:

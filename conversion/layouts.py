@@ -8,6 +8,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 
 from tqdm import tqdm
@@ -81,7 +82,8 @@ class Source:
     number: int = 0  # of the pattern
     part: Part | None = None  # of an array that holds many cases
     frame: int | None = None  # of a film
-    structures: tuple[str, ...] = ()  # names for the values 1, 2, ... of a label map that comes as DICOM
+    structures: tuple[str, ...] = ()  # by name, of a label map that comes as DICOM
+    values: tuple[tuple[str, int], ...] = ()  # of these in the data set, see conversion.table.assign_values
 
     @property
     def path(self) -> Path:
@@ -134,10 +136,10 @@ def find(
     plain, dicom, label_files = _sort(listed, images, labels, found)
     plain = [case for source in plain for case in _parts(source, options)]
     names = tuple(preset.images) if preset and len(preset.images) > 1 else found.description.channels
-    sources = _pair(_cases(plain, len(images), names, channel == "all", found), label_files, bool(labels), found)
+    sources = _cases(plain, len(images), names, channel == "all", found)
     if preset:
         sources = [replace(source, patient=source.text) for source in sources]
-    sources += _of_dicom(dicom, found)
+    sources = _pair([*sources, *_of_dicom(dicom, found)], label_files, bool(labels), found)
     modality = MODALITIES.get(modality.upper(), modality)
     for s in sorted(sources, key=lambda s: os.fsencode(s.name)):
         about = [described[folder] for folder in s.files[0].parents if folder in described]
@@ -210,6 +212,7 @@ def _sort(
     """(files of images and volumes, DICOM files, label maps)."""
     plain, dicom, label_files = [], [], []
     headers = set()  # by name, and by suffix alone
+    masks: Counter[Path] = Counter()  # DICOM that is no annotation, by folder
     for file in listed:
         stem, suffix = split_suffix(file.name)
         if suffix in HEADERS:
@@ -229,12 +232,19 @@ def _sort(
             found.ignored[suffix or file.name] += 1
         elif not format:
             found.problems.append(f"{file}: {unknown(suffix)}")
-        elif label is not None and not (format == "dicom" and is_annotation(file)):
+        elif label is not None and format != "dicom":
             label_files.append(source)
+        elif label is not None and not is_annotation(file):
+            masks[file.parent] += 1
         elif number is None:
             found.ignored[f"{suffix} not called {' or '.join(images)}"] += 1
         else:
             (dicom if format == "dicom" else plain).append(replace(source, number=number))
+    found.problems += [
+        f"{folder}: {count} DICOM files in the place of label maps are neither SEG nor RTSTRUCT; save the masks as "
+        "NIfTI, those of pictures as PNG"
+        for folder, count in masks.items()
+    ]
     return plain, dicom, label_files
 
 
@@ -257,8 +267,8 @@ def _star(pattern: str, name: str) -> str | None:
         if fnmatch.fnmatch(text, pattern):
             if pattern == "*" or pattern.count("*") != 1:
                 return stem
-            before, after = pattern.split("*")
-            return text[len(before) : len(text) - len(after)]
+            parts = (re.sub(r"\\[zZ]$", "", fnmatch.translate(part)) for part in pattern.split("*"))
+            return re.fullmatch("(.*)".join(parts), text, re.DOTALL)[1]
     return None
 
 
@@ -295,20 +305,30 @@ def _pair(sources: list[Source], label_files: Sequence[Source], by_pattern: bool
     for source in sources:
         # images lie beside the folder of labels, or in a folder beside it
         stems = {source.stem, NNUNET_CHANNEL.sub("", source.stem)}
-        keys = {(folder, stem) for folder in (source.folder, above(source.folder)) for stem in stems}
-        for key in {(source.folder, source.text)} if by_pattern else keys:
+        folders = [source.folder, above(source.folder)]
+        if source.format == "dicom":  # a folder, or a file that is a volume
+            folders.insert(0, source.name.rpartition("#")[0])
+            stems |= {source.text} if len(source.files) == 1 else set()
+        elif source.part:  # a label map with as many cases
+            stems.add(split_suffix(source.path.name)[0])
+        texts = {source.text} if by_pattern and source.format != "dicom" else stems
+        for key in product(folders[:-1] if by_pattern else folders, texts):
             wanted[key].append(source)
     by_path = {os.path.abspath(source.path): source for source in sources}
-    labelled: dict[str, Path] = {}
+    labelled = {source.name: source.label for source in sources if source.label}  # as their headers say
     for item in label_files:
         matches = wanted[item.folder if by_pattern else above(item.folder), item.text]
-        if not by_pattern:  # imagesTs may have the same names as imagesTr
+        if not by_pattern:  # a_mask is of a, and imagesTs may have the same names as imagesTr
+            matches = matches or wanted[above(item.folder), LOOKS_LIKE_LABEL.sub("", item.text)]
             other = {"tr": "imagests", "ts": "imagestr"}.get(item.folder.lower()[-2:], "/")
             matches = [source for source in matches if not source.folder.lower().endswith(other)]
         image = by_path.get(found.image_of.get(os.path.abspath(item.path), ""))
-        matches = [image] if image else matches
+        most = max((len(source.files) for source in matches), default=0)  # a series, not the scout beside it
+        matches = [image] if image else [source for source in matches if len(source.files) == most]
         if not matches:
-            found.problems.append(f"{item.path}: is a label map without an image; copy its image, or remove it")
+            found.problems.append(
+                f"{item.path}: is a label map without an image of its name; copy it, name both alike, or remove this"
+            )
         for source in matches:
             if source.name in labelled:
                 found.problems.append(f"{item.path}: is a second label map of {source.path}; remove one of them")
@@ -320,18 +340,16 @@ def _pair(sources: list[Source], label_files: Sequence[Source], by_pattern: bool
 
 def _of_dicom(dicom: Sequence[Source], found: Found) -> list[Source]:
     """DICOM files grouped into series by their headers, and single radiographs."""
-    listed = {item.path: item for item in dicom}
+    listed, sources = {item.path: item for item in dicom}, []
     progress = tqdm(listed, desc="reading DICOM headers", unit="file", disable=None, leave=False)
-    sources, names = [], found.description.structures
-    taken = max((value for values in names.values() for value in values), default=0)
     for s in group_series(progress, found.problems):
         source = replace(listed[s.files[0]], files=s.files, modality=s.modality, patient=s.patient, frame=s.frame)
         if s.digest:
             stem = source.folder.rpartition("/")[2]
-            name, structures = f"{source.folder}#{s.digest}", taken * ("",) + s.structures
-            sources.append(replace(source, name=name, stem=stem, label=s.label, structures=structures))
-            names |= {text: [taken + 1 + i] for i, text in enumerate(s.structures)}
+            name = f"{source.folder}#{s.digest}"
+            sources.append(replace(source, name=name, stem=stem, label=s.label, structures=s.structures))
         else:
             end = "" if s.frame is None else f"_{s.frame:03d}"
-            sources.append(replace(source, format="dicom_image", name=source.name + end, stem=source.stem + end))
+            names = {key: getattr(source, key) + end for key in ("name", "stem", "text")}
+            sources.append(replace(source, format="dicom_image", **names))
     return sources

@@ -43,10 +43,12 @@ def read_nibabel(path: Path, options: Options) -> Volume:
     notes, mm = _header_says(image)
     array, flat = _intensities(image, file, options), len(image.shape) == 2
     affine = np.diag([mm, mm, mm, 1.0]) @ np.asarray(image.affine, dtype=np.float64)
+    array = array[:, :, None] if flat else array
     if array.dtype.fields:
-        array = luminance(np.stack([array[colour] for colour in "RGB"], axis=-1))
-        notes.append("colours, taken as their luminance")
-    return Volume(array[:, :, None] if flat else array, affine, notes, flat=flat)
+        array = np.stack([array[colour] for colour in "RGB"], axis=-1)
+        notes += ["colours, taken as their luminance"] if options.channel is None else []
+        array = luminance(array) if options.channel is None else with_channels(array, options.channel)
+    return Volume(array, affine, notes, flat=flat)
 
 
 def _intensities(image: Any, file: Path, options: Options) -> np.ndarray:

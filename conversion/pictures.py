@@ -10,7 +10,7 @@ from PIL import Image, UnidentifiedImageError
 
 from conversion.claims import require_memory
 from conversion.volume import BadFile, Options, Volume, by, reason, with_channels
-from datasets.index import IMAGE_FORMATS, IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, image_layout
+from datasets.index import IMAGE_FORMATS, IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, holds_labels, image_layout
 from datasets.render import grey_of
 
 FORMATS = (*IMAGE_FORMATS, "GIF", "WEBP", "JPEG2000", "PPM")  # PPM: also PGM
@@ -37,10 +37,13 @@ def read_picture(path: Path, options: Options) -> Volume:
         raise BadFile(f"broken image data ({reason(error)}); export it again or remove it") from None
 
 
-def has_own_values(path: Path) -> bool:
-    """Whether the pixels are numbers, as those of a label map must be, and no colours."""
+def require_labels(path: Path, copied: bool) -> None:
+    """Raises BadFile where pixels are no label values. copied: a palette stays, whose indices are values, too."""
     with Image.open(path, formats=FORMATS) as image:
-        return image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16")
+        if image.format in ("JPEG", "MPO"):
+            raise BadFile("is JPEG, whose compression changes label values; save the mask as PNG")
+        if not holds_labels(image.mode) or (image.mode == "P" and not copied):
+            raise BadFile(f"has colours (mode {image.mode}), which are no label values; save them as numbers, in PNG")
 
 
 def grey_png(pixels: np.ndarray, low: float, high: float) -> np.ndarray:

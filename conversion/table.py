@@ -17,7 +17,7 @@ import yaml
 from conversion.description import split_suffix
 from conversion.layouts import Source
 from datasets.cache import is_whole
-from datasets.index import MONTAGE
+from datasets.index import MONTAGE, read_settings
 from utils.config import read_yaml
 from utils.errors import UserError
 from utils.files import read_csv, write_csv, write_text
@@ -108,6 +108,34 @@ def assign_ids(sources: Sequence[Source], known: dict[str, str]) -> list[Source]
         count = Counter(identifier.lower() for identifier in (*ids.values(), *wanted.values()))
         ids |= {name: identifier for name, identifier in wanted.items() if count[identifier.lower()] == 1}
     return [replace(s, id=ids[s.name]) for s in sources]
+
+
+def assign_values(
+    sources: Sequence[Source], table: dict[str, Case], dest: Path, described: dict[str, list[int]]
+) -> tuple[list[Source], dict[str, list[int]]]:
+    """The sources with the values of structures that DICOM names alone, and what all label values mean.
+
+    What those of earlier runs mean stays, if some are kept. described: what this run's dataset.json or preset says.
+    Raises UserError where one value would mean two things.
+    """
+    kept = any(case.label for name, case in table.items() if name not in {s.name for s in sources})
+    old = (read_settings(dest).get("structures") or {}) if kept else {}
+    for name, values in described.items():
+        before = [other for other in old.keys() - described if set(old[other]) & (set(values) - set(old.get(name, ())))]
+        if before or set(old.get(name, ())) - set(values):
+            was = f"{old[before[0]]} are {before[0]!r}" if before else f"{old[name]} are {name!r}"
+            raise UserError(
+                f"dest: in the label maps of {dest} {was}, in those to be added {values} are {name!r}; convert these "
+                "into a data set of their own"
+            )
+    structures = {name: list(values) for name, values in {**old, **described}.items()}
+    value_of: dict[str, int] = {}
+    for name in sorted({name for s in sources for name in s.structures}):
+        taken = [value for values in structures.values() for value in values]
+        own = [value for value in structures.get(name, ()) if taken.count(value) == 1]
+        value_of[name] = own[0] if own else max(taken, default=0) + 1
+        structures[name] = sorted({*structures.get(name, ()), value_of[name]})
+    return [replace(s, values=tuple((name, value_of[name]) for name in s.structures)) for s in sources], structures
 
 
 def describe(

@@ -133,9 +133,9 @@ def rescaled(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
 
 
 def luminance(colours: np.ndarray) -> np.ndarray:
-    """[...] uint8 of [..., 3 or 4] uint8 red, green, blue (and alpha): PIL's, as of the pictures of training."""
+    """[...] of [..., 3 or 4] red, green, blue (and alpha) of 8 or 16 bits: PIL's, as of the pictures of training."""
     red, green, blue = (colours[..., k].astype(np.uint32) for k in range(3))
-    return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).astype(np.uint8)
+    return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).astype(colours.dtype)
 
 
 def choose(count: int, channel: int | str | None, shape: Iterable[int]) -> int | slice:

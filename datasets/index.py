@@ -221,7 +221,10 @@ SETTINGS: dict[str, tuple[Callable[[Any], bool] | None, str]] = {
         lambda v: isinstance(v, list) and bool(v) and all(isinstance(name, str) for name in v),
         "a list of names, one for each place along the files' fourth axis, e.g. [t1, t2]",
     ),
-    "structures": (lambda v: isinstance(v, dict), "names with lists of label values, e.g. {left atrium: [1]}"),
+    "structures": (
+        lambda v: isinstance(v, dict) and all(isinstance(x, list) and {*map(type, x)} <= {int} for x in v.values()),
+        "names with lists of label values, e.g. {left atrium: [1]}",
+    ),
 }
 
 
@@ -352,6 +355,11 @@ def image_layout(image: Image.Image) -> dict[str, Any]:
     if orientation(image) > 4:
         height, width = width, height
     return {"slices": pages, "height": height, "width": width, "slice_axis": 2, "window": None, "dtype": mode}
+
+
+def holds_labels(mode: str) -> bool:
+    """Whether pixels of one of PIL's modes are numbers, as label values must be; those of a palette are its indices."""
+    return mode in ("1", "L", "P", "I") or mode.startswith("I;16")
 
 
 def orientation(image: Image.Image) -> int:

@@ -29,6 +29,7 @@ from datasets.index import (
     LABEL_FOLDERS,
     Sample,
     bad_files,
+    holds_labels,
     image_header,
     read_settings,
     scan,
@@ -160,7 +161,7 @@ def _misfit(label: Path, image: Sample, shape: Sequence[int]) -> str:
         header = image_header(label)
     except ValueError as error:
         return str(error)
-    if header["dtype"] not in ("1", "L", "P", "I", "I;16"):
+    if not holds_labels(header["dtype"]):
         return (
             f"is a picture of mode {header['dtype']} where each pixel must be a label value; save it with one channel"
         )

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
+from PIL import Image
 from pydicom.dataset import Dataset
-from scans import AXIAL, at, convert, dicom_slice, enhanced, item, load, refused, settings, write_series
+from scans import (
+    AXIAL,
+    LESION,
+    at,
+    convert,
+    dicom_slice,
+    enhanced,
+    item,
+    load,
+    refused,
+    settings,
+    write_nifti,
+    write_series,
+)
 
 from conversion.table import read_table
+from utils.errors import UserError
 
 TUMOUR, ORGAN = AXIAL > 900, (AXIAL > 500) & (AXIAL < 800)
 
@@ -52,6 +69,12 @@ def structure_set(uid: str = "1.2.3", shift: float = 0.0) -> Dataset:
         item(ReferencedROINumber=4, ContourSequence=[box(1, 9, 3), box(3, 7, 3), box(1, 9, 4)]),
         item(ReferencedROINumber=7, ContourSequence=[box(2, 4, 4)]),
     ]
+    return data
+
+
+def nameless() -> Dataset:
+    data = segmentation({"a": TUMOUR})
+    del data.SegmentSequence
     return data
 
 
@@ -103,6 +126,93 @@ def test_a_segmentation_of_a_uid_that_several_have_goes_to_its_patient_or_nowher
 
 
 @pytest.mark.parametrize(
+    ("scan", "label", "patterns"),
+    [
+        ("images/case", "labels/case.nii.gz", {}),
+        ("images/case", "labels/case_mask.nii", {}),
+        ("case", "case/labels/case.nii", {}),
+        ("case", "case_seg.nii", {"labels": "*_seg.nii"}),
+        ("case", "case/case_seg[1].nii", {"labels": "*_seg[[]1].nii"}),
+        ("images/case.dcm", "labels/case.nii", {}),
+    ],
+)
+def test_series_have_label_maps_of_other_formats(scan, label, patterns, tmp_path, capsys):
+    if scan.endswith(".dcm"):
+        (tmp_path / "in/images").mkdir(parents=True)
+        frames = [at(0, 0, 2.0 * k) for k in range(9)]
+        enhanced(np.moveaxis(AXIAL, 2, 0), frames, {}).save_as(tmp_path / "in" / scan, enforce_file_format=True)
+    else:
+        write_series(tmp_path / "in" / scan)
+        write_series(tmp_path / "in" / scan, "scout{}.dcm".format, SeriesInstanceUID="1.9", Rows=9, Columns=10)
+        for file in list((tmp_path / "in" / scan).glob("scout[3-8].dcm")):
+            file.unlink()
+    write_nifti(tmp_path / "in" / label, LESION)
+    write_nifti(tmp_path / "in/labels/none.nii", LESION)
+    dest = convert(tmp_path / "in", tmp_path / "out", on_error="skip", **patterns)
+    [labelled] = [case for case in read_table(dest).values() if case.label]
+    np.testing.assert_array_equal(load(dest, labelled.label), AXIAL > 900)
+    assert "label map stored" not in labelled.notes  # as it lies where the image lies
+    assert "none.nii: is a label map without an image" in capsys.readouterr().err or patterns
+    write_nifti(tmp_path / "in" / label, LESION, np.diag([-0.5, -0.75, 2, 1]) + np.eye(4, k=3) * 9)
+    convert(tmp_path / "in", dest, on_error="skip", **patterns)
+    assert "9 mm apart" in capsys.readouterr().out
+
+
+def test_pictures_and_frames_have_masks(tmp_path, capsys):
+    (tmp_path / "in/masks").mkdir(parents=True)
+    film = np.moveaxis(AXIAL, 2, 0).astype(np.uint16)
+    for name, fields in (("film", {"NumberOfFrames": 9}), ("one", {})):
+        data = dicom_slice(film if fields else film[0], Modality="US", SeriesInstanceUID="1.7", **fields)
+        data.save_as(tmp_path / f"in/{name}.dcm", enforce_file_format=True)
+    for k, name in ((0, "one"), (4, "film_004")):
+        Image.fromarray((AXIAL[:, :, k] > 900).astype(np.uint8)).save(tmp_path / f"in/masks/{name}.png")
+    segmentation({"tumour": TUMOUR}, uid="1.7").save_as(tmp_path / "in/seg.dcm", enforce_file_format=True)
+    dicom_slice(film[0]).save_as(tmp_path / "in/masks/mask.dcm", enforce_file_format=True)
+    dest = convert(tmp_path / "in", tmp_path / "out", on_error="skip")
+    labels = {case.id: case.label for case in read_table(dest).values() if case.label}
+    assert labels == {"one": "labels/one.png", "film_004": "labels/film_004.png"}
+    said = capsys.readouterr().err
+    assert "seg.dcm: is a segmentation of pictures" in said
+    assert "masks: 1 DICOM files in the place of label maps are neither SEG nor RTSTRUCT" in said
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "structures"),
+    [  # names and values of a dataset.json, or names of a segmentation
+        (("b",), ("a",), {"b": [1], "a": [2]}),
+        (("b",), ("a", "b"), {"b": [1], "a": [2]}),
+        ({"b": 1}, ("a", "b"), {"b": [1], "a": [2]}),
+        ({"b": 1}, {"b": 1, "a": 2}, {"b": [1], "a": [2]}),
+        (("b",), {"a": 2}, {"b": [1], "a": [2]}),
+        (("b",), {"a": 1}, "[1] are 'b', in those to be added [1] are 'a'"),
+        ({"b": 1}, {"b": 2}, "[1] are 'b', in those to be added [2] are 'b'"),
+    ],
+)
+def test_values_keep_their_meaning_when_a_later_run_adds_cases(first, then, structures, tmp_path):
+    for k, names in enumerate((first, then)):
+        folder = write_series(tmp_path / f"{k}/scan{k}")
+        if isinstance(names, dict):
+            (tmp_path / f"{k}/dataset.json").write_text(json.dumps({"labels": names}))
+            write_nifti(tmp_path / f"{k}/labels/scan{k}.nii", LESION)
+        else:
+            parts = {name: TUMOUR if name == "a" else ORGAN for name in names}
+            segmentation(parts).save_as(folder / "seg.dcm", enforce_file_format=True)
+    dest = convert(tmp_path / "0", tmp_path / "out")
+    if isinstance(structures, str):
+        with pytest.raises(UserError, match=re.escape(structures)):
+            convert(tmp_path / "1", dest)
+        assert list(settings(dest)["structures"]) == ["b"]
+        return
+    before = (dest / "labels/scan0.npy").stat().st_mtime_ns
+    for source in ("1", "0", "1"):
+        convert(tmp_path / source, dest)
+        assert settings(dest)["structures"] == structures
+    assert (dest / "labels/scan0.npy").stat().st_mtime_ns == before
+    if isinstance(then, tuple):
+        np.testing.assert_array_equal(load(dest, "labels/scan1.npy") == structures["a"][0], TUMOUR)
+
+
+@pytest.mark.parametrize(
     ("label", "said"),
     [
         (segmentation({"a": TUMOUR}, shift=0.2), "lies on another grid"),
@@ -110,6 +220,7 @@ def test_a_segmentation_of_a_uid_that_several_have_goes_to_its_patient_or_nowher
         (segmentation({"a": TUMOUR}, uid="9.9"), "is a segmentation of a series that is not there"),
         (structure_set(shift=1.0), "contours that do not lie in the slices"),
         (structure_set(shift=100.0), "does not lie on the image"),
+        (nameless(), "draws a structure, 1, that it does not name"),
     ],
 )
 def test_label_maps_that_do_not_belong_are_refused(label, said, tmp_path, capsys):

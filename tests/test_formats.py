@@ -247,7 +247,7 @@ def test_cases_that_an_array_only_claims_to_hold_are_not_listed(tmp_path, capsys
     assert "the file holds 4" in refused(capsys, tmp_path / "a.npy", tmp_path / "out", case_axis=0)
 
 
-@pytest.mark.parametrize("label", ["c.png", "c.nii.gz"])
+@pytest.mark.parametrize("label", ["c.png", "c_mask.png", "c.nii.gz", "c.nii"])
 def test_pictures_have_label_maps_as_pictures(label, tmp_path, capsys):
     mask = (EIGHT > 99).astype(np.uint8)
     (tmp_path / "in/labelsTr").mkdir(parents=True)
@@ -256,11 +256,50 @@ def test_pictures_have_label_maps_as_pictures(label, tmp_path, capsys):
     if label.endswith(".png"):
         Image.fromarray(mask).save(tmp_path / "in/labelsTr" / label)
     else:
-        write_nifti(tmp_path / "in/labelsTr" / label, mask.T, np.diag([-1, -1, 1, 1]))
+        mask = mask if label.endswith(".gz") else mask[..., None]  # one slice
+        write_nifti(tmp_path / "in/labelsTr" / label, mask.swapaxes(0, 1), np.diag([-1, -1, 1, 1]))
+        mask = mask.reshape(EIGHT.shape)
     dest = convert(tmp_path / "in", tmp_path / "out")
     np.testing.assert_array_equal(read_grey(dest / "labels/c_0000.png"), mask)
     Image.fromarray(EIGHT[1:]).save(tmp_path / "in/imagesTr/c_0000.png")
     assert "24 x 30 pixels do not match its image, 23 x 30 pixels" in refused(capsys, tmp_path / "in", tmp_path / "no")
+
+
+def test_a_label_map_may_lie_beside_each_case_of_an_array_and_others_have_none(tmp_path):
+    many, masks = np.stack([EIGHT, EIGHT[::-1]]), np.stack([EIGHT, EIGHT[::-1]]) // 128
+    (tmp_path / "in/labels").mkdir(parents=True)
+    np.save(tmp_path / "in/p.npy", many)
+    np.save(tmp_path / "in/labels/p.npy", masks)
+    np.savez(tmp_path / "q.npz", image=many, mask=masks)
+    write_nifti(tmp_path / "whole.nii", PATIENT)
+    keys = {"array_key": "image", "label_key": "mask"}
+    beside = convert(tmp_path / "in", tmp_path / "1", case_axis=0)
+    within = convert([tmp_path / "q.npz", tmp_path / "whole.nii"], tmp_path / "2", case_axis=0, **keys)
+    for dest in (beside, within):
+        for label, mask in zip(sorted((dest / "labels").iterdir()), masks, strict=True):
+            np.testing.assert_array_equal(read_grey(label), mask)
+
+
+NO_LABELS = {  # label maps, and what must be said of each
+    "rgb.png": (lambda p: Image.fromarray(RGB).save(p), "has colours (mode RGB)"),
+    "a.jpg": (lambda p: Image.fromarray(EIGHT // 128).save(p), "is JPEG"),
+    "float.tif": (lambda p: Image.fromarray(EIGHT.astype(np.float32)).save(p), "mode F"),
+    "p.gif": (lambda p: Image.fromarray(RGB).quantize(9).save(p), "mode P"),
+    "rgb.nii": (
+        lambda p: write_nifti(p, RGB.view([("R", "u1"), ("G", "u1"), ("B", "u1")])[..., 0]),
+        "holds 3 channels or colours",
+    ),
+    "four.nii": (lambda p: write_nifti(p, np.stack([EIGHT[..., None]] * 2, 3)), "holds 2 channels or colours"),
+}
+
+
+@pytest.mark.parametrize("name", NO_LABELS)
+def test_what_cannot_be_label_values_is_no_label_map(name, tmp_path, capsys):
+    write, said = NO_LABELS[name]
+    (tmp_path / "in/labels").mkdir(parents=True)
+    Image.fromarray(EIGHT).save(tmp_path / f"in/{Path(name).stem}.png")
+    write(tmp_path / "in/labels" / name)
+    assert said in refused(capsys, tmp_path / "in", tmp_path / "out")
 
 
 # --- refused by name

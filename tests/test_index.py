@@ -118,6 +118,7 @@ def test_a_data_set_of_other_files_says_what_was_found(tmp_path: Path) -> None:
         ("window: [0, .nan]", "window"),
         ("slice_axis: true", "slice_axis"),
         ("windows: [0, 1]", "window"),
+        ("structures: {left atrium: 1}", "structures"),
         ("window: !!python/object/apply:os.system ['touch /tmp/never']", "YAML"),
     ],
 )

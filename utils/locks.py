@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import socket
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -141,6 +142,11 @@ class Lock:
         try:
             descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):
+                if not stat.S_ISREG(os.lstat(self.path).st_mode):
+                    raise UserError(
+                        f"{self.path}: is a link or no regular file, where a lock belongs; remove it"
+                    ) from None
             return False
         try:
             with open(descriptor, "wb") as file:
