@@ -182,7 +182,11 @@ def _plain(value: Any) -> Any:
 
 
 def save_yaml(values: dict[str, Any], path: Path) -> None:
-    files.write_text(yaml.safe_dump(values, sort_keys=False), path)
+    files.write_text(yaml_text(values), path)
+
+
+def yaml_text(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False)
 
 
 def read_yaml(path: Path) -> Any:
