@@ -13,6 +13,7 @@ import importlib
 import io
 import itertools
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -107,7 +108,7 @@ def run(cfg: Config) -> dict[str, Any]:
 
 
 def _run(cfg: Config, out: Path) -> dict[str, Any]:
-    recipes = jobs.read_recipes(cfg.recipes, Path(cfg.recipes_path or out / "recipes").resolve())
+    recipes = jobs.read_recipes(cfg.recipes, Path(os.path.realpath(cfg.recipes_path or out / "recipes")))
     cells = make_cells(cfg, recipes)
     check(cells)
     failed = jobs.run_jobs([*itertools.chain(*recipes.values()), *cells], out / "progress.txt")

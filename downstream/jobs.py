@@ -34,7 +34,7 @@ from training import weights
 from training.scripts import load
 from utils import config, signals
 from utils.errors import UserError
-from utils.files import write_json, write_text, writing
+from utils.files import read_json, write_json, write_text, writing
 from utils.locks import Lock
 
 FORKED = multiprocessing.get_context("forkserver")  # whose server imports torch once
@@ -179,7 +179,7 @@ class Pretraining(Job):
         """Also: commit, torch, and last, the last line of metrics.csv."""
         path = self.folder / "recipe.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            return read_json(path) if path.is_file() else None
         except ValueError as error:
             raise UserError(f"{path}: is damaged ({error}); remove it to have it made anew") from None
 
@@ -223,7 +223,7 @@ def _start(where: str, of: str, known: Mapping[str, Sequence[Pretraining]], k: i
         return of
     if not Path(of).is_file():
         raise UserError(f"{where}: {of} is neither a file nor a recipe that stands before this one")
-    return str(Path(of).resolve())
+    return os.path.realpath(of)
 
 
 def at(runs: Sequence[Pretraining], k: int) -> Pretraining:

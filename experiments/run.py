@@ -95,7 +95,7 @@ def read_plan(files: Sequence[str | Path], out: Path) -> Plan:
                 known[name] = _entry(f"{file}: {name}", about, known, content.get("defaults") or {})
                 place[name] = number
         differences += [tuple(pair) for pair in content.get("differences") or []]
-    recipes = jobs.read_recipes(described["recipes"], (out / "recipes").resolve())
+    recipes = jobs.read_recipes(described["recipes"], Path(os.path.realpath(out / "recipes")))
     comparisons = {name: _comparison(name, about, recipes, out) for name, about in described["comparisons"].items()}
     # Seed by seed over all that has seeds: whenever the time is up, every table has as many as the others.
     ranked = [((place[name], k), run) for name, runs in recipes.items() for k, run in enumerate(runs)]

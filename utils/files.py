@@ -149,6 +149,15 @@ def require_ordinary(path: Path) -> None:
             raise UserError(f"{path}: is {what}, not a file; name an ordinary file")
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises OSError, ValueError; UserError for a pipe or folder."""
+    require_ordinary(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+
+
 def read_csv(path: str | Path, option: str, columns: Sequence[str] = ()) -> list[dict[str, str]]:
     """Lines of a CSV file, at least one, as dictionaries of stripped texts.
 
