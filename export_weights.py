@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,7 @@ def write(name: str, source: Source, cfg: Config) -> None:
     stem = Path(cfg.dest, f"{source.path.stem}_{name}{'_fp16' * cfg.half}")
     channels = FORMATS[name].channels if name in PROGRAMS else cfg.channels or FORMATS[name].channels
     contents = {Path(f"{stem}{suffix}"): data for suffix, data in encoded(name, source, channels, cfg).items()}
-    if source.path.resolve() in [path.resolve() for path in contents]:
+    if os.path.realpath(source.path) in map(os.path.realpath, contents):
         raise UserError(f"dest: {source.path} itself would be overwritten; choose another folder")
     checksums = {path.name: hashlib.sha256(data).hexdigest() for path, data in contents.items()}
     card = card_of(name, source, stem.name, channels, checksums, cfg)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.files import read_json
 
 NAME = "dataset.json"
 MODALITIES = {"MRI": "MR", "PET": "PT"}  # other names of DICOM's modalities
@@ -70,8 +70,8 @@ def split_suffix(name: str) -> tuple[str, str]:
 def read_description(path: Path) -> Description:
     """The dataset.json at `path`. Raises UserError where it is no JSON."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); correct it or remove it") from None
 
     def get(key: str, kind: type) -> Any:

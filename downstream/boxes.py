@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from torchvision.ops import box_iou
 from conversion.dicom_header import dicom_header
 from datasets.index import IMAGE_SUFFIXES, bad_files, image_header
 from utils.errors import UserError
-from utils.files import read_csv
+from utils.files import read_csv, read_json
 
 DICOM_SUFFIXES = {".dcm", ".dicom"}
 NO_FINDING = "no finding"  # VinDr-CXR's class of images without boxes, in lower case
@@ -102,7 +101,7 @@ def _read_coco(path: Path, root: Path) -> Read:
     """Classes by category id."""
     where, images, rows = "the file", {}, []
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         categories = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
         classes = [categories[i] for i in sorted(categories)]
         for entry in content["images"]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import math
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -181,7 +180,7 @@ class Classification(task.Task):
             raise UserError("fine-tuning gives NaN or Inf; lower --base_lr, or change --weights")
         return found
 
-    def test(self, model: nn.Module, folder: Path) -> task.Outcome:
+    def test(self, model: nn.Module) -> task.Outcome:
         test = self.stacks(self.split.test, test=True)
         people = self.items.patient.iloc[test].tolist()
         found, chosen = ({"": self.probabilities(model, test)}, {}) if self.epochs else self.by_features(model, test)

@@ -10,8 +10,10 @@ differences are paired: the same seed, split and labelled cases from either init
 from __future__ import annotations
 
 import importlib
+import io
 import itertools
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -29,7 +31,7 @@ from downstream.jobs import Pretraining
 from downstream.results import RESULTS, read_results, warn_of
 from utils import config as options
 from utils.errors import UserError
-from utils.files import whole_file, write_text
+from utils.files import owned, write_together
 
 MAIN_METRIC = {"segment": "mean.dice", "classify": "auc", "detect": "ap50"}
 
@@ -56,7 +58,7 @@ class Config:
     baseline: str | None = None
     """initialisation that the others are compared with; null: the first"""
     dump_path: str = "runs/compare"
-    """receives results.csv, summary.csv, summary.txt, comparison.png, progress.txt and the cells that are finished"""
+    """receives results.csv, summary.csv, summary.txt, comparison.png, options.yaml, progress.txt, and cells/"""
     recipes_path: str | None = None
     """folder of the recipes' runs, which several comparisons may share; null: recipes in dump_path"""
 
@@ -101,27 +103,37 @@ class Cell(jobs.Job):
 def run(cfg: Config) -> dict[str, Any]:
     """Do what is not finished, then write and print the comparison; returns the tables summary and cells (results)."""
     out = Path(cfg.dump_path)
-    recipes = jobs.read_recipes(cfg.recipes, Path(cfg.recipes_path or out / "recipes").resolve())
+    with owned(out, f"compares in {out}"):
+        return _run(cfg, out)
+
+
+def _run(cfg: Config, out: Path) -> dict[str, Any]:
+    recipes = jobs.read_recipes(cfg.recipes, Path(os.path.realpath(cfg.recipes_path or out / "recipes")))
     cells = make_cells(cfg, recipes)
     check(cells)
     failed = jobs.run_jobs([*itertools.chain(*recipes.values()), *cells], out / "progress.txt")
     if failed:
         raise UserError(f"failed: {'; '.join(failed)}. The same command goes on with them")
     table = results(cells)
-    write_csv(table, out / "results.csv")
     metric = cells[0].metric
     if metric not in set(table.metric):
         raise UserError(f"metric: {metric!r} is not one of {', '.join(table.metric.unique())}")
     baseline = cfg.baseline or cells[0].initialisation
     summary = summarise(table, baseline)
-    write_csv(summary, out / "summary.csv")
     text = format_tables(summary, metric, baseline)
     if not _splits_vary(cfg):
         text += "\nall seeds share their test cases: the intervals do not cover which cases these are"
     for name, seen, tested in leaks(cells):
         text += f"\nwarning: {name}: {warn_of(seen, tested)}"
-    write_text(text + "\n", out / "summary.txt")
-    plot({"": (table, metric)}, out / "comparison.png")
+    texts = {
+        "options.yaml": options.yaml_text(options.to_dict(cfg)),
+        "results.csv": csv_of(table),
+        "summary.txt": text + "\n",
+        "summary.csv": csv_of(summary),
+    }
+    contents = {out / name: part.encode() for name, part in texts.items()}
+    contents[out / "comparison.png"] = plot({"": (table, metric)})
+    write_together(contents, last=[out / "summary.csv"])
     print(f"\n{text}\n\nwrote {out}/results.csv, summary.csv, summary.txt, comparison.png")
     return {"summary": summary, "cells": table}
 
@@ -237,8 +249,8 @@ def as_text(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
     return wide.loc[shown.name.unique(), shown["count"].unique()].rename_axis(index=None, columns=None)
 
 
-def plot(tables: Mapping[str, tuple[pd.DataFrame, str]], path: Path) -> None:
-    """A panel per title -> (table, metric): mean, deviation and every seed over the number of labelled cases."""
+def plot(tables: Mapping[str, tuple[pd.DataFrame, str]]) -> bytes:
+    """PNG: a panel per title -> (table, metric) of mean, deviation and every seed over the number of labelled cases."""
     from matplotlib.figure import Figure
 
     wide, tall = min(2, len(tables)), math.ceil(len(tables) / 2)
@@ -255,12 +267,12 @@ def plot(tables: Mapping[str, tuple[pd.DataFrame, str]], path: Path) -> None:
         axes.set_xticks(range(len(counts)), [str(count or "all") for count in counts])
         axes.grid(alpha=0.3)
         axes.legend()
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    figure.savefig(picture := io.BytesIO(), dpi=150, format="png")
+    return picture.getvalue()
 
 
-def write_csv(table: pd.DataFrame, path: Path) -> None:
-    write_text(table.to_csv(index=False), path)
+def csv_of(table: pd.DataFrame) -> str:
+    return table.to_csv(index=False)
 
 
 def _initialisations(

@@ -39,7 +39,7 @@ from downstream.encoders import grey, load_encoder
 from models.resnet import GREY_MEAN, GREY_STD, GreyResNet
 from utils import config
 from utils.errors import UserError
-from utils.files import write_csv
+from utils.files import csv_text
 from utils.options import FREE, constants, data, running
 from utils.options import model as network
 from utils.precision import Precision
@@ -156,7 +156,7 @@ class Detection(task.Task):
         scores = score(self.predict(model, images), images, self.classes)
         return {"ap50": scores["ap50"], "map": scores["map"]}
 
-    def test(self, model: nn.Module, folder: Path) -> task.Outcome:
+    def test(self, model: nn.Module) -> task.Outcome:
         images = self.parts["test"]
         found = self.predict(model, images)
         rows, boxes = [], []
@@ -166,8 +166,9 @@ class Detection(task.Task):
             for label, value, box in zip(own["labels"], own["scores"], own["boxes"].tolist(), strict=True):
                 line = image.name, self.classes[label - 1], f"{value:.4f}", *(f"{x:.1f}" for x in box)
                 boxes.append(dict(zip(PREDICTIONS, line, strict=True)))
-        write_csv(boxes, folder / "predictions.csv", PREDICTIONS)
-        return task.Outcome(score(found, images, self.classes), rows, {"images": len(images), "classes": self.classes})
+        about = {"images": len(images), "classes": self.classes}
+        files = {"predictions.csv": csv_text(boxes, PREDICTIONS).encode(errors="backslashreplace")}
+        return task.Outcome(score(found, images, self.classes), rows, about, files)
 
     def predict(self, model: nn.Module, images: list[Annotated]) -> list[dict[str, Tensor]]:
         """Of each image boxes [n, 4] in pixels of its file, best first, scores [n] and labels [n], on the CPU."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -46,7 +47,7 @@ class Cases:
         on_bad: Literal["error", "skip"] = "error",
         level: Literal["slice", "volume"] = "volume",
     ) -> None:
-        root = Path(data_path).expanduser().resolve()
+        root = Path(os.path.realpath(Path(data_path).expanduser()))
         if not root.is_dir():
             raise UserError(f"data_path: {root} is not a folder; give the one that holds the images or volumes")
         files = [file.name for file in root.iterdir() if file.is_file()]

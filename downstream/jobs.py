@@ -34,11 +34,13 @@ from training import weights
 from training.scripts import load
 from utils import config, signals
 from utils.errors import UserError
-from utils.files import write_json, write_text
+from utils.files import read_json, write_json, write_text, writing
+from utils.locks import Lock
 
 FORKED = multiprocessing.get_context("forkserver")  # whose server imports torch once
 PARTS = {"script", "options", "start", "seeds"}  # of a recipe
 PLACES = ("dump_path", "pretrained_path", "checkpoint_name")  # options of a script that are set here
+LOG = "log.txt"
 GRACE = 90.0  # seconds in which a job that is told to stop may save
 MATTER = {"data_path", "epochs", "batch_size"}  # of the options that may change when a run goes on
 
@@ -74,7 +76,7 @@ def run_jobs(jobs: Sequence[Job], progress_file: Path, workers: int = 1, end: fl
                     continue
                 if job.folder in [other.folder for other in running]:  # this job, or one that is the same
                     continue
-                print(f"{job.title}: started at {time.strftime('%d %b %H:%M')}, see {job.folder}/log.txt", flush=True)
+                print(f"{job.title}: started at {time.strftime('%d %b %H:%M')}, see {job.folder / LOG}", flush=True)
                 with signals.noted():
                     running[job] = launch(job)
             if not running:
@@ -83,7 +85,7 @@ def run_jobs(jobs: Sequence[Job], progress_file: Path, workers: int = 1, end: fl
             for job in [job for job, process in running.items() if not process.is_alive()]:
                 if running.pop(job).exitcode:
                     failed.append(job)
-                    last = (job.folder / "log.txt").read_text().splitlines()[-1:]
+                    last = (job.folder / LOG).read_text(errors="replace").splitlines()[-1:]
                     print(f"{job.title}: FAILED ({''.join(last)})", flush=True)
                 else:
                     job.finish()
@@ -102,6 +104,8 @@ def run_jobs(jobs: Sequence[Job], progress_file: Path, workers: int = 1, end: fl
 def launch(job: Job) -> BaseProcess:
     """Start a job's process."""
     config.save_yaml(job.options, job.folder / "options.yaml")
+    with writing(log := job.folder / LOG), open(log, "a"):  # what a full disk stops is named here
+        pass
     process = FORKED.Process(target=_do, args=(job.script, job.folder))
     process.start()
     return process
@@ -110,9 +114,11 @@ def launch(job: Job) -> BaseProcess:
 def _do(script: str, folder: Path) -> None:
     """The script as from the command line, with its output in its log; it ends with the process that wanted it."""
     signals.end_with_parent()
-    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(folder / LOG, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
+    with Lock(folder / ".lock", "waits").held():  # a process of a runner that was killed, which saves; or another's
+        pass
     module = importlib.import_module(script)
     main = module.main if hasattr(module, "main") else module.run
     config.main(main, module.Config, module.__doc__, ["--config", str(folder / "options.yaml")])
@@ -172,7 +178,10 @@ class Pretraining(Job):
     def record(self) -> dict[str, Any] | None:
         """Also: commit, torch, and last, the last line of metrics.csv."""
         path = self.folder / "recipe.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        try:
+            return read_json(path) if path.is_file() else None
+        except ValueError as error:
+            raise UserError(f"{path}: is damaged ({error}); remove it to have it made anew") from None
 
     def finish(self) -> None:
         metrics = pd.read_csv(self.folder / "metrics.csv")
@@ -214,7 +223,7 @@ def _start(where: str, of: str, known: Mapping[str, Sequence[Pretraining]], k: i
         return of
     if not Path(of).is_file():
         raise UserError(f"{where}: {of} is neither a file nor a recipe that stands before this one")
-    return str(Path(of).resolve())
+    return os.path.realpath(of)
 
 
 def at(runs: Sequence[Pretraining], k: int) -> Pretraining:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
@@ -90,7 +91,7 @@ class LabelledVolumes:
         window: Sequence[float] | None = None,
         patients: str | None = None,
     ) -> None:
-        root = Path(data_path).expanduser().resolve()
+        root = Path(os.path.realpath(Path(data_path).expanduser()))
         given = {key: value for key, value in (("slice_axis", slice_axis), ("window", window)) if value is not None}
         labels = _label_files(root)
         if not labels:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -15,6 +14,7 @@ from downstream.encoders import NAMED, content_of
 from training.loading import read_record
 from utils import config
 from utils.errors import UserError
+from utils.files import read_json
 
 RESULTS = "results.json"  # of a run that is finished
 
@@ -44,7 +44,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     """The results.json of a finished run, with nan in place of null."""
     path = folder / RESULTS
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_json(path)
         return result | {"metrics": _with_nan(result["metrics"])}
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: is damaged, or of another version; remove it to have the run repeated") from None

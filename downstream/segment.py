@@ -11,6 +11,7 @@ docs/DOWNSTREAM.md has more.
 from __future__ import annotations
 
 import functools
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -190,8 +191,8 @@ class Segmentation(task.Task):
         found = [[metrics.dice(*metrics.masks(*one, own)) for one in volumes] for own in self.data.members.values()]
         return {"validation_dice": metrics.mean(list(map(metrics.mean, found)))}
 
-    def test(self, model: nn.Module, folder: Path) -> task.Outcome:
-        scores, rows = [], []
+    def test(self, model: nn.Module) -> task.Outcome:
+        scores, rows, overlays = [], [], {}
         for name in self.split.test:
             case = self.case(name)
             prediction = self.predict(model, case, native=True)
@@ -201,8 +202,8 @@ class Segmentation(task.Task):
                 numbers = {metric: f"{value:.6g}" for metric, value in values.items()}
                 rows.append({"case": name, "patient": case.pair.patient, "structure": structure, **numbers})
             if len(scores) <= self.cfg.overlays:
-                draw(case, prediction.numpy(), reference.numpy(), folder / f"{name}.png")
-        return task.Outcome(metrics.summarise(scores), rows)
+                overlays[f"{name}.png"] = draw(case, prediction.numpy(), reference.numpy())
+        return task.Outcome(metrics.summarise(scores), rows, files=overlays)
 
     def predict(self, model: nn.Module, case: Case, native: bool) -> Tensor:
         """Classes of a volume, uint8 on the CPU: [D, H, W] on the grid of its file, or [D, S, S] at working resolution.
@@ -272,7 +273,7 @@ def augment(
     return gamma(images, log_gamma), moved
 
 
-def draw(case: Case, prediction: np.ndarray, reference: np.ndarray, path: Path) -> None:
+def draw(case: Case, prediction: np.ndarray, reference: np.ndarray) -> bytes:
     """PNG of the slice with most labelled pixels: outlines of the reference on the left, of the prediction right."""
     from matplotlib.figure import Figure
 
@@ -285,7 +286,8 @@ def draw(case: Case, prediction: np.ndarray, reference: np.ndarray, path: Path) 
         for number in np.unique(classes[classes > 0]):
             axes.contour(classes == number, levels=[0.5], colors=f"C{number}", linewidths=1)
         axes.set_axis_off()
-    figure.savefig(path, dpi=150)
+    figure.savefig(picture := io.BytesIO(), dpi=150, format="png")
+    return picture.getvalue()
 
 
 class SliceUNet(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -14,7 +13,7 @@ import numpy as np
 from datasets.index import IMAGE_SUFFIXES
 from utils.config import read_yaml
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import read_json, write_json
 
 SUFFIXES = (".nii.gz", ".nii", ".npy", *sorted(IMAGE_SUFFIXES))  # that the name of a case may carry or leave out
 
@@ -90,7 +89,7 @@ def read_split(file: str, patients: Mapping[str, str]) -> Split:
     """
     path, naming = Path(file), Naming(patients)
     try:
-        values = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else read_yaml(path)
+        values = read_json(path) if path.suffix == ".json" else read_yaml(path)
     except (OSError, ValueError) as error:
         raise UserError(f"split: {path}: cannot be read ({error}); correct it, or leave --split out") from None
     parts = [values.get(part) for part in PARTS] if isinstance(values, dict) and set(values) == set(PARTS) else [None]

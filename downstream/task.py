@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -25,15 +26,16 @@ from tqdm import tqdm
 from downstream.encoders import describe_weights
 from downstream.metrics import format_metrics
 from downstream.results import RESULTS, differences, pretrained_on, read_results, settings_of, warn_of
-from downstream.splits import Split, choose_labelled, draw_split, write_split
+from downstream.splits import Split, choose_labelled, draw_split
 from utils import checkpoint, config, distributed, signals
 from utils.errors import UserError
-from utils.files import write_csv, write_json
+from utils.files import csv_text, json_text, owned, write_together
 from utils.optim import WarmupCosine, parameter_groups
 from utils.options import ARCHITECTURES, FREE, Group, data, model, optimisation, running
 from utils.precision import Precision
 from utils.seeding import DROPOUT, stream
 
+CONFIG = "config.yaml"
 SAVE_SECONDS = 60.0  # between checkpoints at the end of epochs: one takes seconds, for gigabytes of weights
 
 
@@ -73,6 +75,7 @@ class Outcome:
     metrics: dict[str, Any]  # name -> number, or group -> name -> number
     rows: list[dict[str, Any]]  # of cases.csv
     about: dict[str, Any] = field(default_factory=dict)  # what else results.json says
+    files: dict[str, bytes] = field(default_factory=dict)  # what else is worth keeping: pictures, predictions
 
 
 class Task(ABC):
@@ -152,12 +155,13 @@ class Task(ABC):
         """Figures of the validation cases, most important first: the epoch with the highest is kept (nan: lowest)."""
 
     @abstractmethod
-    def test(self, model: nn.Module, folder: Path) -> Outcome:
-        """Score the test cases, once. What else is worth keeping (pictures, predictions) goes into `folder`."""
+    def test(self, model: nn.Module) -> Outcome:
+        """Score the test cases, once."""
 
 
 def check(kind: type[Task], cfg: Any) -> None:
     """Raise UserError for whatever would stop `run`: options, weights, split, labels, data. Nothing is trained."""
+    _require_one_process()
     opened = Course(kind, cfg)
     if not opened.finished:
         with redirect_stdout(io.StringIO()):  # what was loaded is said when it is used
@@ -172,10 +176,13 @@ def run(kind: type[Task], cfg: Any) -> dict[str, Any]:
     Raises UserError before anything is trained, or when the loss is not finite; SystemExit (128 + signal) after a
     signal, once everything that was done is saved.
     """
-    with signals.handled():
+    folder = Path(cfg.dump_path)
+    _require_one_process()
+    done = (folder / RESULTS).is_file()  # then nothing is written
+    with signals.handled(), nullcontext() if done else owned(folder, f"trains into {folder}"):
         opened = Course(kind, cfg)
         if opened.finished:
-            print(f"{cfg.dump_path} holds this run, finished; for another one choose another --dump_path", flush=True)
+            print(f"{folder} holds this run, finished; for another one choose another --dump_path", flush=True)
         return opened.finished or opened.finish()
 
 
@@ -200,8 +207,6 @@ class Course:
         self.cfg, self.folder, self.began = cfg, Path(cfg.dump_path), time.monotonic()
         config.check(cfg)
         place = distributed.start(cfg.device, cfg.seed)
-        if place.world_size > 1:
-            raise UserError("downstream tasks train in one process; start them with python, not with torchrun")
         describe_weights(cfg.weights)  # a missing file is found before the data are read
         self.task = task = kind(cfg, place.device)
         task.split = draw_split(cfg.split, cfg.fractions, task.patients, cfg.split_seed, task.needed)
@@ -210,14 +215,24 @@ class Course:
         self.finished = read_results(self.folder) if (self.folder / RESULTS).is_file() else None
         self.state = None if self.finished else checkpoint.load(self.folder)
         begun = self.finished or self.state
-        if begun and (changed := differences(begun.get("settings"), self.settings)):
+        changed = differences(begun.get("settings"), self.settings) if begun else self.others()
+        if changed:
             said = f"{self.folder} holds a run made with other options ({'; '.join(changed)})"
             raise UserError(f"dump_path: {said}; choose another, or delete that folder to start again")
         self.at, self.saved_at = Progress(), self.began
         self.kept: dict[str, Tensor] = {}  # weights of the best epoch
 
+    def others(self) -> list[str]:
+        """In what the options differ from those of a run whose results were removed, or of another script's."""
+        file = self.folder / CONFIG
+        old, new = config.read_yaml(file) if file.is_file() else None, config.to_dict(self.cfg)
+        fixed = {f.name for f in fields(self.cfg) if not f.metadata.get("may_change")}
+        if old is None or not isinstance(old, dict) or not fixed <= old.keys():
+            return ["of another script"] if file.is_file() else []
+        return [f"{name}: {old[name]} -> {new[name]}" for name in new if name in fixed and old[name] != new[name]]
+
     def finish(self) -> dict[str, Any]:
-        """Train and test, and write what comes out."""
+        """Train and test; then all that comes out takes its place together, so that a folder never holds a mixture."""
         cfg, task, folder = self.cfg, self.task, self.folder
         self.model = task.build()
         task.examine()
@@ -227,8 +242,6 @@ class Course:
         seen = pretrained_on(cfg.weights, {case: task.sources[case] for case in task.split.test})
         if seen:
             print(f"warning: {warn_of(seen, test)}", flush=True)
-        config.save_yaml(config.to_dict(cfg), folder / "config.yaml")
-        write_split(task.split, folder / "split.json")
         task.load()
         self.model.to(task.device)
         if task.epochs:
@@ -237,7 +250,7 @@ class Course:
             trained = self.train() if task.epochs else {}
             self.model.eval()
             with torch.no_grad():
-                outcome = task.test(self.model, folder)
+                outcome = task.test(self.model)
         except SystemExit:  # a signal
             if task.epochs:
                 print(f"stopped in epoch {self.at.epoch + 1}; run the same command to go on", flush=True)
@@ -257,14 +270,27 @@ class Course:
             "config": config.to_dict(cfg),
             "settings": self.settings,
         }
-        write_csv(outcome.rows, folder / "cases.csv")
-        write_json(result, folder / RESULTS)  # the last: it says that the run is finished
-        for name in (checkpoint.LATEST, checkpoint.PREVIOUS):
-            (folder / name).unlink(missing_ok=True)
+        self.write(outcome, result)
         best = f"; epoch {result['best_epoch']} of {task.epochs} was the best on validation" if task.epochs > 1 else ""
         print(format_metrics(outcome.metrics, outcome.about))
         print(f"{test} test cases{best}\nwrote {folder}/results.json and cases.csv", flush=True)
         return result
+
+    def write(self, outcome: Outcome, result: dict[str, Any]) -> None:
+        texts = {
+            CONFIG: config.yaml_text(result["config"]),
+            "split.json": json_text(asdict(self.task.split)),
+            "cases.csv": csv_text(outcome.rows),
+            RESULTS: json_text(result),  # the last: it says that the run is finished
+        }
+        contents = {name: text.encode(errors="backslashreplace") for name, text in texts.items()} | outcome.files
+        if self.kept:
+            torch.save(self.kept, best := io.BytesIO())
+            contents["best.pth"] = best.getvalue()
+        with signals.noted():
+            write_together({self.folder / name: x for name, x in contents.items()}, last=[self.folder / RESULTS])
+            for name in (checkpoint.LATEST, checkpoint.PREVIOUS):
+                (self.folder / name).unlink(missing_ok=True)
 
     def begin(self) -> None:
         """Make the optimiser, and take up a run that was stopped."""
@@ -287,7 +313,6 @@ class Course:
         while self.at.epoch < self.task.epochs:
             self.epoch()
         self.model.load_state_dict(self.kept)
-        checkpoint.write(self.kept, self.folder / "best.pth")
         return {"best_epoch": self.at.best_epoch + 1, "history": self.at.history}
 
     def epoch(self) -> None:
@@ -353,6 +378,11 @@ class Course:
     def seconds(self) -> float:
         """Of the run, all its parts together."""
         return self.at.seconds + time.monotonic() - self.began
+
+
+def _require_one_process() -> None:
+    if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("downstream tasks train in one process; start them with python, not with torchrun")
 
 
 def _rank(figures: Mapping[str, float]) -> tuple[float, ...]:

@@ -24,6 +24,7 @@ import prepare_data
 from downstream.splits import PARTS, Split, make_split, write_split
 from utils import config as options
 from utils.errors import UserError
+from utils.files import whole_file, write_text
 
 SETS = {  # shares of the patients in train, validation and test
     "heart_la": (0.6, 0.15, 0.25),
@@ -73,10 +74,11 @@ def main(cfg: Config) -> None:
         if name == "heart_la":
             cut_stacks(dest, table.patient, split)
         print(f"{name}: {', '.join(f'{len(getattr(split, part))} {part}' for part in PARTS)}")
-    shutil.copyfile(source / "chest_xray" / "labels.csv", dest / "tasks" / "chest_xray.csv")
+    with whole_file(dest / "tasks" / "chest_xray.csv") as temporary:
+        shutil.copyfile(source / "chest_xray" / "labels.csv", temporary)
     if "fdgpet_cdi" in SETS:
         pet = read_cases(source / "fdgpet_cdi").rename_axis("case").reset_index()
-        pet.assign(case=pet.case + ".npy").to_csv(dest / "tasks" / "fdgpet_cdi.csv", index=False)
+        write_text(pet.assign(case=pet.case + ".npy").to_csv(index=False), dest / "tasks" / "fdgpet_cdi.csv")
     print(f"wrote {dest}")
 
 
@@ -127,20 +129,20 @@ def cut_stacks(dest: Path, patients: pd.Series, split: Split) -> None:
     heart, folder = dest / "tasks" / "heart_la", dest / "tasks" / "heart_la_stacks"
     if folder.with_suffix(".csv").is_file():  # which is written last
         return
-    folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for volume, patient in patients.sort_index().items():
         image, label = (np.load(heart / kind / f"{volume}.npy", mmap_mode="r") for kind in ("", "labels"))
         shown = label.any(axis=(0, 1))
         for k in range(len(shown) // STACK):
             case, part = f"{volume}_{k}.npy", slice(k * STACK, (k + 1) * STACK)
-            np.save(folder / case, image[:, :, part], allow_pickle=False)
+            with whole_file(folder / case) as temporary, open(temporary, "wb") as file:
+                np.save(file, image[:, :, part], allow_pickle=False)
             kind = "inside" if shown[part].all() else "edge" if shown[part].any() else "none"
             rows.append({"case": case, "patient": patient, "label": kind, "volume": volume})
     table = pd.DataFrame(rows)
     parts = (table.case[table.volume.isin(getattr(split, part))].tolist() for part in PARTS)
     write_split(Split(*parts), dest / "splits" / "heart_la_stacks.json")
-    table.drop(columns="volume").to_csv(folder.with_suffix(".csv"), index=False)
+    write_text(table.drop(columns="volume").to_csv(index=False), folder.with_suffix(".csv"))
 
 
 def prepare(source: Path, dest: Path) -> None:
@@ -151,8 +153,8 @@ def copy(files: Iterable[str], source: Path, dest: Path) -> None:
     """Those files that are not there."""
     for file in files:
         if not (dest / file).exists():
-            (dest / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / file, dest / file)
+            with whole_file(dest / file) as temporary:  # what is there counts as copied
+                shutil.copyfile(source / file, temporary)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,6 @@ from training.scripts import load
 from utils import config as options
 from utils import files
 from utils.errors import UserError
-from utils.locks import Lock
 
 SECTIONS = ("defaults", "recipes", "comparisons", "differences")
 
@@ -55,10 +53,7 @@ def main(cfg: Config) -> None:
         return
     compare.check([cell for comparison in plan.comparisons.values() for cell in comparison.cells])
     os.environ |= {"OMP_NUM_THREADS": str(cfg.threads), "MKL_NUM_THREADS": str(cfg.threads)}
-    lock = Lock(out / ".lock", "does experiments")
-    with ExitStack() as stack:
-        with files.writing(lock.path):
-            stack.enter_context(lock.held("wait for it or stop it, or choose another --dump_path"))
+    with files.owned(out, "does experiments"):
         failed = jobs.run_jobs(plan.jobs, out / "progress.txt", cfg.jobs, end)
     print(jobs.progress(plan.jobs), flush=True)
     if failed:
@@ -100,7 +95,7 @@ def read_plan(files: Sequence[str | Path], out: Path) -> Plan:
                 known[name] = _entry(f"{file}: {name}", about, known, content.get("defaults") or {})
                 place[name] = number
         differences += [tuple(pair) for pair in content.get("differences") or []]
-    recipes = jobs.read_recipes(described["recipes"], (out / "recipes").resolve())
+    recipes = jobs.read_recipes(described["recipes"], Path(os.path.realpath(out / "recipes")))
     comparisons = {name: _comparison(name, about, recipes, out) for name, about in described["comparisons"].items()}
     # Seed by seed over all that has seeds: whenever the time is up, every table has as many as the others.
     ranked = [((place[name], k), run) for name, runs in recipes.items() for k, run in enumerate(runs)]

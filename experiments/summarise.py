@@ -21,7 +21,7 @@ from downstream import compare
 from experiments.run import Comparison, Plan, read_plan
 from utils import config as options
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import write_together
 
 BLOCK = re.compile(r"(<!-- (means|differences|figure) ([\w ]+) -->\n).*?<!-- end -->", re.DOTALL)
 LAST = ("loss", "intra_std", "intra_rank", "inter_std", "inter_rank", "interpolation", "mask_skill")  # of metrics.csv
@@ -42,12 +42,13 @@ class Config:
 def main(cfg: Config) -> None:
     plan, records, page = read_plan(cfg.experiments, Path(cfg.dump_path)), Path(cfg.records), Path(cfg.page)
     cells = update(records / "cells.csv", finished_cells(plan), "comparison")
-    update(records / "recipes.csv", finished_recipes(plan), "recipe")
+    recipes = update(records / "recipes.csv", finished_recipes(plan), "recipe")
     known = {name: about for name, about in plan.comparisons.items() if (cells.comparison == name).any()}
     if not known:
         raise UserError(f"dump_path: {cfg.dump_path} holds no finished comparison; run experiments.run first")
     summary = pd.concat(summarise(name, about, cells, plan) for name, about in known.items())
-    compare.write_csv(summary, records / "summary.csv")
+    tables = {"cells": cells, "recipes": recipes, "summary": summary}
+    contents = {records / f"{name}.csv": compare.csv_of(table).encode() for name, table in tables.items() if len(table)}
 
     def renewed(block: re.Match[str]) -> str:
         kind, names = block[2], block[3].split()
@@ -55,13 +56,14 @@ def main(cfg: Config) -> None:
             raise UserError(f"page: {unknown[0]} is no comparison of these files that is finished")
         if kind == "figure":
             panels = {name: (cells[cells.comparison == name], known[name].metrics[0]) for name in names}
-            compare.plot(panels, picture := records / "comparisons.png")
+            contents[picture := records / "comparisons.png"] = compare.plot(panels)
             content = f"![Scores over the number of labelled cases]({os.path.relpath(picture, page.parent)})\n"
         else:
             content = table(kind, names, known, summary)
         return f"{block[1]}{content}<!-- end -->"
 
-    write_text(BLOCK.sub(renewed, page.read_text(encoding="utf-8")), page)
+    contents[page] = BLOCK.sub(renewed, page.read_text(encoding="utf-8")).encode()
+    write_together(contents)
     print(f"wrote {page}, and cells.csv, recipes.csv and summary.csv in {records}")
 
 
@@ -88,13 +90,11 @@ def finished_recipes(plan: Plan) -> pd.DataFrame:
 
 
 def update(path: Path, new: pd.DataFrame, key: str) -> pd.DataFrame:
-    """The records with all rows of what is new in place of older ones of the same name."""
+    """The records in a file, with all rows of what is new in place of older ones of the same name."""
     old = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=[key])
     if new.empty:
         return old
-    rows = pd.concat([old[~old[key].isin(new[key])], new]) if len(old) else new
-    compare.write_csv(rows, path)
-    return rows
+    return pd.concat([old[~old[key].isin(new[key])], new]) if len(old) else new
 
 
 def summarise(name: str, comparison: Comparison, cells: pd.DataFrame, plan: Plan) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from training.log import METRICS, WARNINGS
 from utils import checkpoint
 from utils.config import parse, read_yaml
 from utils.errors import UserError
+from utils.files import read_json
 from utils.guards import BAD_STEPS
 
 RESULTS = ("results.json", "summary.csv")  # of a downstream task, of a comparison
@@ -47,9 +48,9 @@ class RunFolder:
 def read_runs(folders: list[str]) -> list[RunFolder]:
     """Raises UserError where a folder is no run's, or a file in it is damaged."""
     paths = [Path(folder).expanduser() for folder in folders]
-    if len({path.resolve() for path in paths}) < len(paths):
+    if len(set(map(os.path.realpath, paths))) < len(paths):
         raise UserError(f"runs: {', '.join(folders)}: each run folder once")
-    short = [path.resolve().name for path in paths]
+    short = [os.path.basename(os.path.realpath(path)) for path in paths]
     names = short if len({*short}) == len(paths) else [str(path) for path in paths]
     return [_read_run(path, name) for path, name in zip(paths, names, strict=True)]
 
@@ -115,7 +116,7 @@ def _read_record(config: Any, notes: list[str]) -> dict[str, Any] | None:
     """What made the weights of this run, from the json beside them; None, and a note, where that is not to be had."""
     path = (Path(config.pretrained_path) / config.checkpoint_name).with_suffix(".json")
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         if all(record["config"][name] == getattr(config, name) for name in ("dump_path", "seed")):
             return record
     notes.append(f"{path} is not of this run, which has not finished, or whose weights were moved or replaced.")
@@ -163,7 +164,7 @@ def _read(path: Path) -> Table:
         if path.suffix == ".csv":
             frame = pd.read_csv(path, dtype=str, keep_default_na=False)
         else:
-            result = json.loads(path.read_text(encoding="utf-8"))
+            result = read_json(path)
             frame = _table_of(result["metrics"])
             facts = [f"{result[key]} {key}" for key in ("cases", "patients") if isinstance(result.get(key), int)]
             facts += [f"weights {result['weights']}"] if "weights" in result else []
@@ -171,7 +172,7 @@ def _read(path: Path) -> Table:
                 facts.append(f"WARNING: {warn_of(seen, result['cases'])}")
             data = result.get("config", {}).get("data_path", "")
             split = path.with_name("split.json")
-            tested = json.loads(split.read_text(encoding="utf-8"))["test"] if split.is_file() else []
+            tested = read_json(split)["test"] if split.is_file() else []
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is not a results file of downstream/ that can be read ({error})") from None
     about = f"{path}: {', '.join(facts)}" if facts else str(path)

@@ -61,7 +61,10 @@ def test_rules_between_options():
         config.check(mask_swav.Config(**one_slice))
 
 
-@pytest.mark.parametrize("read", [config.read_yaml, checkpoint.read, lambda path: files.read_csv(path, "labels")])
+READERS = [config.read_yaml, checkpoint.read, lambda path: files.read_csv(path, "labels"), files.read_json]
+
+
+@pytest.mark.parametrize("read", READERS)
 def test_a_pipe_or_folder_where_a_file_belongs_is_refused(read, tmp_path):
     """To open a pipe into which nobody writes would wait for ever."""
     os.mkfifo(tmp_path / "x")
@@ -97,11 +100,34 @@ def test_half_a_group_in_the_environment_is_said(monkeypatch):
         distributed.start("cpu")
 
 
-@pytest.mark.parametrize("text", ["a: &x [1]\nb: *x", "a: " + "9" * 2**20], ids=["alias", "large"])
-def test_yaml_that_could_stand_for_gigabytes_is_refused(text, tmp_path):
+DEEP = {"flow": "[" * 100_000, "map": "{a: " * 100_000, "block": "- " * 100_000}
+
+
+@pytest.mark.parametrize(
+    "text", ["a: &x [1]\nb: *x", "a: " + "9" * 2**20, *DEEP.values()], ids=["alias", "large", *DEEP]
+)
+def test_yaml_that_could_stand_for_gigabytes_or_take_minutes_is_refused(text, tmp_path):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(UserError, match=r"x\.yaml: .*aliases"):
         config.read_yaml(tmp_path / "x.yaml")
+
+
+def test_depth_that_files_have_is_read_and_json_of_any_depth_is_no_crash(tmp_path):
+    (tmp_path / "x").write_text("a:\n- b: [1, {c: 2}]\n- d:\n  - e\n" + "".join(f"k{i}: [1]\n" for i in range(99)))
+    assert config.read_yaml(tmp_path / "x")["a"] == [{"b": [1, {"c": 2}]}, {"d": ["e"]}]
+    (tmp_path / "x").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="too deeply"):
+        files.read_json(tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "loop/a"])
+def test_a_path_that_cannot_be_is_one_line(name, tmp_path, capsys):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(SystemExit) as stopped:
+        config.main(lambda cfg: os.stat(cfg.data_path), mask_swav.Config, None, ["--data_path", str(tmp_path / name)])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{name}: " in line
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

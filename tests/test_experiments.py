@@ -83,7 +83,7 @@ def test_a_mistake_in_a_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_page_of_results_is_what_its_records_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The project's files can be expanded, and tables and summary are worked out again without any run."""
-    monkeypatch.setattr(compare, "plot", lambda *_: None)
+    monkeypatch.setattr(compare, "plot", lambda *_: b"")
     shutil.copytree(ROOT / "docs" / "results", tmp_path / "results")
     page = shutil.copy(ROOT / "docs" / "RESULTS.md", tmp_path)
     where = {"records": str(tmp_path / "results"), "page": str(page), "dump_path": str(tmp_path / "nothing")}

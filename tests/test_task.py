@@ -6,10 +6,12 @@ import gc
 import json
 import math
 import os
+import resource
 import signal
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,9 +26,11 @@ from downstream.splits import Split, write_split
 from downstream.task import Options, Outcome, Task
 from models.resnet import GreyResNet
 from reporting.runs import read_tables
+from training import train
 from utils import checkpoint, options
 from utils.errors import UserError
 from utils.files import read_csv, write_csv
+from utils.locks import Lock
 from utils.seeding import stream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,7 +79,7 @@ class Line(Task):
         x = torch.linspace(-1, 1, 9)[:, None]
         return {"fit": -float(F.mse_loss(model(x), 2 * x))}
 
-    def test(self, model: nn.Module, folder: Path) -> Outcome:
+    def test(self, model: nn.Module) -> Outcome:
         rows = [{"case": case, "error": float(model(torch.ones(1, 1)))} for case in self.split.test]
         return Outcome({"error": rows[0]["error"], "undefined": math.nan}, rows)
 
@@ -173,6 +177,77 @@ def test_a_folder_with_another_run_is_refused_and_a_finished_one_read(tmp_path, 
     split.write_text('{"train": ["c0"], "validation": ["c4"], "test": ["c6"]}')
     with pytest.raises(UserError, match="the content of split"):
         task.check(kind, cfg)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("moves", range(6))
+def test_what_a_run_leaves_takes_its_place_together(moves, tmp_path, monkeypatch):
+    """Stopped after so many moves: the same command makes it whole, one with other options is refused."""
+    kind, cfg = line(tmp_path)
+    folder, move, done = tmp_path / "run", os.replace, []
+
+    def test(self: Task, model: nn.Module) -> Outcome:
+        assert done or contents(Path(self.cfg.dump_path)).keys() == {".lock"}
+        return replace(Line.test(self, model), files={"more.png": b"picture"})
+
+    def stopped(source: Path, target: Path) -> None:
+        if len(done) == moves:
+            raise KeyboardInterrupt
+        done.append(move(source, target))
+
+    kind = type("Line", (Line,), {"test": test})
+    whole = task.run(kind, replace(cfg, dump_path=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            task.run(kind, cfg)
+    assert len(contents(folder)) == moves if moves else not folder.exists()
+    assert not (folder / "results.json").exists()
+    if moves:
+        with pytest.raises(UserError, match=r"other options \(seed: 0 -> 1\)"):
+            task.run(kind, replace(cfg, seed=1))
+    assert json.dumps(task.run(kind, cfg)["metrics"]) == json.dumps(whole["metrics"])
+    now, expected = contents(folder), contents(tmp_path / "whole")
+    assert now.keys() == expected.keys()
+    assert now["best.pth"] == expected["best.pth"]
+
+
+@pytest.mark.parametrize("room", [50, 400, 2000, 3000])
+def test_a_full_disk_is_named_and_leaves_nothing_that_is_half(tmp_path, room):
+    """room: bytes that a file may have; of the lock, of checkpoint and tables, of best.pth."""
+    kind, cfg = line(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"run/.*: cannot be written \(File too large\)"):
+            task.run(kind, cfg)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "run").exists()
+    task.run(kind, cfg)
+
+
+def test_a_folder_has_one_user_and_one_kind_of_run(tmp_path):
+    kind, cfg = line(tmp_path)
+    with (
+        Lock(tmp_path / "run/.lock", "trains").held(),
+        pytest.raises(UserError, match=r"process \d+ on .* trains since"),
+    ):
+        task.run(kind, cfg)
+    task.run(kind, cfg)
+    trains = SimpleNamespace(dump_path=cfg.dump_path, pretrained_path=str(tmp_path), checkpoint_name="w.pth")
+    with pytest.raises(UserError, match="holds results of a downstream task"):
+        train.require_free(SimpleNamespace(**vars(trains), dry_run=False, fit_batch=0))
+    (tmp_path / "run/results.json").unlink()
+    (tmp_path / "run/config.yaml").write_text("data_path: x\nd_model: 8\n")  # of a training script
+    with pytest.raises(UserError, match="of another script"):
+        task.run(kind, cfg)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/.*: cannot be written \(Not a directory\)"):
+        task.run(kind, replace(cfg, dump_path=str(tmp_path / "file/run")))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from training import layouts
 from utils import tensors
 from utils.distributed import rank
 from utils.errors import UserError
+from utils.files import read_json
 from utils.options import ARCHITECTURES
 from utils.tensors import Stored
 
@@ -64,10 +64,10 @@ def read_record(path: Path) -> dict[str, Any] | None:
     try:
         if about.stat().st_size > RECORD_BYTES:
             raise ValueError
-        record = json.loads(about.read_text(encoding="utf-8"))
+        record = read_json(about)
         if record["config"]["arch"] in ARCHITECTURES:
             return record
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass
     raise UserError(f"{about}: damaged; it should say the arch of {path.name}: copy it again, or remove it")
 

@@ -37,8 +37,17 @@ def start(config: Any) -> Run:
     weights.check(config)
     run = distributed.start(config.device, config.seed, config.timeout_minutes)
     guards.require_same_options(to_dict(config))
-    distributed.on_main(lambda: [lock.check(remedy) for lock, remedy in outputs(config).items()])
+    distributed.on_main(partial(require_free, config))
     return run
+
+
+def require_free(config: Any) -> None:
+    """UserError where another run has what this one would write, or its folder holds results of downstream/."""
+    locks, folder = outputs(config), Path(config.dump_path)
+    for lock, remedy in locks.items():
+        lock.check(remedy)
+    if locks and (folder / "results.json").exists():
+        raise UserError(f"dump_path: {folder} holds results of a downstream task; choose another")
 
 
 def outputs(config: Any) -> dict[Lock, str]:

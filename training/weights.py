@@ -43,7 +43,7 @@ def check(config: Any) -> None:
     if len(set(results)) < len(results):
         raise UserError(f"checkpoint_name: {results[0].name} would be overwritten by its own record; end it in .pth")
     for option, path in given.items():
-        if path.resolve() in [result.resolve() for result in results]:
+        if os.path.realpath(path) in map(os.path.realpath, results):
             raise UserError(f"checkpoint_name: {results[0].name} would overwrite {option} {path}; choose another name")
     for result in results:
         if result.is_dir():

@@ -25,12 +25,6 @@ SEAL = b"\nsha256 "  # ends a checkpoint, before the digest of all that precedes
 SEAL_BYTES = len(SEAL) + 64
 
 
-def write(state: dict[str, Any], path: Path) -> None:
-    """torch.save to a temporary file in the same folder, flushed to disk, then renamed: never half a file at `path`."""
-    with whole_file(path) as temporary, open(temporary, "wb") as file:
-        torch.save(state, file)
-
-
 def save(state: dict[str, Any], folder: Path, keep_as: str | None = None) -> None:
     """Write the newest checkpoint of a run and keep the one before it; `keep_as` also keeps this one for good.
 

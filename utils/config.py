@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import math
 import os
 import re
@@ -25,7 +26,13 @@ from utils import distributed, files, signals
 from utils.errors import UserError
 
 TOPICS = ("options", "data", "model", "objective", "optimisation", "running")
+NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)  # which a path has that never leads anywhere
 YAML_BYTES = 2**20
+YAML_DEPTH = 50
+OPENS = tuple(
+    getattr(yaml, f"{kind}StartToken") for kind in ("FlowSequence", "FlowMapping", "BlockSequence", "BlockMapping")
+)
+CLOSES = yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken
 CODE = (":(top)", ":(top,exclude)benchmarks/results", ":(top,exclude)docs/results")
 
 
@@ -138,7 +145,11 @@ def main(script: Callable[[Any], None], config_class: type, doc: str | None, arg
             config = parse(config_class, doc, args)
             check(config)
             script(config)
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):
+            if error.errno not in NO_PATH:
+                raise
+            error = f"{error.filename}: {error.strerror}; name another file or folder"
         print(f"error: {error}", file=sys.stderr, flush=True)
         distributed.stop()
         distributed.end_torchrun()
@@ -182,7 +193,11 @@ def _plain(value: Any) -> Any:
 
 
 def save_yaml(values: dict[str, Any], path: Path) -> None:
-    files.write_text(yaml.safe_dump(values, sort_keys=False), path)
+    files.write_text(yaml_text(values), path)
+
+
+def yaml_text(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False)
 
 
 def read_yaml(path: Path) -> Any:
@@ -193,13 +208,24 @@ def read_yaml(path: Path) -> Any:
     files.require_ordinary(path)
     try:
         content = path.read_bytes() if path.stat().st_size <= YAML_BYTES else None
-        if content is None or any(isinstance(token, yaml.AliasToken) for token in yaml.scan(content)):
-            raise UserError(f"{path}: is larger than {YAML_BYTES} bytes or uses aliases (*name); write it out, shorter")
+        if content is None or not _is_plain(content):
+            limits = f"is larger than {YAML_BYTES} bytes, nested deeper than {YAML_DEPTH} or uses aliases (*name)"
+            raise UserError(f"{path}: {limits}; write it out, shorter")
         return yaml.safe_load(content)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())}); correct it") from None
+
+
+def _is_plain(content: bytes) -> bool:
+    """Whether YAML text has no aliases, and no depth that PyYAML takes minutes for."""
+    depth = 0
+    for token in yaml.scan(content):
+        depth += isinstance(token, OPENS) - isinstance(token, CLOSES)
+        if isinstance(token, yaml.AliasToken) or depth > YAML_DEPTH:
+            return False
+    return True
 
 
 def commit() -> str:

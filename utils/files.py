@@ -62,6 +62,21 @@ def write_together(contents: Mapping[Path, bytes], last: Collection[Path] = ()) 
 
 
 @contextlib.contextmanager
+def owned(folder: Path, doing: str) -> Iterator[locks.Lock]:
+    """Within, a folder is this process's; it is made, and goes again when nothing has come into it.
+
+    doing: what this process does, for others: "trains into runs/x". Raises UserError where another process has it, by
+    name, or where nothing can be written.
+    """
+    lock = locks.Lock(folder / ".lock", doing)
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove_if_empty, folder)
+        with writing(lock.path):
+            stack.enter_context(lock.held("wait for it or stop it, or choose another --dump_path"))
+        yield lock
+
+
+@contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
     """A free name beside `path`, gone when the block ends; errors of writing name `path`, the reason and a remedy."""
     temporary = path.with_name(f".{path.name}.{locks.machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -97,18 +112,28 @@ def write_text(text: str, path: Path) -> None:
 
 
 def write_json(value: Any, path: Path) -> None:
-    """A whole JSON file; NaN and infinities become null, which every reader of JSON knows."""
-    write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n", path)
+    """A whole JSON file, of `json_text`."""
+    write_text(json_text(value), path)
+
+
+def json_text(value: Any) -> str:
+    """JSON in which NaN and infinities are null, which every reader knows."""
+    return json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]], path: Path, columns: Sequence[str] = ()) -> None:
-    """A whole CSV file with `columns` and all others of the rows, in the order in which they first appear."""
+    """A whole CSV file, of `csv_text`."""
+    write_text(csv_text(rows, columns), path)
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
+    """CSV with `columns` and all others of the rows, in the order in which they first appear."""
     text = io.StringIO()
     names = dict.fromkeys([*columns, *(name for row in rows for name in row)])
     writer = csv.DictWriter(text, list(names), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(text.getvalue(), path)
+    return text.getvalue()
 
 
 def shown(path: Path | str) -> str:
@@ -122,6 +147,15 @@ def require_ordinary(path: Path) -> None:
         if path.exists() and not path.is_file():
             what = "a folder" if path.is_dir() else "a pipe or device"
             raise UserError(f"{path}: is {what}, not a file; name an ordinary file")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises OSError, ValueError; UserError for a pipe or folder."""
+    require_ordinary(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
 
 
 def read_csv(path: str | Path, option: str, columns: Sequence[str] = ()) -> list[dict[str, str]]:
@@ -162,6 +196,11 @@ def _flush_folder(folder: Path) -> None:
     """Makes renamings last through a power failure, where that can be asked."""
     with contextlib.suppress(OSError):
         _flush(folder)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _writer_lives(leftover: Path) -> bool:
