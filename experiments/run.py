@@ -28,6 +28,22 @@ from utils.errors import UserError
 SECTIONS = ("defaults", "recipes", "comparisons", "differences")
 
 
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+MAPPING = (lambda v: isinstance(v, dict) and all(isinstance(name, str) for name in v), "a mapping by name")
+PARTS = {  # of a file and its entries: what is a good value, in code and in words
+    **dict.fromkeys(("defaults", "recipes", "comparisons", "options"), MAPPING),
+    "start": (lambda v: isinstance(v, dict) and _texts([*v, *v.values()]), "a mapping of options to names"),
+    "script": (lambda v: isinstance(v, str), "the name of a training script"),
+    "like": (lambda v: isinstance(v, str), "the name of an entry"),
+    "seeds": (lambda v: isinstance(v, list) and v and all(type(x) is int for x in v), "a list of whole numbers"),
+    "metrics": (lambda v: _texts(v) and v, "a list of names of metrics"),
+    "differences": (lambda v: isinstance(v, list) and all(_texts(x) and len(x) == 2 for x in v), "a list of pairs"),
+}
+
+
 @dataclass
 class Config:
     experiments: list[str] = field(default_factory=lambda: ["experiments/main.yaml"])
@@ -88,6 +104,7 @@ def read_plan(files: Sequence[str | Path], out: Path) -> Plan:
         content = options.read_yaml(Path(file)) or {}
         if not isinstance(content, dict) or not content.keys() <= set(SECTIONS):
             raise UserError(f"{file}: must be a mapping with none but {', '.join(SECTIONS)}")
+        _require_kinds(str(file), content)
         for section, known in described.items():
             for name, about in (content.get(section) or {}).items():
                 if name in place:
@@ -95,6 +112,8 @@ def read_plan(files: Sequence[str | Path], out: Path) -> Plan:
                 known[name] = _entry(f"{file}: {name}", about, known, content.get("defaults") or {})
                 place[name] = number
         differences += [tuple(pair) for pair in content.get("differences") or []]
+    if not any(described.values()):
+        raise UserError(f"experiments: {', '.join(map(str, files))}: describes no recipes and no comparisons")
     recipes = jobs.read_recipes(described["recipes"], Path(os.path.realpath(out / "recipes")))
     comparisons = {name: _comparison(name, about, recipes, out) for name, about in described["comparisons"].items()}
     # Seed by seed over all that has seeds: whenever the time is up, every table has as many as the others.
@@ -105,10 +124,18 @@ def read_plan(files: Sequence[str | Path], out: Path) -> Plan:
     return Plan(recipes, comparisons, differences, [job for _, job in sorted(ranked, key=lambda pair: pair[0])])
 
 
+def _require_kinds(where: str, part: Mapping[str, Any]) -> None:
+    """UserError for what PARTS say is of another kind."""
+    for name, (good, wanted) in PARTS.items():
+        if name in part and not good(part[name]):
+            raise UserError(f"{where}: {name}: {part[name]!r} must be {wanted}")
+
+
 def _entry(where: str, about: Any, known: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """An entry over the one that it is `like`, whose options and start it adds to; below, its script's defaults."""
     if not isinstance(about, dict) or about.get("like") not in (None, *known):
         raise UserError(f"{where}: must be a mapping, and `like`, if given, the name of an entry before it")
+    _require_kinds(where, about)
     base = known.get(about.get("like"), {})
     entry = {name: value for name, value in (base | about).items() if name != "like"}
     for part in ("options", "start"):

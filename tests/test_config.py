@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import importlib
 import os
@@ -142,3 +143,14 @@ def test_help_explains_every_field(script, capsys):
         about = text[start:].split("\n  --")[0]
         assert "default:" in about
         assert len(about.split("(type:")[0].split()) > 3, f"{field.name} has no explanation"
+
+
+def test_names_that_a_spreadsheet_would_calculate_are_texts_in_csv_and_come_back(tmp_path):
+    names = ["=cmd|' /C calc'!A0", "@SUM(1)", "+a", "-b", "'=c", "-1.5 0 2", "plain", "'quoted'"]
+    files.write_csv(
+        [{"name": name, "value": value} for name, value in zip(names, range(8), strict=True)], tmp_path / "a.csv"
+    )
+    with open(tmp_path / "a.csv", newline="") as file:
+        cells = [line[0] for line in csv.reader(file)][1:]
+    assert [cell.startswith("'") for cell in cells] == [True] * 5 + [False, False, True]
+    assert [row["name"] for row in files.read_csv(tmp_path / "a.csv", "x")] == names

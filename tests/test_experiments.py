@@ -80,6 +80,22 @@ def test_a_mistake_in_a_file_is_named(tmp_path: Path) -> None:
         read_plan([write(tmp_path / "x.yaml", content)], tmp_path)
 
 
+@pytest.mark.parametrize("junk", [3, [None], {1: 2}])
+@pytest.mark.parametrize(
+    "part", ["defaults", "recipes", "comparisons", "options", "start", "script", "seeds", "metrics"]
+)
+def test_what_is_of_another_kind_is_named(part: str, junk: Any, tmp_path: Path) -> None:
+    content = yaml.safe_load(FIRST)
+    holder = next(
+        place for place in (content, content["recipes"]["joint"], content["comparisons"]["a"]) if part in place
+    )
+    holder[part] = junk
+    with pytest.raises(UserError, match=f"{part}: .* must be "):
+        read_plan([write(tmp_path / "x.yaml", content)], tmp_path)
+    with pytest.raises(UserError, match="describes no recipes"):
+        read_plan([write(tmp_path / "x.yaml", "")], tmp_path)
+
+
 @pytest.mark.slow
 def test_the_page_of_results_is_what_its_records_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The project's files can be expanded, and tables and summary are worked out again without any run."""

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import re
 import secrets
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from typing import Any
 from utils import locks, signals
 from utils.errors import UserError
 
+FORMULA = re.compile(r"'*([=+@\t\r]|-(?![\d.]))")  # how a text begins that spreadsheets calculate, or one marked so
 FORGOTTEN = 86400.0  # seconds after which the temporary file of another machine is nobody's any more
 
 
@@ -127,13 +129,31 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: Path, columns: Sequence[s
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
-    """CSV with `columns` and all others of the rows, in the order in which they first appear."""
+    """CSV with `columns` and all others of the rows, in the order in which they first appear.
+
+    Texts that a spreadsheet would take for formulas, as names of files may be, get an apostrophe before them, which
+    `read_csv` takes away again.
+    """
     text = io.StringIO()
     names = dict.fromkeys([*columns, *(name for row in rows for name in row)])
     writer = csv.DictWriter(text, list(names), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: _as_text(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
+
+
+def _as_written(text: str) -> str:
+    marked = text.startswith("'") and FORMULA.match(text)
+    return text[1:].strip() if marked else text.strip()
+
+
+def _as_text(value: Any) -> Any:
+    if not (isinstance(value, str) and FORMULA.match(value)):
+        return value
+    with contextlib.suppress(ValueError):
+        float(value)  # a negative number
+        return value
+    return f"'{value}"
 
 
 def shown(path: Path | str) -> str:
@@ -177,7 +197,7 @@ def read_csv(path: str | Path, option: str, columns: Sequence[str] = ()) -> list
     for line, row in enumerate(rows, start=2):
         if None in row or None in row.values():
             raise UserError(f"{option}: {path}, line {line}: has not the header's {len(reader.fieldnames)} fields")
-    rows = [{key.strip(): value.strip() for key, value in row.items()} for row in rows]
+    rows = [{key.strip(): _as_written(value) for key, value in row.items()} for row in rows]
     if lacking := [name for name in columns if name not in rows[0]]:
         raise UserError(f"{option}: {path} has no column {', '.join(lacking)}, but {', '.join(rows[0])}")
     return rows
