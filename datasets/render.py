@@ -16,7 +16,7 @@ FORMAT = 3  # of the cache files; raise it when their content changes, so that o
 PERCENTILES = (0.5, 99.5)
 SAMPLED_VOXELS = 2**20  # the 0.5th percentile of so many is off by 0.007 percentage points (one standard deviation)
 SLICES_AT_ONCE = 8  # of a conversion in float: what they take stays in the processor's cache
-AT_ONCE = 2**28  # bytes of a file up to which it is read, not mapped, and interleaved slices are brought into order
+AT_ONCE = 2**28  # bytes of a file up to which interleaved slices are brought into slice order in one go
 CHANGED = "has changed since it was scanned; start again"
 
 
@@ -65,8 +65,7 @@ def open_source(sample: Sample) -> np.ndarray:
         array = read_grey(sample.path)[None]
     else:
         try:
-            mapped = "r" if sample.size_bytes > AT_ONCE else None  # a mapped file that is cut kills the process
-            array = np.load(sample.path, mmap_mode=mapped, allow_pickle=False)
+            array = np.load(sample.path, allow_pickle=False)  # not mapped: a mapped file that is cut kills the process
             array = np.moveaxis(array[..., 0] if sample.channel_names else array, sample.slice_axis, 0)
         except OSError as error:
             raise BadSource(f"cannot be read ({error.strerror or error}); copy it again or remove it") from None

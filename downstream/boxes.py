@@ -120,7 +120,9 @@ def _read_coco(path: Path, root: Path) -> Read:
         if len(names) < len(content[what]):
             raise UserError(f"annotations: {path}: two {what} have the same id or name; give each its own")
     columns = ["image", "class_name", *BOX, "reader", "crowd", "where"]
-    return by_name, pd.DataFrame(rows, columns=columns), classes, []
+    outside = [name for name in by_name if Path(name).is_absolute() or ".." in Path(name).parts]
+    problems = [f"{path.name}: file_name {name} leads out of data_path; write the path below it" for name in outside]
+    return by_name, pd.DataFrame(rows, columns=columns), classes, problems
 
 
 def _read_table(path: Path, root: Path) -> Read:

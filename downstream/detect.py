@@ -184,7 +184,11 @@ class Detection(task.Task):
 
     def read(self, image: Annotated) -> Tensor:
         """The prepared copy [1, h, w] float32 in 0..1, on the device."""
-        return torch.from_numpy(np.load(self.files[image.name], allow_pickle=False)).float()[None].to(self.device)
+        file = self.files[image.name]
+        try:
+            return torch.from_numpy(np.load(file, allow_pickle=False)).float()[None].to(self.device)
+        except (OSError, ValueError, EOFError):
+            raise UserError(f"{file}: is damaged; remove it, and the same command makes it again") from None
 
     def scale(self, image: Annotated) -> Tensor:
         """[4] from coordinates in the file to those in its prepared copy."""

@@ -180,11 +180,19 @@ def _spacing(text: str, root: Path) -> list[float]:
     return [rows, columns, slices]
 
 
+def _array(path: Path) -> np.ndarray:
+    """Read, not mapped: a mapped file that is cut or replaced meanwhile kills the process without a word."""
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        raise UserError(f"{path}: is not the array that it was when this run began; convert it again") from None
+
+
 def read_image(pair: Pair) -> np.ndarray:
-    """[channels, D, H, W] in the file's own type, a view of the file; D is 1 for a 2D image."""
+    """[channels, D, H, W] in the file's own type; D is 1 for a 2D image."""
     if pair.image.kind == "image":
         return read_grey(pair.image.path)[None, None]
-    array = np.load(pair.image.path, mmap_mode="r", allow_pickle=False)
+    array = _array(pair.image.path)
     array = array if array.ndim == 4 else array[..., None]
     return np.moveaxis(array, (3, pair.image.slice_axis), (0, 1))
 
@@ -192,7 +200,7 @@ def read_image(pair: Pair) -> np.ndarray:
 def _label(pair: Pair) -> np.ndarray:
     """Label values in the order of the file's axes; a 2D map as one slice."""
     if pair.image.kind == "volume":
-        return np.load(pair.label, allow_pickle=False)
+        return _array(pair.label)
     with Image.open(pair.label, formats=IMAGE_FORMATS) as image:
         return np.asarray(image.convert("L") if image.mode == "1" else image)[:, :, None]
 

@@ -152,6 +152,7 @@ BAD = [
     ("annotations", {"bbox": [5, 5]}, r"annotation 5 is not as in COCO .* bbox \[x, y, width, height\]"),
     ("images", {"width": 600, "height": 400}, "made for 600 x 400"),
     ("images", {"file_name": "boxes.json"}, "cannot be read as an image"),
+    ("images", {"file_name": "../a.png"}, r"file_name \.\./a\.png leads out of data_path"),
 ]
 
 

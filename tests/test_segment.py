@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -311,6 +312,16 @@ def test_images_with_masks_are_segmented_as_they_lie(tmp_path, layout):
     tiny_save(next(root.rglob("c2.png")), np.zeros((40, 36, 3), np.uint8))
     with pytest.raises(UserError, match=r"c2\.png: is a picture of mode RGB where each pixel must be a label value"):
         LabelledVolumes(root, {"cell": [1]})
+
+
+def test_a_file_that_is_cut_during_a_run_is_named(tmp_path):
+    root = write_pairs(tmp_path / "data")
+    [first, second, *_] = LabelledVolumes(root).pairs
+    for path in (first.image.path, second.label):
+        os.truncate(path, 500)
+    for read, pair in ((read_image, first), (lambda pair: read_label(pair, {}), second)):
+        with pytest.raises(UserError, match=r"npy: is not the array that it was when this run began"):
+            read(pair)
 
 
 # What users get wrong: one error each, before training
