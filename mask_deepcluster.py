@@ -39,7 +39,7 @@ class Config(options.Masked, options.Training):
 
     epochs = 100
     batch_size = 4  # volumes per process
-    base_lr = 3.0
+    base_lr = 0.3  # 3 diverges where clusters are predicted, too
     final_lr = 0.0
     warmup_epochs = 10
     wd = 1e-6
