@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from utils.errors import UserError
 from utils.files import read_csv
 
 DIGITS = 16  # of a sha256
@@ -47,6 +49,8 @@ def shared(ours: Mapping[str, Path], theirs: Iterable[Iterable[str]]) -> list[st
 
 @functools.lru_cache(maxsize=64)
 def _table(folder: Path) -> dict[str, dict[str, str]]:
-    path = folder / "cases.csv"
-    rows = read_csv(path, "data_path") if path.is_file() else []
+    path, rows = folder / "cases.csv", []
+    if path.is_file():
+        with contextlib.suppress(UserError):  # of another program: it tells nothing, and must not cost a trained run
+            rows = read_csv(path, "data_path")
     return {row["file"]: row for row in rows if row.get("file")}

@@ -321,6 +321,8 @@ def test_test_cases_that_were_pre_trained_on_are_named(tmp_path: Path, capsys: p
         ("balls/x.npy", "", "balls/p6"),
     ]
     assert sorted(shared(files, seen)) == ["c1", "c2", "c6", "c7"]
+    (tmp_path / "cases.csv").write_text("of, another\nprogram")
+    assert origin(tmp_path / "a.npy") == (f"{tmp_path.name}/a.npy", "", "")
 
     encoder, weights = GreyResNet("resnet18"), tmp_path / "w.pth"
     save_weights(encoder, weights, {"config": {"arch": "resnet18"}, "data": {"files": seen}})
